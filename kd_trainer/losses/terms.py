@@ -1,0 +1,185 @@
+"""The recipe's loss: named terms, their weights and their sum.
+
+    total = kl·KL(T) + mse·MSE + task·(bce·BCE + dice·Dice)
+
+Each term is a mean over valid pixels (Dice: over pictures), in fp32, without clamps, and stays on
+the device. At high temperature T²·KL tends to (s − t)²/8, so there KL and MSE are nearly one term.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kd_trainer.losses.binary import binary_cross_entropy, binary_kl, binary_mse
+from kd_trainer.losses.checks import check_inputs, check_pos_weight, check_temperature
+from kd_trainer.losses.dice import binary_dice, softmax_dice
+from kd_trainer.losses.multiclass import centred_mse, softmax_cross_entropy, softmax_kl
+from kd_trainer.losses.pixels import keep_pixels, working_precision
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Unweighted scalar terms; None where a term was not computed.
+
+    Attributes:
+        kl: divergence of the softened student from the softened teacher, times T².
+        mse: squared difference of the logits.
+        bce: cross entropy with the labels (of the softmax, where there are several channels).
+        dice: one minus the soft Dice.
+    """
+
+    kl: Tensor | None = None
+    mse: Tensor | None = None
+    bce: Tensor | None = None
+    dice: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The computed terms by name, in the order of the fields."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Factors of the terms; `task` multiplies those that compare with labels.
+
+    The neutral defaults switch everything off; the recipe's are in arguments.py.
+
+    Raises:
+        ValueError: if a weight is negative or not finite.
+    """
+
+    kl: float = 0.0
+    mse: float = 0.0
+    bce: float = 0.0
+    dice: float = 0.0
+    task: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(
+                    f"Expected loss weight {field.name} >= 0, got {value}. Use 0 to leave it out."
+                )
+
+    def effective(self) -> dict[str, float]:
+        """The factor of each term in the total, by the names of `LossTerms`."""
+        return {
+            "kl": self.kl,
+            "mse": self.mse,
+            "bce": self.task * self.bce,
+            "dice": self.task * self.dice,
+        }
+
+
+ALL_TERMS = LossWeights(kl=1.0, mse=1.0, bce=1.0, dice=1.0)
+
+
+def distillation_terms(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor,
+    *,
+    temperature: float,
+    ignore_index: int = 255,
+    distil_mask: Tensor | None = None,
+    weights: LossWeights | None = None,
+    pos_weight: float | None = None,
+) -> LossTerms:
+    """Compute the recipe's terms; one channel is a binary model, more are a softmax model.
+
+    What logits, labels and mask hold at pixels that do not count has no influence, NaN included.
+    Labels that count must be class ids: others fail in an index operation, as reading them
+    here would stall the device.
+
+    Args:
+        student_logits: (B, K, H, W), any floating type; computed in fp32 (float64 stays).
+        teacher_logits: the same shape, or None; no gradient flows into them.
+        labels: integer (B, H, W), class ids or `ignore_index`.
+        temperature: > 0, softens both sides of the KL and nothing else.
+        ignore_index: label of the pixels that count in no task term.
+        distil_mask: bool (B, H, W), the pixels of kl and mse; by default the labelled ones.
+        weights: terms of weight 0 are not computed; None computes all.
+        pos_weight: factor of the foreground in the bce of a one-logit model.
+
+    Returns:
+        Terms as scalars on the student's device; kl and mse are None without a teacher.
+
+    Raises:
+        TypeError: if a tensor has the wrong kind of type, or temperature is no number.
+        ValueError: if shapes do not fit, or temperature or pos_weight is out of range.
+    """
+    check_inputs(student_logits, teacher_logits, labels, distil_mask)
+    check_temperature(temperature)
+    check_pos_weight(pos_weight, student_logits.shape[1])
+    factors = (weights or ALL_TERMS).effective()
+    wanted = {name for name, factor in factors.items() if factor > 0}
+    student, labels = working_precision(student_logits), labels.long()
+    valid = labels != ignore_index
+    terms: dict[str, Tensor] = {}
+    if teacher_logits is not None and wanted & {"kl", "mse"}:
+        teacher = teacher_logits.detach().to(student.dtype)
+        mask = valid if distil_mask is None else distil_mask
+        terms |= _teacher_terms(student, teacher, mask, wanted, temperature)
+    if wanted & {"bce", "dice"}:
+        terms |= _task_terms(student, labels, valid, wanted, pos_weight)
+    return LossTerms(**terms)
+
+
+def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:
+    """The total to minimise: each computed term times its effective weight.
+
+    Raises:
+        ValueError: if nothing is left to sum, or a task term that has a weight was not computed.
+    """
+    named, factors = terms.named(), weights.effective()
+    for name in ("bce", "dice"):
+        if factors[name] > 0 and name not in named:
+            raise ValueError(
+                f"Expected the term {name}, whose weight is {factors[name]}, got None. "
+                "Compute the terms with the weights they are summed with."
+            )
+    # A weight of 0 leaves its term out altogether: 0 times a non-finite term would be NaN.
+    parts = [factors[name] * term for name, term in named.items() if factors[name] > 0]
+    if not parts:
+        raise ValueError(
+            f"Expected at least one term with a weight above 0, got {factors} for the computed "
+            f"terms {sorted(named)}. Give bce or dice a weight; kl and mse need a teacher."
+        )
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _teacher_terms(
+    student: Tensor, teacher: Tensor, mask: Tensor, wanted: set[str], temperature: float
+) -> dict[str, Tensor]:
+    kl, mse = (binary_kl, binary_mse) if student.shape[1] == 1 else (softmax_kl, centred_mse)
+    student, teacher = keep_pixels(student, mask), keep_pixels(teacher, mask)
+    terms = {}
+    if "kl" in wanted:
+        terms["kl"] = kl(student, teacher, mask, temperature)
+    if "mse" in wanted:
+        terms["mse"] = mse(student, teacher, mask)
+    return terms
+
+
+def _task_terms(
+    student: Tensor, labels: Tensor, valid: Tensor, wanted: set[str], pos_weight: float | None
+) -> dict[str, Tensor]:
+    binary = student.shape[1] == 1
+    student = keep_pixels(student, valid)
+    terms = {}
+    if "bce" in wanted:
+        terms["bce"] = (
+            binary_cross_entropy(student, labels, valid, pos_weight)
+            if binary
+            else softmax_cross_entropy(student, labels, valid)
+        )
+    if "dice" in wanted:
+        terms["dice"] = (binary_dice if binary else softmax_dice)(student, labels, valid)
+    return terms
