@@ -1,0 +1,162 @@
+"""Temperature and unfreezing as pure functions of progress and epoch: nothing to save."""
+
+import bisect
+import difflib
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TEMPERATURE_KINDS = ("cosine", "linear", "exponential", "constant", "piecewise")
+
+
+@dataclass(frozen=True)
+class TemperatureSchedule:
+    """Distillation temperature over a run, from `start` to `end`.
+
+    Attributes:
+        kind: cosine (half a period), linear, exponential (constant ratio), constant (stays at
+            `start`; `end` has no part in it) or piecewise (linear between `points`).
+        start: temperature at progress 0, > 0.
+        end: temperature at progress 1, > 0.
+        points: for piecewise alone: (position, temperature) pairs, positions rising from 0 in any
+            unit (epochs, say); the last one is progress 1. Its ends must be `start` and `end`.
+
+    Raises:
+        ValueError: if kind is unknown, a temperature is not above 0, or points do not fit.
+    """
+
+    kind: str
+    start: float
+    end: float
+    points: Sequence[tuple[float, float]] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in TEMPERATURE_KINDS:
+            nearest = difflib.get_close_matches(str(self.kind), TEMPERATURE_KINDS, 1, cutoff=0.0)[0]
+            raise ValueError(
+                f"Expected a temperature schedule among {', '.join(TEMPERATURE_KINDS)}, "
+                f"got {self.kind!r}. Did you mean {nearest!r}?"
+            )
+        # YAML gives lists of lists; a frozen, hashable schedule holds tuples.
+        object.__setattr__(self, "points", tuple((float(x), float(t)) for x, t in self.points))
+        temperatures = [("start", self.start), ("end", self.end)]
+        temperatures += [(f"at position {x:g}", t) for x, t in self.points]
+        for where, value in temperatures:
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"Expected temperature {where} > 0, got {value}. Use 1.0 for no softening."
+                )
+        if self.kind == "piecewise":
+            self._check_points()
+        elif self.points:
+            raise ValueError(
+                f"Expected no points for the {self.kind} schedule, got {len(self.points)}. "
+                "Leave them out or choose the kind 'piecewise'."
+            )
+
+    def __call__(self, progress: float) -> float:
+        """Temperature at `progress` (0 = first epoch or step, 1 = last); held beyond both ends.
+
+        Raises:
+            ValueError: if progress is not finite.
+        """
+        if not math.isfinite(progress):
+            raise ValueError(
+                f"Expected a finite progress, got {progress}. 0 is the start of a run."
+            )
+        share = min(max(progress, 0.0), 1.0)
+        if self.kind == "cosine":
+            return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * share)) / 2.0
+        if self.kind == "linear":
+            return self.start + (self.end - self.start) * share
+        if self.kind == "exponential":
+            return self.start * (self.end / self.start) ** share
+        return self.start if self.kind == "constant" else self._between_points(share)
+
+    def _between_points(self, share: float) -> float:
+        position = share * self.points[-1][0]
+        right = bisect.bisect_right([x for x, _ in self.points], position)
+        if right == len(self.points):
+            return self.points[-1][1]
+        (x0, t0), (x1, t1) = self.points[right - 1], self.points[right]
+        return t0 + (t1 - t0) * (position - x0) / (x1 - x0)
+
+    def _check_points(self) -> None:
+        positions = [x for x, _ in self.points]
+        rising = all(a < b for a, b in itertools.pairwise([*positions, math.inf]))
+        if len(positions) < 2 or positions[0] != 0 or not rising:
+            raise ValueError(
+                f"Expected at least two points at positions rising from 0, got positions "
+                f"{positions}. Write them as (position, temperature) pairs."
+            )
+        ends = (self.points[0][1], self.points[-1][1])
+        if ends != (self.start, self.end):
+            raise ValueError(
+                f"Expected points from start {self.start:g} to end {self.end:g}, got "
+                f"{ends[0]:g} to {ends[1]:g}. Set start and end to those of the points."
+            )
+
+
+def epoch_progress(epoch: int, epochs: int) -> float:
+    """Progress of an epoch index in a run: 0 for the first, 1 for the last, 0 for the only one.
+
+    Raises:
+        ValueError: if epoch is negative or epochs below 1.
+    """
+    if epochs < 1 or epoch < 0:
+        raise ValueError(
+            f"Expected epoch >= 0 of at least 1 epoch, got epoch {epoch} of {epochs}. "
+            "Epochs are counted from 0."
+        )
+    return 0.0 if epochs == 1 else epoch / (epochs - 1)
+
+
+@dataclass(frozen=True)
+class UnfreezeSchedule:
+    """How many encoder units are free at an epoch: one more every few epochs, deepest first.
+
+    Attributes:
+        start_epoch: epoch index (from 0) at which the deepest unit becomes free.
+        every: epochs between one unit and the next; 0 frees all at `start_epoch`.
+        units: number of units of the encoder.
+
+    Raises:
+        ValueError: if one of them is negative.
+        TypeError: if one of them is no integer.
+    """
+
+    start_epoch: int
+    every: int
+    units: int
+
+    def __post_init__(self) -> None:
+        for name in ("start_epoch", "every", "units"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(
+                    f"Expected {name} as an integer, got {value!r}. Count whole epochs."
+                )
+            if value < 0:
+                raise ValueError(f"Expected {name} >= 0, got {value}. Use 0 for none.")
+
+    def __call__(self, epoch: int) -> int:
+        """Number of free units at this epoch index, 0..units."""
+        if epoch < self.start_epoch:
+            return 0
+        if self.every == 0:
+            return self.units
+        return min(self.units, (epoch - self.start_epoch) // self.every + 1)
+
+    def first_free_epoch(self, unit_rank: int) -> int:
+        """Epoch index at which a unit becomes free; rank 0 is the deepest unit.
+
+        Raises:
+            ValueError: if there is no such unit.
+        """
+        if not 0 <= unit_rank < self.units:
+            raise ValueError(
+                f"Expected a unit rank from 0 to {self.units - 1}, got {unit_rank}. "
+                "Ranks count from the deepest unit."
+            )
+        return self.start_epoch + unit_rank * self.every
