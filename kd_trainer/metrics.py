@@ -1,0 +1,265 @@
+"""Segmentation metrics: integer counts per picture on the device first, ratios on the host last.
+
+Counts add up over pictures, batches and processes, so a figure does not depend on how the set was
+split. Boundary IoU: Cheng et al. 2021, arXiv 2103.16562.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+# Share of the picture's diagonal that counts as boundary: the paper's choice, and COCO's.
+BOUNDARY_SHARE = 0.02
+
+
+def predicted_classes(raw_logits: Tensor) -> Tensor:
+    """Class ids (B, H, W), int64, of raw logits (B, K, H, W).
+
+    One logit is foreground where it is above 0 (probability above 0.5), several take the largest.
+    """
+    if raw_logits.shape[1] == 1:
+        return (raw_logits.squeeze(1) > 0).long()
+    return raw_logits.argmax(dim=1)
+
+
+def image_counts(
+    prediction: Tensor,
+    labels: Tensor,
+    num_labels: int,
+    *,
+    ignore_index: int = 255,
+    boundary: bool = True,
+) -> Tensor:
+    """Confusion and boundary counts of each picture, on the device, without a host sync.
+
+    Args:
+        prediction: integer (B, H, W), class ids; anything where labels are ignored.
+        labels: integer (B, H, W), class ids or `ignore_index`; others fail in an index operation.
+        num_labels: number of classes K, background included.
+        ignore_index: label of the pixels that do not count.
+        boundary: False leaves the boundary counts at zero, for tables that do not need them.
+
+    Returns:
+        int64 (B, K·K + 2·K): pixels by [truth, prediction] row by row, then per class the
+        intersection and then per class the union of the two boundaries.
+
+    Raises:
+        ValueError: if the shapes differ or are not (B, H, W), or num_labels is below 2.
+    """
+    if labels.ndim != 3 or prediction.shape != labels.shape:
+        raise ValueError(
+            f"Expected prediction and labels of one shape (B, H, W), got "
+            f"{tuple(prediction.shape)} and {tuple(labels.shape)}. "
+            "Resize the prediction to the labels and take its classes first."
+        )
+    if num_labels < 2:
+        raise ValueError(f"Expected num_labels >= 2, got {num_labels}. Count the background too.")
+    prediction, labels = prediction.long(), labels.long()
+    valid = labels != ignore_index
+    confusion = _confusion(prediction, labels, valid, num_labels)
+    if not boundary:
+        return torch.cat([confusion, confusion.new_zeros(len(labels), 2 * num_labels)], dim=1)
+    classes = torch.arange(num_labels, device=labels.device).view(1, -1, 1, 1)
+    # Ignored pixels lie outside every class on both sides: their rim is then the same boundary
+    # in truth and prediction, and what was predicted inside them has no influence.
+    inside = valid.unsqueeze(1)
+    truth = _boundary((labels.unsqueeze(1) == classes) & inside)
+    guess = _boundary((prediction.unsqueeze(1) == classes) & inside)
+    both = (truth & guess).flatten(2).sum(dim=2)
+    either = (truth | guess).flatten(2).sum(dim=2)
+    return torch.cat([confusion, both, either], dim=1)
+
+
+def _confusion(prediction: Tensor, labels: Tensor, valid: Tensor, num_labels: int) -> Tensor:
+    """int64 (B, K·K); scattered, because `bincount` reads its result's size on the host."""
+    pairs = num_labels * num_labels
+    # Slot 0 takes the ignored pixels; a class id beyond the last falls off the table and fails.
+    slot = torch.where(valid, 1 + labels * num_labels + prediction, 0).flatten(1)
+    counts = slot.new_zeros(len(labels), pairs + 1)
+    return counts.scatter_add_(1, slot, torch.ones_like(slot))[:, 1:]
+
+
+def boundary_width(height: int, width: int) -> int:
+    """Depth in pixels of the band that counts as boundary in a picture of this size."""
+    return max(1, round(BOUNDARY_SHARE * math.hypot(height, width)))
+
+
+def _boundary(mask: Tensor) -> Tensor:
+    """Pixels of bool masks (..., H, W) that lie within the boundary width of their outside.
+
+    The mask minus its erosion by a square; beyond the picture's border everything is outside.
+    """
+    depth = boundary_width(mask.shape[-2], mask.shape[-1])
+    padded = torch.nn.functional.pad(mask, (depth, depth, depth, depth), value=False)
+    return mask & ~_all_in_window(_all_in_window(padded, 2 * depth + 1, -1), 2 * depth + 1, -2)
+
+
+def _all_in_window(mask: Tensor, width: int, dim: int) -> Tensor:
+    """True where `width` neighbours along `dim` are all True; the result is width − 1 shorter.
+
+    A minimum pooling by doubling the window: six passes of AND for the 37 pixels of a 640x640
+    picture, where a pooling kernel takes 37.
+    """
+    size = 1
+    while size < width:
+        step = min(size, width - size)
+        rest = mask.shape[dim] - step
+        mask = mask.narrow(dim, 0, rest) & mask.narrow(dim, step, rest)
+        size += step
+    return mask
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationCounts:
+    """Totals over a set of pictures; adding gives new totals.
+
+    Attributes:
+        confusion: int64 (K, K), pixels by [truth, prediction].
+        boundary: int64 (2, K), intersection and union of the boundaries.
+        image_iou_sum: sum over pictures of each picture's mean IoU.
+        images: pictures with at least one valid pixel.
+    """
+
+    confusion: Array
+    boundary: Array
+    image_iou_sum: float
+    images: int
+
+    @classmethod
+    def zero(cls, num_labels: int) -> SegmentationCounts:
+        """Totals of an empty set."""
+        shape = (num_labels, num_labels)
+        return cls(np.zeros(shape, np.int64), np.zeros((2, num_labels), np.int64), 0.0, 0)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, background included."""
+        return len(self.confusion)
+
+    def add(self, rows: npt.ArrayLike) -> SegmentationCounts:
+        """Totals with the pictures of `rows`, as `image_counts` gives them: integers (N, C).
+
+        Raises:
+            ValueError: if the rows are not of this number of classes.
+            TypeError: if they are not integers.
+        """
+        table, classes = np.asarray(rows), self.num_labels
+        if table.ndim != 2 or table.shape[1] != classes * (classes + 2):
+            raise ValueError(
+                f"Expected rows of {classes * (classes + 2)} counts for {classes} classes, got "
+                f"shape {table.shape}. Count with the same num_labels."
+            )
+        if not np.issubdtype(table.dtype, np.integer):
+            raise TypeError(f"Expected integer counts, got {table.dtype}. Do not average them.")
+        table = table.astype(np.int64)
+        confusion = table[:, : classes * classes].reshape(-1, classes, classes)
+        counted = confusion[confusion.any(axis=(1, 2))]
+        return SegmentationCounts(
+            self.confusion + confusion.sum(axis=0),
+            self.boundary + table[:, classes * classes :].sum(axis=0).reshape(2, classes),
+            self.image_iou_sum + float(np.nanmean(_iou(counted), axis=1).sum()),
+            self.images + len(counted),
+        )
+
+    def __add__(self, other: SegmentationCounts) -> SegmentationCounts:
+        if other.num_labels != self.num_labels:
+            raise ValueError(
+                f"Expected totals of {self.num_labels} classes, got {other.num_labels}. "
+                "Count both sets with the same num_labels."
+            )
+        return SegmentationCounts(
+            self.confusion + other.confusion,
+            self.boundary + other.boundary,
+            self.image_iou_sum + other.image_iou_sum,
+            self.images + other.images,
+        )
+
+    def metrics(self, id2label: Mapping[int, str]) -> dict[str, float]:
+        """Ratios of the totals, all in 0..1; NaN where there was nothing to measure.
+
+        "Foreground" is every class but 0. Means go over the classes that occur in truth or
+        prediction; among those, a precision or recall without a pixel to divide by is 0.
+
+        Args:
+            id2label: name of every class id.
+
+        Returns:
+            miou, dice, iou_foreground, precision, recall, boundary_iou (foreground, the first
+            over all classes), pixel_accuracy, mean_image_iou (mean over pictures of the mean over
+            the classes in each), and iou_<name>, dice_<name> for every class.
+
+        Raises:
+            ValueError: if a class has no name, or two figures would have the same.
+        """
+        self._check_names(id2label)
+        hit, truth, guess = _hits(self.confusion)
+        occurs = truth + guess > 0
+        iou, dice = _iou(self.confusion), _ratio(2 * hit, truth + guess)
+        values = {
+            "miou": _mean(iou),
+            "dice": _mean(dice[1:]),
+            "iou_foreground": _mean(iou[1:]),
+            "precision": _mean(np.where(occurs, hit / np.maximum(guess, 1), np.nan)[1:]),
+            "recall": _mean(np.where(occurs, hit / np.maximum(truth, 1), np.nan)[1:]),
+            "pixel_accuracy": agreement(self),
+            "mean_image_iou": self.image_iou_sum / self.images if self.images else math.nan,
+            "boundary_iou": _mean(_ratio(self.boundary[0], self.boundary[1])[1:]),
+        }
+        for index in range(self.num_labels):
+            values[f"iou_{id2label[index]}"] = float(iou[index])
+            values[f"dice_{id2label[index]}"] = float(dice[index])
+        return values
+
+    def _check_names(self, id2label: Mapping[int, str]) -> None:
+        names = [id2label.get(index) for index in range(self.num_labels)]
+        # A binary task's only foreground class may be called so: it is the same figure.
+        taken = {"foreground"} if self.num_labels > 2 else set()
+        if None in names or len(set(names)) < len(names) or taken & set(names):
+            raise ValueError(
+                f"Expected one distinct name for each of {self.num_labels} classes (and none "
+                f"called {sorted(taken)}), got {dict(id2label)}. Name every class in id2label."
+            )
+
+
+def agreement(counts: SegmentationCounts) -> float:
+    """Share of the valid pixels with equal class; NaN without any.
+
+    For student against teacher, count the student's classes against the teacher's, the latter set
+    to `ignore_index` where the labels do not count.
+    """
+    pixels = int(counts.confusion.sum())
+    return int(np.trace(counts.confusion)) / pixels if pixels else math.nan
+
+
+def _hits(confusion: Array) -> tuple[Array, Array, Array]:
+    """Correct, true and predicted pixels of each class, float64 (..., K), of (..., K, K)."""
+    table = confusion.astype(np.float64)
+    return np.diagonal(table, axis1=-2, axis2=-1), table.sum(axis=-1), table.sum(axis=-2)
+
+
+def _iou(confusion: Array) -> Array:
+    """IoU of each class (..., K), NaN where it occurs neither in truth nor in prediction."""
+    hit, truth, guess = _hits(confusion)
+    return _ratio(hit, truth + guess - hit)
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    """The quotient, NaN where whole is 0."""
+    out = np.full(np.shape(whole), np.nan)
+    return np.divide(part, whole, out=out, where=whole > 0)
+
+
+def _mean(values: Array) -> float:
+    """Mean of the values that are not NaN; NaN if there are none (numpy would warn)."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
