@@ -1,0 +1,193 @@
+"""Configuration of a segmentation model built by segmentation_models_pytorch (smp).
+
+The same `config.json` is read by transformers and by `smp.from_pretrained`, so it always holds
+every argument of the smp architecture, its class name as `_model_class`, and `encoder_weights`
+as null (any other value would make smp download weights again on each load).
+Travels with a saved model as remote code; imports nothing of the package.
+"""
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+from segmentation_models_pytorch.encoders import get_encoder_names, is_equivalent_to_timm_universal
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DEFAULT_LABELS = {0: "background", 1: "foreground"}
+
+
+def nearest_hint(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, or all of them when none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(names)}."
+
+
+def architecture_class(name: str) -> type[nn.Module]:
+    """The smp class of an architecture, given as `unet` or as `Unet`.
+
+    Raises:
+        ValueError: if smp has no such architecture; names the nearest one.
+    """
+    known = smp.MODEL_ARCHITECTURES_MAPPING
+    if name.lower() not in known:
+        hint = nearest_hint(name.lower(), known)
+        raise ValueError(f"Expected an architecture of smp, got {name!r}. {hint}")
+    return known[name.lower()]
+
+
+def check_encoder_name(name: str) -> None:
+    """Refuse an encoder that neither smp nor, after `tu-`, timm knows.
+
+    Raises:
+        ValueError: names the nearest encoder.
+    """
+    if name.startswith("tu-"):
+        if not timm.is_model(name[3:]):
+            hint = nearest_hint(name.split(".")[0], [f"tu-{model}" for model in timm.list_models()])
+            raise ValueError(f"Expected an encoder of timm after 'tu-', got {name!r}. {hint}")
+    elif name not in get_encoder_names() and not is_equivalent_to_timm_universal(name):
+        hint = nearest_hint(name, [*get_encoder_names(), *(f"tu-{m}" for m in timm.list_models())])
+        raise ValueError(f"Expected an encoder of smp, got {name!r}. {hint}")
+
+
+def uses_timm_loader(encoder_name: str) -> bool:
+    """Whether smp builds this encoder with `timm.create_model`, which takes further arguments."""
+    return encoder_name.startswith("tu-") or is_equivalent_to_timm_universal(encoder_name)
+
+
+def architecture_arguments(name: str) -> dict[str, Any]:
+    """Names and defaults of all arguments of an smp architecture, tuples as lists (as in JSON)."""
+    parameters = inspect.signature(architecture_class(name).__init__).parameters.values()
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"]
+    return {p.name: list(p.default) if isinstance(p.default, tuple) else p.default for p in named}
+
+
+class SmpConfig(PreTrainedConfig):
+    """What is needed to build an smp model and to feed it.
+
+    Every argument of the architecture (`decoder_channels`, `encoder_depth`, ...) is an attribute
+    too; the set depends on `_model_class`.
+
+    Args:
+        _model_class: class name of the smp architecture, `Unet` for instance.
+        encoder_name: as `smp.create_model` takes it.
+        classes: output channels. 1 is a binary model (background and one class, `num_labels` 2),
+            2 a two-class softmax, otherwise equal to `num_labels`.
+        encoder_kwargs: further arguments of a `tu-*` encoder, passed to timm.
+        image_size: side in pixels of the square input the model is meant for.
+        image_mean: per channel, of values in 0..1.
+        image_std: per channel, of values in 0..1.
+        semantic_loss_ignore_index: label of pixels that the loss leaves out.
+
+    Raises:
+        ValueError: for an unknown architecture or encoder, an auxiliary classification head, or
+            `classes` that do not go with `id2label`.
+    """
+
+    model_type = "smp"
+    keys_to_ignore_at_inference = ["raw_logits"]  # noqa: RUF012 (annotated, it would be a field)
+
+    _model_class: str = "Unet"
+    encoder_name: str = "timm-efficientnet-b0"
+    classes: int = 1
+    encoder_kwargs: dict[str, Any] | None = None
+    image_size: int = 640
+    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    semantic_loss_ignore_index: int = 255
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Complete smp's arguments and the label names, then check them."""
+        self._model_class = architecture_class(self._model_class).__name__
+        check_encoder_name(self.encoder_name)
+        own_fields = type(self).__dataclass_fields__
+        for name, default in architecture_arguments(self._model_class).items():
+            if name not in own_fields:
+                setattr(self, name, kwargs.pop(name, default))
+        if self.aux_params is not None:
+            raise ValueError(
+                f"Expected no classification head, got aux_params={self.aux_params}. "
+                "Only the segmentation head is trained here: leave aux_params out."
+            )
+        # The outputs are logits by contract, and an activation has no weights to lose.
+        self.activation = None
+        self.encoder_weights = None
+        num_labels = kwargs.pop("num_labels", None)
+        if self.id2label is None:
+            self.id2label = default_labels(num_labels or max(self.classes, 2))
+        super().__post_init__(**kwargs)
+        labels = {int(index): str(label) for index, label in (self.id2label or {}).items()}
+        self.id2label, self.label2id = labels, {name: index for index, name in labels.items()}
+        self._check_labels(num_labels)
+
+    def _check_labels(self, num_labels: int | None) -> None:
+        count = len(self.id2label or {})
+        if num_labels not in (None, count) or self.classes not in (
+            (1, 2) if count == 2 else (count,)
+        ):
+            raise ValueError(
+                f"Expected as many output channels as labels (or 1 for two labels), got "
+                f"classes={self.classes} and labels {self.id2label}. Make them agree."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Also read the config.json of a pure smp folder, which has no `model_type`."""
+        if "model_type" not in config_dict and "_model_class" in config_dict:
+            config_dict = _from_smp_config(dict(config_dict))
+        return super().from_dict(config_dict, **kwargs)
+
+
+def default_labels(num_labels: int) -> dict[int, str]:
+    """Names for models that came without: every class gets one, because the Hub wants them."""
+    if num_labels == 2:
+        return dict(DEFAULT_LABELS)
+    return {i: "background" if i == 0 else f"class_{i}" for i in range(num_labels)}
+
+
+def _from_smp_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Tell smp's own arguments from those it hands to timm, which it writes side by side."""
+    known = architecture_arguments(config["_model_class"])
+    extra = {key: config.pop(key) for key in list(config) if key[0] != "_" and key not in known}
+    if uses_timm_loader(config["encoder_name"]):
+        name = config["encoder_name"].removeprefix("tu-").split(".")[0]
+        settings = timm.get_pretrained_cfg(name)
+        # Some of timm's transformers accept one input size only, and smp does not record it.
+        if settings is not None and settings.fixed_input_size:
+            config["image_size"] = extra.get("img_size", settings.input_size[-1])
+        config["encoder_kwargs"] = extra or None
+    return config
+
+
+def build_network(config: SmpConfig, encoder_weights: str | bool | None = None) -> Any:
+    """The smp model of a configuration.
+
+    Args:
+        config: architecture, encoder and their arguments.
+        encoder_weights: as smp takes it (True for the weights of a `tu-*` encoder); None for
+            random ones.
+    """
+    names = architecture_arguments(config._model_class)
+    arguments = {name: getattr(config, name) for name in names}
+    arguments["encoder_weights"] = encoder_weights
+    with warnings.catch_warnings():
+        # smp says this at each construction, although its `tu-` encoders cannot replace the
+        # folder format that `timm-` encoders allow.
+        warnings.filterwarnings(
+            "ignore", message="`timm-` encoders are deprecated", category=DeprecationWarning
+        )
+        return architecture_class(config._model_class)(**arguments, **(config.encoder_kwargs or {}))
+
+
+# A remote copy registers nothing: two saved models may bring two versions of this file.
+if not __name__.startswith("transformers_modules."):
+    AutoConfig.register(SmpConfig.model_type, SmpConfig, exist_ok=True)
+SmpConfig.register_for_auto_class()

@@ -1,0 +1,131 @@
+"""The image processor saved beside a student, and the one resize of the whole project.
+
+Training data, evaluation and deployment all shrink pictures with `resize_image`, so the network
+meets the same pixels everywhere. Travels with a saved model as remote code; imports only siblings.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+from transformers import AutoImageProcessor
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import PILImageResampling, SizeDict
+
+from .configuration_smp import IMAGENET_MEAN, IMAGENET_STD, SmpConfig
+
+
+def resize_image(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize pictures to an exact size: bilinear with antialiasing, on uint8.
+
+    Args:
+        image: uint8 (..., 3, H, W).
+        height: of the result, in pixels.
+        width: of the result, in pixels.
+
+    Returns:
+        uint8 (..., 3, height, width); the picture itself if it has that size already.
+
+    Raises:
+        TypeError: if the picture is not uint8.
+        ValueError: if the size is not positive.
+    """
+    if image.dtype != torch.uint8:
+        raise TypeError(f"Expected a uint8 picture, got {image.dtype}. Pass values 0..255.")
+    if height < 1 or width < 1:
+        raise ValueError(f"Expected a positive size, got {height}x{width}. Name it in pixels.")
+    if image.shape[-2:] == (height, width):
+        return image
+    size = [height, width]
+    return tvf.resize(image, size, interpolation=InterpolationMode.BILINEAR, antialias=True)
+
+
+class SmpImageProcessor(TorchvisionBackend):
+    """Pictures of any mode to normalised floats, and logits back to masks of the original size.
+
+    Takes PIL pictures, uint8 arrays and uint8 tensors. Transparency is laid on white; greyscale,
+    palette and CMYK pictures become RGB.
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_MEAN
+    image_std = IMAGENET_STD
+    size = {"height": 640, "width": 640}  # noqa: RUF012 (copied for each instance by the base)
+    default_to_square = True
+    do_resize = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    do_convert_rgb = True
+
+    @classmethod
+    def from_model_config(cls, config: SmpConfig) -> "SmpImageProcessor":
+        """The processor that feeds a model of this configuration."""
+        return cls(
+            size={"height": config.image_size, "width": config.image_size},
+            image_mean=list(config.image_mean),
+            image_std=list(config.image_std),
+        )
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Convert one picture to a (3, H, W) tensor.
+
+        Raises:
+            ValueError: for PIL pictures of more than 8 bits, which PIL would clip to white.
+        """
+        mode = getattr(image, "mode", None)
+        if isinstance(mode, str) and mode.startswith(("I", "F")):
+            raise ValueError(
+                f"Expected a picture of 8 bits a channel, got PIL mode {mode!r}. "
+                "Scale its values to 0..255 first."
+            )
+        return super().process_image(image, *args, **kwargs)
+
+    def resize(self, image: Tensor, size: SizeDict, *_: Any, **__: Any) -> Tensor:
+        """Resize uint8 pictures (..., 3, H, W) with the project's one resize."""
+        if not (size.height and size.width):
+            raise ValueError(f"Expected size with height and width, got {size}. Name both.")
+        return resize_image(image, size.height, size.width)
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: list[tuple[int, int]] | None = None
+    ) -> list[Tensor]:
+        """Turn a model's output into class maps.
+
+        Args:
+            outputs: with `logits` (B, num_labels, H, W).
+            target_sizes: (height, width) of each original picture; None keeps H and W. The logits
+                are resized, not the classes, so edges stay smooth.
+
+        Returns:
+            One int64 map (height, width) a picture.
+
+        Raises:
+            ValueError: if there are not as many sizes as pictures.
+        """
+        logits: Tensor = outputs.logits
+        if target_sizes is None:
+            return list(logits.argmax(dim=1))
+        if len(target_sizes) != len(logits):
+            raise ValueError(
+                f"Expected {len(logits)} target sizes, got {len(target_sizes)}. "
+                "Pass one (height, width) a picture."
+            )
+        sizes = [(int(height), int(width)) for height, width in target_sizes]
+        return [
+            F.interpolate(one[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+            for one, size in zip(logits, sizes, strict=True)
+        ]
+
+
+# A remote copy registers nothing: two saved models may bring two versions of this file.
+if not __name__.startswith("transformers_modules."):
+    AutoImageProcessor.register(
+        SmpConfig, image_processor_classes={"torchvision": SmpImageProcessor}, exist_ok=True
+    )
+SmpImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+__all__ = ["SmpImageProcessor", "resize_image"]

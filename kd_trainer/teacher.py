@@ -1,0 +1,270 @@
+"""The frozen teacher: any segmentation network behind the student's own input and classes.
+
+A teacher may want other normalisation, another input size or a two-class softmax; this module
+hides all of it, so the losses see fp32 logits of the student's shape.
+Re-normalising the student's input follows the idea of timm's distillation task.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
+
+from kd_trainer.configuration_smp import IMAGENET_MEAN, IMAGENET_STD, default_labels
+from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.weights import SUFFIXES, load_strictly, read_weights, unused_state_keys
+
+_PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
+_HEAD = "segmentation_head.0.weight"
+Statistics = Sequence[float]
+
+
+class Teacher(nn.Module):
+    """A frozen segmentation network that answers with the student's classes and size.
+
+    It stays in eval mode and without gradient, whatever it is told.
+
+    Args:
+        network: (B, 3, h, w) to a tensor of logits or an output with `raw_logits` or `logits`.
+        num_labels: of the student, background included; 2 gives one logit.
+        image_size: side that the network wants; None takes the pictures as they come.
+        mean: per channel in 0..1, that the network was trained with.
+        std: likewise.
+        input_mean: with which the pictures arrive (the student's).
+        input_std: likewise.
+        id2label: names of the teacher's classes.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        num_labels: int,
+        image_size: int | None = None,
+        mean: Statistics = IMAGENET_MEAN,
+        std: Statistics = IMAGENET_STD,
+        input_mean: Statistics = IMAGENET_MEAN,
+        input_std: Statistics = IMAGENET_STD,
+        id2label: dict[int, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.num_labels = num_labels
+        self.image_size = image_size
+        self.id2label = id2label or default_labels(num_labels)
+        own_mean, own_std = _column(mean, "mean"), _column(std, "std")
+        new_mean, new_std = _column(input_mean, "input_mean"), _column(input_std, "input_std")
+        self.same_statistics = torch.equal(own_mean, new_mean) and torch.equal(own_std, new_std)
+        self.register_buffer("scale", new_std / own_std, persistent=False)
+        self.register_buffer("shift", (new_mean - own_mean) / own_std, persistent=False)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002 (the name nn.Module gives it)
+        """Do nothing: a teacher in train mode would drift with every batch."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            pixel_values: floats (B, 3, H, W), normalised with the student's statistics.
+
+        Returns:
+            float32 (B, K, H, W), K = 1 for two labels, otherwise num_labels.
+
+        Raises:
+            ValueError: if the network gives another number of channels.
+        """
+        height, width = pixel_values.shape[-2:]
+        images = pixel_values
+        if not self.same_statistics:
+            images = images * self.scale + self.shift
+        if self.image_size is not None:
+            side = self.image_size
+            images = _resize(images, (side, side), antialias=side < max(height, width))
+        output = self.network(images.to(next(self.network.parameters()).dtype))
+        logits = self._student_classes(_logits_of(output).float())
+        return _resize(logits, (height, width))
+
+    def _student_classes(self, logits: Tensor) -> Tensor:
+        channels = logits.shape[1]
+        if self.num_labels == 2 and channels == 2:
+            return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
+        if channels != (1 if self.num_labels == 2 else self.num_labels):
+            raise ValueError(
+                f"Expected a teacher of {self.num_labels} classes, got {channels} channels. "
+                "Choose a teacher of the student's classes."
+            )
+        return logits
+
+
+def _column(values: Statistics, name: str) -> Tensor:
+    if len(values) != 3 or (name.endswith("std") and min(values) <= 0):
+        raise ValueError(
+            f"Expected three numbers (positive ones for std) as {name}, got {list(values)}. "
+            "Give one a channel, of values in 0..1."
+        )
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+
+
+def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def _logits_of(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    raw = getattr(output, "raw_logits", None)
+    return output.logits if raw is None else raw
+
+
+def load_teacher(
+    source: str,
+    *,
+    num_labels: int,
+    arch: str | None = None,
+    encoder: str | None = None,
+    image_size: int | None = None,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    input_mean: Statistics = IMAGENET_MEAN,
+    input_std: Statistics = IMAGENET_STD,
+    trust_remote_code: bool = False,
+    **hub: Any,
+) -> Teacher:
+    """Load a teacher from a folder, the Hub, or a bare state dict.
+
+    Args:
+        source: folder or Hub id of an smp model, of one of our students or of any
+            AutoModelForSemanticSegmentation; or a `.safetensors` or `.pth` state dict.
+        num_labels: of the student, background included.
+        arch: smp architecture of a bare state dict.
+        encoder: smp encoder of a bare state dict.
+        image_size: input side the teacher wants; None takes the student's.
+        mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
+            else ImageNet's.
+        std: likewise.
+        input_mean: the student's.
+        input_std: the student's.
+        trust_remote_code: run code that comes with the teacher.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        FileNotFoundError: if there is no such file, folder or repository.
+        ValueError: if its classes are not the student's, or weights are missing or left over.
+    """
+    found_mean: Statistics = IMAGENET_MEAN
+    found_std: Statistics = IMAGENET_STD
+    if source.endswith(SUFFIXES):
+        network = _from_state_dict(source, num_labels, arch, encoder)
+    else:
+        config = _read_config(source, hub)
+        network = _from_folder(source, config, trust_remote_code, hub)
+        found_mean, found_std = _statistics(source, config, hub)
+    labels = network.config.id2label
+    if len(labels) not in ((1, 2) if num_labels == 2 else (num_labels,)):
+        shown = ", ".join(list(labels.values())[:5]) + (", ..." if len(labels) > 5 else "")
+        raise ValueError(
+            f"Expected a teacher of {num_labels} classes, got {len(labels)} in {source!r} "
+            f"({shown}). Choose a teacher of the student's classes."
+        )
+    return Teacher(
+        network,
+        num_labels=num_labels,
+        image_size=image_size,
+        mean=mean or found_mean,
+        std=std or found_std,
+        input_mean=input_mean,
+        input_std=input_std,
+        id2label=labels if len(labels) == num_labels else None,
+    )
+
+
+def _from_state_dict(source: str, num_labels: int, arch: str | None, encoder: str | None) -> Any:
+    if arch is None or encoder is None:
+        raise ValueError(
+            f"Expected the architecture and encoder of {source!r}, got arch={arch} and "
+            f"encoder={encoder}. A bare state dict does not name them: give both."
+        )
+    state = {_strip(name): value for name, value in read_weights(source).items()}
+    if _HEAD not in state:
+        raise ValueError(
+            f"Expected the weights of an smp model in {source!r}, got no {_HEAD!r} among its "
+            f"{len(state)} names. Save the whole model's state_dict."
+        )
+    channels = state[_HEAD].shape[0]
+    labels = default_labels(num_labels if channels in (1, num_labels) else channels)
+    model = SmpForSemanticSegmentation.create(
+        arch, encoder, encoder_weights="none", id2label=labels, classes=channels
+    )
+    optional = unused_state_keys(model, model.never_used_parameters())
+    load_strictly(model, state, source=source, optional=optional)
+    return model
+
+
+def _strip(name: str) -> str:
+    """Remove what wrappers put before a name, however often they are nested."""
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    except (OSError, ValueError) as error:
+        where = "in the folder" if Path(source).is_dir() else "and found no such folder or Hub id"
+        raise FileNotFoundError(
+            f"Expected a teacher's config.json, got {source!r} {where}. Give a folder, a Hub id, "
+            "or a weight file with its architecture and encoder."
+        ) from error
+    return config
+
+
+def _from_folder(
+    source: str, config: dict[str, Any], trust_remote_code: bool, hub: dict[str, Any]
+) -> Any:
+    if "_model_class" in config:
+        return SmpForSemanticSegmentation.from_pretrained(source, **hub)
+    model, info = AutoModelForSemanticSegmentation.from_pretrained(
+        source, trust_remote_code=trust_remote_code, output_loading_info=True, **hub
+    )
+    faults = {k: sorted(info[k])[:5] for k in ("missing_keys", "unexpected_keys") if info[k]}
+    if faults:
+        raise ValueError(
+            f"Expected every weight of {type(model).__name__} in {source!r}, got {faults}. "
+            "Choose a checkpoint that was trained for segmentation."
+        )
+    return model
+
+
+def _statistics(
+    source: str, config: dict[str, Any], hub: dict[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that the teacher's own preprocessing applies to values in 0..1."""
+    settings = dict(config)
+    kept = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if cached_file(source, IMAGE_PROCESSOR_NAME, **kept) is not None:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
+    mean = settings.get("image_mean") or IMAGENET_MEAN
+    std = settings.get("image_std") or IMAGENET_STD
+    if settings.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    brightest = 255 * settings.get("rescale_factor", 1 / 255)
+    if settings.get("do_rescale") is False:
+        brightest = 255.0
+    return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)

@@ -1,0 +1,183 @@
+"""Read weight files safely, load them strictly, and fill an encoder with pretrained ones.
+
+Travels with a saved model as remote code and imports only its sibling.
+"""
+
+import pickle
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from httpx import HTTPError
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .configuration_smp import SmpConfig, build_network, uses_timm_loader
+
+_SHOWN = 5  # keys listed in a message
+_CONTAINERS = ("state_dict", "model_state_dict", "model")
+# What a classification checkpoint carries beyond the encoder.
+_CLASSIFIERS = ("classifier.", "fc.", "_fc.", "head.", "last_linear.")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict, unwrapped from the containers that training loops put around it.
+
+    Args:
+        path: a `.safetensors` file, or one written by `torch.save` (read with weights_only).
+
+    Returns:
+        Name to tensor on the CPU; floating point tensors as float32.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a readable file of tensors.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"Expected a weight file, got {str(path)!r}. Check the path.")
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"Expected a file of tensors only, got {str(path)!r}, which cannot be read as one. "
+            "Save the model's state_dict, best with safetensors."
+        ) from error
+    state = _unwrap(content)
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"Expected names and tensors in {str(path)!r}, got {_some(_odd_entries(state))}. "
+            "Save the model's state_dict alone."
+        )
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _unwrap(content: Any) -> dict[str, Any]:
+    while isinstance(content, Mapping):
+        inner = [content[name] for name in _CONTAINERS if isinstance(content.get(name), Mapping)]
+        if not inner:
+            return dict(content)
+        content = inner[0]
+    return {}
+
+
+def _odd_entries(state: Mapping[str, Any]) -> list[str]:
+    return [f"{k}: {type(v).__name__}" for k, v in state.items() if not isinstance(v, Tensor)]
+
+
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Collection[str] = ()
+) -> None:
+    """Copy `state` into `module`; any difference of names or shapes is an error.
+
+    Args:
+        module: gets the values.
+        state: name to tensor.
+        source: where the state comes from, for the message.
+        optional: names of the module that may be missing in `state`.
+
+    Raises:
+        ValueError: lists up to five missing, extra and misshapen names.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state and name not in optional]
+    extra = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or extra or shapes:
+        found = [("missing", missing), ("extra", extra), ("of another shape", shapes)]
+        listed = "; ".join(f"{what}: {_some(names)}" for what, names in found if names)
+        raise ValueError(
+            f"Expected the weights of exactly this {type(module).__name__} in {source!r}, "
+            f"got {listed}. Name the architecture and encoder that the file was made with."
+        )
+    module.load_state_dict({**own, **state})
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_SHOWN])
+    rest = len(names) - _SHOWN
+    return (shown or "nothing") + (f" and {rest} more" if rest > 0 else "")
+
+
+def unused_state_keys(module: nn.Module, never_used: Collection[str]) -> frozenset[str]:
+    """State-dict keys that no output depends on: never-used parameters and their norms' buffers."""
+    keys = set(never_used)
+    for prefix, child in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        own = [dot + name for name, _ in child.named_parameters(recurse=False)]
+        if own and all(name in never_used for name in own):
+            keys.update(dot + name for name, _ in child.named_buffers(recurse=False))
+    return frozenset(keys)
+
+
+def fill_encoder(
+    encoder: nn.Module, encoder_weights: str, config: SmpConfig, never_used: Collection[str]
+) -> None:
+    """Give an encoder its pretrained weights.
+
+    Args:
+        encoder: of the model that `config` describes.
+        encoder_weights: `imagenet`, `none` (changes nothing) or a weight file of the encoder, of a
+            whole model, or of a classifier on the same encoder.
+        config: names the encoder.
+        never_used: the encoder's parameters that may be missing in a file.
+
+    Raises:
+        FileNotFoundError: if the weights cannot be downloaded, or there is no such file.
+        ValueError: if there are no such weights, or the file does not fit the encoder.
+    """
+    if encoder_weights == "none":
+        return
+    if encoder_weights == "imagenet":
+        encoder.load_state_dict(_downloaded_encoder(config).state_dict())
+        return
+    if not encoder_weights.endswith(SUFFIXES):
+        raise ValueError(
+            f"Expected `imagenet`, `none` or a weight file ({', '.join(SUFFIXES)}) as "
+            f"encoder_weights, got {encoder_weights!r}. Check the spelling."
+        )
+    own = encoder.state_dict()
+    state = _encoder_state(read_weights(encoder_weights), own)
+    optional = unused_state_keys(encoder, never_used)
+    load_strictly(encoder, state, source=encoder_weights, optional=optional)
+
+
+def _encoder_state(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring a file's names to the encoder's: from a whole model, or from a classifier."""
+    inside = {k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")}
+    state = inside or state
+    in_model = all(name.startswith("model.") for name in own)  # timm's own encoders
+    if in_model and not any(name.startswith("model.") for name in state):
+        state = {f"model.{name}": value for name, value in state.items()}
+    heads = tuple(f"model.{head}" for head in _CLASSIFIERS) if in_model else _CLASSIFIERS
+    if in_model:  # they end before the head that the `timm-` ones carry unused
+        heads = (*heads, "model.conv_head.", "model.bn2.")
+    return {k: v for k, v in state.items() if k in own or not k.startswith(heads)}
+
+
+def _downloaded_encoder(config: SmpConfig) -> nn.Module:
+    weights = True if uses_timm_loader(config.encoder_name) else "imagenet"
+    cure = "Pass `none` or a safetensors file as encoder_weights."
+    try:
+        encoder: nn.Module = build_network(config, weights).encoder
+        return encoder
+    except (OSError, HTTPError, EntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"Expected to download the ImageNet weights of {config.encoder_name}, got "
+            f"{type(error).__name__}. {cure}"
+        ) from error
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"Expected ImageNet weights for {config.encoder_name}, got none published. {cure}"
+        ) from error
