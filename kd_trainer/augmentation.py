@@ -1,0 +1,183 @@
+"""Random changes of photographs and their masks: the lists `heavy`, `light` and `none`.
+
+albumentations 2.0.8 is unmaintained, so nothing else in the package imports it. Its own seeding
+gives every transform the same stream, makes DataLoader workers repeat each other, and lets rare
+groups fire together; here every draw is a function of (seed, epoch, index) and of nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # importing it would ask a server for its version
+import albumentations as A
+
+Pixels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.int16]
+
+OUTSIDE = -1
+"""Mask value of pixels that the geometry brought in from outside the photograph."""
+
+KINDS = ("heavy", "light", "none")
+# Grey of ImageNet's mean: what lies outside is close to zero once the image is normalised.
+FILL = (124, 116, 104)
+
+
+class SoftFog(A.ImageOnlyTransform):
+    """Fog as a blend with one light grey, whose density is a smooth low-resolution random field.
+
+    albumentations' RandomFog stamps thousands of circles (690 ms an image at 640 px, more than
+    half the cost of the whole list); this takes about 5 ms.
+
+    Args:
+        density_range: lowest and highest mean share of fog in a pixel, 0..1.
+        grey_range: lowest and highest grey level of the fog.
+        p: probability of applying the transform.
+    """
+
+    CELLS = 5
+
+    def __init__(
+        self,
+        density_range: tuple[float, float] = (0.2, 0.6),
+        grey_range: tuple[int, int] = (190, 240),
+        p: float = 0.5,
+    ) -> None:
+        super().__init__(p=p)
+        self.density_range = density_range
+        self.grey_range = grey_range
+
+    def get_params(self) -> dict[str, Any]:
+        """Draw the grey level and the field, the mean density times 0.5 to 1.5 in each cell."""
+        density = self.py_random.uniform(*self.density_range)
+        field = self.random_generator.uniform(0.5, 1.5, (self.CELLS, self.CELLS)) * density
+        return {
+            "field": field.astype(np.float32),
+            "grey": self.py_random.randint(*self.grey_range),
+        }
+
+    def apply(
+        self, img: Pixels, field: npt.NDArray[np.float32], grey: int, **params: Any
+    ) -> Pixels:
+        """Blend uint8 `img` (H, W, 3) with `grey` by the enlarged `field`."""
+        del params
+        height, width = img.shape[:2]
+        fog = cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
+        np.clip(fog, 0.0, 1.0, out=fog)
+        return np.asarray(cv2.blendLinear(np.full_like(img, grey), img, fog, 1.0 - fog), np.uint8)
+
+    def get_transform_init_args_names(self) -> tuple[str, ...]:
+        """Names of the constructor's arguments, for albumentations' printing."""
+        return ("density_range", "grey_range")
+
+
+def _heavy(image_size: int, brightness_contrast_probability: float) -> list[Any]:
+    flare = max(1, round(0.3 * image_size))  # the library's 400 pixels would cover a small image
+    return [
+        A.HorizontalFlip(p=0.5),
+        A.OneOf(
+            [
+                A.ColorJitter(0.2, 0.2, 0.2, 0.1, p=1),
+                A.HueSaturationValue(p=1),
+                A.RGBShift(p=1),
+            ],
+            p=0.8,
+        ),
+        A.OneOf(
+            [A.RandomBrightnessContrast(p=1), A.CLAHE(p=1), A.RandomGamma(p=1)],
+            p=brightness_contrast_probability,
+        ),
+        A.OneOf([A.RandomRain(p=1), SoftFog(p=1), A.RandomSunFlare(src_radius=flare, p=1)], p=0.1),
+        A.OneOf([A.MotionBlur(p=1), A.GaussianBlur(p=1), A.MedianBlur(p=1)], p=0.05),
+        # The library's own range is extreme: 54 grey levels on average, against 10 here.
+        A.OneOf([A.GaussNoise(std_range=(0.02, 0.08), p=1), A.ISONoise(p=1)], p=0.05),
+        # The library's defaults are no compression at all, and a quarter of the size.
+        A.OneOf(
+            [
+                A.ImageCompression(quality_range=(40, 95), p=1),
+                A.Downscale(
+                    scale_range=(0.4, 0.9),
+                    interpolation_pair={
+                        "downscale": cv2.INTER_AREA,
+                        "upscale": cv2.INTER_LINEAR,
+                    },
+                    p=1,
+                ),
+            ],
+            p=0.1,
+        ),
+    ]
+
+
+def _light() -> list[Any]:
+    return [
+        A.HorizontalFlip(p=0.5),
+        A.Affine(
+            scale=(0.85, 1.2),
+            keep_ratio=True,
+            translate_percent=(-0.06, 0.06),
+            rotate=(-8, 8),
+            fill=FILL,
+            fill_mask=OUTSIDE,
+            p=0.7,
+        ),
+        A.ColorJitter(0.15, 0.15, 0.15, 0.05, p=0.5),
+    ]
+
+
+class Augmentation:
+    """One random change of an image and its mask, the same geometry for both.
+
+    Args:
+        kind: `heavy` (the recipe's list), `light` (flip, small affine, mild colour) or `none`.
+        image_size: side of the square image in pixels.
+        seed: first of the three numbers that decide a draw, >= 0.
+        brightness_contrast_probability: of the brightness, CLAHE and gamma group of `heavy`.
+
+    Raises:
+        ValueError: if `kind` is unknown or `seed` negative.
+    """
+
+    def __init__(
+        self, kind: str, *, image_size: int, seed: int, brightness_contrast_probability: float
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"Expected augmentation heavy, light or none, got {kind!r}.")
+        if seed < 0:
+            raise ValueError(f"Expected a seed >= 0, got {seed}.")
+        self.kind = kind
+        self.seed = seed
+        transforms = {
+            "heavy": lambda: _heavy(image_size, brightness_contrast_probability),
+            "light": _light,
+            "none": list,
+        }[kind]()
+        self.compose = A.Compose(transforms)
+
+    def __call__(self, image: Pixels, mask: Mask, *, epoch: int, index: int) -> tuple[Pixels, Mask]:
+        """Change one image.
+
+        Args:
+            image: uint8 RGB (H, W, 3).
+            mask: int16 (H, W), any values but `OUTSIDE`.
+            epoch: second of the three numbers, >= 0.
+            index: number of the image in its data set, the third.
+
+        Returns:
+            Image and mask of the same shapes; the mask is `OUTSIDE` where the geometry brought in
+            pixels from outside the image.
+        """
+        if self.kind == "none":
+            return image, mask
+        # The cure of the broken seeding: both generators, for every transform, at every sample.
+        sequence = np.random.SeedSequence([self.seed, epoch, index])
+        python_seed = int(sequence.generate_state(1, np.uint64)[0])
+        self.compose.set_random_state(np.random.default_rng(sequence), random.Random(python_seed))
+        changed = self.compose(image=image, mask=mask)
+        return changed["image"], changed["mask"]

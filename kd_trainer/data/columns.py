@@ -1,0 +1,137 @@
+"""Data sets with an image column and a mask column: parquet files and the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetNotFoundError
+
+from kd_trainer.data.coco_files import file_for_split
+from kd_trainer.data.listing import did_you_mean, show_names
+
+
+def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[Path]:
+    """The parquet files of a split, in the order of their names.
+
+    They are `<split>.parquet`, `<split>-*.parquet` or `<split>/*.parquet` in a folder or its
+    `data` folder; beside a single file, the file with the other split's name.
+
+    Raises:
+        FileNotFoundError: if there are none; says what there is.
+    """
+    if path.is_file():
+        return [file_for_split(path, split, other_splits)]
+    for folder in (path, path / "data"):
+        for pattern in (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet"):
+            if files := sorted(folder.glob(pattern)):
+                return files
+    found = sorted(str(p.relative_to(path)) for p in path.rglob("*.parquet"))
+    raise FileNotFoundError(
+        f"Expected {split}.parquet, {split}-*.parquet or {split}/*.parquet in {path}, got "
+        f"{show_names(found)}. Name the splits with --train_split and --eval_split."
+    )
+
+
+def load_parquet(files: Sequence[Path], *, streaming: bool) -> tuple[Any, list[int]]:
+    """Load parquet files as one data set, all columns.
+
+    Returns:
+        A Dataset or IterableDataset, and the number of rows of each file.
+
+    Raises:
+        ValueError: if a file is no parquet file.
+    """
+    try:
+        lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"Expected parquet files, got {show_names(_names(files))}: {error}."
+        ) from (None)
+    loaded = datasets.load_dataset(
+        "parquet", data_files={"train": _names(files)}, split="train", streaming=streaming
+    )
+    return loaded, lengths
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    return [str(file) for file in files]
+
+
+def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
+    """Load a split of a data set on the Hub, all columns.
+
+    Args:
+        name: `owner/name`.
+        split: name of the split.
+        streaming: read while iterating, keep nothing.
+        not_local: a sentence that says why it is no folder, for the error.
+
+    Raises:
+        FileNotFoundError: if the Hub cannot be reached or has no such data set.
+        ValueError: if the data set has no such split.
+    """
+    try:
+        return datasets.load_dataset(name, split=split, streaming=streaming)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"Expected a folder, a file or a data set on the Hub, got {name!r}. {not_local} The "
+            f"Hub says: {str(error).splitlines()[0]}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"Expected the split {split!r} of {name} on the Hub, got: {str(error).splitlines()[0]} "
+            "Name the splits with --train_split and --eval_split."
+        ) from None
+
+
+def two_columns(loaded: Any, *, image_column: str, mask_column: str, name: str) -> Any:
+    """Keep the two columns, named `image` and `mask`, as undecoded images.
+
+    Raises:
+        ValueError: if a column is missing or holds no images; lists the columns.
+    """
+    features = loaded.features
+    if features is None:  # a stream without a schema
+        features = _features_of(next(iter(loaded), {}))
+    for column, flag in ((image_column, "image_column"), (mask_column, "mask_column")):
+        if column not in features:
+            raise ValueError(
+                f"Expected a column {column!r} in {name}, got {', '.join(features)}."
+                f"{did_you_mean(column, features)} Name it with --{flag}."
+            )
+        if not _holds_images(features[column]):
+            raise ValueError(
+                f"Expected images in the column {column!r} of {name}, got {features[column]}. "
+                f"Name another column with --{flag}."
+            )
+    if image_column == mask_column:
+        raise ValueError(f"Expected two columns, got {image_column!r} for image and mask.")
+    kept = loaded.select_columns([image_column, mask_column])
+    # In two steps, because the old names may be the new ones the other way round.
+    kept = kept.rename_columns({image_column: "image_", mask_column: "mask_"})
+    kept = kept.rename_columns({"image_": "image", "mask_": "mask"})
+    for column in ("image", "mask"):
+        kept = kept.cast_column(column, datasets.Image(decode=False))
+    return kept
+
+
+def _features_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Enough of the schema of one row to choose columns by."""
+    kinds: dict[type, Any] = {bytes: datasets.Value("binary"), str: datasets.Value("string")}
+    return {
+        name: value if isinstance(value, dict) else kinds.get(type(value), type(value))
+        for name, value in row.items()
+    }
+
+
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, datasets.Image):
+        return True
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "binary")

@@ -1,0 +1,53 @@
+"""The map-style data set that the Trainer reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_trainer.data.transform import SegmentationTransform
+
+
+class SharedEpoch:
+    """An epoch number in shared memory, so that persistent workers see it change."""
+
+    def __init__(self) -> None:
+        self._value = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set(self, epoch: int) -> None:
+        """Set the epoch for all processes that hold this object."""
+        if epoch < 0:
+            raise ValueError(f"Expected an epoch >= 0, got {epoch}.")
+        self._value.fill_(int(epoch))
+
+    def get(self) -> int:
+        """The epoch that was set last, 0 at first."""
+        return int(self._value)
+
+
+class TransformedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Samples of a `datasets.Dataset` with the columns `image` and `mask`.
+
+    Args:
+        dataset: rows by number, and a length.
+        transform: makes a sample of a row.
+    """
+
+    def __init__(self, dataset: Any, transform: SegmentationTransform) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self._epoch = SharedEpoch()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next draws; call it before the DataLoader's iterator is made."""
+        self._epoch.set(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The sample of row `index` in the current epoch."""
+        index = range(len(self))[index]  # a negative index means the same row, so the same draw
+        return self.transform(self.dataset[index], epoch=self._epoch.get(), index=index)

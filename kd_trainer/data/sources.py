@@ -1,0 +1,181 @@
+"""`load_splits`: from `--dataset` to a dictionary of splits with the columns image and mask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from kd_trainer.arguments import DataArguments
+from kd_trainer.data.coco import load_coco
+from kd_trainer.data.coco_files import is_coco_folder
+from kd_trainer.data.columns import load_hub, load_parquet, parquet_files, two_columns
+from kd_trainer.data.folders import load_pair_folder
+from kd_trainer.data.listing import (
+    FEATURES,
+    MAX_STREAM_SHARDS,
+    did_you_mean,
+    missing_path,
+    unlabelled_dataset,
+)
+from kd_trainer.data.streaming import stream_lengths, with_lengths
+from kd_trainer.data.synthetic import synthetic_splits
+
+SYNTHETIC_SEED = 0
+"""The synthetic pictures are one data set: runs with other seeds compare on the same pictures."""
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def load_splits(
+    data: DataArguments, splits: Sequence[str] | None = None
+) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    """Load the splits of a data set; photographs and masks are listed or stored, not decoded.
+
+    Args:
+        data: `dataset` is a pair folder, a COCO folder or json, a parquet file or folder, a folder
+            of `save_to_disk`, a Hub id, or `synthetic`; further fields say which part of it.
+        splits: names of the splits; by default `data.train_split` and `data.eval_split`. The
+            unlabelled photographs come after the rows of the split to train on.
+
+    Returns:
+        The splits by name, with exactly the columns `image` and `mask`, both
+        `datasets.Image(decode=False)`; `mask` is None for unlabelled photographs. With
+        `data.streaming` an IterableDatasetDict.
+
+    Raises:
+        FileNotFoundError: if a folder or file is missing; names the nearest one.
+        ValueError: if files do not pair, a split is empty, or a column or category is unknown.
+    """
+    names = tuple(splits) if splits is not None else (data.train_split, data.eval_split)
+    if len(set(names)) != len(names):
+        raise ValueError(
+            f"Expected different splits to train and to evaluate on, got {' and '.join(names)}. "
+            "Set --train_split and --eval_split."
+        )
+    for flag in ("max_train_samples", "max_eval_samples"):
+        limit = getattr(data, flag)
+        if limit is not None and limit < 1:
+            raise ValueError(f"Expected --{flag} of at least 1, got {limit}.")
+    loaded = {name: _load_split(data, name) for name in names}
+    return (datasets.IterableDatasetDict if data.streaming else datasets.DatasetDict)(loaded)
+
+
+def _load_split(data: DataArguments, split: str) -> Any:
+    limits = {data.eval_split: data.max_eval_samples, data.train_split: data.max_train_samples}
+    limit = limits.get(split)
+    rows, lengths = _labelled(data, split, limit)
+    if isinstance(rows, datasets.Dataset):
+        rows = _first(rows, limit, f"split {split!r} of {data.dataset}")
+        if data.streaming:
+            rows, lengths = _stream(rows)
+    elif limit is not None:
+        rows, lengths = _first_of_stream(rows, limit, lengths or stream_lengths(rows))
+    if data.unlabelled is not None and split == data.train_split:
+        more = unlabelled_dataset(data.unlabelled)
+        if data.streaming:
+            more, more_lengths = _stream(more)
+            known = lengths or stream_lengths(rows)
+            lengths = None if known is None else [*known, *more_lengths]
+        rows = datasets.concatenate_datasets([rows, more])
+    return with_lengths(rows, lengths) if data.streaming and lengths else rows
+
+
+def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, list[int] | None]:
+    """The rows of the source, a Dataset or a stream, and the shard lengths where known."""
+    others = tuple(s for s in (data.train_split, data.eval_split) if s != split)
+    if data.dataset == "synthetic":
+        return _synthetic(data, split), None
+    path = Path(data.dataset).expanduser()
+    columns = {"image_column": data.image_column, "mask_column": data.mask_column}
+    if not data.dataset or not path.exists():
+        rows = _from_hub(data, split)
+        return two_columns(rows, name=data.dataset, **columns), None
+    if path.suffix == ".json" or (path.is_dir() and _is_coco(data, path)):
+        return load_coco(
+            path,
+            split,
+            other_splits=others,
+            category=data.category,
+            num_labels=data.num_labels,
+            limit=limit,
+            streaming=data.streaming,
+        )
+    if path.suffix == ".parquet" or any(path.rglob("*.parquet")):
+        files = parquet_files(path, split, others)
+        rows, lengths = load_parquet(files, streaming=data.streaming)
+        return two_columns(rows, name=str(path), **columns), lengths
+    if path.is_file():
+        raise ValueError(
+            f"Expected a folder, a COCO json or a parquet file as --dataset, got {path}."
+        )
+    if (path / "dataset_dict.json").is_file():
+        return two_columns(_from_disk(path, split), name=str(path), **columns), None
+    folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
+    return load_pair_folder(path, split, **folders), None
+
+
+def _is_coco(data: DataArguments, path: Path) -> bool:
+    splits = (data.train_split, data.eval_split)
+    pairs = any((path / split / data.mask_folder).is_dir() for split in splits)
+    return not pairs and is_coco_folder(path, splits)
+
+
+def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
+    drawn = synthetic_splits(
+        data.synthetic_train, data.synthetic_eval, size=data.image_size, seed=SYNTHETIC_SEED
+    )
+    if split not in drawn:
+        raise ValueError(
+            f"Expected a split of the synthetic data ({', '.join(drawn)}), got {split!r}."
+        )
+    return drawn[split].cast(FEATURES)
+
+
+def _from_disk(path: Path, split: str) -> datasets.Dataset:
+    saved = datasets.load_from_disk(str(path))
+    if split not in saved:
+        raise ValueError(
+            f"Expected the split {split!r} in {path}, got {', '.join(saved)}."
+            f"{did_you_mean(split, saved)} Name the splits with --train_split and --eval_split."
+        )
+    return saved[split]
+
+
+def _from_hub(data: DataArguments, split: str) -> Any:
+    if not data.dataset:
+        raise ValueError(
+            "Expected --dataset, got nothing. Name a folder, a file, a data set on the Hub, or "
+            "`synthetic`."
+        )
+    missing = missing_path(Path(data.dataset).expanduser(), "a data set (--dataset)")
+    first = Path(data.dataset).parts[0]
+    if not _HUB_ID.fullmatch(data.dataset) or (Path(first).is_dir() and first != "."):
+        raise missing
+    return load_hub(
+        data.dataset,
+        split,
+        streaming=data.streaming,
+        not_local=f"There is no such path here ({missing}).",
+    )
+
+
+def _first(rows: datasets.Dataset, limit: int | None, name: str) -> datasets.Dataset:
+    if not len(rows):
+        raise ValueError(f"Expected images in {name}, got an empty split.")
+    return rows if limit is None or limit >= len(rows) else rows.select(range(limit))
+
+
+def _stream(rows: datasets.Dataset) -> tuple[datasets.IterableDataset, list[int]]:
+    shards = min(len(rows), MAX_STREAM_SHARDS)
+    lengths = [len(rows) // shards + (i < len(rows) % shards) for i in range(shards)]
+    return rows.to_iterable_dataset(num_shards=shards), lengths
+
+
+def _first_of_stream(rows: Any, limit: int, lengths: list[int] | None) -> tuple[Any, list[int]]:
+    if lengths is not None and sum(lengths) <= limit:
+        return rows, lengths
+    return rows.take(limit), [limit]

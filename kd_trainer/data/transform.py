@@ -1,0 +1,128 @@
+"""A row of a data set to the tensors of one sample: decode, resize, augment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kd_trainer.augmentation import OUTSIDE, Augmentation
+from kd_trainer.data.decoding import cell_name, decode_mask, decode_photograph
+from kd_trainer.data.masks import MaskRule
+from kd_trainer.image_processing import resize_image
+
+
+@cache
+def _one_thread_per_worker(process: int) -> None:
+    """Keep cv2 to one thread in a DataLoader worker: the workers are the parallelism there.
+
+    Threads of cv2 do not survive the fork that makes a worker either. The number of the process
+    is the cache's key, because a fork inherits the cache.
+    """
+    del process
+    if torch.utils.data.get_worker_info() is not None:
+        cv2.setNumThreads(0)
+
+
+class SegmentationTransform:
+    """Turns a row with an `image` and a `mask` into a sample.
+
+    The photograph goes through `resize_image`, the same resize as in evaluation and deployment,
+    and the mask through nearest neighbour; then one random draw changes both.
+
+    Args:
+        image_size: side of the square sample in pixels.
+        rule: how mask values are read.
+        augmentation: `heavy`, `light` or `none`.
+        seed: first of the three numbers (seed, epoch, index) that decide a draw.
+        brightness_contrast_probability: of that group in `heavy`.
+
+    Raises:
+        ValueError: if `augmentation` is unknown or `seed` negative.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        rule: MaskRule,
+        *,
+        augmentation: str,
+        seed: int,
+        brightness_contrast_probability: float,
+    ) -> None:
+        self.image_size = image_size
+        self.rule = rule
+        self.augment = Augmentation(
+            augmentation,
+            image_size=image_size,
+            seed=seed,
+            brightness_contrast_probability=brightness_contrast_probability,
+        )
+
+    def __call__(self, row: Mapping[str, Any], *, epoch: int, index: int) -> dict[str, Tensor]:
+        """Make the sample of one row.
+
+        Args:
+            row: cells `image` and `mask` (None for a photograph without one).
+            epoch: the epoch, from 0.
+            index: number of the row in its data set.
+
+        Returns:
+            `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S) with the rule's
+            `ignore_index`, `distil_mask` bool (S, S): False only where the geometry brought in
+            pixels from outside the photograph.
+
+        Raises:
+            ValueError: if a file is unreadable, the sizes of photograph and mask differ, or the
+                mask holds values that the rule does not know. The message names the file.
+        """
+        _one_thread_per_worker(os.getpid())
+        image = decode_photograph(row["image"], index)
+        labels = self._labels(row, image.shape[:2], index)
+        size = self.image_size
+        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), size, size)
+        mask = cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+        changed, changed_mask = self.augment(
+            np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()),
+            mask.astype(np.int16),
+            epoch=epoch,
+            index=index,
+        )
+        inside = changed_mask != OUTSIDE
+        ignored = np.where(inside, changed_mask, self.rule.ignore_index).astype(np.uint8)
+        return {
+            "pixel_values": torch.from_numpy(np.ascontiguousarray(changed.transpose(2, 0, 1))),
+            "labels": torch.from_numpy(ignored),
+            "distil_mask": torch.from_numpy(inside),
+        }
+
+    def _labels(
+        self, row: Mapping[str, Any], shape: tuple[int, ...], index: int
+    ) -> npt.NDArray[np.uint8]:
+        cell = row.get("mask")
+        if cell is None:
+            return np.full(shape, self.rule.ignore_index, np.uint8)
+        name = cell_name(cell, index)
+        mask = decode_mask(cell, index)
+        if mask.shape != shape:
+            raise size_error(mask.shape, shape, name, cell_name(row["image"], index))
+        return self.rule.labels(mask, name)
+
+
+def size_error(
+    mask: tuple[int, ...], image: tuple[int, ...], name: str, image_name: str
+) -> ValueError:
+    """The error of a mask (H, W) whose size is not that of its image (H, W)."""
+    turned = " The photograph is turned by its EXIF orientation; turn the mask too."
+    hint = turned if mask == image[::-1] else " Make the mask again from this photograph."
+    return ValueError(
+        f"Expected a mask of {image[1]}x{image[0]} pixels like its image {image_name}, got "
+        f"{mask[1]}x{mask[0]} in {name}.{hint}"
+    )
