@@ -22,16 +22,6 @@ Array = npt.NDArray[Any]
 BOUNDARY_SHARE = 0.02
 
 
-def predicted_classes(raw_logits: Tensor) -> Tensor:
-    """Class ids (B, H, W), int64, of raw logits (B, K, H, W).
-
-    One logit is foreground where it is above 0 (probability above 0.5), several take the largest.
-    """
-    if raw_logits.shape[1] == 1:
-        return (raw_logits.squeeze(1) > 0).long()
-    return raw_logits.argmax(dim=1)
-
-
 def image_counts(
     prediction: Tensor,
     labels: Tensor,
@@ -108,7 +98,7 @@ def _all_in_window(mask: Tensor, width: int, dim: int) -> Tensor:
     """True where `width` neighbours along `dim` are all True; the result is width − 1 shorter.
 
     A minimum pooling by doubling the window: six passes of AND for the 37 pixels of a 640x640
-    picture, where a pooling kernel takes 37.
+    picture, where a pooling kernel compares 37 numbers.
     """
     size = 1
     while size < width:
