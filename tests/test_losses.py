@@ -1,0 +1,472 @@
+"""The loss terms against float64 numpy written from the formulas, and their invariances."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
+
+IGNORE = 255
+CHANNELS = pytest.mark.parametrize("channels", [1, 2, 4])
+
+
+def draw(channels, *, batch=3, size=(6, 5), seed=0, dtype=torch.float64, ignored=0.2, scale=3.0):
+    """Random student and teacher logits and labels, with a share of ignored pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, channels, *size)
+    student = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    teacher = (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    labels = torch.randint(0, max(channels, 2), (batch, *size), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < ignored] = IGNORE
+    return student, teacher, labels
+
+
+def values(terms):
+    return {name: value.item() for name, value in terms.named().items()}
+
+
+def gradients(student, teacher, labels, **options):
+    """Gradient of each term with respect to the student's logits."""
+    student = student.clone().requires_grad_()
+    terms = distillation_terms(student, teacher, labels, **options).named()
+    return {
+        name: torch.autograd.grad(term, student, retain_graph=True)[0]
+        for name, term in terms.items()
+    }
+
+
+def softmax(x, axis=0):
+    e = np.exp(x - x.max(axis=axis, keepdims=True))
+    return e / e.sum(axis=axis, keepdims=True)
+
+
+def probabilities(logits):
+    """Class probabilities of one pixel's logits; one logit stands for (0, z)."""
+    return softmax(np.concatenate([[0.0], logits]) if len(logits) == 1 else logits)
+
+
+def reference(student, teacher, labels, temperature, mask=None, pos_weight=1.0):
+    """The four terms pixel by pixel, from probabilities instead of logits."""
+    s, t, y = (x.double().numpy() if x.is_floating_point() else x.numpy() for x in
+               (student, teacher, labels))  # fmt: skip
+    batch, channels, height, width = s.shape
+    kl, mse, bce, dice = [], [], [], []
+    for b in range(batch):
+        overlap, areas = np.zeros(max(channels, 2)), np.zeros(max(channels, 2))
+        shown = set()
+        for i in range(height):
+            for j in range(width):
+                u, v, label = s[b, :, i, j], t[b, :, i, j], y[b, i, j]
+                if (label != IGNORE) if mask is None else mask[b, i, j]:
+                    p, q = probabilities(u / temperature), probabilities(v / temperature)
+                    kl.append(temperature**2 * np.sum(q * np.log(q / p)))
+                    shift = 0 if channels == 1 else 1
+                    mse.append(np.mean(((u - shift * u.mean()) - (v - shift * v.mean())) ** 2))
+                if label != IGNORE:
+                    p = probabilities(u)
+                    bce.append(-np.log(p[label]) * (pos_weight if label == 1 else 1.0))
+                    shown.add(int(label))
+                    areas += p
+                    areas[label] += 1
+                    overlap[label] += p[label]
+        classes = [1] if channels == 1 else sorted(shown)
+        ratios = [1 - (2 * overlap[c] + 1) / (areas[c] + 1) for c in classes]
+        dice.append(np.mean(ratios) if ratios else 0.0)
+    named = {"kl": kl, "mse": mse, "bce": bce, "dice": dice}
+    return {name: np.mean(pixels) for name, pixels in named.items()}
+
+
+@CHANNELS
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 4.0])
+def test_each_term_equals_the_formula_in_numpy(channels, temperature):
+    """A wrong divisor, a missing T² or an uncentred MSE would only shift the balance of terms."""
+    student, teacher, labels = draw(channels)
+    got = values(distillation_terms(student, teacher, labels, temperature=temperature))
+    assert list(got) == ["kl", "mse", "bce", "dice"]
+    assert got == pytest.approx(reference(student, teacher, labels, temperature), rel=1e-10)
+
+
+@CHANNELS
+def test_the_distillation_mask_moves_kl_and_mse_and_no_task_term(channels):
+    """Photographs without labels would otherwise teach nothing, or train on their padding."""
+    student, teacher, labels = draw(channels)
+    labels[0] = IGNORE
+    mask = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    got = values(distillation_terms(student, teacher, labels, temperature=2.0, distil_mask=mask))
+    assert got == pytest.approx(reference(student, teacher, labels, 2.0, mask=mask), rel=1e-10)
+    assert mask[0].any(), "the photograph without labels must take part"
+
+
+def test_pos_weight_multiplies_the_foreground_and_not_the_divisor():
+    """Dividing by the sum of weights would silently undo the weighting's scale."""
+    student, teacher, labels = draw(1)
+    got = values(distillation_terms(student, teacher, labels, temperature=1.0, pos_weight=3.0))
+    assert got == pytest.approx(reference(student, teacher, labels, 1.0, pos_weight=3.0), rel=1e-10)
+
+
+@CHANNELS
+@pytest.mark.parametrize("name", ["kl", "mse", "bce", "dice"])
+def test_gradients_agree_with_finite_differences(channels, name):
+    """A detached or re-normalised factor keeps the value right and the training wrong."""
+    student, teacher, labels = draw(channels, batch=2, size=(3, 2), scale=1.0)
+    weights = LossWeights(**{name: 1.0})
+
+    def term(logits):
+        terms = distillation_terms(logits, teacher, labels, temperature=3.0, weights=weights)
+        return getattr(terms, name)
+
+    assert torch.autograd.gradcheck(term, (student.requires_grad_(),))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 16.0])
+def test_the_binary_kl_gradient_is_the_difference_of_probabilities(temperature):
+    """The closed form T(σ(s/T) − σ(t/T))/|V|, zero where a pixel does not count."""
+    student, teacher, labels = draw(1)
+    got = gradients(student, teacher, labels, temperature=temperature)["kl"]
+    valid = (labels != IGNORE).unsqueeze(1)
+    gap = torch.sigmoid(student / temperature) - torch.sigmoid(teacher / temperature)
+    torch.testing.assert_close(got, temperature * gap * valid / valid.sum(), rtol=1e-10, atol=1e-14)
+
+
+@CHANNELS
+def test_softened_gradients_keep_their_scale_across_temperatures(channels):
+    """Without T² the KL's gradient shrinks 16-fold at T = 4 and the hard labels take over."""
+    student, teacher, labels = draw(channels, scale=1.0)
+    norms = [
+        gradients(student, teacher, labels, temperature=temperature)["kl"].norm().item()
+        for temperature in (2.0, 8.0, 32.0)
+    ]
+    assert max(norms) / min(norms) < 1.25
+
+
+def test_the_binary_kl_tends_to_an_eighth_of_the_squared_difference():
+    """It pins the absolute scale of T²·KL: the error of the limit falls with 1/T², to nothing."""
+    student, teacher, labels = draw(1, size=(100, 100), scale=1.0)
+    errors = []
+    for temperature in (4.0, 16.0, 64.0):
+        got = values(distillation_terms(student, teacher, labels, temperature=temperature))
+        errors.append(1 - got["kl"] / (got["mse"] / 8))
+    assert errors[0] < 0.02
+    assert errors[0] / errors[1] == pytest.approx(16, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(16, rel=0.05)
+
+
+@CHANNELS
+@pytest.mark.parametrize("filler", [0.0, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_what_lies_outside_the_masks_has_no_influence(channels, filler, with_mask):
+    """Padding and ignored pixels hold anything; 0 times NaN would still be NaN in a gradient."""
+    student, teacher, labels = draw(channels, dtype=torch.float32)
+    mask = labels != IGNORE
+    options = {"temperature": 2.0, "distil_mask": mask if with_mask else None}
+    before, slope = values(distillation_terms(student, teacher, labels, **options)), gradients(
+        student, teacher, labels, **options
+    )  # fmt: skip
+    outside = (~mask).unsqueeze(1).expand_as(student)
+    dirty, soiled = student.clone(), teacher.clone()
+    dirty[outside], soiled[outside] = filler, -filler
+    assert values(distillation_terms(dirty, soiled, labels, **options)) == before
+    for name, gradient in gradients(dirty, soiled, labels, **options).items():
+        assert torch.equal(gradient, slope[name]), name
+        assert not gradient[outside].any(), name
+
+
+@CHANNELS
+def test_labels_under_an_own_ignore_index_have_no_influence(channels):
+    """A hard-wired 255 would count pixels that a data set marks with another number."""
+    student, teacher, labels = draw(channels)
+    expected = values(distillation_terms(student, teacher, labels, temperature=1.0))
+    for index in (-100, 77):
+        renamed = torch.where(labels == IGNORE, index, labels)
+        got = distillation_terms(student, teacher, renamed, temperature=1.0, ignore_index=index)
+        assert values(got) == expected
+
+
+@CHANNELS
+def test_a_tiled_picture_has_the_same_loss(channels):
+    """`batchmean` on pixel maps grows fourfold each time the side of a picture doubles."""
+    student, teacher, labels = draw(channels, size=(16, 16))
+    tiled = [student.repeat(1, 1, 2, 2), teacher.repeat(1, 1, 2, 2), labels.repeat(1, 2, 2)]
+    one = values(distillation_terms(student, teacher, labels, temperature=2.0))
+    four = values(distillation_terms(*tiled, temperature=2.0))
+    for name in ("kl", "mse", "bce"):
+        assert four[name] == pytest.approx(one[name], rel=1e-10), name
+    assert four["dice"] == pytest.approx(one["dice"], abs=0.02), "ε is one pixel, whatever the size"
+
+
+def test_two_channels_equal_one_logit_where_they_should():
+    """A binary task as softmax over (0, z): the same KL and BCE, a quarter of the MSE."""
+    student, teacher, labels = draw(1)
+    pair = [torch.cat([torch.zeros_like(z), z], dim=1) for z in (student, teacher)]
+    one = values(distillation_terms(student, teacher, labels, temperature=2.0))
+    two = values(distillation_terms(*pair, labels, temperature=2.0))
+    assert two["kl"] == pytest.approx(one["kl"], rel=1e-10)
+    assert two["bce"] == pytest.approx(one["bce"], rel=1e-10)
+    assert two["mse"] == pytest.approx(one["mse"] / 4, rel=1e-10)
+
+
+def test_a_constant_on_all_channels_changes_no_softmax_term_and_every_binary_one():
+    """An MSE that sees the shift makes the student copy what no softmax can show."""
+    for channels, same in ((4, True), (1, False)):
+        student, teacher, labels = draw(channels)
+        shift = torch.randn(3, 1, 6, 5, generator=torch.Generator().manual_seed(2)).double() * 9
+        before = values(distillation_terms(student, teacher, labels, temperature=2.0))
+        after = values(distillation_terms(student + shift, teacher, labels, temperature=2.0))
+        for name in before:
+            assert (after[name] == pytest.approx(before[name], rel=1e-9)) is same, name
+
+
+@CHANNELS
+def test_dice_of_micro_batches_averages_to_that_of_the_whole(channels):
+    """A batch-wide ratio makes gradient accumulation train something else than a large batch."""
+    student, teacher, labels = draw(channels, batch=4)
+    labels[0, :3] = 0  # unequal pictures: with equal areas a batch-wide Dice nearly passes
+    labels[3] = 1
+    whole = values(distillation_terms(student, teacher, labels, temperature=1.0))["dice"]
+    parts = [
+        values(distillation_terms(student[i], teacher[i], labels[i], temperature=1.0))["dice"]
+        for i in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4))
+    ]
+    assert whole == pytest.approx(np.mean(parts), rel=1e-12)
+
+
+def test_an_empty_picture_predicted_empty_has_no_dice_loss_and_a_false_alarm_has():
+    """Without ε in the numerator a correct empty prediction would cost 1."""
+    labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    quiet, loud = torch.full((1, 1, 8, 8), -30.0), torch.full((1, 1, 8, 8), 30.0)
+    assert distillation_terms(quiet, None, labels, temperature=1.0).dice.item() < 1e-6
+    assert distillation_terms(loud, None, labels, temperature=1.0).dice.item() == pytest.approx(
+        1 - 1 / 65
+    )
+
+
+@CHANNELS
+def test_a_picture_without_valid_pixels_gives_zero_and_a_gradient_of_zero(channels):
+    """0/0 would poison the whole batch; a constant would break backward."""
+    student, teacher, labels = draw(channels)
+    labels[:] = IGNORE
+    got = distillation_terms(student, teacher, labels, temperature=2.0)
+    assert set(values(got).values()) == {0.0}
+    assert all(not g.any() for g in gradients(student, teacher, labels, temperature=2.0).values())
+
+
+@CHANNELS
+def test_a_picture_without_valid_pixels_counts_as_zero_in_the_mean_dice(channels):
+    """Dropping it from the mean would weigh the other pictures by their company."""
+    student, teacher, labels = draw(channels, batch=2)
+    alone = values(distillation_terms(student[:1], teacher[:1], labels[:1], temperature=1.0))
+    labels[1] = IGNORE
+    both = values(distillation_terms(student, teacher, labels, temperature=1.0))
+    assert both["dice"] == pytest.approx(alone["dice"] / 2, rel=1e-12)
+    assert both["bce"] == pytest.approx(alone["bce"], rel=1e-12)
+
+
+@CHANNELS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_logits_are_computed_in_fp32(channels, dtype, autocast):
+    """Summed in half precision, 10,000 pixels stop adding up: the loss freezes unnoticed."""
+    student, teacher, labels = draw(channels, size=(100, 100), dtype=dtype)
+    expected = distillation_terms(student.float(), teacher.float(), labels, temperature=4.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        got = distillation_terms(student, teacher, labels, temperature=4.0)
+    for name, value in got.named().items():
+        assert value.dtype == torch.float32
+        assert value.item() == getattr(expected, name).item(), name
+
+
+@CHANNELS
+def test_extreme_logits_stay_finite_and_are_not_clamped(channels):
+    """log(sigmoid) overflows at 90; a clamp would hide it and stop the gradient."""
+    student, teacher, labels = draw(channels, dtype=torch.float32, scale=3e3)
+    got = values(distillation_terms(student, teacher, labels, temperature=1.0))
+    assert all(math.isfinite(value) for value in got.values())
+    assert got["bce"] > 500
+    assert all(
+        g.isfinite().all() for g in gradients(student, teacher, labels, temperature=1.0).values()
+    )
+
+
+@CHANNELS
+def test_a_non_finite_valid_logit_reaches_the_loss(channels):
+    """A replaced NaN would let a diverged network train on."""
+    student, teacher, labels = draw(channels, ignored=0.0)
+    student[0, 0, 0, 0] = float("nan")
+    got = values(distillation_terms(student, teacher, labels, temperature=1.0))
+    assert all(math.isnan(value) for value in got.values())
+
+
+@CHANNELS
+def test_no_term_reads_a_value_on_the_host(channels):
+    """On the meta device a tensor has no values: `.item()`, boolean indexing and `if` fail."""
+    student, teacher, labels = (x.to("meta") for x in draw(channels))
+    mask = torch.ones(labels.shape, dtype=torch.bool, device="meta")
+    terms = distillation_terms(
+        student.requires_grad_(), teacher, labels, temperature=2.0, distil_mask=mask,
+        pos_weight=2.0 if channels == 1 else None,
+    )  # fmt: skip
+    weighted_sum(terms, LossWeights(1.0, 1.0, 1.0, 1.0)).backward()
+    assert student.grad.shape == student.shape
+
+
+def test_no_gradient_flows_into_the_teacher():
+    """A teacher that forgot `no_grad` would be trained towards its student."""
+    student, teacher, labels = draw(1)
+    teacher.requires_grad_()
+    got = distillation_terms(student.requires_grad_(), teacher, labels, temperature=2.0)
+    weighted_sum(got, LossWeights(kl=1.0, mse=1.0)).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_a_teacher_from_inference_mode_can_be_learned_from():
+    """Inference tensors may not be saved for backward: the MSE would fail at the first step."""
+    student, teacher, labels = draw(1, dtype=torch.float32)
+    with torch.inference_mode():
+        teacher = teacher * 1.0
+    got = distillation_terms(student.requires_grad_(), teacher, labels, temperature=2.0)
+    weighted_sum(got, LossWeights(kl=1.0, mse=1.0)).backward()
+    assert student.grad.any()
+
+
+def test_terms_of_weight_zero_are_not_computed(monkeypatch):
+    """They cost time and memory, and a NaN in one of them would matter."""
+    student, teacher, labels = draw(1)
+
+    def never(*_):
+        pytest.fail("computed a term of weight 0")
+
+    monkeypatch.setattr("kd_trainer.losses.terms.binary_kl", never)
+    monkeypatch.setattr("kd_trainer.losses.terms.binary_dice", never)
+    weights = LossWeights(mse=0.5, bce=0.5)
+    terms = distillation_terms(student, teacher, labels, temperature=1.0, weights=weights)
+    assert list(terms.named()) == ["mse", "bce"]
+    assert (terms.kl, terms.dice) == (None, None)
+
+
+def test_a_task_weight_of_zero_leaves_the_labels_out():
+    """Pure imitation: the labels may then hold anything."""
+    student, teacher, labels = draw(1)
+    weights = LossWeights(kl=1.0, mse=1.0, bce=1.0, dice=1.0, task=0.0)
+    terms = distillation_terms(student, teacher, labels, temperature=1.0, weights=weights)
+    assert list(terms.named()) == ["kl", "mse"]
+
+
+@CHANNELS
+def test_without_a_teacher_there_are_only_task_terms(channels):
+    """A zero KL would read as a perfect imitation in the log."""
+    student, teacher, labels = draw(channels)
+    alone = distillation_terms(student, None, labels, temperature=2.0)
+    assert (alone.kl, alone.mse) == (None, None)
+    both = values(distillation_terms(student, teacher, labels, temperature=2.0))
+    assert values(alone) == {"bce": both["bce"], "dice": both["dice"]}
+
+
+def test_the_total_is_the_recipe_s_sum():
+    """0.3·2 + 0.5·3 + 0.7·(0.5·5 + 1·7): each weight at its own term, `task` at the last two."""
+    terms = LossTerms(*(torch.tensor(x) for x in (2.0, 3.0, 5.0, 7.0)))
+    weights = LossWeights(kl=0.3, mse=0.5, bce=0.5, dice=1.0, task=0.7)
+    assert weighted_sum(terms, weights).item() == pytest.approx(0.6 + 1.5 + 0.7 * 9.5)
+    supervised = LossTerms(bce=terms.bce, dice=terms.dice)
+    assert weighted_sum(supervised, weights).item() == pytest.approx(0.7 * 9.5)
+
+
+def test_a_term_of_weight_zero_cannot_spoil_the_total():
+    """0 times infinity is NaN."""
+    terms = LossTerms(kl=torch.tensor(math.inf), bce=torch.tensor(2.0))
+    assert weighted_sum(terms, LossWeights(bce=1.0)).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("terms", "weights"),
+    [
+        (LossTerms(), LossWeights(kl=1.0)),
+        (LossTerms(bce=torch.tensor(1.0)), LossWeights(kl=1.0)),
+        (LossTerms(kl=torch.tensor(1.0)), LossWeights(kl=1.0, dice=1.0)),
+    ],
+)
+def test_a_total_of_nothing_or_without_a_wanted_task_term_is_refused(terms, weights):
+    """Training on 0, or without the labels, would run to the end and learn nothing."""
+    with pytest.raises(ValueError, match="Expected"):
+        weighted_sum(terms, weights)
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["kl", "mse", "bce", "dice", "task"])
+def test_loss_weights_are_finite_and_not_negative(name, value):
+    """A negative weight maximises the loss."""
+    with pytest.raises(ValueError, match=rf"Expected loss weight {name} >= 0, got {value}"):
+        LossWeights(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"teacher": (2, 3, 4, 4)}, ValueError, "teacher logits with 1 channels .*, got 3"),
+        ({"teacher": (2, 1, 8, 8)}, ValueError, "Resize the teacher"),
+        ({"teacher": (1, 1, 4, 4)}, ValueError, "of the student's shape"),
+        ({"teacher": (2, 4, 4)}, ValueError, "teacher logits \\(B, K, H, W\\)"),
+        ({"student": (2, 4, 4)}, ValueError, "student logits \\(B, K, H, W\\)"),
+        ({"labels": (2, 8, 8)}, ValueError, "labels of shape .*\\(2, 8, 8\\)"),
+        ({"labels": (2, 1, 4, 4)}, ValueError, "without a channel dimension"),
+        ({"mask": (2, 8, 8)}, ValueError, "distil_mask of shape"),
+        ({"label_type": torch.float32}, TypeError, "integer labels, got torch.float32"),
+        ({"label_type": torch.bool}, TypeError, "integer labels, got torch.bool"),
+        ({"mask_type": torch.uint8}, TypeError, "bool distil_mask, got torch.uint8"),
+        ({"student_type": torch.int64}, TypeError, "floating point student"),
+        ({"temperature": 0.0}, ValueError, "temperature > 0, got 0.0"),
+        ({"temperature": -1.0}, ValueError, "temperature > 0, got -1.0"),
+        ({"temperature": math.nan}, ValueError, "temperature > 0, got nan"),
+        ({"temperature": torch.tensor(2.0)}, TypeError, "Python number, got Tensor"),
+        ({"pos_weight": 0.0}, ValueError, "pos_weight > 0, got 0.0"),
+        ({"student": (2, 3, 4, 4), "teacher": (2, 3, 4, 4), "pos_weight": 2.0}, ValueError,
+         "no pos_weight for 3 logits"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(change, error, match):
+    """Broadcasting would turn most of these into a plausible number."""
+    shape = (2, 1, 4, 4)
+    student = torch.zeros(change.get("student", shape), dtype=change.get("student_type"))
+    teacher = torch.zeros(change.get("teacher", shape))
+    labels = torch.zeros(
+        change.get("labels", (2, 4, 4)), dtype=change.get("label_type", torch.int64)
+    )
+    mask = torch.ones(change.get("mask", (2, 4, 4)), dtype=change.get("mask_type", torch.bool))
+    with pytest.raises(error, match=match):
+        distillation_terms(
+            student, teacher, labels, temperature=change.get("temperature", 1.0),
+            distil_mask=mask, pos_weight=change.get("pos_weight"),
+        )  # fmt: skip
+
+
+@CHANNELS
+def test_a_class_id_beyond_the_last_fails(channels):
+    """A mask of 0 and 2 would otherwise train a binary model towards a probability of two."""
+    student, _, labels = draw(channels)
+    labels[0, 0, 0] = max(channels, 2)
+    for name in ("bce", "dice"):
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            distillation_terms(
+                student, None, labels, temperature=1.0, weights=LossWeights(**{name: 1.0})
+            )
+
+
+@CHANNELS
+def test_labels_may_be_uint8(channels):
+    """Batches carry uint8 labels; compared or multiplied as such they wrap around."""
+    student, teacher, labels = draw(channels)
+    expected = values(distillation_terms(student, teacher, labels, temperature=1.0))
+    small = labels.to(torch.uint8)
+    assert values(distillation_terms(student, teacher, small, temperature=1.0)) == expected
+
+
+def test_a_negative_ignore_index_does_not_wrap_around_in_uint8_labels():
+    """-256 is 0 in eight bits: the whole background would be ignored."""
+    student, teacher, labels = draw(1, ignored=0.0)
+    expected = values(distillation_terms(student, teacher, labels, temperature=1.0))
+    got = distillation_terms(
+        student, teacher, labels.to(torch.uint8), temperature=1.0, ignore_index=-256
+    )
+    assert values(got) == expected
