@@ -134,9 +134,7 @@ class UnfreezeSchedule:
         for name in ("start_epoch", "every", "units"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(
-                    f"Expected {name} as an integer, got {value!r}. Count whole epochs."
-                )
+                raise TypeError(f"Expected integer {name}, got {value!r}. Count whole epochs.")
             if value < 0:
                 raise ValueError(f"Expected {name} >= 0, got {value}. Use 0 for none.")
 
