@@ -49,11 +49,11 @@ def check_encoder_name(name: str) -> None:
     Raises:
         ValueError: names the nearest encoder.
     """
-    if name.startswith("tu-"):
-        if not timm.is_model(name[3:]):
-            hint = nearest_hint(name.split(".")[0], [f"tu-{model}" for model in timm.list_models()])
-            raise ValueError(f"Expected an encoder of timm after 'tu-', got {name!r}. {hint}")
-    elif name not in get_encoder_names() and not is_equivalent_to_timm_universal(name):
+    if uses_timm_loader(name):
+        if not timm.is_model(_timm_name(name)):
+            near = nearest_hint(f"tu-{_timm_name(name)}", [f"tu-{m}" for m in timm.list_models()])
+            raise ValueError(f"Expected an encoder of timm after 'tu-', got {name!r}. {near}")
+    elif name not in get_encoder_names():
         hint = nearest_hint(name, [*get_encoder_names(), *(f"tu-{m}" for m in timm.list_models())])
         raise ValueError(f"Expected an encoder of smp, got {name!r}. {hint}")
 
@@ -61,6 +61,13 @@ def check_encoder_name(name: str) -> None:
 def uses_timm_loader(encoder_name: str) -> bool:
     """Whether smp builds this encoder with `timm.create_model`, which takes further arguments."""
     return encoder_name.startswith("tu-") or is_equivalent_to_timm_universal(encoder_name)
+
+
+def _timm_name(encoder_name: str) -> str:
+    name = encoder_name.removeprefix("tu-").split(".")[0]
+    if not encoder_name.startswith("timm-"):
+        return name
+    return name.replace("timm-", "tf_" if "mobilenetv3" in name else "")  # as smp renames them
 
 
 def architecture_arguments(name: str) -> dict[str, Any]:
@@ -158,8 +165,7 @@ def _from_smp_config(config: dict[str, Any]) -> dict[str, Any]:
     known = architecture_arguments(config["_model_class"])
     extra = {key: config.pop(key) for key in list(config) if key[0] != "_" and key not in known}
     if uses_timm_loader(config["encoder_name"]):
-        name = config["encoder_name"].removeprefix("tu-").split(".")[0]
-        settings = timm.get_pretrained_cfg(name)
+        settings = timm.get_pretrained_cfg(_timm_name(config["encoder_name"]))
         # Some of timm's transformers accept one input size only, and smp does not record it.
         if settings is not None and settings.fixed_input_size:
             config["image_size"] = extra.get("img_size", settings.input_size[-1])

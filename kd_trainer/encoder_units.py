@@ -113,8 +113,9 @@ def encoder_units(model: nn.Module) -> list[EncoderUnit]:
     prefix = "encoder." if is_model else ""
     finder = getattr(model, "never_used_parameters", None)
     never_used = finder() if finder else find_never_used(model, _PROBE_SIZE)
-    inner = getattr(encoder, "model", None)
-    trunk, path = (inner, f"{prefix}model.") if isinstance(inner, nn.Module) else (encoder, prefix)
+    trunk, path = encoder, prefix
+    while isinstance(inner := getattr(trunk, "model", None), nn.Module):  # timm's own, wrapped
+        trunk, path = inner, f"{path}model."
 
     names = {id(p): prefix + n for n, p in encoder.named_parameters()}
     used = {key: name for key, name in names.items() if name not in never_used}
@@ -169,7 +170,8 @@ def _stage_numbers(trunk: nn.Module, parts: list[tuple[str, nn.Module]]) -> list
         return _numbers_by_width(parts)
     bounds = getattr(trunk, "_out_indexes", None)
     if bounds and names[0] == "features.0":  # mobilenet: a stage ends where a feature is taken
-        return [bisect_left(bounds, int(name.rpartition(".")[2])) for name in names]
+        indices = [name.removeprefix("features.") for name in names]
+        return [bisect_left(bounds, int(i)) if i.isdecimal() else None for i in indices]
     pattern = _MIX_TRANSFORMER_STAGE if "block1" in names else _STAGE
     matches = [pattern.fullmatch(name) for name in names]
     return [int(next(filter(None, m.groups()))) if m else None for m in matches]

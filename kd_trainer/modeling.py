@@ -67,6 +67,7 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         # constant buffers would be lost; the networks are small.
         with torch.device("cpu"):
             network = build_network(config)
+            check_image_size(config.image_size, network)
             self._never_used = find_never_used(network, config.image_size, config.in_channels)
         self.encoder = network.encoder
         self.decoder = network.decoder
@@ -159,7 +160,8 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         Raises:
             ValueError: if the size is not divisible by the encoder's output stride.
         """
-        if not torch.compiler.is_compiling():  # an exported graph keeps its sizes dynamic
+        # A traced or exported graph keeps its sizes dynamic.
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             check_image_size((pixel_values.shape[-2], pixel_values.shape[-1]), self)
         features = self.encoder(pixel_values)
         # A vision transformer's prefix tokens come beside its features.

@@ -17,7 +17,13 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.configuration_smp import IMAGENET_MEAN, IMAGENET_STD, default_labels
+from kd_trainer.configuration_smp import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SmpConfig,
+    architecture_class,
+    default_labels,
+)
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.weights import SUFFIXES, load_strictly, read_weights, unused_state_keys
 
@@ -170,18 +176,13 @@ def load_teacher(
     found_mean: Statistics = IMAGENET_MEAN
     found_std: Statistics = IMAGENET_STD
     if source.endswith(SUFFIXES):
-        network = _from_state_dict(source, num_labels, arch, encoder)
+        network = _from_state_dict(source, arch, encoder)
     else:
         config = _read_config(source, hub)
         network = _from_folder(source, config, trust_remote_code, hub)
         found_mean, found_std = _statistics(source, config, hub)
     labels = network.config.id2label
-    if len(labels) not in ((1, 2) if num_labels == 2 else (num_labels,)):
-        shown = ", ".join(list(labels.values())[:5]) + (", ..." if len(labels) > 5 else "")
-        raise ValueError(
-            f"Expected a teacher of {num_labels} classes, got {len(labels)} in {source!r} "
-            f"({shown}). Choose a teacher of the student's classes."
-        )
+    _check_classes(labels, num_labels, source)
     return Teacher(
         network,
         num_labels=num_labels,
@@ -194,7 +195,16 @@ def load_teacher(
     )
 
 
-def _from_state_dict(source: str, num_labels: int, arch: str | None, encoder: str | None) -> Any:
+def _check_classes(labels: dict[int, str], num_labels: int, source: str) -> None:
+    if len(labels) not in ((1, 2) if num_labels == 2 else (num_labels,)):
+        shown = ", ".join(list(labels.values())[:5]) + (", ..." if len(labels) > 5 else "")
+        raise ValueError(
+            f"Expected a teacher of {num_labels} classes, got {len(labels)} in {source!r} "
+            f"({shown}). Choose a teacher of the student's classes."
+        )
+
+
+def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
     if arch is None or encoder is None:
         raise ValueError(
             f"Expected the architecture and encoder of {source!r}, got arch={arch} and "
@@ -207,10 +217,10 @@ def _from_state_dict(source: str, num_labels: int, arch: str | None, encoder: st
             f"{len(state)} names. Save the whole model's state_dict."
         )
     channels = state[_HEAD].shape[0]
-    labels = default_labels(num_labels if channels in (1, num_labels) else channels)
-    model = SmpForSemanticSegmentation.create(
-        arch, encoder, encoder_weights="none", id2label=labels, classes=channels
+    config = SmpConfig(
+        _model_class=architecture_class(arch).__name__, encoder_name=encoder, classes=channels
     )
+    model = SmpForSemanticSegmentation(config)
     optional = unused_state_keys(model, model.never_used_parameters())
     load_strictly(model, state, source=source, optional=optional)
     return model
@@ -224,14 +234,18 @@ def _strip(name: str) -> str:
 
 
 def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    problem: Exception | None = None
+    config: dict[str, Any] = {}
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, **hub)
     except (OSError, ValueError) as error:
-        where = "in the folder" if Path(source).is_dir() else "and found no such folder or Hub id"
+        problem = error
+    if not config:
+        found = "a folder without it" if Path(source).is_dir() else "no folder and no Hub model"
         raise FileNotFoundError(
-            f"Expected a teacher's config.json, got {source!r} {where}. Give a folder, a Hub id, "
-            "or a weight file with its architecture and encoder."
-        ) from error
+            f"Expected a teacher's config.json, got {found} at {source!r}. Give a folder, a Hub id "
+            "that can be reached, or a weight file with its architecture and encoder."
+        ) from problem
     return config
 
 
@@ -240,9 +254,16 @@ def _from_folder(
 ) -> Any:
     if "_model_class" in config:
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
-    model, info = AutoModelForSemanticSegmentation.from_pretrained(
-        source, trust_remote_code=trust_remote_code, output_loading_info=True, **hub
-    )
+    try:
+        model, info = AutoModelForSemanticSegmentation.from_pretrained(
+            source, trust_remote_code=trust_remote_code, output_loading_info=True, **hub
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a semantic segmentation model in {source!r}, got model_type "
+            f"{config.get('model_type')!r}. If it brings code of its own that you trust, set "
+            "trust_remote_code."
+        ) from error
     faults = {k: sorted(info[k])[:5] for k in ("missing_keys", "unexpected_keys") if info[k]}
     if faults:
         raise ValueError(
