@@ -34,7 +34,8 @@ def image_counts(
 
     Args:
         prediction: integer (B, H, W), class ids; anything where labels are ignored.
-        labels: integer (B, H, W), class ids or `ignore_index`; others fail in an index operation.
+        labels: integer (B, H, W), class ids or `ignore_index`. Unknown ids, on either side, fail
+            in an index operation.
         num_labels: number of classes K, background included.
         ignore_index: label of the pixels that do not count.
         boundary: False leaves the boundary counts at zero, for tables that do not need them.
@@ -73,8 +74,11 @@ def image_counts(
 def _confusion(prediction: Tensor, labels: Tensor, valid: Tensor, num_labels: int) -> Tensor:
     """int64 (B, K·K); scattered, because `bincount` reads its result's size on the host."""
     pairs = num_labels * num_labels
-    # Slot 0 takes the ignored pixels; a class id beyond the last falls off the table and fails.
-    slot = torch.where(valid, 1 + labels * num_labels + prediction, 0).flatten(1)
+    # Slot 0 takes the ignored pixels. An unknown class id is sent off the table, where it fails on
+    # every device; it would otherwise count in a neighbour's cell.
+    known = (labels >= 0) & (labels < num_labels) & (prediction >= 0) & (prediction < num_labels)
+    slot = torch.where(known, 1 + labels * num_labels + prediction, pairs + 1)
+    slot = torch.where(valid, slot, 0).flatten(1)
     counts = slot.new_zeros(len(labels), pairs + 1)
     return counts.scatter_add_(1, slot, torch.ones_like(slot))[:, 1:]
 
