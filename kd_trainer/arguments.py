@@ -1,0 +1,332 @@
+"""The settings of a run, and the only place with defaults: model, data, distillation.
+
+The defaults are the recipe `rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog`; a YAML
+recipe or a flag overrides them (see `command_line`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from kd_trainer.losses import LossWeights
+from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+AUGMENTATIONS = ("heavy", "light", "none")
+PRECISIONS = ("auto", "bf16", "fp16", "no")
+
+
+def _choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"Expected --{name} to be one of {', '.join(options)}, got {value!r}.")
+
+
+def _at_least(name: str, value: float, bound: float, cure: str = "") -> None:
+    if not (math.isfinite(value) and value >= bound):
+        raise ValueError(f"Expected --{name} of at least {bound:g}, got {value!r}.{cure}")
+
+
+def help_field(default: Any, text: str) -> Any:
+    """A dataclass field whose help is shown by `--help`."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """The frozen teacher and the student that learns from it."""
+
+    teacher: str = help_field(
+        "none",
+        "Teacher: a folder, a Hub id or a checkpoint file (.pth, .safetensors; name its "
+        "architecture with --teacher_arch and --teacher_encoder). `none` trains the student alone.",
+    )
+    teacher_arch: str = help_field("unet", "Architecture of a bare teacher checkpoint.")
+    teacher_encoder: str = help_field(
+        "timm-efficientnet-b3", "Encoder of a bare teacher checkpoint."
+    )
+    teacher_image_size: int | None = help_field(
+        None, "Input side of the teacher in pixels, where it differs from the student's."
+    )
+    teacher_mean: list[float] | None = help_field(
+        None, "Mean the teacher was trained with, where it differs from the student's."
+    )
+    teacher_std: list[float] | None = help_field(None, "Standard deviation, likewise.")
+    trust_remote_code: bool = help_field(
+        False, "Run Python code that comes with a teacher from the Hub. Off unless asked for."
+    )
+    student_arch: str = help_field("unet", "Student architecture, as in smp.create_model.")
+    student_encoder: str = help_field("timm-efficientnet-b0", "Student encoder, as smp names it.")
+    encoder_weights: str = help_field(
+        "imagenet",
+        "First weights of the student's encoder: imagenet (downloads), none (random) or a file.",
+    )
+    decoder_channels: list[int] | None = help_field(
+        None, "Channels of the student's decoder blocks, deepest first (fewer are faster)."
+    )
+    student: str | None = help_field(
+        None, "A saved student (folder or Hub id) to go on from, instead of a new one."
+    )
+
+    def __post_init__(self) -> None:
+        if (self.teacher_mean is None) != (self.teacher_std is None):
+            raise ValueError(
+                "Expected --teacher_mean and --teacher_std together, got only one. Give both."
+            )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is named."""
+        return self.teacher.lower() != "none"
+
+
+@dataclass
+class DataArguments:
+    """Where images and masks come from, and what happens to them."""
+
+    dataset: str = help_field(
+        "",
+        "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
+        "parquet file or folder, Hub id, or `synthetic`.",
+    )
+    train_split: str = help_field("train", "Name of the split to train on.")
+    eval_split: str = help_field("validation", "Name of the split to evaluate on.")
+    image_folder: str = help_field("images", "Folder of the photographs inside a split.")
+    mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
+    category: str | None = help_field(None, "COCO: the category that is the foreground.")
+    image_column: str = help_field("image", "Column of the photographs (parquet, Hub).")
+    mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
+    num_labels: int = help_field(
+        2, "Classes with the background; 2 is a binary task with one logit."
+    )
+    class_names: list[str] | None = help_field(
+        None, "Names of the classes, background first (binary default: background person)."
+    )
+    mask_values: list[int] | None = help_field(
+        None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
+    )
+    ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
+    unlabelled: str | None = help_field(
+        None, "Folder of photographs without masks, used by the distillation terms only."
+    )
+    streaming: bool = help_field(False, "Stream the data instead of indexing it.")
+    image_size: int = help_field(640, "Side of the square network input in pixels.")
+    augmentation: str = help_field("heavy", "heavy, light or none.")
+    brightness_contrast_probability: float = help_field(
+        0.8, "Probability of the brightness/CLAHE/gamma group of the heavy augmentation."
+    )
+    synthetic_train: int = help_field(480, "Pictures drawn for training (dataset `synthetic`).")
+    synthetic_eval: int = help_field(120, "Pictures drawn for evaluation, likewise.")
+    max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
+    max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
+
+    def __post_init__(self) -> None:
+        _choice("augmentation", self.augmentation, AUGMENTATIONS)
+        _at_least("image_size", self.image_size, 32)
+        if self.num_labels < 2:
+            raise ValueError(
+                f"Expected --num_labels of at least 2 (background and foreground), got "
+                f"{self.num_labels}. A binary task has 2 labels and one logit."
+            )
+        if self.class_names is not None and len(self.class_names) != self.num_labels:
+            raise ValueError(
+                f"Expected {self.num_labels} --class_names (one per label, background first), got "
+                f"{len(self.class_names)}: {' '.join(self.class_names)}."
+            )
+        if not 0 <= self.brightness_contrast_probability <= 1:
+            raise ValueError(
+                "Expected --brightness_contrast_probability between 0 and 1, got "
+                f"{self.brightness_contrast_probability}."
+            )
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of every class; class 0 is the background."""
+        if self.class_names is not None:
+            return dict(enumerate(self.class_names))
+        if self.num_labels == 2:
+            return {0: "background", 1: "person"}
+        return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the recipe's defaults and the distillation's fields."""
+
+    # --- the loss -------------------------------------------------------------------------------
+    kl_weight: float = help_field(0.3, "Weight of the temperature-scaled KL.")
+    mse_weight: float = help_field(0.5, "Weight of the MSE between logits.")
+    bce_weight: float = help_field(0.5, "Weight of the BCE (cross entropy for several classes).")
+    dice_weight: float = help_field(1.0, "Weight of the Dice loss.")
+    task_weight: float = help_field(1.0, "Common factor of BCE and Dice.")
+    pos_weight: float | None = help_field(None, "Weight of the foreground in a binary BCE.")
+    # --- temperature ----------------------------------------------------------------------------
+    temperature_schedule: str = help_field(
+        "cosine", "cosine, linear, exponential, constant or piecewise."
+    )
+    temperature_start: float = help_field(4.0, "Temperature of the first epoch.")
+    temperature_end: float = help_field(1.0, "Temperature of the last epoch.")
+    temperature_points: list[str] | None = help_field(
+        None, "Piecewise schedule: EPOCH:TEMPERATURE pairs, epochs from 0 to the last one."
+    )
+    temperature_per: str = help_field("epoch", "Move the temperature each `epoch` or each `step`.")
+    # --- staged unfreezing ----------------------------------------------------------------------
+    unfreeze_start_epoch: int = help_field(
+        5, "Epoch index at which the deepest encoder unit is freed."
+    )
+    unfreeze_every: int = help_field(
+        3, "Epochs from one encoder unit to the next; 0 frees all at the start epoch."
+    )
+    unfreeze_warmup_epochs: float = help_field(
+        0.0, "Linear ramp of a unit's learning rate after it is freed, in epochs."
+    )
+    # --- learning rates -------------------------------------------------------------------------
+    learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
+    encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
+    min_learning_rate: float = help_field(1e-6, "Where the cosine ends (encoder: its share of it).")
+    warmup_epochs: float = help_field(5.0, "Linear warm-up in epochs.")
+    weight_decay: float = help_field(1e-4, "AdamW weight decay (none on one-dimensional weights).")
+    max_grad_norm: float = help_field(5.0, "Gradient clipping over all trainable parameters.")
+    lr_scheduler_type: str = help_field("cosine", "Only cosine.")
+    # --- the run --------------------------------------------------------------------------------
+    output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
+    num_train_epochs: float = help_field(50, "Epochs.")
+    per_device_train_batch_size: int = help_field(4, "Images per step and device.")
+    per_device_eval_batch_size: int = help_field(4, "Images per evaluation step and device.")
+    mixed_precision: str = help_field(
+        "", "bf16, fp16 or no; without a value (auto) bf16 where it runs, else fp16."
+    )
+    resume: str | None = help_field(
+        None, "Go on from a checkpoint; without a value from the newest one in the output folder."
+    )
+    panel_images: int = help_field(4, "Pictures in the panel drawn at each evaluation; 0 = none.")
+    eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
+    save_strategy: str = help_field("epoch", "Save each epoch, every --save_steps, or no.")
+    save_total_limit: int | None = help_field(2, "Checkpoints kept (the best is among them).")
+    logging_steps: float = help_field(10, "Log every so many updates.")
+    load_best_model_at_end: bool = help_field(True, "Keep the student of the best evaluation.")
+    metric_for_best_model: str | None = help_field("miou", "What `best` means.")
+    greater_is_better: bool | None = help_field(True, "Whether more of it is better.")
+    report_to: str | list[str] | None = help_field("tensorboard", "tensorboard, none, wandb, ...")
+    # --- what the Trainer must not do behind our back (each a silent trap of the stock default) -
+    logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
+    remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
+    dataloader_drop_last: bool = help_field(True, "A short last batch would shift the mean loss.")
+    label_names: list[str] | None = help_field(None, "Set to `labels`.")
+    # Units are frozen after the DDP wrap, so unused gradients are expected.
+    ddp_find_unused_parameters: bool | None = help_field(True, "Needed by staged unfreezing.")
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            self.output_dir = "runs/distillation"
+        self._check_schedules()
+        self._set_precision()
+        if self.data_seed is None:
+            self.data_seed = self.seed  # else the order of the data depends on torch's global RNG
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        if self.eval_strategy == "no" or self.save_strategy == "no":
+            self.load_best_model_at_end = False
+        wanted = self.mixed_precision
+        super().__post_init__()
+        # The flag wins over the accelerate configuration, which arrives through the environment.
+        self.mixed_precision = wanted or self.mixed_precision
+        if self.unfreeze_start_epoch > 0 or self.unfreeze_every > 0:
+            self._check_staged()
+
+    def _check_schedules(self) -> None:
+        self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
+        self.temperature  # noqa: B018
+        _choice("temperature_per", self.temperature_per, ("epoch", "step"))
+        for name in (
+            "encoder_lr_scale",
+            "min_learning_rate",
+            "warmup_epochs",
+            "unfreeze_warmup_epochs",
+            "unfreeze_start_epoch",
+            "unfreeze_every",
+        ):
+            _at_least(name, getattr(self, name), 0)
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"Expected --min_learning_rate of at most the learning rate {self.learning_rate:g},"
+                f" got {self.min_learning_rate:g}."
+            )
+        if self.lr_scheduler_type != "cosine" or self.warmup_steps:
+            raise ValueError(
+                "Expected the cosine schedule with --warmup_epochs, got --lr_scheduler_type "
+                f"{self.lr_scheduler_type} and --warmup_steps {self.warmup_steps}. The learning "
+                "rates are set by --learning_rate, --min_learning_rate and --warmup_epochs."
+            )
+
+    def _set_precision(self) -> None:
+        if not self.mixed_precision:
+            return  # what the accelerate configuration says
+        _choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        if self.mixed_precision == "auto":
+            # A CPU always computes bf16, if not always faster; its fp16 would silently be fp32.
+            bf16 = on_cpu or torch.cuda.is_bf16_supported(including_emulation=False)
+            self.mixed_precision = "bf16" if bf16 else "fp16"
+        if self.mixed_precision == "fp16" and on_cpu:
+            raise ValueError(
+                "Expected --mixed_precision bf16 or no on a CPU, got fp16, which would run in "
+                "fp32. Use bf16."
+            )
+        self.use_cpu = on_cpu  # the Trainer refuses bf16 on a CPU that was not asked for
+        self.bf16 = self.mixed_precision == "bf16"
+        self.fp16 = self.mixed_precision == "fp16"
+
+    def _check_staged(self) -> None:
+        if self.deepspeed is not None:
+            raise ValueError(
+                "Expected DDP or one process with staged unfreezing, got DeepSpeed, which ignores "
+                "parameters that are frozen when it starts. Leave --deepspeed out, or free all "
+                "units from the start with --unfreeze_start_epoch 0 --unfreeze_every 0."
+            )
+        if self.ddp_static_graph or self.ddp_find_unused_parameters is False:
+            raise ValueError(
+                "Expected --ddp_find_unused_parameters true and no --ddp_static_graph with staged "
+                "unfreezing, got otherwise: the graph changes when a unit is freed. Leave both out."
+            )
+
+    @property
+    def loss_weights(self) -> LossWeights:
+        """Weights of the loss terms."""
+        return LossWeights(
+            kl=self.kl_weight,
+            mse=self.mse_weight,
+            bce=self.bce_weight,
+            dice=self.dice_weight,
+            task=self.task_weight,
+        )
+
+    @property
+    def temperature(self) -> TemperatureSchedule:
+        """Temperature as a function of the run's progress."""
+        points = tuple(_point(p) for p in self.temperature_points or ())
+        start, end = self.temperature_start, self.temperature_end
+        if self.temperature_schedule == "piecewise" and points:
+            start, end = points[0][1], points[-1][1]
+        return TemperatureSchedule(self.temperature_schedule, start, end, points)
+
+    def unfreezing(self, units: int) -> UnfreezeSchedule:
+        """When each of `units` encoder units is freed."""
+        return UnfreezeSchedule(self.unfreeze_start_epoch, self.unfreeze_every, units)
+
+
+def _point(text: str) -> tuple[float, float]:
+    epoch, separator, temperature = str(text).partition(":")
+    try:
+        return float(epoch), float(temperature) if separator else math.nan
+    except ValueError:
+        raise ValueError(
+            f"Expected --temperature_points like 0:4.0 10:2.0 49:1.0, got {text!r}."
+        ) from None

@@ -1,0 +1,192 @@
+"""Recipes and flags: a YAML file sets defaults, flags override, an unknown name is an error."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.fields import add_fields, closest, convert, hints_of
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
+ALIASES = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+}
+# A flag given without a value means this.
+WITHOUT_VALUE = {"mixed_precision": "auto", "resume": "latest"}
+# Fields of transformers.TrainingArguments worth a line in --help; all the others work too.
+SHOWN = frozenset(
+    {
+        "max_steps",
+        "gradient_accumulation_steps",
+        "seed",
+        "dataloader_num_workers",
+        "eval_steps",
+        "save_steps",
+        "use_cpu",
+        "torch_compile",
+    }
+)
+_CLASSES = (ModelArguments, DataArguments, DistillationArguments)
+_SECRET = frozenset({"hub_token"})
+
+
+@dataclasses.dataclass
+class RunArguments:
+    """The settings of one run."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: DistillationArguments
+    dry_run: bool = False
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting a recipe can hold; the Trainer's own only where they were changed."""
+        values = dataclasses.asdict(self.model) | dataclasses.asdict(self.data)
+        for field in dataclasses.fields(self.training):
+            value = getattr(self.training, field.name)
+            value = value.value if isinstance(value, Enum) else value
+            if field.init and (field.name in own_fields() or value != field.default):
+                values[field.name] = value
+        return {k: v for k, v in values.items() if k not in _SECRET and _is_plain(v)}
+
+
+def own_fields() -> frozenset[str]:
+    """Fields that DistillationArguments adds or gives a default of its own."""
+    return frozenset(DistillationArguments.__annotations__)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool | list)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """Settings of a recipe, by the name of one of ours or the path of a YAML file.
+
+    Raises:
+        FileNotFoundError: if there is neither; names the nearest recipe.
+        ValueError: if the file is not a mapping, or has an unknown key.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected a recipe ({', '.join(recipe_names())}) or a YAML file, got {name_or_path}."
+            f"{closest(name_or_path, recipe_names())}"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected YAML in {path}, got: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"Expected `name: value` lines in {path}, got {type(values).__name__}.")
+    known = hints_of(_CLASSES)
+    settings = {}
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        if name not in known:
+            raise ValueError(
+                f"Expected known fields in {path.name}, got {key!r}."
+                f"{closest(str(key), [*known, *ALIASES])}"
+            )
+        settings[name] = convert(key, value, known[name])
+    return settings
+
+
+def build(settings: dict[str, Any], *, dry_run: bool = False) -> RunArguments:
+    """The three dataclasses from one flat mapping of settings."""
+
+    def part(cls: type) -> dict[str, Any]:
+        names = {f.name for f in dataclasses.fields(cls) if f.init}
+        return {k: v for k, v in settings.items() if k in names}
+
+    return RunArguments(
+        ModelArguments(**part(ModelArguments)),
+        DataArguments(**part(DataArguments)),
+        DistillationArguments(**part(DistillationArguments)),
+        dry_run=dry_run,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of scripts/train.py."""
+    result = argparse.ArgumentParser(
+        prog="train.py",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Distil a large segmentation teacher into a small student.",
+        epilog=f"Recipes: {', '.join(recipe_names())}.\n"
+        "Every other field of transformers.TrainingArguments is a flag too.\n\n"
+        "Examples:\n"
+        "  train.py --dataset photos/ --teacher none --output_dir runs/teacher "
+        "--student_encoder timm-efficientnet-b3\n"
+        "  train.py --dataset photos/ --teacher runs/teacher/student --dry_run\n"
+        "  train.py --dataset photos/ --teacher runs/teacher/student --epochs 50 "
+        "--mixed_precision",
+    )
+    result.add_argument(
+        "--config",
+        default=DEFAULT_RECIPE,
+        metavar="NAME_OR_YAML",
+        help="Recipe that sets the defaults (default: %(default)s).",
+    )
+    result.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
+    add_fields(result, ModelArguments, title="teacher and student")
+    add_fields(result, DataArguments, title="data")
+    add_fields(
+        result,
+        DistillationArguments,
+        title="training",
+        aliases=ALIASES,
+        without_value=WITHOUT_VALUE,
+        shown=own_fields() | SHOWN,
+    )
+    return result
+
+
+def given_flags(
+    from_parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> dict[str, Any]:
+    """Flags as text, by field; an unknown one is an error that names the nearest.
+
+    Raises:
+        ValueError: on an unknown flag.
+    """
+    namespace, unknown = from_parser.parse_known_args(arguments)
+    if unknown:
+        flag = next((u for u in unknown if u.startswith("-")), unknown[0])
+        known = [o.lstrip("-") for a in from_parser._actions for o in a.option_strings]
+        raise ValueError(
+            f"Expected known flags, got {flag}.{closest(flag.split('=')[0].lstrip('-'), known)}"
+        )
+    return vars(namespace)
+
+
+def parse(arguments: Sequence[str] | None = None) -> RunArguments:
+    """Recipe, then flags.
+
+    Raises:
+        ValueError: on an unknown flag (names the nearest) or a value of the wrong type.
+    """
+    given = given_flags(parser(), arguments)
+    config, dry_run = given.pop("config"), given.pop("dry_run")
+    hints = hints_of(_CLASSES)
+    settings = load_recipe(config)
+    settings |= {name: convert(name, value, hints[name]) for name, value in given.items()}
+    settings.setdefault("output_dir", f"runs/{Path(config).stem}")
+    return build(settings, dry_run=dry_run)

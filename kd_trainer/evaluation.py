@@ -1,0 +1,117 @@
+"""From logits to figures: one row of counts an image, summed over the data set, ratios last.
+
+The rows are what processes exchange, so the figures depend neither on their number nor on the
+batch size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_trainer.losses import LossWeights, distillation_terms, weighted_sum
+from kd_trainer.metrics import SegmentationCounts, image_counts
+from kd_trainer.modeling import SmpForSemanticSegmentation
+
+TERMS = ("kl", "mse", "bce", "dice")
+
+
+def labels_of(model: SmpForSemanticSegmentation) -> dict[int, str]:
+    """Name of each class of a model, background first."""
+    return {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+
+
+def classes_of(raw_logits: Tensor) -> Tensor:
+    """Class of each pixel, (B, H, W) int64, from raw logits (B, K, H, W).
+
+    One logit is foreground above 0 (a probability above one half); several take the largest.
+    """
+    if raw_logits.shape[1] == 1:
+        return (raw_logits[:, 0] > 0).long()
+    return raw_logits.argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What an evaluation needs to know beside the logits."""
+
+    num_labels: int
+    ignore_index: int
+    weights: LossWeights
+    pos_weight: float | None = None
+
+
+def student_rows(raw_logits: Tensor, labels: Tensor, settings: EvaluationSettings) -> Tensor:
+    """Counts of a prediction against the labels, int64 (B, C), one row an image."""
+    return image_counts(
+        classes_of(raw_logits),
+        labels.long(),
+        settings.num_labels,
+        ignore_index=settings.ignore_index,
+    )
+
+
+def agreement_rows(
+    student: Tensor, teacher: Tensor, labels: Tensor, settings: EvaluationSettings
+) -> Tensor:
+    """Counts of the student's classes against the teacher's on the valid pixels, int64 (B, C)."""
+    teacher_classes = classes_of(teacher)
+    teacher_classes[labels.long() == settings.ignore_index] = settings.ignore_index
+    return image_counts(
+        classes_of(student),
+        teacher_classes,
+        settings.num_labels,
+        ignore_index=settings.ignore_index,
+        boundary=False,
+    )
+
+
+def term_rows(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, settings: EvaluationSettings
+) -> Tensor:
+    """Loss terms of each image at temperature 1, float64 (B, 5): kl, mse, bce, dice, total.
+
+    A term that is not computed is NaN. Image by image, so that the mean over the set does not
+    depend on how it was batched.
+    """
+    rows = torch.full((len(student), len(TERMS) + 1), torch.nan, dtype=torch.float64)
+    rows = rows.to(student.device)
+    for index in range(len(student)):
+        one = slice(index, index + 1)
+        terms = distillation_terms(
+            student[one],
+            None if teacher is None else teacher[one],
+            labels[one].long(),
+            temperature=1.0,
+            ignore_index=settings.ignore_index,
+            weights=settings.weights,
+            pos_weight=settings.pos_weight,
+        )
+        for name, value in terms.named().items():
+            rows[index, TERMS.index(name)] = value
+        rows[index, -1] = weighted_sum(terms, settings.weights)
+    return rows
+
+
+def figures_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
+    """Metrics of a data set from its rows of counts (N, C)."""
+    return SegmentationCounts.zero(len(id2label)).add(rows).metrics(id2label)
+
+
+def agreement_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
+    """Share of valid pixels on which student and teacher agree, and their mutual mIoU."""
+    figures = figures_of(rows, id2label)
+    return {"agreement": figures["pixel_accuracy"], "agreement_miou": figures["miou"]}
+
+
+def terms_of(rows: np.ndarray) -> dict[str, float]:
+    """Mean of each computed term over the images, and `loss`, their weighted sum.
+
+    The Dice term is called `dice_loss`, because `dice` is a metric.
+    """
+    names = ["dice_loss" if name == "dice" else name for name in TERMS]
+    named = dict(zip((*names, "loss"), rows.mean(axis=0).tolist(), strict=True))
+    return {name: value for name, value in named.items() if not np.isnan(value)}

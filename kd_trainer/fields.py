@@ -1,0 +1,138 @@
+"""Dataclass fields as flags and as YAML values: one conversion for both."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Union
+
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def hints_of(classes: Sequence[type]) -> dict[str, Any]:
+    """Resolved type of every field of these dataclasses; the first class that has a name wins."""
+    hints: dict[str, Any] = {}
+    for cls in reversed(classes):
+        resolved = typing.get_type_hints(cls)
+        hints |= {f.name: resolved[f.name] for f in dataclasses.fields(cls) if f.init}
+    return hints
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean ...?`, or nothing if no name is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` (text from a flag, or what YAML made of it) as the type of the field.
+
+    Raises:
+        ValueError: if it cannot be one; names the field and the wanted type.
+    """
+    options = _options(hint)
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "")):
+        if type(None) in options:
+            return None
+        raise ValueError(f"Expected a value for --{name}, got none.")
+    for option in options:
+        try:
+            return _convert_to(value, option)
+        except (TypeError, ValueError, KeyError):
+            continue
+    wanted = " or ".join(_type_name(o) for o in options if o is not type(None))
+    raise ValueError(f"Expected --{name} to be {wanted}, got {value!r}.")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (Union, types.UnionType)
+    options = typing.get_args(hint) if union else (hint,)
+    # Text accepts everything, so it comes last; None has been dealt with.
+    return tuple(sorted(options, key=lambda o: (o is str, o is type(None))))
+
+
+def _type_name(option: Any) -> str:
+    if typing.get_origin(option) is list:
+        return f"a list of {_type_name(typing.get_args(option)[0])}s"
+    words = {bool: "true or false", int: "whole number", float: "number", str: "word"}
+    return words.get(option, getattr(option, "__name__", str(option)))
+
+
+def _convert_to(value: Any, option: Any) -> Any:
+    origin = typing.get_origin(option) or option
+    if origin is list:
+        items = value if isinstance(value, list) else str(value).replace(",", " ").split()
+        return [_convert_to(item, typing.get_args(option)[0]) for item in items]
+    if origin is dict:
+        return json.loads(value) if isinstance(value, str) else dict(value)
+    if isinstance(value, list):
+        raise TypeError
+    if option is bool:
+        return value if isinstance(value, bool) else _WORDS[str(value).lower()]
+    if isinstance(value, bool) and option in (int, float):
+        raise TypeError
+    if option is int:
+        if float(value) != int(float(value)):
+            raise ValueError
+        return int(float(value))
+    if option in (float, str):
+        return option(value)
+    raise TypeError
+
+
+def add_fields(
+    parser: argparse.ArgumentParser,
+    cls: type,
+    *,
+    title: str,
+    aliases: Mapping[str, str] | None = None,
+    without_value: Mapping[str, str] | None = None,
+    shown: Collection[str] | None = None,
+) -> None:
+    """A flag for each field of a dataclass; nothing is set for a flag that is not given.
+
+    Args:
+        parser: gets the flags, in a group called `title`.
+        cls: the dataclass.
+        title: heading in the help.
+        aliases: further names, as {alias: field}.
+        without_value: what a flag given without a value means, as {field: text}.
+        shown: fields with a line in the help (default: all).
+    """
+    hints, group = hints_of([cls]), parser.add_argument_group(title)
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        options = _options(hints[field.name])
+        const = (without_value or {}).get(field.name, "true" if bool in options else None)
+        many = any(typing.get_origin(o) is list for o in options)
+        names = [a for a, target in (aliases or {}).items() if target == field.name]
+        group.add_argument(
+            f"--{field.name}",
+            *(f"--{name}" for name in names),
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            nargs="+" if many else "?" if const is not None else None,
+            const=const,
+            metavar=_metavar(options),
+            help=_help(field) if shown is None or field.name in shown else argparse.SUPPRESS,
+        )
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    about = str(field.metadata.get("help", "")).split("\n\n")[0]
+    about = " ".join(about.split()).replace("%", "%%")
+    has_default = field.default is not dataclasses.MISSING and field.default not in (None, "")
+    return f"{about} [{field.default}]" if has_default else about
+
+
+def _metavar(options: Sequence[Any]) -> str:
+    first = options[0]
+    if typing.get_origin(first) is list:
+        return _metavar(typing.get_args(first))
+    return {bool: "BOOL", int: "INT", float: "FLOAT"}.get(first, "TEXT")

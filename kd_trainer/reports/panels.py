@@ -1,0 +1,137 @@
+"""Panels: image, truth, teacher, student and errors side by side, one row an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Picture = np.ndarray
+"""uint8 (H, W, 3)."""
+
+# Okabe and Ito's colours, told apart with every kind of colour vision; class 0 stays untinted.
+CLASS_COLOURS = np.array(
+    [
+        (0, 0, 0),
+        (0, 158, 115),
+        (230, 159, 0),
+        (86, 180, 233),
+        (240, 228, 66),
+        (0, 114, 178),
+        (213, 94, 0),
+        (204, 121, 167),
+        (150, 150, 150),
+    ],
+    dtype=np.uint8,
+)
+FALSE_POSITIVE = (230, 80, 0)
+FALSE_NEGATIVE = (0, 114, 218)
+IGNORED = (128, 128, 128)
+_HEADER = 18
+_GAP = 4
+
+
+def class_colours(num_labels: int) -> np.ndarray:
+    """Colours of the classes, uint8 (num_labels, 3); they repeat after eight foreground classes."""
+    index = np.arange(num_labels)
+    repeated = np.where(index == 0, 0, (index - 1) % (len(CLASS_COLOURS) - 1) + 1)
+    return CLASS_COLOURS[repeated]
+
+
+def overlay(image: Picture, mask: np.ndarray, *, num_labels: int, opacity: float = 0.55) -> Picture:
+    """The image with its classes tinted.
+
+    Args:
+        image: uint8 (H, W, 3).
+        mask: class ids (H, W); ids outside 0..num_labels-1 (ignored pixels) turn grey.
+        num_labels: number of classes, background first.
+        opacity: share of the colour, 0 to 1.
+    """
+    known = (mask >= 0) & (mask < num_labels)
+    colours = class_colours(num_labels)[np.where(known, mask, 0)]
+    colours[~known] = IGNORED
+    tinted = (image * (1 - opacity) + colours * opacity).astype(np.uint8)
+    return np.where(((mask != 0) | ~known)[..., None], tinted, image)
+
+
+def error_map(
+    image: Picture, truth: np.ndarray, prediction: np.ndarray, *, ignore_index: int
+) -> Picture:
+    """A grey image with wrong pixels in colour: orange where too much was found, blue where missed.
+
+    For several classes a foreground pixel of the wrong class counts as too much.
+    """
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.6 + 80
+    valid = truth != ignore_index
+    grey[valid & (prediction != truth) & (prediction != 0)] = FALSE_POSITIVE
+    grey[valid & (truth != 0) & (prediction == 0)] = FALSE_NEGATIVE
+    grey[~valid] = IGNORED
+    return grey.astype(np.uint8)
+
+
+def panel(rows: Sequence[Sequence[Picture]], titles: Sequence[str], *, side: int = 192) -> Picture:
+    """Pictures in a grid under column titles.
+
+    Args:
+        rows: one sequence of pictures an image, as many as there are titles.
+        titles: heading of each column.
+        side: width of a cell in pixels; the height follows the picture.
+
+    Returns:
+        uint8 (H, W, 3).
+    """
+    cells = [[_fit(picture, side) for picture in row] for row in rows]
+    heights = [max(cell.height for cell in row) for row in cells]
+    width = len(titles) * (side + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, _HEADER + sum(heights) + _GAP * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((_GAP + column * (side + _GAP) + 2, 3), title, fill="black")
+    top = _HEADER
+    for row, height in zip(cells, heights, strict=True):
+        for column, cell in enumerate(row):
+            sheet.paste(cell, (_GAP + column * (side + _GAP), top))
+        top += height + _GAP
+    return np.asarray(sheet)
+
+
+def comparison_panel(
+    images: np.ndarray,
+    truth: np.ndarray,
+    teacher: np.ndarray | None,
+    student: np.ndarray,
+    *,
+    num_labels: int,
+    ignore_index: int,
+) -> Picture:
+    """Image, truth, teacher (if any), student and errors; one row an image.
+
+    Args:
+        images: uint8 (B, H, W, 3).
+        truth: class ids (B, H, W).
+        teacher: class ids (B, H, W) or None.
+        student: class ids (B, H, W).
+        num_labels: number of classes.
+        ignore_index: id of the pixels that count nowhere.
+    """
+    masks = {"truth": truth, "teacher": teacher, "student": student}
+    shown = {title: mask for title, mask in masks.items() if mask is not None}
+    rows = []
+    for i, image in enumerate(images):
+        tinted = [overlay(image, mask[i], num_labels=num_labels) for mask in shown.values()]
+        errors = error_map(image, truth[i], student[i], ignore_index=ignore_index)
+        rows.append([image, *tinted, errors])
+    return panel(rows, ["image", *shown, "errors (orange: too much, blue: missed)"])
+
+
+def _fit(picture: Picture, side: int) -> Image.Image:
+    image = Image.fromarray(picture)
+    return image.resize((side, max(1, round(side * image.height / image.width))))
+
+
+def save_picture(picture: Picture, path: Path) -> None:
+    """Write a picture, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)

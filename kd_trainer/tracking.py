@@ -1,0 +1,84 @@
+"""Sums of the loss terms between two logs, on the device: one transfer a log, not one a step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from kd_trainer.losses import LossTerms, LossWeights
+
+
+class TermSums:
+    """Running sums of the named terms, and each term's share of the gradient at the logits.
+
+    The share of term i is `|w_i g_i| / sum_j |w_j g_j|`, with g_i the gradient of the term at the
+    student's logits. It is measured once between two logs and says which term steers: a term may
+    be a small part of the loss and most of its gradient, or the other way round.
+    """
+
+    def __init__(self, weights: LossWeights) -> None:
+        self.weights = weights.effective()
+        self.sums: dict[str, Tensor] = {}
+        self.shares: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, terms: LossTerms, logits: Tensor) -> None:
+        """Add the terms of one micro-batch; no host sync."""
+        named = terms.named()
+        if not self.shares and logits.requires_grad:
+            self.shares = self._gradient_norms(named, logits)
+        for name, value in named.items():
+            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
+        self.count += 1
+
+    def _gradient_norms(self, named: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+        norms = {}
+        for name, value in named.items():
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+                norms[name] = self.weights[name] * gradient.float().norm()
+        return norms
+
+    def check_finite(self, step: int) -> None:
+        """Raise if a sum is not finite.
+
+        Raises:
+            FloatingPointError: naming the term.
+        """
+        for name, value in zip(self.sums, self._host(list(self.sums.values())), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"Expected finite loss terms, got {name} = {value} at update {step}. Nothing "
+                    "was saved after it. Look for extreme logits of the teacher or student, or "
+                    "lower the learning rate or the weight of this term."
+                )
+
+    def drain(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means over micro-batches and processes since the last call, and the gradient shares."""
+        if not self.count:
+            return {}
+        names = list(self.sums)
+        count = torch.tensor(float(self.count), device=accelerator.device)
+        flat = torch.stack([*(self.sums[n].float() for n in names), count])
+        *sums, total = self._host_list(accelerator.reduce(flat, reduction="sum"))
+        result = {name: value / total for name, value in zip(names, sums, strict=True)}
+        norms = self._host(list(self.shares.values()))
+        whole = sum(norms)
+        if whole > 0:
+            result |= {
+                f"grad_share/{name}": norm / whole
+                for name, norm in zip(self.shares, norms, strict=True)
+            }
+        self.sums, self.shares, self.count = {}, {}, 0
+        return result
+
+    @staticmethod
+    def _host(values: list[Tensor]) -> list[float]:
+        return TermSums._host_list(torch.stack(values)) if values else []
+
+    @staticmethod
+    def _host_list(values: Tensor) -> list[float]:
+        return [float(v) for v in values.tolist()]

@@ -1,0 +1,316 @@
+"""`DistillationTrainer`: a transformers Trainer whose loss asks a frozen teacher.
+
+It overrides what distillation needs and nothing else: the loss, the optimizer's groups, the
+learning rates, the evaluation step, and what is logged.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.callbacks import DatasetEpoch, EvaluationPanels, ProgressiveUnfreezing
+from kd_trainer.data import collate
+from kd_trainer.evaluation import (
+    EvaluationSettings,
+    agreement_of,
+    agreement_rows,
+    classes_of,
+    figures_of,
+    labels_of,
+    student_rows,
+    term_rows,
+    terms_of,
+)
+from kd_trainer.losses import distillation_terms, weighted_sum
+from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units, parameter_counts
+from kd_trainer.optim import parameter_groups
+from kd_trainer.reports.panels import comparison_panel
+from kd_trainer.teacher import Teacher
+from kd_trainer.timetable import Timetable
+from kd_trainer.tracking import TermSums
+
+Batch = dict[str, Any]
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
+
+    Args:
+        model: the student.
+        args: the run's arguments.
+        teacher: frozen network whose logits the student follows; None trains without one, and the
+            weights of `kl` and `mse` are then 0.
+        train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
+            samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W)).
+        eval_dataset: the same for evaluation.
+        ignore_index: label of the pixels that count nowhere.
+        callbacks: more callbacks, after ours.
+        kwargs: anything else `transformers.Trainer` takes.
+    """
+
+    # The loss is a mean per micro-batch: the Trainer divides it by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    model: SmpForSemanticSegmentation
+    args: DistillationArguments
+
+    def __init__(
+        self,
+        model: SmpForSemanticSegmentation,
+        args: DistillationArguments,
+        *,
+        teacher: Teacher | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        ignore_index: int = 255,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        weights = args.loss_weights
+        self.loss_weights = weights if teacher is not None else replace(weights, kl=0.0, mse=0.0)
+        self.id2label = labels_of(model)
+        self.settings = EvaluationSettings(
+            len(self.id2label), ignore_index, self.loss_weights, args.pos_weight
+        )
+        self.tracked = TermSums(self.loss_weights)
+        self._teacher_figures: tuple[Any, dict[str, float]] | None = None
+        self.timetable = Timetable(args, len(encoder_units(model)), args.num_train_epochs)
+        unfreezing = ProgressiveUnfreezing(self.timetable.unfreezing)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=kwargs.pop("data_collator", collate),
+            compute_metrics=self._figures,
+            callbacks=[unfreezing, DatasetEpoch(), *(callbacks or [])],
+            **kwargs,
+        )
+        network: nn.Module = model
+        network.to(memory_format=torch.channels_last)
+        # A plain attribute: inside the student the teacher would be saved, trained and counted.
+        self.teacher = None if teacher is None else teacher.to(args.device)
+        shape = (1, 3, 1, 1)
+        self._mean = torch.tensor(model.config.image_mean, device=args.device).view(shape) * 255
+        self._std = torch.tensor(model.config.image_std, device=args.device).view(shape) * 255
+        if args.panel_images > 0 and eval_dataset is not None:
+            boards = [
+                c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)
+            ]
+            self.add_callback(EvaluationPanels(self.draw_panel, boards[0] if boards else None))
+
+    # --- schedules: pure functions of the update -------------------------------------------------
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
+        """Remember the updates per epoch, which the schedules count with."""
+        values = super().set_initial_training_values(args, dataloader)
+        updates = values[1]
+        epochs = args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
+        self.timetable = replace(self.timetable, epochs=epochs, updates_per_epoch=updates)
+        return values
+
+    def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
+        self, dataset: Any, description: str, batch_size: int, **options: Any
+    ) -> Any:
+        """The Trainer's loader, but for two of its habits.
+
+        It would drop the last short batch of an evaluation too, and give the rows of a stream,
+        which has split itself among ranks and workers already, to the ranks once more.
+        """
+        args, is_training = self.args, options.get("is_training", False)
+        if isinstance(dataset, IterableDataset):
+            workers = args.dataloader_num_workers
+            return DataLoader(
+                dataset,
+                batch_size=batch_size,
+                collate_fn=self.data_collator,
+                num_workers=workers,
+                persistent_workers=args.dataloader_persistent_workers and workers > 0,
+                drop_last=args.dataloader_drop_last and is_training,
+            )
+        drop_last = args.dataloader_drop_last
+        args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, **options)
+        finally:
+            args.dataloader_drop_last = drop_last
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group a part of the network, all built before anything is frozen."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.args)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """A LambdaLR with one pure function of the update for each group."""
+        if self.lr_scheduler is None:
+            optimizer = self.create_optimizer() if optimizer is None else optimizer
+            rates = [self.timetable.rate(group["name"]) for group in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # --- the loss --------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """Move to the device and normalise there: as uint8, pictures are a quarter of the bytes."""
+        inputs = super()._prepare_inputs(inputs)
+        pixels = inputs["pixel_values"]
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.float() - self._mean) / self._std
+            inputs["pixel_values"] = pixels.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    def teacher_logits(self, pixel_values: Tensor) -> Tensor | None:
+        """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher."""
+        if self.teacher is None:
+            return None
+        # Without autocast the teacher would run in fp32 beside a bf16 student.
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.teacher(pixel_values)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the loss terms; the single terms are kept for the next log."""
+        pixels = inputs["pixel_values"]
+        asks_teacher = self.loss_weights.kl > 0 or self.loss_weights.mse > 0
+        teacher = self.teacher_logits(pixels) if asks_teacher else None
+        outputs = model(pixel_values=pixels)
+        terms = distillation_terms(
+            outputs["raw_logits"],
+            teacher,
+            inputs["labels"].long(),
+            temperature=self.timetable.temperature(self.state.global_step),
+            ignore_index=self.settings.ignore_index,
+            distil_mask=inputs.get("distil_mask"),
+            weights=self.loss_weights,
+            pos_weight=self.args.pos_weight,
+        )
+        loss = weighted_sum(terms, self.loss_weights)
+        self.tracked.add(terms, outputs["raw_logits"])
+        return (loss, dict(outputs)) if return_outputs else loss
+
+    # --- evaluation ------------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the Trainer does, and leave the random state as it was found.
+
+        Without that, a run that is evaluated would see other DropPath draws than one that is not.
+        """
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Any, Tensor]:
+        """Counts and terms of each image instead of logits: memory independent of the set."""
+        inputs = self._prepare_inputs(inputs)
+        pixels, labels = inputs["pixel_values"], inputs["labels"]
+        with torch.no_grad(), self.accelerator.autocast():
+            student = model(pixel_values=pixels)["raw_logits"].float()
+            teacher = self.teacher_logits(pixels)
+            rows = [
+                student_rows(student, labels, self.settings),
+                term_rows(student, teacher, labels, self.settings),
+            ]
+            if teacher is not None:
+                rows.append(agreement_rows(student, teacher, labels, self.settings))
+                if not self._knows_teacher():
+                    rows.append(student_rows(teacher, labels, self.settings))
+        return None, tuple(rows), torch.zeros(len(labels), device=labels.device)
+
+    def _knows_teacher(self) -> bool:
+        known = self._teacher_figures
+        return known is not None and known[0] is self._evaluated
+
+    @property
+    def _evaluated(self) -> Any:
+        """The data set of the running evaluation."""
+        loader: Any = self.callback_handler.eval_dataloader
+        return loader.dataset
+
+    def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Metrics of the data set from the rows of all processes."""
+        student, terms, *rest = (np.asarray(rows) for rows in prediction.predictions)
+        figures = figures_of(student, self.id2label) | terms_of(terms)
+        if not rest:
+            return figures
+        if len(rest) == 2:
+            self._teacher_figures = (self._evaluated, figures_of(rest[1], self.id2label))
+        assert self._teacher_figures is not None
+        figures |= agreement_of(rest[0], self.id2label)
+        return figures | {f"teacher_{k}": v for k, v in self._teacher_figures[1].items()}
+
+    def draw_panel(self) -> np.ndarray:
+        """Picture of the first evaluation images: image, truth, teacher, student, errors."""
+        dataset: Any = self.eval_dataset
+        samples = dataset
+        if not isinstance(dataset, IterableDataset):
+            samples = (dataset[i] for i in range(len(dataset)))
+        batch = collate(list(itertools.islice(samples, self.args.panel_images)))
+        inputs = self._prepare_inputs(batch)
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            student = classes_of(self.model(pixel_values=inputs["pixel_values"])["raw_logits"])
+        teacher = self.teacher_logits(inputs["pixel_values"])
+        return comparison_panel(
+            batch["pixel_values"].permute(0, 2, 3, 1).cpu().numpy(),
+            batch["labels"].cpu().numpy(),
+            None if teacher is None else classes_of(teacher).cpu().numpy(),
+            student.cpu().numpy(),
+            num_labels=self.settings.num_labels,
+            ignore_index=self.settings.ignore_index,
+        )
+
+    # --- logs and saves --------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms, their gradient shares, temperature, free units and learning rates."""
+        if "loss" in logs and self.tracked.count:
+            self.tracked.check_finite(self.state.global_step)
+            logs |= self.tracked.drain(self.accelerator)
+            logs |= self._watched()
+        super().log(logs, start_time)
+
+    def _watched(self) -> dict[str, float]:
+        done = max(self.state.global_step - 1, 0)  # the update that is logged, not the next one
+        groups = self.create_optimizer().param_groups
+        rates = {
+            f"lr/{group['name']}": group["initial_lr"] * self.timetable.rate(group["name"])(done)
+            for group in groups
+        }
+        _, _, trainable = parameter_counts(self.model)
+        return {
+            "temperature": self.timetable.temperature(done),
+            "free_units": float(self.model.free_units),
+            "trainable_parameters": float(trainable),
+            **rates,
+        }
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Save, unless a loss term went bad since the last log: nothing non-finite is ever kept."""
+        self.tracked.check_finite(self.state.global_step)
+        super()._save_checkpoint(*args, **kwargs)

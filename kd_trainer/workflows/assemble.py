@@ -1,0 +1,188 @@
+"""From settings to the objects of a run; what is wrong is found here, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.command_line import RunArguments
+from kd_trainer.data import (
+    SegmentationTransform,
+    StreamedDataset,
+    TransformedDataset,
+    load_splits,
+    transforms,
+)
+from kd_trainer.evaluation import labels_of
+from kd_trainer.image_processing import SmpImageProcessor
+from kd_trainer.losses import LossWeights
+from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
+from kd_trainer.teacher import Teacher, load_teacher
+
+
+@dataclass
+class Parts:
+    """The objects of a run."""
+
+    student: SmpForSemanticSegmentation
+    teacher: Teacher | None
+    train_dataset: TransformedDataset | StreamedDataset
+    eval_dataset: TransformedDataset | StreamedDataset | None
+    processor: SmpImageProcessor
+    loss_weights: LossWeights
+
+
+def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:
+    """A new student, or a saved one to go on from."""
+    if model.student is not None:
+        return load_student(model.student, num_labels=data.num_labels)
+    options = {}
+    if model.decoder_channels is not None:
+        options["decoder_channels"] = tuple(model.decoder_channels)
+    return SmpForSemanticSegmentation.create(
+        model.student_arch,
+        model.student_encoder,
+        encoder_weights=model.encoder_weights,
+        id2label=data.id2label,
+        image_size=data.image_size,
+        **options,
+    )
+
+
+def load_student(
+    source: str | Path, *, num_labels: int | None = None
+) -> SmpForSemanticSegmentation:
+    """A saved student, from a folder or the Hub.
+
+    Raises:
+        FileNotFoundError: if the folder has no config.json.
+        ValueError: if it has other classes than `num_labels`.
+    """
+    folder = Path(source)
+    looks_local = folder.exists() or str(source).startswith((".", "/", "~", "runs"))
+    if looks_local and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"Expected a saved model with a config.json, got {source}. A training run leaves it in "
+            "the folder `student` of its output folder."
+        )
+    student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
+    labels = labels_of(student)
+    if num_labels is not None and len(labels) != num_labels:
+        raise ValueError(
+            f"Expected a model of {num_labels} classes (--num_labels), got {source} with "
+            f"{len(labels)}: {', '.join(labels.values())}."
+        )
+    return student
+
+
+def make_teacher(model: ModelArguments, student: SmpForSemanticSegmentation) -> Teacher | None:
+    """The teacher the settings name, fed with the student's input."""
+    if not model.has_teacher:
+        return None
+    return load_teacher(
+        model.teacher,
+        num_labels=len(labels_of(student)),
+        arch=model.teacher_arch,
+        encoder=model.teacher_encoder,
+        image_size=model.teacher_image_size,
+        mean=model.teacher_mean,
+        std=model.teacher_std,
+        input_mean=student.config.image_mean,
+        input_std=student.config.image_std,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def evaluation_dataset(
+    data: DataArguments, *, batch_size: int
+) -> TransformedDataset | StreamedDataset:
+    """The evaluation split, without augmentation."""
+    splits = load_splits(data, [data.eval_split])
+    _, transform = transforms(splits, data, seed=0)
+    rows = splits[data.eval_split]
+    if data.streaming:
+        return StreamedDataset(rows, transform, shuffle=False, seed=0, batch_size=batch_size)
+    return TransformedDataset(rows, transform)
+
+
+def assemble(run: RunArguments) -> Parts:
+    """Everything a training needs, checked."""
+    if not run.data.dataset:
+        raise ValueError(
+            "Expected --dataset (a folder, a json, a parquet file, a Hub id or `synthetic`), got "
+            "none."
+        )
+    args, data = run.training, run.data
+    names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
+    splits = load_splits(data, names)
+    for_training, for_evaluation = transforms(splits, data, seed=args.seed)
+    set_seed(args.seed)  # the student's random weights
+    student = make_student(run.model, data)
+    check_image_size(data.image_size, student)
+    teacher = make_teacher(run.model, student)
+    weights = args.loss_weights
+    return Parts(
+        student=student,
+        teacher=teacher,
+        train_dataset=_training_dataset(splits[data.train_split], for_training, run),
+        eval_dataset=_evaluation_dataset(splits.get(data.eval_split), for_evaluation, run),
+        processor=SmpImageProcessor.from_model_config(student.config),
+        loss_weights=weights if teacher is not None else replace(weights, kl=0.0, mse=0.0),
+    )
+
+
+def _training_dataset(
+    rows: Any, transform: SegmentationTransform, run: RunArguments
+) -> TransformedDataset | StreamedDataset:
+    args = run.training
+    if not run.data.streaming:
+        return TransformedDataset(rows, transform)
+    return StreamedDataset(
+        rows,
+        transform,
+        shuffle=True,
+        seed=args.seed,
+        batch_size=args.per_device_train_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+        even=True,
+    )
+
+
+def _evaluation_dataset(
+    rows: Any, transform: SegmentationTransform, run: RunArguments
+) -> TransformedDataset | StreamedDataset | None:
+    args = run.training
+    if rows is None:
+        return None
+    if not run.data.streaming:
+        return TransformedDataset(rows, transform)
+    return StreamedDataset(
+        rows,
+        transform,
+        shuffle=False,
+        seed=args.seed,
+        batch_size=args.per_device_eval_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
+
+
+def network_name(network: nn.Module) -> str:
+    """Architecture and encoder of an smp model, the class name of any other."""
+    if isinstance(network, SmpForSemanticSegmentation):
+        return f"{network.config._model_class} {network.config.encoder_name}"
+    return type(network).__name__
+
+
+def network_size(network: nn.Module) -> tuple[int, int]:
+    """Number of parameters (used, never used by any forward pass)."""
+    if isinstance(network, SmpForSemanticSegmentation):
+        used, never_used, _ = parameter_counts(network)
+        return used, never_used
+    return sum(p.numel() for p in network.parameters()), 0

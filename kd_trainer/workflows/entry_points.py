@@ -1,0 +1,124 @@
+"""The command lines of scripts/eval.py and scripts/predict.py: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_trainer.arguments import DataArguments, ModelArguments, help_field
+from kd_trainer.command_line import given_flags
+from kd_trainer.evaluation import labels_of
+from kd_trainer.fields import add_fields, convert, hints_of
+from kd_trainer.workflows.assemble import evaluation_dataset, load_student, make_teacher
+from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
+from kd_trainer.workflows.predict import PredictArguments, predict
+
+
+@dataclasses.dataclass
+class EvaluateArguments:
+    """Settings of scripts/eval.py beside those of the data and the teacher."""
+
+    output_dir: str = help_field("runs/eval", "Gets eval_results.json and eval_results.md.")
+    batch_size: int = help_field(4, "Images at a time.")
+    workers: int = help_field(0, "Processes that read the data.")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+
+
+_TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name)
+_DATA = frozenset(f.name for f in dataclasses.fields(DataArguments)) - {
+    "train_split",
+    "unlabelled",
+    "augmentation",
+    "brightness_contrast_probability",
+    "synthetic_train",
+    "max_train_samples",
+}
+
+
+def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _settings(classes: Sequence[type], given: dict[str, Any]) -> list[dict[str, Any]]:
+    hints = hints_of(classes)
+    values = {name: convert(name, value, hints[name]) for name, value in given.items()}
+    names = [{f.name for f in dataclasses.fields(cls)} for cls in classes]
+    return [{k: v for k, v in values.items() if k in own} for own in names]
+
+
+def evaluate_main(arguments: Sequence[str] | None = None) -> None:
+    """Evaluate a saved model on a split, print the table, write both files."""
+    parser = _parser(
+        "eval.py",
+        "Measure a saved student, and a teacher beside it, in fp32.",
+        "Example:\n  eval.py runs/demo/student --dataset photos/ "
+        "--teacher runs/demo/teacher/student",
+    )
+    parser.add_argument("model", help="Saved student: a folder or a Hub id.")
+    add_fields(parser, EvaluateArguments, title="evaluation")
+    add_fields(parser, DataArguments, title="data", shown=_DATA)
+    add_fields(parser, ModelArguments, title="teacher", shown=_TEACHER)
+    given = given_flags(parser, arguments)
+    student = load_student(given.pop("model"))
+    own, data_settings, model_settings = _settings(
+        (EvaluateArguments, DataArguments, ModelArguments), given
+    )
+    names = list(labels_of(student).values())
+    told: dict[str, Any] = {
+        "num_labels": len(names),
+        "class_names": names,
+        "image_size": student.config.image_size,
+    }
+    data = DataArguments(**(told | data_settings))
+    args = EvaluateArguments(**own)
+    evaluation = evaluate_model(
+        student,
+        evaluation_dataset(data, batch_size=args.batch_size),
+        teacher=make_teacher(ModelArguments(**model_settings), student),
+        batch_size=args.batch_size,
+        ignore_index=data.ignore_index,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        workers=args.workers,
+    )
+    folder = Path(args.output_dir)
+    write_evaluation(evaluation, folder)
+    print(f"\n{evaluation.markdown()}\nWritten to {folder}/eval_results.json and .md")
+
+
+def predict_main(arguments: Sequence[str] | None = None) -> None:
+    """Write masks and overlays, and say how fast."""
+    parser = _parser(
+        "predict.py",
+        "Masks and overlays of a saved student.",
+        "Examples:\n  predict.py runs/demo/student photo.jpg\n"
+        "  predict.py runs/demo/student photos/ 'more/*.png' --output_dir out",
+    )
+    parser.add_argument("model", help="Saved student: a folder or a Hub id.")
+    parser.add_argument("pictures", nargs="+", help="Files, folders or globs.")
+    add_fields(
+        parser,
+        PredictArguments,
+        title="prediction",
+        shown={f.name for f in dataclasses.fields(PredictArguments)} - {"model"},
+    )
+    given = given_flags(parser, arguments)
+    pictures = given.pop("pictures")
+    model = given.pop("model")
+    (own,) = _settings((PredictArguments,), given)
+    args = PredictArguments(**(own | {"model": model}))
+    speed = predict(args, pictures)
+    print(f"{speed:.1f} images per second. Written to {args.output_dir}")

@@ -1,0 +1,122 @@
+"""Measure a saved model, and a teacher beside it, through our `evaluate.Metric`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from kd_trainer.data import StreamedDataset, TransformedDataset, collate
+from kd_trainer.evaluation import classes_of, labels_of
+from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.reports.metric import load_metric
+from kd_trainer.teacher import Teacher
+from kd_trainer.workflows.plan import markdown_table
+
+
+@dataclass
+class Evaluation:
+    """Figures of one evaluation; `teacher` and `agreement` are empty without a teacher."""
+
+    student: dict[str, float]
+    eval_images: int
+    teacher: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+
+    def results(self) -> dict[str, Any]:
+        """One flat mapping: `student_miou`, `teacher_miou`, `agreement`, `eval_images`, ..."""
+        return {
+            **{f"student_{k}": v for k, v in self.student.items()},
+            **{f"teacher_{k}": v for k, v in self.teacher.items()},
+            **self.agreement,
+            "eval_images": self.eval_images,
+        }
+
+    def markdown(self) -> str:
+        """Metrics as rows, student and teacher as columns."""
+        header = ["metric", "student", *(["teacher"] if self.teacher else [])]
+        rows = [
+            [name, *(f"{who[name]:.4f}" for who in (self.student, self.teacher) if who)]
+            for name in self.student
+        ]
+        table = markdown_table(header, rows)
+        if self.agreement:
+            table += (
+                f"\n\nAgreement with the teacher: {self.agreement['agreement']:.4f} of the pixels"
+            )
+        return f"{table}\n\n{self.eval_images:,} images\n"
+
+
+def normalise(pixels: Tensor, student: SmpForSemanticSegmentation) -> Tensor:
+    """uint8 (B, 3, H, W) as the floats the student expects."""
+    shape = (1, 3, 1, 1)
+    mean = torch.tensor(student.config.image_mean, device=pixels.device).view(shape) * 255
+    std = torch.tensor(student.config.image_std, device=pixels.device).view(shape) * 255
+    return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def evaluate_model(
+    student: SmpForSemanticSegmentation,
+    dataset: TransformedDataset | StreamedDataset,
+    *,
+    teacher: Teacher | None = None,
+    batch_size: int = 4,
+    ignore_index: int = 255,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> Evaluation:
+    """Figures of a student on a data set without augmentation, in fp32.
+
+    The same figures as `DistillationTrainer.evaluate` in fp32, on the same data.
+    """
+    network: nn.Module = student
+    network.to(device).eval().to(memory_format=torch.channels_last)
+    labels = labels_of(student)
+    compared = ["student", *(["teacher", "agreement"] if teacher is not None else [])]
+    metrics = {
+        who: load_metric(len(labels), id2label=labels, ignore_index=ignore_index)
+        for who in compared
+    }
+    if teacher is not None:
+        teacher.to(device)
+    images = 0
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=None):
+        pixels = normalise(batch["pixel_values"].to(device), student)
+        truth = batch["labels"].long()
+        found = classes_of(student(pixel_values=pixels)["raw_logits"]).cpu()
+        metrics["student"].add_batch(predictions=found, references=truth)
+        if teacher is not None:
+            guide = classes_of(teacher(pixels)).cpu()
+            metrics["teacher"].add_batch(predictions=guide, references=truth)
+            guide[truth == ignore_index] = ignore_index
+            metrics["agreement"].add_batch(predictions=found, references=guide)
+        images += len(truth)
+    figures = {who: metric.compute() for who, metric in metrics.items()}
+    agreement = figures.get("agreement")
+    return Evaluation(
+        student=figures["student"],
+        eval_images=images,
+        teacher=figures.get("teacher", {}),
+        agreement={
+            "agreement": agreement["pixel_accuracy"],
+            "agreement_miou": agreement["miou"],
+        }
+        if agreement is not None
+        else {},
+    )
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write `eval_results.json` and `eval_results.md`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(evaluation.results(), indent=2) + "\n"
+    (folder / "eval_results.json").write_text(text, encoding="utf-8")
+    (folder / "eval_results.md").write_text(evaluation.markdown(), encoding="utf-8")

@@ -1,0 +1,125 @@
+"""The plan of a run, printed by `--dry_run`: the recipe's timeline with the true figures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import yaml
+from torch import nn
+
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.command_line import RunArguments
+from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.optim import DECODER, unit_parameters
+from kd_trainer.timetable import Timetable
+from kd_trainer.workflows.assemble import Parts, network_name, network_size
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal too."""
+    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def timeline(
+    model: SmpForSemanticSegmentation, args: DistillationArguments
+) -> list[dict[str, float]]:
+    """One row an epoch: temperature, free units, trainable parameters and learning rates.
+
+    Rates are `base` (the group's own, free of warm-up and cosine; 0 while frozen) and `now`, the
+    effective rate in the middle of the epoch.
+    """
+    epochs = max(1, math.ceil(args.num_train_epochs))
+    sizes = {part: sum(p.numel() for _, p in ps) for part, ps in unit_parameters(model).items()}
+    units = list(sizes)[1:]
+    table = Timetable(args, len(units), args.num_train_epochs)
+    rows = []
+    for epoch in range(epochs):
+        free = table.unfreezing(epoch)
+        factor = table.rate_at(epoch + 0.5)
+        encoder = args.learning_rate * args.encoder_lr_scale if free else 0.0
+        rows.append(
+            {
+                "epoch": epoch,
+                "temperature": table.temperature(epoch),
+                "free_units": free,
+                "trainable": sizes[DECODER] + sum(sizes[unit] for unit in units[:free]),
+                "decoder_lr": args.learning_rate,
+                "decoder_lr_now": args.learning_rate * factor,
+                "encoder_lr": encoder,
+                "encoder_lr_now": encoder * factor,
+            }
+        )
+    return rows
+
+
+def timeline_table(rows: list[dict[str, float]]) -> str:
+    """The timeline as a Markdown table."""
+    header = [
+        "epoch",
+        "temperature",
+        "free units",
+        "trainable parameters",
+        "decoder lr base",
+        "now",
+        "encoder lr base",
+        "now",
+    ]
+    body = [
+        [
+            f"{row['epoch']:.0f}",
+            f"{row['temperature']:.2f}",
+            f"{row['free_units']:.0f}",
+            f"{row['trainable']:,.0f}",
+            *(f"{row[k]:.2e}" for k in ("decoder_lr", "decoder_lr_now")),
+            *(f"{row[k]:.2e}" if row[k] else "frozen" for k in ("encoder_lr", "encoder_lr_now")),
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, body)
+
+
+def sizes_table(parts: Parts) -> str:
+    """True sizes of student and teacher."""
+    networks: dict[str, nn.Module] = {"student": parts.student}
+    if parts.teacher is not None:
+        networks["teacher"] = parts.teacher.network
+    rows = []
+    for who, network in networks.items():
+        used, never_used = network_size(network)
+        mib = f"{4 * used / 2**20:.1f}"
+        rows.append([who, network_name(network), f"{used:,}", f"{never_used:,}", mib])
+    return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
+
+
+def describe(run: RunArguments, parts: Parts) -> str:
+    """The whole plan as text."""
+    args = run.training
+    train = len(parts.train_dataset)
+    updates = train // (args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
+    data: dict[str, Any] = {
+        "source": run.data.dataset,
+        "train": f"{train:,} images ({updates:,} updates an epoch with one process)",
+        "evaluation": f"{evaluation:,} images",
+        "classes": ", ".join(run.data.id2label.values()),
+        "input": f"{run.data.image_size} x {run.data.image_size}",
+    }
+    weights = parts.loss_weights.effective()
+    loss = " + ".join(f"{value:g}·{name}" for name, value in weights.items() if value)
+    return "\n\n".join(
+        [
+            "# Plan: " + str(args.output_dir),
+            "## Data\n" + "\n".join(f"- {k}: {v}" for k, v in data.items()),
+            "## Networks\n" + sizes_table(parts),
+            f"## Loss\ntotal = {loss}",
+            "## Timeline\n" + timeline_table(timeline(parts.student, args)),
+            "## Configuration\n" + yaml.safe_dump(run.resolved(), sort_keys=False).strip(),
+        ]
+    )
