@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 
 help: ## list the targets
 	@echo "Targets (PYTHON=$(PYTHON) makes .venv; ARGS=... is passed on by demo, test and test-all):"
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
+	@sed -n 's/^\([a-z -]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | \
 		while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
 
 venv install: $(STAMP) ## make .venv and install the package with its development tools

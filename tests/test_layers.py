@@ -16,7 +16,7 @@ PORTABLE = ("modeling", "image_processing", "configuration_smp", "encoder_units"
 LAYERS = (
     ("losses", "schedules", "metrics", "augmentation", "fields"),
     ("arguments", *PORTABLE),
-    ("command_line", "data", "teacher", "checkpoints", "hub", "teacher_cache"),
+    ("command_line", "timetable", "data", "teacher", "checkpoints", "hub", "teacher_cache"),
     ("evaluation", "tracking", "optim", "export", "model_card", "reports"),
     ("callbacks",),
     ("trainer",),
