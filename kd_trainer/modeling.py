@@ -161,7 +161,7 @@ class SmpForSemanticSegmentation(PreTrainedModel):
             ValueError: if the size is not divisible by the encoder's output stride.
         """
         # A traced or exported graph keeps its sizes dynamic.
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined]
             check_image_size((pixel_values.shape[-2], pixel_values.shape[-1]), self)
         features = self.encoder(pixel_values)
         # A vision transformer's prefix tokens come beside its features.
