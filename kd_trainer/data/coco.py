@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,16 @@ class CocoSplit:
 
     Args:
         annotations: the json file.
-        images: folder of the photographs.
+        path: what was given as the data set, near which the photographs are looked for.
+        split: name of the split.
         category: name of the foreground, or None.
         num_labels: classes with the background.
         limit: use the first so many images, or all (None).
     """
 
     annotations: Path
-    images: Path
+    path: Path
+    split: str
     category: str | None
     num_labels: int
     limit: int | None
@@ -73,6 +75,12 @@ class CocoSplit:
             found.sort(key=lambda pair: (-float(pair[1].get("area", 0)), str(pair[1].get("id"))))
             records.append((image, found))
         return records
+
+    @cached_property
+    def images(self) -> Path:
+        """Folder of the photographs."""
+        names = [str(image["file_name"]) for image, _ in self.records]
+        return find_images(self.annotations, self.path, self.split, names)
 
     def rows(self, ranges: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Rows of the records in `ranges` (start, stop), masks drawn on the way."""
@@ -118,34 +126,39 @@ def load_coco(
         ValueError: if the json, its categories or segmentations cannot be used.
     """
     annotations = find_annotations(path, split, other_splits)
-    names = sorted(str(image["file_name"]) for image in _read(annotations)["images"])
-    images = find_images(annotations, path, split, names[:limit])
-    source = CocoSplit(annotations, images, category, num_labels, limit)
+    source = CocoSplit(annotations, path, split, category, num_labels, limit)
     count = len(source.records)
-    _read.cache_clear()
     if not count:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
+    source.images  # noqa: B018  -- missing photographs are an error now, not in the first epoch
     shards = min(count, MAX_STREAM_SHARDS)
-    edges = [count * i // shards for i in range(shards + 1)]
-    ranges = list(pairwise(edges))
+    ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]
-    arguments = {"features": FEATURES, "gen_kwargs": {"ranges": ranges}}
-    if streaming:
-        return datasets.IterableDataset.from_generator(source.rows, **arguments), lengths
-    stat = annotations.stat()
-    state = [source.__getstate__(), stat.st_mtime_ns, stat.st_size, DRAWING]
+    return (_stream if streaming else _drawn)(source, ranges), lengths
+
+
+def _stream(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.IterableDataset:
+    return datasets.IterableDataset.from_generator(
+        source.rows, features=FEATURES, gen_kwargs={"ranges": ranges}
+    )
+
+
+def _drawn(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.Dataset:
+    stat = source.annotations.stat()
+    state = [source.__getstate__(), source.images, stat.st_mtime_ns, stat.st_size, DRAWING]
     try:
-        drawn = datasets.Dataset.from_generator(
-            source.rows, fingerprint=Hasher.hash(repr(state)), **arguments
+        return datasets.Dataset.from_generator(
+            source.rows,
+            features=FEATURES,
+            gen_kwargs={"ranges": ranges},
+            fingerprint=Hasher.hash(repr(state)),
         )
     except DatasetGenerationError as error:  # show our own line, not the wrapper's
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         raise
-    return drawn, lengths
 
 
-@lru_cache(maxsize=1)  # parsed twice while loading, and cleared after it: it may take gigabytes
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -35,6 +35,20 @@ def load_pair_folder(
         ValueError: if the split is empty, a stem occurs twice, or a partner is missing.
     """
     folder = root / split
+    _check_folders(root, split, image_folder, mask_folder)
+    images = _by_stem(list_images(folder / image_folder), folder / image_folder)
+    masks = _by_stem(list_images(folder / mask_folder, MASK_SUFFIXES), folder / mask_folder)
+    if not images:
+        raise ValueError(
+            f"Expected photographs in {folder / image_folder}, got an empty split. Files directly "
+            "in that folder count (jpg, png, webp, bmp, tif, gif), deeper ones do not."
+        )
+    _check_pairs(images, masks, folder / mask_folder)
+    return path_dataset(list(images.values()), [masks[stem] for stem in images])
+
+
+def _check_folders(root: Path, split: str, image_folder: str, mask_folder: str) -> None:
+    folder = root / split
     layout = f"{split}/{image_folder}/NAME.jpg and {split}/{mask_folder}/NAME.png"
     if not folder.is_dir():
         found = subfolders(root)
@@ -49,15 +63,6 @@ def load_pair_folder(
                 f"Expected {layout} in {root}, got {_found(folder, found)} in {folder}."
                 f"{did_you_mean(name, found)} Name the folder with --{flag}."
             )
-    images = _by_stem(list_images(folder / image_folder), folder / image_folder)
-    masks = _by_stem(list_images(folder / mask_folder, MASK_SUFFIXES), folder / mask_folder)
-    if not images:
-        raise ValueError(
-            f"Expected photographs in {folder / image_folder}, got an empty split. Files directly "
-            "in that folder count (jpg, png, webp, bmp, tif, gif), deeper ones do not."
-        )
-    _check_pairs(images, masks, folder / mask_folder)
-    return path_dataset(list(images.values()), [masks[stem] for stem in images])
 
 
 def _found(folder: Path, folders: list[str]) -> str:
