@@ -234,6 +234,8 @@ class DistillationArguments(TrainingArguments):
             self.label_names = ["labels"]
         if self.eval_strategy == "no" or self.save_strategy == "no":
             self.load_best_model_at_end = False
+        if self.use_cpu or not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin for
         wanted = self.mixed_precision
         super().__post_init__()
         # The flag wins over the accelerate configuration, which arrives through the environment.

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import DatasetEpoch, EvaluationPanels, ProgressiveUnfreezing
+from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
 from kd_trainer.evaluation import (
     EvaluationSettings,
@@ -103,6 +105,8 @@ class DistillationTrainer(Trainer):
         shape = (1, 3, 1, 1)
         self._mean = torch.tensor(model.config.image_mean, device=args.device).view(shape) * 255
         self._std = torch.tensor(model.config.image_std, device=args.device).view(shape) * 255
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
         if args.panel_images > 0 and eval_dataset is not None:
             boards = [
                 c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)
@@ -118,6 +122,21 @@ class DistillationTrainer(Trainer):
         epochs = args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
         self.timetable = replace(self.timetable, epochs=epochs, updates_per_epoch=updates)
         return values
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's, after a check that there is at least one batch.
+
+        Raises:
+            ValueError: if a short batch, which is dropped, would be the only one.
+        """
+        dataset: Any = self.train_dataset
+        needed = self._train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and len(dataset) < needed:
+            raise ValueError(
+                f"Expected at least {needed} training images (one batch), got {len(dataset)}. "
+                "Lower --batch_size or add images."
+            )
+        return super().get_train_dataloader()
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any

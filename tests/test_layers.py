@@ -18,7 +18,7 @@ LAYERS = (
     ("arguments", *PORTABLE),
     ("command_line", "timetable", "data", "teacher", "checkpoints", "hub", "teacher_cache"),
     ("evaluation", "tracking", "optim", "export", "model_card", "reports"),
-    ("callbacks",),
+    ("callbacks", "console"),
     ("trainer",),
     ("workflows",),
     ("__init__",),

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from transformers.utils.logging import disable_progress_bar
+
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Call `main`; print an error that the user can mend as one line and exit with 1."""
+    # One short file of weights needs no bar of its own beside those of the run.
+    disable_progress_bar()
     try:
         main()
     except USER_ERRORS as error:

@@ -1,0 +1,69 @@
+"""What a run prints: one bar, and one line an evaluation instead of every logged value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+_TERMS = ("kl", "mse", "bce", "dice")
+
+
+def console_line(logs: dict[str, Any]) -> str | None:
+    """One readable line of a training log or an evaluation; None for anything else."""
+    if "loss" in logs:
+        terms = " ".join(f"{name} {logs[name]:.3f}" for name in _TERMS if name in logs)
+        rate = logs.get("learning_rate", 0.0)
+        line = f"loss {logs['loss']:.3f} ({terms}) lr {rate:.1e} free units"
+        line += f" {logs.get('free_units', 0):.0f}"
+        return f"{line} T {logs['temperature']:.2f}" if "kl" in logs else line
+    if "eval_miou" in logs:
+        shown = {
+            "mIoU": "eval_miou",
+            "Dice": "eval_dice",
+            "teacher mIoU": "eval_teacher_miou",
+            "agreement": "eval_agreement",
+            "loss": "eval_loss",
+        }
+        values = "  ".join(f"{k} {logs[key]:.4f}" for k, key in shown.items() if key in logs)
+        return f"epoch {logs.get('epoch', 0):5.2f}  {values}"
+    return None
+
+
+class ConsoleProgress(ProgressCallback):
+    """The Trainer's bar with the newest losses behind it, and a line an evaluation."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the line of this log."""
+        line = console_line(logs or {})
+        if line is None or not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(line)
+        else:
+            self.training_bar.write(line)
+
+
+class ConsoleLines(PrinterCallback):
+    """The same lines without a bar (`--disable_tqdm`), for log files."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the line of this log."""
+        line = console_line(logs or {})
+        if line is not None and state.is_world_process_zero:
+            print(line, flush=True)
