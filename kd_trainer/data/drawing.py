@@ -97,12 +97,14 @@ def pick(rng: np.random.Generator, colours: Sequence[Colour], spread: float = 12
     return red, green, blue
 
 
-def any_colour(rng: np.random.Generator, vivid: float = 1.0) -> Colour:
-    """Draw a colour; `vivid` 0 gives greys and 1 everything up to full saturation."""
-    hue, saturation = int(rng.integers(180)), int(255 * vivid * rng.uniform(0.1, 0.95))
-    value = int(rng.uniform(45, 250))
-    pixel = np.array([[[hue, saturation, value]]], np.uint8)
-    red, green, blue = (int(channel) for channel in cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0])
+def any_colour(
+    rng: np.random.Generator, *, saturation: Point = (0.1, 0.95), value: Point = (0.2, 0.98)
+) -> Colour:
+    """Draw a colour of any hue, with saturation and value from the two ranges within 0..1."""
+    hue = int(rng.integers(180))
+    shares = (rng.uniform(*saturation), rng.uniform(*value))
+    cell = np.array([[[hue, *(int(255 * share) for share in shares)]]], np.uint8)
+    red, green, blue = (int(channel) for channel in cv2.cvtColor(cell, cv2.COLOR_HSV2RGB)[0, 0])
     return red, green, blue
 
 

@@ -21,6 +21,7 @@ from kd_trainer.data.drawing import (
     texture,
 )
 
+VIVID = (0.45, 0.95)  # saturation of clothes; walls are muted
 CLOTHES = ("plain", "plain", "stripes", "checks", "dots", "noise")
 
 
@@ -61,12 +62,12 @@ def draw_person(rng: np.random.Generator, drawing: Drawing, hip: Point, height: 
         hip: position of the hip in pixels; it may lie outside the picture.
         height: height of the upright person in pixels.
     """
-    body = Body(hip, height, float(rng.normal(0, 0.09)), float(rng.uniform(0.9, 1.25)))
+    body = Body(hip, height, float(rng.normal(0, 0.09)), float(rng.uniform(1.0, 1.35)))
     outfit = _outfit(rng, drawing.side, height)
     drawing.label = PERSON
     long_hair = rng.random() < 0.4
     head = body.at(float(rng.normal(0, 0.012)), 0.40)
-    radius = height * float(rng.uniform(0.082, 0.108))
+    radius = height * float(rng.uniform(0.09, 0.118))
     if long_hair:
         drawing.ball((head[0], head[1] + 0.55 * radius), (1.22 * radius, 1.7 * radius), outfit.hair)
     _arm(rng, drawing, body, outfit, -1)
@@ -79,11 +80,16 @@ def draw_person(rng: np.random.Generator, drawing: Drawing, hip: Point, height: 
 
 
 def _outfit(rng: np.random.Generator, side: int, height: float) -> Outfit:
-    main, other = any_colour(rng), any_colour(rng)
+    main, other = (any_colour(rng, saturation=VIVID) for _ in range(2))
     kind = CLOTHES[rng.integers(len(CLOTHES))]
     shirt = texture(rng, side, kind, (main, other), height * rng.uniform(0.04, 0.09))
     return Outfit(
-        pick(rng, SKIN), pick(rng, HAIR), shirt, main, any_colour(rng, 0.7), any_colour(rng, 0.5)
+        pick(rng, SKIN),
+        pick(rng, HAIR),
+        shirt,
+        main,
+        any_colour(rng, saturation=VIVID, value=(0.2, 0.7)),
+        any_colour(rng),
     )
 
 
@@ -101,7 +107,7 @@ def _torso(rng: np.random.Generator, drawing: Drawing, body: Body, outfit: Outfi
 
 def _legs(rng: np.random.Generator, drawing: Drawing, body: Body, outfit: Outfit) -> None:
     bare = rng.random() < 0.3
-    thick = body.height * float(rng.uniform(0.075, 0.1))
+    thick = body.height * float(rng.uniform(0.085, 0.115))
     stride = float(abs(rng.normal(0, 0.28)))
     for side in (-1, 1):
         thigh = side * (0.06 + stride * float(rng.uniform(0.5, 1)))
@@ -122,7 +128,7 @@ def _arm(rng: np.random.Generator, drawing: Drawing, body: Body, outfit: Outfit,
     bend = float(rng.uniform(-0.5, 0.3)) if posture < 0.6 else float(rng.uniform(-0.3, 1.4))
     if 0.45 < posture < 0.6:  # hand on the hip
         upper, bend = 0.75, -1.6
-    thick = body.height * float(rng.uniform(0.05, 0.065))
+    thick = body.height * float(rng.uniform(0.062, 0.078))
     shoulder = (0.095 * side, 0.265)
     elbow = (shoulder[0] + side * 0.15 * np.sin(upper), shoulder[1] - 0.15 * np.cos(upper))
     angle = upper + bend
@@ -181,7 +187,9 @@ def _tree(rng: np.random.Generator, drawing: Drawing, foot: Point, height: float
 
 def _lamp(rng: np.random.Generator, drawing: Drawing, foot: Point, height: float) -> None:
     x, y = foot
-    drawing.limb(foot, (x, y - 0.9 * height), 0.06 * height, any_colour(rng, 0.3))
+    drawing.limb(
+        foot, (x, y - 0.9 * height), 0.06 * height, any_colour(rng, saturation=(0.03, 0.3))
+    )
     light = pick(rng, (*SKIN, (250, 240, 190)))
     drawing.ball((x, y - 0.92 * height), (0.1 * height, 0.11 * height), light)
 
@@ -196,7 +204,7 @@ def _balls(rng: np.random.Generator, drawing: Drawing, foot: Point, height: floa
 
 def _snowman(rng: np.random.Generator, drawing: Drawing, foot: Point, height: float) -> None:
     x, y = foot
-    colour = any_colour(rng, 0.4)
+    colour = any_colour(rng, saturation=(0.03, 0.4))
     for up, size in ((0.2, 0.2), (0.52, 0.15), (0.78, 0.1)):
         drawing.ball((x, y - up * height), (size * height, size * height), colour)
 

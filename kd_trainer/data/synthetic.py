@@ -15,6 +15,7 @@ from kd_trainer.data.drawing import (
     Image,
     any_colour,
     noise,
+    shade,
     texture,
 )
 from kd_trainer.data.figures import draw_clutter, draw_person
@@ -22,6 +23,7 @@ from kd_trainer.data.figures import draw_clutter, draw_person
 SPLITS = ("train", "validation")
 SUPERSAMPLING = 2  # drawn twice as large and averaged: smooth edges at any size
 WALLS = ("gradient", "noise", "stripes", "bricks", "blobs", "checks")
+MUTED = (0.03, 0.4)  # saturation of walls and floors
 SMALLEST = 32
 
 
@@ -66,7 +68,7 @@ def synthetic_pair(split: str, index: int, *, size: int, seed: int) -> tuple[Ima
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     side = size * SUPERSAMPLING
     drawing = Drawing(_backdrop(rng, side), np.zeros((side, side), np.uint8))
-    for _ in range(int(rng.integers(1, 5))):
+    for _ in range(int(rng.integers(1, 4))):
         foot = (float(rng.uniform(0, side)), float(rng.uniform(0.5, 1.0) * side))
         draw_clutter(rng, drawing, foot, side * float(rng.uniform(0.3, 0.9)))
     _crowd(rng, drawing)
@@ -106,19 +108,17 @@ def _backdrop(rng: np.random.Generator, side: int) -> Image:
 
 
 def _surface(rng: np.random.Generator, side: int) -> Image:
-    first = any_colour(rng, 0.75)
-    contrast = rng.uniform(0.15, 0.8)
-    second = np.asarray(first) + contrast * (np.asarray(any_colour(rng, 0.75)) - np.asarray(first))
-    red, green, blue = (int(value) for value in second)
+    first = any_colour(rng, saturation=MUTED, value=(0.45, 0.95))
+    second = shade(first, float(rng.uniform(0.55, 0.95)))
     kind = WALLS[rng.integers(len(WALLS))]
-    return texture(rng, side, kind, (first, (red, green, blue)), side * rng.uniform(0.06, 0.25))
+    return texture(rng, side, kind, (first, second), side * rng.uniform(0.06, 0.25))
 
 
 def _crowd(rng: np.random.Generator, drawing: Drawing) -> None:
-    """One to four people, the farther and smaller ones first."""
+    """One to three people, the farther and smaller ones first."""
     side = drawing.side
-    count = int(rng.choice([1, 2, 3, 4], p=[0.3, 0.37, 0.23, 0.1]))
-    heights = np.sort(rng.uniform(0.5, 1.15, count)) * (1.15 - 0.1 * count)
+    count = int(rng.choice([1, 2, 3], p=[0.42, 0.4, 0.18]))
+    heights = np.sort(rng.uniform(0.55, 1.2, count)) * (1.1 - 0.07 * count)
     places = (rng.permutation(count) + rng.uniform(0.1, 0.9, count)) / count
     for height, place in zip(heights, places, strict=True):
         foot = side * float(np.clip(0.62 + 0.36 * height + rng.normal(0, 0.06), 0.6, 1.25))
@@ -138,11 +138,11 @@ def _photograph(rng: np.random.Generator, picture: Image) -> Image:
     """Uneven light, tint, blur and sensor noise."""
     side = picture.shape[0]
     light = 1 + float(rng.uniform(0, 0.3)) * noise(rng, side, 2)
-    exposure = rng.uniform(0.65, 1.2) * rng.uniform(0.92, 1.08, 3)
+    exposure = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
     pixels = picture * (light[..., None] * exposure.astype(np.float32))
     pixels = pixels + rng.uniform(0, 35) * np.float32(rng.random() < 0.3)  # haze
-    if rng.random() < 0.3:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), float(rng.uniform(0.3, 0.006 * side + 0.4)))
-    grain = rng.standard_normal(picture.shape, np.float32) * np.float32(rng.uniform(1, 9))
+    if rng.random() < 0.25:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), float(rng.uniform(0.3, 0.005 * side + 0.3)))
+    grain = rng.standard_normal(picture.shape, np.float32) * np.float32(rng.uniform(1, 6))
     lit: Image = np.clip(pixels + grain, 0, 255).astype(np.uint8)
     return lit
