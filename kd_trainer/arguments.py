@@ -6,37 +6,17 @@ recipe or a flag overrides them (see `command_line`).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
 
+from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
 from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 AUGMENTATIONS = ("heavy", "light", "none")
 PRECISIONS = ("auto", "bf16", "fp16", "no")
-
-
-def _choice(name: str, value: object, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ValueError(f"Expected --{name} to be one of {', '.join(options)}, got {value!r}.")
-
-
-def _at_least(name: str, value: float, bound: float, cure: str = "") -> None:
-    if not (math.isfinite(value) and value >= bound):
-        raise ValueError(f"Expected --{name} of at least {bound:g}, got {value!r}.{cure}")
-
-
-def help_field(default: Any, text: str) -> Any:
-    """A dataclass field whose help is shown by `--help`."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -128,8 +108,8 @@ class DataArguments:
     max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
 
     def __post_init__(self) -> None:
-        _choice("augmentation", self.augmentation, AUGMENTATIONS)
-        _at_least("image_size", self.image_size, 32)
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_at_least("image_size", self.image_size, 32)
         if self.num_labels < 2:
             raise ValueError(
                 f"Expected --num_labels of at least 2 (background and foreground), got "
@@ -160,14 +140,14 @@ class DataArguments:
 class DistillationArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the recipe's defaults and the distillation's fields."""
 
-    # --- the loss -------------------------------------------------------------------------------
+    # The loss.
     kl_weight: float = help_field(0.3, "Weight of the temperature-scaled KL.")
     mse_weight: float = help_field(0.5, "Weight of the MSE between logits.")
     bce_weight: float = help_field(0.5, "Weight of the BCE (cross entropy for several classes).")
     dice_weight: float = help_field(1.0, "Weight of the Dice loss.")
     task_weight: float = help_field(1.0, "Common factor of BCE and Dice.")
     pos_weight: float | None = help_field(None, "Weight of the foreground in a binary BCE.")
-    # --- temperature ----------------------------------------------------------------------------
+    # Temperature.
     temperature_schedule: str = help_field(
         "cosine", "cosine, linear, exponential, constant or piecewise."
     )
@@ -177,7 +157,6 @@ class DistillationArguments(TrainingArguments):
         None, "Piecewise schedule: EPOCH:TEMPERATURE pairs, epochs from 0 to the last one."
     )
     temperature_per: str = help_field("epoch", "Move the temperature each `epoch` or each `step`.")
-    # --- staged unfreezing ----------------------------------------------------------------------
     unfreeze_start_epoch: int = help_field(
         5, "Epoch index at which the deepest encoder unit is freed."
     )
@@ -187,7 +166,6 @@ class DistillationArguments(TrainingArguments):
     unfreeze_warmup_epochs: float = help_field(
         0.0, "Linear ramp of a unit's learning rate after it is freed, in epochs."
     )
-    # --- learning rates -------------------------------------------------------------------------
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
     encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
     min_learning_rate: float = help_field(1e-6, "Where the cosine ends (encoder: its share of it).")
@@ -195,7 +173,7 @@ class DistillationArguments(TrainingArguments):
     weight_decay: float = help_field(1e-4, "AdamW weight decay (none on one-dimensional weights).")
     max_grad_norm: float = help_field(5.0, "Gradient clipping over all trainable parameters.")
     lr_scheduler_type: str = help_field("cosine", "Only cosine.")
-    # --- the run --------------------------------------------------------------------------------
+    # The run.
     output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
     num_train_epochs: float = help_field(50, "Epochs.")
     per_device_train_batch_size: int = help_field(4, "Images per step and device.")
@@ -215,12 +193,12 @@ class DistillationArguments(TrainingArguments):
     metric_for_best_model: str | None = help_field("miou", "What `best` means.")
     greater_is_better: bool | None = help_field(True, "Whether more of it is better.")
     report_to: str | list[str] | None = help_field("tensorboard", "tensorboard, none, wandb, ...")
-    # --- what the Trainer must not do behind our back (each a silent trap of the stock default) -
+    # What the Trainer must not do behind our back: each stock default is a silent trap.
     logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
     remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
     dataloader_drop_last: bool = help_field(True, "A short last batch would shift the mean loss.")
     label_names: list[str] | None = help_field(None, "Set to `labels`.")
-    # Units are frozen after the DDP wrap, so unused gradients are expected.
+    # Units are frozen after the DDP wrap.
     ddp_find_unused_parameters: bool | None = help_field(True, "Needed by staged unfreezing.")
 
     def __post_init__(self) -> None:
@@ -246,16 +224,11 @@ class DistillationArguments(TrainingArguments):
     def _check_schedules(self) -> None:
         self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
         self.temperature  # noqa: B018
-        _choice("temperature_per", self.temperature_per, ("epoch", "step"))
-        for name in (
-            "encoder_lr_scale",
-            "min_learning_rate",
-            "warmup_epochs",
-            "unfreeze_warmup_epochs",
-            "unfreeze_start_epoch",
-            "unfreeze_every",
-        ):
-            _at_least(name, getattr(self, name), 0)
+        check_choice("temperature_per", self.temperature_per, ("epoch", "step"))
+        rates = ("encoder_lr_scale", "min_learning_rate", "warmup_epochs")
+        staged = ("unfreeze_warmup_epochs", "unfreeze_start_epoch", "unfreeze_every")
+        for name in (*rates, *staged):
+            check_at_least(name, getattr(self, name), 0)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"Expected --min_learning_rate of at most the learning rate {self.learning_rate:g},"
@@ -271,7 +244,7 @@ class DistillationArguments(TrainingArguments):
     def _set_precision(self) -> None:
         if not self.mixed_precision:
             return  # what the accelerate configuration says
-        _choice("mixed_precision", self.mixed_precision, PRECISIONS)
+        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if self.mixed_precision == "auto":
             # A CPU always computes bf16, if not always faster; its fp16 would silently be fp32.
@@ -313,7 +286,7 @@ class DistillationArguments(TrainingArguments):
     @property
     def temperature(self) -> TemperatureSchedule:
         """Temperature as a function of the run's progress."""
-        points = tuple(_point(p) for p in self.temperature_points or ())
+        points = tuple(parse_point(p) for p in self.temperature_points or ())
         start, end = self.temperature_start, self.temperature_end
         if self.temperature_schedule == "piecewise" and points:
             start, end = points[0][1], points[-1][1]
@@ -322,13 +295,3 @@ class DistillationArguments(TrainingArguments):
     def unfreezing(self, units: int) -> UnfreezeSchedule:
         """When each of `units` encoder units is freed."""
         return UnfreezeSchedule(self.unfreeze_start_epoch, self.unfreeze_every, units)
-
-
-def _point(text: str) -> tuple[float, float]:
-    epoch, separator, temperature = str(text).partition(":")
-    try:
-        return float(epoch), float(temperature) if separator else math.nan
-    except ValueError:
-        raise ValueError(
-            f"Expected --temperature_points like 0:4.0 10:2.0 49:1.0, got {text!r}."
-        ) from None

@@ -6,15 +6,20 @@ run frees the same units as one that was never interrupted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from kd_trainer.reports.panels import save_picture
+from kd_trainer.data import collate
+from kd_trainer.evaluation import EvaluationSettings
+from kd_trainer.reports.panels import comparison_panel, save_picture
 from kd_trainer.schedules import UnfreezeSchedule
 
 
@@ -81,15 +86,39 @@ class EvaluationPanels(TrainerCallback):
     """Saves a picture of a few evaluation images at each evaluation, and shows it in TensorBoard.
 
     Args:
-        draw: makes the picture, uint8 (H, W, 3), from the student as it is.
-        tensorboard: the callback whose writer shows it, or None.
+        find: gives the classes that student and teacher find in a batch.
+        dataset: the evaluation data; its first `args.panel_images` samples are drawn.
+        settings: number of classes and the ignored label.
+        tensorboard: the callback whose writer shows the picture, or None.
     """
 
     def __init__(
-        self, draw: Callable[[], np.ndarray], tensorboard: TensorBoardCallback | None
+        self,
+        find: Callable[[dict[str, Any]], tuple[Tensor, Tensor | None]],
+        dataset: Any,
+        settings: EvaluationSettings,
+        tensorboard: TensorBoardCallback | None,
     ) -> None:
-        self.draw = draw
+        self.find = find
+        self.dataset = dataset
+        self.settings = settings
         self.tensorboard = tensorboard
+
+    def draw(self, count: int) -> np.ndarray:
+        """The panel of the first samples, uint8 (H, W, 3)."""
+        samples = self.dataset
+        if not isinstance(samples, IterableDataset):
+            samples = (self.dataset[i] for i in range(len(self.dataset)))
+        batch = collate(list(itertools.islice(samples, count)))
+        student, teacher = self.find(batch)
+        return comparison_panel(
+            batch["pixel_values"].permute(0, 2, 3, 1).numpy(),
+            batch["labels"].numpy(),
+            None if teacher is None else teacher.cpu().numpy(),
+            student.cpu().numpy(),
+            num_labels=self.settings.num_labels,
+            ignore_index=self.settings.ignore_index,
+        )
 
     def on_evaluate(
         self,
@@ -101,7 +130,7 @@ class EvaluationPanels(TrainerCallback):
         """Draw, save as `panels/step_<update>.png`, and send to TensorBoard."""
         if not state.is_world_process_zero:
             return
-        picture = self.draw()
+        picture = self.draw(args.panel_images)  # type: ignore[attr-defined]
         save_picture(
             picture, Path(str(args.output_dir)) / "panels" / f"step_{state.global_step:06d}.png"
         )

@@ -44,12 +44,13 @@ class ConsoleProgress(ProgressCallback):
     ) -> None:
         """Show the line of this log."""
         line = console_line(logs or {})
-        if line is None or not state.is_world_process_zero or self.training_bar is None:
+        bar: Any = self.training_bar  # the Trainer's, while a training runs
+        if line is None or not state.is_world_process_zero or bar is None:
             return
         if "loss" in (logs or {}):
-            self.training_bar.set_postfix_str(line)
+            bar.set_postfix_str(line)
         else:
-            self.training_bar.write(line)
+            bar.write(line)
 
 
 class ConsoleLines(PrinterCallback):

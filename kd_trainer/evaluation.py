@@ -24,6 +24,24 @@ def labels_of(model: SmpForSemanticSegmentation) -> dict[int, str]:
     return {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
 
 
+Statistics = tuple[Tensor, Tensor]
+
+
+def pixel_statistics(model: SmpForSemanticSegmentation, device: torch.device | str) -> Statistics:
+    """Mean and std of a model's input for values 0..255, each (1, 3, 1, 1)."""
+    mean, std = (
+        torch.tensor(list(values), device=device).view(1, 3, 1, 1) * 255
+        for values in (model.config.image_mean, model.config.image_std)
+    )
+    return mean, std
+
+
+def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
+    """uint8 (B, 3, H, W) as the floats a model expects, channels last."""
+    mean, std = statistics
+    return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
 def classes_of(raw_logits: Tensor) -> Tensor:
     """Class of each pixel, (B, H, W) int64, from raw logits (B, K, H, W).
 
@@ -94,6 +112,35 @@ def term_rows(
             rows[index, TERMS.index(name)] = value
         rows[index, -1] = weighted_sum(terms, settings.weights)
     return rows
+
+
+def evaluation_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    settings: EvaluationSettings,
+    *,
+    teacher_figures: bool,
+) -> tuple[Tensor, ...]:
+    """Everything an evaluation needs of one batch, one row an image.
+
+    Args:
+        student: raw logits (B, K, H, W).
+        teacher: the same, or None.
+        labels: class ids (B, H, W).
+        settings: classes, weights and the ignored label.
+        teacher_figures: also count the teacher against the labels.
+
+    Returns:
+        Counts of the student, terms, and with a teacher the agreement and (if asked for) its own
+        counts.
+    """
+    rows = [student_rows(student, labels, settings), term_rows(student, teacher, labels, settings)]
+    if teacher is not None:
+        rows.append(agreement_rows(student, teacher, labels, settings))
+        if teacher_figures:
+            rows.append(student_rows(teacher, labels, settings))
+    return tuple(rows)
 
 
 def figures_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -12,6 +13,25 @@ from difflib import get_close_matches
 from typing import Any, Union
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def check_choice(name: str, value: object, options: tuple[str, ...]) -> None:
+    """Refuse a value that is not among the options."""
+    if value not in options:
+        raise ValueError(f"Expected --{name} to be one of {', '.join(options)}, got {value!r}.")
+
+
+def check_at_least(name: str, value: float, bound: float, cure: str = "") -> None:
+    """Refuse a number that is not finite or lies below the bound."""
+    if not (math.isfinite(value) and value >= bound):
+        raise ValueError(f"Expected --{name} of at least {bound:g}, got {value!r}.{cure}")
+
+
+def help_field(default: Any, text: str) -> Any:
+    """A dataclass field whose help is shown by `--help`."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": text})
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 def hints_of(classes: Sequence[type]) -> dict[str, Any]:
@@ -136,3 +156,14 @@ def _metavar(options: Sequence[Any]) -> str:
     if typing.get_origin(first) is list:
         return _metavar(typing.get_args(first))
     return {bool: "BOOL", int: "INT", float: "FLOAT"}.get(first, "TEXT")
+
+
+def parse_point(text: str) -> tuple[float, float]:
+    """EPOCH:TEMPERATURE as two numbers."""
+    epoch, separator, temperature = str(text).partition(":")
+    try:
+        return float(epoch), float(temperature) if separator else math.nan
+    except ValueError:
+        raise ValueError(
+            f"Expected --temperature_points like 0:4.0 10:2.0 49:1.0, got {text!r}."
+        ) from None

@@ -6,7 +6,6 @@ learning rates, the evaluation step, and what is logged.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -25,18 +24,17 @@ from kd_trainer.data import collate
 from kd_trainer.evaluation import (
     EvaluationSettings,
     agreement_of,
-    agreement_rows,
     classes_of,
+    evaluation_rows,
     figures_of,
     labels_of,
-    student_rows,
-    term_rows,
+    normalise,
+    pixel_statistics,
     terms_of,
 )
 from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units, parameter_counts
 from kd_trainer.optim import parameter_groups
-from kd_trainer.reports.panels import comparison_panel
 from kd_trainer.teacher import Teacher
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums
@@ -102,18 +100,14 @@ class DistillationTrainer(Trainer):
         network.to(memory_format=torch.channels_last)
         # A plain attribute: inside the student the teacher would be saved, trained and counted.
         self.teacher = None if teacher is None else teacher.to(args.device)
-        shape = (1, 3, 1, 1)
-        self._mean = torch.tensor(model.config.image_mean, device=args.device).view(shape) * 255
-        self._std = torch.tensor(model.config.image_std, device=args.device).view(shape) * 255
+        self._statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
         if args.panel_images > 0 and eval_dataset is not None:
-            boards = [
-                c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)
-            ]
-            self.add_callback(EvaluationPanels(self.draw_panel, boards[0] if boards else None))
-
-    # --- schedules: pure functions of the update -------------------------------------------------
+            present = self.callback_handler.callbacks
+            board = next((c for c in present if isinstance(c, TensorBoardCallback)), None)
+            panels = EvaluationPanels(self.found_classes, eval_dataset, self.settings, board)
+            self.add_callback(panels)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """Remember the updates per epoch, which the schedules count with."""
@@ -122,21 +116,6 @@ class DistillationTrainer(Trainer):
         epochs = args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
         self.timetable = replace(self.timetable, epochs=epochs, updates_per_epoch=updates)
         return values
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's, after a check that there is at least one batch.
-
-        Raises:
-            ValueError: if a short batch, which is dropped, would be the only one.
-        """
-        dataset: Any = self.train_dataset
-        needed = self._train_batch_size * self.args.world_size
-        if self.args.dataloader_drop_last and len(dataset) < needed:
-            raise ValueError(
-                f"Expected at least {needed} training images (one batch), got {len(dataset)}. "
-                "Lower --batch_size or add images."
-            )
-        return super().get_train_dataloader()
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any
@@ -183,15 +162,11 @@ class DistillationTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    # --- the loss --------------------------------------------------------------------------------
-
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """Move to the device and normalise there: as uint8, pictures are a quarter of the bytes."""
         inputs = super()._prepare_inputs(inputs)
-        pixels = inputs["pixel_values"]
-        if pixels.dtype == torch.uint8:
-            pixels = (pixels.float() - self._mean) / self._std
-            inputs["pixel_values"] = pixels.contiguous(memory_format=torch.channels_last)
+        if inputs["pixel_values"].dtype == torch.uint8:
+            inputs["pixel_values"] = normalise(inputs["pixel_values"], self._statistics)
         return inputs
 
     def teacher_logits(self, pixel_values: Tensor) -> Tensor | None:
@@ -228,8 +203,6 @@ class DistillationTrainer(Trainer):
         self.tracked.add(terms, outputs["raw_logits"])
         return (loss, dict(outputs)) if return_outputs else loss
 
-    # --- evaluation ------------------------------------------------------------------------------
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the Trainer does, and leave the random state as it was found.
 
@@ -251,15 +224,14 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             student = model(pixel_values=pixels)["raw_logits"].float()
             teacher = self.teacher_logits(pixels)
-            rows = [
-                student_rows(student, labels, self.settings),
-                term_rows(student, teacher, labels, self.settings),
-            ]
-            if teacher is not None:
-                rows.append(agreement_rows(student, teacher, labels, self.settings))
-                if not self._knows_teacher():
-                    rows.append(student_rows(teacher, labels, self.settings))
-        return None, tuple(rows), torch.zeros(len(labels), device=labels.device)
+            rows = evaluation_rows(
+                student,
+                teacher,
+                labels,
+                self.settings,
+                teacher_figures=not self._knows_teacher(),
+            )
+        return None, rows, torch.zeros(len(labels), device=labels.device)
 
     def _knows_teacher(self) -> bool:
         known = self._teacher_figures
@@ -283,28 +255,14 @@ class DistillationTrainer(Trainer):
         figures |= agreement_of(rest[0], self.id2label)
         return figures | {f"teacher_{k}": v for k, v in self._teacher_figures[1].items()}
 
-    def draw_panel(self) -> np.ndarray:
-        """Picture of the first evaluation images: image, truth, teacher, student, errors."""
-        dataset: Any = self.eval_dataset
-        samples = dataset
-        if not isinstance(dataset, IterableDataset):
-            samples = (dataset[i] for i in range(len(dataset)))
-        batch = collate(list(itertools.islice(samples, self.args.panel_images)))
-        inputs = self._prepare_inputs(batch)
+    def found_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
+        pixels = self._prepare_inputs(batch)["pixel_values"]
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            student = classes_of(self.model(pixel_values=inputs["pixel_values"])["raw_logits"])
-        teacher = self.teacher_logits(inputs["pixel_values"])
-        return comparison_panel(
-            batch["pixel_values"].permute(0, 2, 3, 1).cpu().numpy(),
-            batch["labels"].cpu().numpy(),
-            None if teacher is None else classes_of(teacher).cpu().numpy(),
-            student.cpu().numpy(),
-            num_labels=self.settings.num_labels,
-            ignore_index=self.settings.ignore_index,
-        )
-
-    # --- logs and saves --------------------------------------------------------------------------
+            student = self.model(pixel_values=pixels)["raw_logits"]
+            teacher = self.teacher_logits(pixels)
+        return classes_of(student), None if teacher is None else classes_of(teacher)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, their gradient shares, temperature, free units and learning rates."""

@@ -125,6 +125,7 @@ def assemble(run: RunArguments) -> Parts:
     student = make_student(run.model, data)
     check_image_size(data.image_size, student)
     teacher = make_teacher(run.model, student)
+    _check_enough(splits[data.train_split], run)
     weights = args.loss_weights
     return Parts(
         student=student,
@@ -134,6 +135,17 @@ def assemble(run: RunArguments) -> Parts:
         processor=SmpImageProcessor.from_model_config(student.config),
         loss_weights=weights if teacher is not None else replace(weights, kl=0.0, mse=0.0),
     )
+
+
+def _check_enough(rows: Any, run: RunArguments) -> None:
+    """Refuse a training set of less than one batch: a short batch is dropped."""
+    args = run.training
+    needed = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and not run.data.streaming and len(rows) < needed:
+        raise ValueError(
+            f"Expected at least {needed} training images (one batch), got {len(rows)}. Lower "
+            "--batch_size or add images."
+        )
 
 
 def _training_dataset(

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from kd_trainer.arguments import DataArguments, ModelArguments, help_field
+from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.command_line import given_flags
 from kd_trainer.evaluation import labels_of
-from kd_trainer.fields import add_fields, convert, hints_of
+from kd_trainer.fields import add_fields, convert, help_field, hints_of
 from kd_trainer.workflows.assemble import evaluation_dataset, load_student, make_teacher
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
 from kd_trainer.workflows.predict import PredictArguments, predict

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.data import StreamedDataset, TransformedDataset, collate
-from kd_trainer.evaluation import classes_of, labels_of
+from kd_trainer.evaluation import classes_of, labels_of, normalise, pixel_statistics
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.teacher import Teacher
@@ -53,14 +53,6 @@ class Evaluation:
         return f"{table}\n\n{self.eval_images:,} images\n"
 
 
-def normalise(pixels: Tensor, student: SmpForSemanticSegmentation) -> Tensor:
-    """uint8 (B, 3, H, W) as the floats the student expects."""
-    shape = (1, 3, 1, 1)
-    mean = torch.tensor(student.config.image_mean, device=pixels.device).view(shape) * 255
-    std = torch.tensor(student.config.image_std, device=pixels.device).view(shape) * 255
-    return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
 @torch.no_grad()
 def evaluate_model(
     student: SmpForSemanticSegmentation,
@@ -78,6 +70,7 @@ def evaluate_model(
     """
     network: nn.Module = student
     network.to(device).eval().to(memory_format=torch.channels_last)
+    statistics = pixel_statistics(student, device)
     labels = labels_of(student)
     compared = ["student", *(["teacher", "agreement"] if teacher is not None else [])]
     metrics = {
@@ -89,7 +82,7 @@ def evaluate_model(
     images = 0
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
     for batch in tqdm(loader, desc="evaluate", unit="batch", disable=None):
-        pixels = normalise(batch["pixel_values"].to(device), student)
+        pixels = normalise(batch["pixel_values"].to(device), statistics)
         truth = batch["labels"].long()
         found = classes_of(student(pixel_values=pixels)["raw_logits"]).cpu()
         metrics["student"].add_batch(predictions=found, references=truth)

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from kd_trainer.arguments import help_field
 from kd_trainer.evaluation import labels_of
+from kd_trainer.fields import help_field
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.panels import overlay

@@ -68,14 +68,35 @@ def train(run: RunArguments) -> dict[str, Any]:
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(student_folder)
     parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
+    results["eval_history"] = eval_history(trainer.state.log_history)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return results
 
 
+def eval_history(logs: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Main figures of each evaluation during training, in the training's precision."""
+    keys = ("epoch", "eval_miou", "eval_dice", "eval_loss", "eval_agreement")
+    return [
+        {key.removeprefix("eval_"): log[key] for key in keys if key in log}
+        for log in logs
+        if "eval_miou" in log
+    ]
+
+
 def _checkpoint(run: RunArguments) -> str | bool | None:
-    """What `--resume` names."""
+    """What `--resume` names.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if there are checkpoints of an earlier run that nobody mentioned.
+    """
     resume, output = run.training.resume, Path(str(run.training.output_dir))
     if resume is None:
+        if any(output.glob("checkpoint-*")):
+            raise ValueError(
+                f"Expected --resume or an output folder without checkpoints, got {output}, which "
+                "has some. Add --resume to go on, name another --output_dir, or delete it."
+            )
         return None
     if resume == "latest":
         if not any(output.glob("checkpoint-*")):

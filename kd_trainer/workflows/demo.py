@@ -1,0 +1,93 @@
+"""`make demo`: draw people, train a teacher, distil a student, and say whether it worked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_trainer.command_line import build, load_recipe
+from kd_trainer.data import TransformedDataset
+from kd_trainer.evaluation import figures_of
+from kd_trainer.metrics import image_counts
+from kd_trainer.workflows.assemble import assemble
+from kd_trainer.workflows.run import run_script
+from kd_trainer.workflows.train import summary_table, train
+
+OUTPUT = Path("runs/demo")
+# What the demo has to reach; below it nothing was learned and it fails.
+TEACHER_MIOU = 0.80
+STUDENT_SHARE = 0.95
+
+
+def constant_miou(dataset: TransformedDataset) -> float:
+    """Highest mIoU of a prediction that is the same class everywhere."""
+    labels = [dataset[i]["labels"][None].long() for i in range(len(dataset))]
+    names = {0: "background", 1: "person"}
+    figures = []
+    for constant in (0, 1):
+        rows = [image_counts(truth * 0 + constant, truth, 2, boundary=False) for truth in labels]
+        figures.append(figures_of(np.concatenate([row.numpy() for row in rows]), names)["miou"])
+    return max(figures)
+
+
+def check(results: dict[str, Any]) -> None:
+    """Refuse to call it a success if nothing was learned.
+
+    Raises:
+        ValueError: if teacher or student stayed below what the demo has to reach.
+    """
+    teacher, student = results["teacher_miou"], results["student_miou"]
+    if teacher < TEACHER_MIOU:
+        raise ValueError(
+            f"Expected the demo's teacher to reach mIoU {TEACHER_MIOU:.2f}, got {teacher:.4f}. "
+            "This is a defect: please report it with the output above."
+        )
+    if student < STUDENT_SHARE * teacher:
+        raise ValueError(
+            f"Expected the demo's student to reach {STUDENT_SHARE:.0%} of its teacher's mIoU "
+            f"{teacher:.4f}, got {student:.4f}. This is a defect: please report it with the output "
+            "above."
+        )
+
+
+def demo(output: Path = OUTPUT) -> dict[str, Any]:
+    """Train both networks from their recipes; returns what `results.json` holds."""
+    start = time.perf_counter()
+    shutil.rmtree(output, ignore_errors=True)
+    print("1/2 teacher: draws the pictures and trains a large network without a teacher")
+    teacher_settings = load_recipe("demo_teacher") | {"output_dir": str(output / "teacher")}
+    train(build(teacher_settings))
+    print("\n2/2 student: distils the teacher into a small network, unit by unit")
+    settings = load_recipe("demo") | {"output_dir": str(output)}
+    run = build(settings)
+    results = train(run)
+    evaluated = assemble(run).eval_dataset
+    assert isinstance(evaluated, TransformedDataset)
+    results["constant_miou"] = constant_miou(evaluated)
+    results["demo_seconds"] = time.perf_counter() - start
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return results
+
+
+def main() -> None:
+    """Run, print the table and where everything lies, and fail if nothing was learned."""
+    results = demo()
+    first = results["eval_history"][0]["miou"]
+    print(f"\n{summary_table(results)}\n")
+    print(f"The same class everywhere would score mIoU {results['constant_miou']:.4f}, the student")
+    print(f"after one epoch {first:.4f}. All of it took {results['demo_seconds']:.0f} s.\n")
+    print(f"Student:  {OUTPUT}/student   (transformers and smp read it)")
+    print(f"Teacher:  {OUTPUT}/teacher/student")
+    print(f"Pictures: {OUTPUT}/panels    Figures: {OUTPUT}/results.json")
+    print(f"Curves:   tensorboard --logdir {OUTPUT}")
+    print(f"Try it:   python scripts/predict.py {OUTPUT}/student YOUR_PICTURE.jpg")
+    check(results)
+
+
+if __name__ == "__main__":
+    run_script(main)
