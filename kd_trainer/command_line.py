@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -37,17 +37,22 @@ SHOWN = frozenset(
     }
 )
 _CLASSES = (ModelArguments, DataArguments, DistillationArguments)
-_SECRET = frozenset({"hub_token"})
+# Not written down: a secret, and where a run goes on, which is no setting of the next one.
+_LEFT_OUT = frozenset({"hub_token", "resume"})
+# Set from other fields or from this machine, so written only as they were asked for: a
+# configuration from a machine without a GPU would else keep the next one from using its own.
+_DERIVED = frozenset({"use_cpu", "bf16", "fp16", "dataloader_pin_memory", "data_seed", "do_eval"})
 
 
 @dataclasses.dataclass
 class RunArguments:
-    """The settings of one run."""
+    """The settings of one run; `given` are those of the recipe and the flags, by field."""
 
     model: ModelArguments
     data: DataArguments
     training: DistillationArguments
     dry_run: bool = False
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def resolved(self) -> dict[str, Any]:
         """Every setting a recipe can hold; the Trainer's own only where they were changed."""
@@ -55,14 +60,24 @@ class RunArguments:
         for field in dataclasses.fields(self.training):
             value = getattr(self.training, field.name)
             value = value.value if isinstance(value, Enum) else value
-            if field.init and (field.name in own_fields() or value != field.default):
+            if not field.init or field.name in _DERIVED:
+                continue
+            if field.name in own_fields() or value != _default(field):
                 values[field.name] = value
-        return {k: v for k, v in values.items() if k not in _SECRET and _is_plain(v)}
+        values = {k: v for k, v in values.items() if _is_plain(v)}
+        values |= {k: v for k, v in self.given.items() if k not in values}
+        return {k: v for k, v in values.items() if k not in _LEFT_OUT}
 
 
 def own_fields() -> frozenset[str]:
     """Fields that DistillationArguments adds or gives a default of its own."""
     return frozenset(DistillationArguments.__annotations__)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def _is_plain(value: Any) -> bool:
@@ -120,12 +135,25 @@ def build(settings: dict[str, Any], *, dry_run: bool = False) -> RunArguments:
         DataArguments(**part(DataArguments)),
         DistillationArguments(**part(DistillationArguments)),
         dry_run=dry_run,
+        given=dict(settings),
     )
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are errors like all the others instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"Expected a command line as --help shows it, got a fault: {message}.")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of scripts/train.py."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="train.py",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -165,14 +193,17 @@ def given_flags(
     """Flags as text, by field; an unknown one is an error that names the nearest.
 
     Raises:
-        ValueError: on an unknown flag.
+        ValueError: on an unknown flag, or a word that belongs to none.
     """
     namespace, unknown = from_parser.parse_known_args(arguments)
+    flag = next((u.split("=")[0] for u in unknown if u.startswith("-")), None)
+    if flag is not None:
+        known = [option for a in from_parser._actions for option in a.option_strings]
+        raise ValueError(f"Expected known flags, got {flag}.{closest(flag, known)}")
     if unknown:
-        flag = next((u for u in unknown if u.startswith("-")), unknown[0])
-        known = [o.lstrip("-") for a in from_parser._actions for o in a.option_strings]
         raise ValueError(
-            f"Expected known flags, got {flag}.{closest(flag.split('=')[0].lstrip('-'), known)}"
+            f"Expected each value behind its flag, got {unknown[0]!r} behind none. Write "
+            "--name value; quote a value with spaces."
         )
     return vars(namespace)
 
