@@ -182,6 +182,13 @@ def test_an_own_ignore_index_is_honoured():
         assert torch.equal(image_counts(prediction, renamed, 3, ignore_index=index), expected)
 
 
+def test_a_class_can_be_ignored():
+    """Its pixels must leave the boundary counts as well as the confusion."""
+    prediction, labels = draw(3, ignored=0.0)
+    expected = image_counts(prediction, torch.where(labels == 2, IGNORE, labels), 3)
+    assert torch.equal(image_counts(prediction, labels, 3, ignore_index=2), expected)
+
+
 def test_figures_do_not_depend_on_batches_or_processes():
     """Averaged over batches, an uneven last batch would weigh its pictures more."""
     prediction, labels = draw(3, batch=7)

@@ -1,7 +1,7 @@
 """Terms of a model with one logit per pixel: foreground or not, through a sigmoid.
 
-All functions take logits (B, 1, H, W) in fp32 or float64, finite outside the mask as well
-(`distillation_terms` sees to both), and a bool mask (B, H, W) of the pixels that count.
+All functions take logits (B, 1, H, W) in fp32 or float64, the student's finite outside the
+mask as well (`distillation_terms` sees to both), and a bool mask (B, H, W) of what counts.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Terms of a model with K >= 2 logits per pixel, through a softmax over the channels.
 
-All functions take logits (B, K, H, W) in fp32 or float64, finite outside the mask as well
-(`distillation_terms` sees to both), and a bool mask (B, H, W) of the pixels that count.
+All functions take logits (B, K, H, W) in fp32 or float64, the student's finite outside the
+mask as well (`distillation_terms` sees to both), and a bool mask (B, H, W) of what counts.
 """
 
 import torch

@@ -159,7 +159,8 @@ def _teacher_terms(
     student: Tensor, teacher: Tensor, mask: Tensor, wanted: set[str], temperature: float
 ) -> dict[str, Tensor]:
     kl, mse = (binary_kl, binary_mse) if student.shape[1] == 1 else (softmax_kl, centred_mse)
-    student, teacher = keep_pixels(student, mask), keep_pixels(teacher, mask)
+    # The teacher gets no gradient, so that the masked mean alone keeps its other pixels out.
+    student = keep_pixels(student, mask)
     terms = {}
     if "kl" in wanted:
         terms["kl"] = kl(student, teacher, mask, temperature)
