@@ -124,16 +124,29 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
 
 
 def build(settings: dict[str, Any], *, dry_run: bool = False) -> RunArguments:
-    """The three dataclasses from one flat mapping of settings."""
+    """The three dataclasses from one flat mapping of settings.
+
+    Raises:
+        ValueError: if a setting is out of range, or two contradict each other.
+    """
 
     def part(cls: type) -> dict[str, Any]:
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         return {k: v for k, v in settings.items() if k in names}
 
+    model = ModelArguments(**part(ModelArguments))
+    data = DataArguments(**part(DataArguments))
+    try:
+        training = DistillationArguments(**part(DistillationArguments))
+    except (ValueError, ImportError) as error:
+        if str(error).startswith("Expected"):
+            raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected settings that transformers accepts, got: {reason}") from error
     return RunArguments(
-        ModelArguments(**part(ModelArguments)),
-        DataArguments(**part(DataArguments)),
-        DistillationArguments(**part(DistillationArguments)),
+        model,
+        data,
+        training,
         dry_run=dry_run,
         given=dict(settings),
     )

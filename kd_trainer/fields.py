@@ -56,6 +56,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         ValueError: if it cannot be one; names the field and the wanted type.
     """
     options = _options(hint)
+    if value == "" and options == (str,):
+        return ""  # as good as not given, and what a configuration written without it says
     if value is None or (isinstance(value, str) and value.lower() in ("null", "")):
         if type(None) in options:
             return None
@@ -78,16 +80,19 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _type_name(option: Any) -> str:
     if typing.get_origin(option) is list:
-        return f"a list of {_type_name(typing.get_args(option)[0])}s"
-    words = {bool: "true or false", int: "whole number", float: "number", str: "word"}
+        return f"a list, each {_type_name(typing.get_args(option)[0])}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
     return words.get(option, getattr(option, "__name__", str(option)))
 
 
 def _convert_to(value: Any, option: Any) -> Any:
     origin = typing.get_origin(option) or option
     if origin is list:
-        items = value if isinstance(value, list) else str(value).replace(",", " ").split()
-        return [_convert_to(item, typing.get_args(option)[0]) for item in items]
+        (item_type,) = typing.get_args(option)
+        if isinstance(value, list) and item_type is str:
+            return [str(item) for item in value]  # as they are: a name may hold a space
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return [_convert_to(item, item_type) for item in text.replace(",", " ").split()]
     if origin is dict:
         return json.loads(value) if isinstance(value, str) else dict(value)
     if isinstance(value, list):

@@ -1,0 +1,238 @@
+"""Recipes and flags: which setting wins, which mistakes are caught, what is written down."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.command_line import (
+    ALIASES,
+    DEFAULT_RECIPE,
+    build,
+    load_recipe,
+    own_fields,
+    parse,
+    parser,
+    recipe_names,
+)
+
+TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"
+
+
+def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_recipe_by_name_sets_what_the_recipe_says():
+    """A recipe that is read but not used trains with the defaults and nobody notices."""
+    run = parse(["--config", TIMELINE, "--dataset", "photos"])
+    assert run.training.temperature_schedule == "piecewise"
+    assert run.training.temperature(22 / 49) == pytest.approx(1.6)
+    assert run.training.output_dir == f"runs/{TIMELINE}"
+    assert parse([]).training.output_dir == f"runs/{DEFAULT_RECIPE}"
+
+
+def test_recipe_by_path_sets_what_the_file_says(tmp_path: Path):
+    """Short names work in a file as on the command line, and numbers like 1e-4 are numbers."""
+    path = written(tmp_path, "epochs: 3\nlearning_rate: 1e-4\nclass_names: [sky, bird]\n")
+    run = parse(["--config", path])
+    assert run.training.num_train_epochs == 3
+    assert run.training.learning_rate == 1e-4
+    assert run.data.id2label == {0: "sky", 1: "bird"}
+    assert run.training.output_dir == "runs/mine"
+
+
+def test_default_of_every_field_is_that_of_the_recipe():
+    """The recipe's figures stand in two places; they must not drift apart."""
+    recipe = build(load_recipe(DEFAULT_RECIPE)).resolved()
+    assert recipe == build({}).resolved()
+
+
+@pytest.mark.parametrize("name", [*recipe_names()])
+def test_every_shipped_recipe_parses(name: str):
+    """A recipe with a misspelt or removed field would fail only at its first user."""
+    assert parse(["--config", name, "--dataset", "x"]).data.dataset == "x"
+
+
+def test_flags_override_the_recipe(tmp_path: Path):
+    """The other way round a flag would be silently without effect."""
+    path = written(tmp_path, "kl_weight: 0.7\nimage_size: 64\naugmentation: light\n")
+    run = parse(["--config", path, "--kl_weight", "0", "--image_size=96"])
+    assert run.training.kl_weight == 0
+    assert run.data.image_size == 96
+    assert run.data.augmentation == "light"
+
+
+def test_short_names_and_later_flags():
+    """`--epochs` and `--num_train_epochs` are one field: the last one given counts."""
+    run = parse(["--epochs", "7", "--batch_size", "3", "--eval_batch_size", "5"])
+    assert run.training.num_train_epochs == 7
+    assert run.training.per_device_train_batch_size == 3
+    assert run.training.per_device_eval_batch_size == 5
+    assert parse(["--epochs", "7", "--num_train_epochs", "9"]).training.num_train_epochs == 9
+
+
+def test_flags_are_converted_to_the_types_of_their_fields():
+    """Text that stays text (`"false"` is true, `"64"` is no size) fails far from its cause."""
+    run = parse(
+        shlex.split(
+            "--teacher_mean 0.5 0.5 0.5 --teacher_std 0.2,0.2,0.2 --mask_values 0 255 --streaming "
+            "--load_best_model_at_end false --max_train_samples null --pos_weight 2 "
+            "--class_names background tree --temperature_schedule piecewise "
+            "--temperature_points 0:4 49:1 --gradient_accumulation_steps 2"
+        )
+    )
+    assert run.model.teacher_mean == [0.5, 0.5, 0.5]
+    assert run.model.teacher_std == [0.2, 0.2, 0.2]
+    assert run.data.mask_values == [0, 255]
+    assert run.data.streaming is True
+    assert run.data.max_train_samples is None
+    assert run.data.class_names == ["background", "tree"]
+    assert run.training.load_best_model_at_end is False
+    assert run.training.pos_weight == 2.0
+    assert run.training.temperature_points == ["0:4", "49:1"]
+    assert run.training.gradient_accumulation_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "precision"),
+    [
+        (["--mixed_precision", "--use_cpu"], "bf16"),
+        (["--mixed_precision", "no", "--use_cpu"], "no"),
+        (["--use_cpu"], "no"),
+    ],
+)
+def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], precision: str):
+    """fp16 on a CPU would silently be fp32."""
+    args = parse(arguments).training
+    assert args.mixed_precision == precision
+    assert args.bf16 == (precision == "bf16")
+    assert not args.fp16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epoch", "3"], r"got --epoch\. Did you mean --epochs\?"),
+        (["--kl_wieght=0.1"], r"got --kl_wieght\. Did you mean --kl_weight\?"),
+        (["stray"], r"got 'stray' behind none"),
+        (["--epochs"], r"Expected a command line .*expected one argument"),
+        (["--epochs", "many"], r"Expected --num_train_epochs to be .*number, got 'many'"),
+        (["--image_size", "33.5"], r"Expected --image_size to be .*whole number, got '33\.5'"),
+        (["--streaming", "perhaps"], r"Expected --streaming to be true or false"),
+        (["--image_size", "16"], r"Expected --image_size of at least 32, got 16"),
+        (["--augmentation", "some"], r"Expected --augmentation to be one of heavy, light, none"),
+        (["--num_labels", "1"], r"Expected --num_labels of at least 2"),
+        (["--num_labels", "3", "--class_names", "a", "b"], r"Expected 3 --class_names"),
+        (["--teacher_mean", "0", "0", "0"], r"Expected --teacher_mean and --teacher_std together"),
+        (["--mixed_precision", "fp16", "--use_cpu"], r"Expected --mixed_precision bf16 or no"),
+        (["--mixed_precision", "fp8"], r"Expected --mixed_precision to be one of"),
+        (["--warmup_steps", "10"], r"Expected the cosine schedule with --warmup_epochs"),
+        (["--min_learning_rate", "1"], r"Expected --min_learning_rate of at most"),
+        (["--temperature_schedule", "sine"], r"^Expected .*cosine, linear, exponential"),
+        (["--kl_weight", "-1"], r"^Expected "),
+        (["--temperature_points", "0-4"], r"^Expected "),
+        (["--eval_strategy", "sometimes"], r"^Expected .*eval_strategy"),
+        (["--batch_size", "0"], r"^Expected --per_device_train_batch_size of at least 1"),
+        (["--epochs", "0"], r"^Expected --epochs"),
+        (["--report_to", "nowhere"], r"^Expected --report_to .*got nowhere"),
+        (["--eval_strategy", "steps"], r"^Expected --save_strategy and --eval_strategy"),
+        (["--bf16", "--fp16"], r"^Expected settings that transformers accepts, got: "),
+        (["--hub_strategy", "never"], r"^Expected settings that transformers accepts, got: "),
+    ],
+)
+def test_wrong_flags_are_errors_of_one_kind(arguments: list[str], message: str):
+    """A flag that is dropped, or a value that is clipped, trains something else than was asked."""
+    with pytest.raises((ValueError, TypeError), match=message):
+        parse(arguments)
+
+
+def test_unknown_recipe_names_the_nearest():
+    """A misspelt recipe must not fall back to the default one."""
+    with pytest.raises(FileNotFoundError, match=rf"^Expected a recipe .*Did you mean {TIMELINE}\?"):
+        parse(["--config", TIMELINE.replace("timeline", "timelime")])
+    with pytest.raises(FileNotFoundError, match=r"^Expected a recipe .*got nowhere/mine\.yaml"):
+        parse(["--config", "nowhere/mine.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "kl_wieght: 1",
+            r"Expected known fields in mine\.yaml, got 'kl_wieght'. Did you",
+        ),
+        ("epochs: many", r"Expected --epochs to be .*number, got 'many'"),
+        ("epochs:", r"Expected a value for --epochs, got none"),
+        ("- 1\n- 2", r"Expected `name: value` lines"),
+        ("a: [", r"Expected YAML in "),
+        ("", r"Expected `name: value` lines"),
+        ("7: 3", r"Expected known fields in mine\.yaml, got 7"),
+    ],
+)
+def test_wrong_recipe_files_say_what_is_wrong(tmp_path: Path, text: str, message: str):
+    """An unknown key that is skipped leaves the default in its place."""
+    with pytest.raises(ValueError, match=message):
+        load_recipe(written(tmp_path, text))
+
+
+def test_resolved_configuration_loads_again_and_gives_the_same_settings(tmp_path: Path):
+    """config.yaml in the output folder is the only record of how a student was made."""
+    first = parse(
+        shlex.split(
+            "--dataset photos --teacher t --epochs 3 --batch_size 2 --mixed_precision bf16 "
+            "--mask_values 0 255 --class_names background 'street person' --output_dir out "
+            "--eval_strategy no --eval_steps 7 --lr_scheduler_kwargs {} --seed 5 "
+            "--temperature_schedule piecewise --temperature_points 0:4 2:1 --use_cpu --report_to none"
+        )
+    )
+    path = written(tmp_path, yaml.safe_dump(first.resolved(), sort_keys=False))
+    second = parse(["--config", path])
+    assert second.resolved() == first.resolved()
+    assert second.model == first.model
+    assert second.data == first.data
+    for field in dataclasses.fields(DistillationArguments):
+        if field.init and field.name not in ("logging_dir", "run_name"):
+            left, right = (getattr(run.training, field.name) for run in (first, second))
+            assert str(left) == str(right), field.name
+
+
+def test_resolved_configuration_does_not_pin_the_machine(tmp_path: Path):
+    """Resolved on a laptop, `use_cpu` would keep the next machine's GPU idle; a seed that was
+    derived would stay when another `--seed` is given.
+    """
+    settings = parse(["--mixed_precision"]).resolved()
+    derived = {"use_cpu", "dataloader_pin_memory", "data_seed", "bf16", "fp16", "resume"}
+    assert not derived & settings.keys()
+    path = written(tmp_path, yaml.safe_dump(settings))
+    assert parse(["--config", path, "--seed", "7"]).training.data_seed == 7
+
+
+def test_no_token_is_written_down():
+    """The configuration is published beside the student."""
+    run = parse(["--hub_token", "hf_secret", "--dataset", "x"])
+    assert run.training.hub_token == "hf_secret"
+    assert "hf_secret" not in yaml.safe_dump(run.resolved())
+
+
+def test_help_names_every_field_of_ours():
+    """A field without a line in --help does not exist for a user."""
+    text = parser().format_help()
+    ours = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
+    for name in (*ours, *own_fields(), *ALIASES, "config", "dry_run"):
+        assert f"--{name}" in text, name
+    for name in recipe_names():
+        assert name in text
+
+
+def test_every_field_of_ours_has_a_help_text():
+    """An empty line in --help explains nothing."""
+    for cls in (ModelArguments, DataArguments, DistillationArguments):
+        for field in dataclasses.fields(cls):
+            if cls is not DistillationArguments or field.name in own_fields():
+                assert field.metadata.get("help"), field.name

@@ -1,0 +1,129 @@
+"""The plan of a run as pure functions: the recipe's own figures, and the ends of each schedule."""
+
+import math
+from pathlib import Path
+
+import pytest
+from tiny import arguments
+
+from kd_trainer.command_line import build, load_recipe
+from kd_trainer.timetable import Timetable
+
+COSINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
+TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"
+UPDATES = 10
+
+
+def recipe(name: str = COSINE, **changes: object) -> Timetable:
+    args = build(load_recipe(name) | changes).training
+    return Timetable(args, 7, args.num_train_epochs, UPDATES)
+
+
+def at(epoch: float) -> int:
+    return round(epoch * UPDATES)
+
+
+def test_recipe_goes_from_four_to_one_along_a_cosine_epoch_by_epoch():
+    """`epoch / epochs` instead of `epoch / (epochs - 1)` never reaches the last temperature."""
+    table = recipe()
+    for epoch in range(50):
+        expected = 1 + 3 * 0.5 * (1 + math.cos(math.pi * epoch / 49))
+        for update in (at(epoch), at(epoch + 1) - 1):  # the same throughout the epoch
+            assert table.temperature(update) == pytest.approx(expected)
+    assert table.temperature(0) == 4.0
+    assert table.temperature(at(50) - 1) == pytest.approx(1.0)
+    assert table.temperature(at(60)) == pytest.approx(1.0)  # held, not extrapolated
+
+
+def test_timeline_recipe_has_the_temperatures_of_the_timeline():
+    """Both recipes must be what they are named after."""
+    table = recipe(TIMELINE)
+    stated = {0: 4.0, 4: 3.6, 7: 3.2, 10: 2.9, 13: 2.5, 16: 2.2, 19: 1.9, 22: 1.6, 49: 1.0}
+    for epoch, temperature in stated.items():
+        assert table.temperature(at(epoch)) == pytest.approx(temperature), epoch
+
+
+def test_recipe_frees_a_unit_every_third_epoch_from_the_sixth_on():
+    """One epoch off shifts every stage of the plan."""
+    table = recipe()
+    free = [table.unfreezing(epoch) for epoch in range(50)]
+    assert free == [0] * 5 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3 + [5] * 3 + [6] * 3 + [7] * 27
+    starts = [table.free_from(f"unit_{unit}") for unit in range(7)]
+    assert starts == [23, 20, 17, 14, 11, 8, 5]  # the deepest unit, 6, first
+    assert table.free_from("decoder") == 0
+
+
+def test_recipe_base_rates_are_one_and_three_tenths_of_a_ten_thousandth():
+    """The encoder's share is easily applied twice, or not at all."""
+    args = recipe().args
+    assert args.learning_rate == 1e-4
+    assert args.learning_rate * args.encoder_lr_scale == pytest.approx(3e-5)
+
+
+def test_rate_warms_up_for_five_epochs_and_ends_at_the_minimum():
+    """A cosine that is counted from epoch 0, or that ends at 0, gives other rates throughout."""
+    rate = recipe().rate("decoder")
+    assert rate(0) == 0.0
+    assert rate(at(2.5)) == pytest.approx(0.5)
+    assert rate(at(5)) == pytest.approx(1.0)
+    assert rate(at(27.5)) == pytest.approx(0.5 * (1 + 0.01))  # half way down
+    assert 1e-4 * rate(at(50)) == pytest.approx(1e-6)
+    assert 1e-4 * rate(at(55)) == pytest.approx(1e-6)
+    falling = [rate(update) for update in range(at(5), at(50) + 1)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_rate_of_a_frozen_unit_is_zero_and_then_that_of_all_others():
+    """Weight decay and momentum would move a unit that is frozen in name only."""
+    table = recipe()
+    decoder = table.rate("decoder")
+    for unit in range(7):
+        rate, start = table.rate(f"unit_{unit}"), table.free_from(f"unit_{unit}")
+        assert rate(at(start) - 1) == 0.0
+        assert rate(at(start)) == decoder(at(start)) > 0
+        assert rate(at(50)) == decoder(at(50))
+
+
+def test_freed_unit_ramps_up_if_asked_to():
+    """The optional ramp must neither touch the decoder nor last for ever."""
+    table = recipe(unfreeze_warmup_epochs=2.0)
+    rate, decoder = table.rate("unit_6"), table.rate("decoder")
+    assert rate(at(5)) == 0.0
+    assert rate(at(6)) == pytest.approx(0.5 * decoder(at(6)))
+    assert rate(at(7)) == pytest.approx(decoder(at(7)))
+    assert decoder(at(6)) == recipe().rate("decoder")(at(6))
+
+
+def test_ramp_does_not_hold_back_what_was_never_frozen(tmp_path: Path):
+    """A unit that is free from epoch 0 has the warm-up already."""
+    args = arguments(tmp_path, unfreeze_warmup_epochs=1.0)
+    table = Timetable(args, 4, 2, UPDATES)
+    assert table.rate("unit_3")(at(0.5)) == table.rate("decoder")(at(0.5)) > 0
+
+
+def test_temperature_per_step_reaches_both_ends():
+    """Per step the last update, not the one after it, has the last temperature."""
+    table = recipe(temperature_per="step", temperature_schedule="linear")
+    values = [table.temperature(update) for update in range(at(50))]
+    assert values[0] == 4.0
+    assert values[-1] == pytest.approx(1.0)
+    assert len(set(values)) == at(50)
+    assert values == sorted(values, reverse=True)
+    assert table.temperature(at(50)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("per", ["epoch", "step"])
+def test_run_of_one_update_has_the_first_temperature(tmp_path: Path, per: str):
+    """A progress of 0/0 is an error at the very end of somebody's set-up."""
+    args = arguments(tmp_path, temperature_per=per, warmup_epochs=0)
+    table = Timetable(args, 4, 1 / UPDATES, UPDATES)
+    assert table.temperature(0) == 4.0
+    assert table.rate("decoder")(0) == 1.0
+
+
+def test_warm_up_longer_than_the_run_is_cut_to_the_run(tmp_path: Path):
+    """`--epochs 2` of the recipe must not divide by a negative rest."""
+    table = Timetable(arguments(tmp_path, warmup_epochs=5), 4, 2, UPDATES)
+    rate = table.rate("decoder")
+    assert rate(at(1)) == pytest.approx(0.5)
+    assert 0 < rate(at(2)) <= 1
