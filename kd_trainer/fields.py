@@ -117,6 +117,7 @@ def add_fields(
     title: str,
     aliases: Mapping[str, str] | None = None,
     without_value: Mapping[str, str] | None = None,
+    only: Collection[str] | None = None,
     shown: Collection[str] | None = None,
 ) -> None:
     """A flag for each field of a dataclass; nothing is set for a flag that is not given.
@@ -127,11 +128,12 @@ def add_fields(
         title: heading in the help.
         aliases: further names, as {alias: field}.
         without_value: what a flag given without a value means, as {field: text}.
+        only: fields that get a flag (default: all).
         shown: fields with a line in the help (default: all).
     """
     hints, group = hints_of([cls]), parser.add_argument_group(title)
     for field in dataclasses.fields(cls):
-        if not field.init:
+        if not field.init or (only is not None and field.name not in only):
             continue
         options = _options(hints[field.name])
         const = (without_value or {}).get(field.name, "true" if bool in options else None)

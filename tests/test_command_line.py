@@ -188,7 +188,8 @@ def test_resolved_configuration_loads_again_and_gives_the_same_settings(tmp_path
             "--dataset photos --teacher t --epochs 3 --batch_size 2 --mixed_precision bf16 "
             "--mask_values 0 255 --class_names background 'street person' --output_dir out "
             "--eval_strategy no --eval_steps 7 --lr_scheduler_kwargs {} --seed 5 "
-            "--temperature_schedule piecewise --temperature_points 0:4 2:1 --use_cpu --report_to none"
+            "--temperature_schedule piecewise --temperature_points 0:4 2:1 --use_cpu "
+            "--report_to none"
         )
     )
     path = written(tmp_path, yaml.safe_dump(first.resolved(), sort_keys=False))

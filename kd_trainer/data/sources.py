@@ -65,7 +65,8 @@ def load_splits(
 
 
 def _load_split(data: DataArguments, split: str) -> Any:
-    limits = {data.eval_split: data.max_eval_samples, data.train_split: data.max_train_samples}
+    # An evaluation of the split that was trained on is an evaluation: its limit comes last.
+    limits = {data.train_split: data.max_train_samples, data.eval_split: data.max_eval_samples}
     limit = limits.get(split)
     rows, lengths = _labelled(data, split, limit)
     if isinstance(rows, datasets.Dataset):

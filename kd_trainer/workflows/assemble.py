@@ -21,6 +21,7 @@ from kd_trainer.data import (
 from kd_trainer.evaluation import labels_of
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
+from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
 from kd_trainer.teacher import Teacher, load_teacher
 
@@ -70,7 +71,15 @@ def load_student(
             f"Expected a saved model with a config.json, got {source}. A training run leaves it in "
             "the folder `student` of its output folder."
         )
-    student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
+    try:
+        student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(
+            str(source)
+        )
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"Expected a saved model, a folder here or an id on the Hub, got {source}: {reason}"
+        ) from error
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -80,11 +89,13 @@ def load_student(
     return student
 
 
-def make_teacher(model: ModelArguments, student: SmpForSemanticSegmentation) -> Teacher | None:
-    """The teacher the settings name, fed with the student's input."""
+def make_teacher(
+    model: ModelArguments, student: SmpForSemanticSegmentation, *, image_size: int
+) -> Teacher | None:
+    """The teacher the settings name, fed with the student's input of `image_size` pixels."""
     if not model.has_teacher:
         return None
-    return load_teacher(
+    teacher = load_teacher(
         model.teacher,
         num_labels=len(labels_of(student)),
         arch=model.teacher_arch,
@@ -96,6 +107,9 @@ def make_teacher(model: ModelArguments, student: SmpForSemanticSegmentation) -> 
         input_std=student.config.image_std,
         trust_remote_code=model.trust_remote_code,
     )
+    if isinstance(teacher.network, SmpForSemanticSegmentation):
+        check_image_size(model.teacher_image_size or image_size, teacher.network)
+    return teacher
 
 
 def evaluation_dataset(
@@ -118,13 +132,14 @@ def assemble(run: RunArguments) -> Parts:
             "none."
         )
     args, data = run.training, run.data
+    check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
     names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     splits = load_splits(data, names)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_image_size(data.image_size, student)
-    teacher = make_teacher(run.model, student)
+    teacher = make_teacher(run.model, student, image_size=data.image_size)
     _check_enough(splits[data.train_split], run)
     weights = args.loss_weights
     return Parts(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from kd_trainer.arguments import DataArguments, ModelArguments
-from kd_trainer.command_line import given_flags
+from kd_trainer.command_line import Parser, given_flags
 from kd_trainer.evaluation import labels_of
 from kd_trainer.fields import add_fields, convert, help_field, hints_of
+from kd_trainer.modeling import check_image_size
 from kd_trainer.workflows.assemble import evaluation_dataset, load_student, make_teacher
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
 from kd_trainer.workflows.predict import PredictArguments, predict
@@ -32,7 +33,9 @@ class EvaluateArguments:
             raise ValueError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
 
 
-_TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name)
+_TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name) | {
+    "trust_remote_code"
+}
 _DATA = frozenset(f.name for f in dataclasses.fields(DataArguments)) - {
     "train_split",
     "unlabelled",
@@ -43,13 +46,13 @@ _DATA = frozenset(f.name for f in dataclasses.fields(DataArguments)) - {
 }
 
 
-def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+def _parser(prog: str, description: str, epilog: str) -> Parser:
+    return Parser(
         prog=prog,
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
     )
 
 
@@ -70,13 +73,14 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("model", help="Saved student: a folder or a Hub id.")
     add_fields(parser, EvaluateArguments, title="evaluation")
-    add_fields(parser, DataArguments, title="data", shown=_DATA)
-    add_fields(parser, ModelArguments, title="teacher", shown=_TEACHER)
+    add_fields(parser, DataArguments, title="data", only=_DATA)
+    add_fields(parser, ModelArguments, title="teacher", only=_TEACHER)
     given = given_flags(parser, arguments)
-    student = load_student(given.pop("model"))
+    source = given.pop("model")
     own, data_settings, model_settings = _settings(
         (EvaluateArguments, DataArguments, ModelArguments), given
     )
+    student = load_student(source, num_labels=data_settings.get("num_labels"))
     names = list(labels_of(student).values())
     told: dict[str, Any] = {
         "num_labels": len(names),
@@ -85,10 +89,12 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     }
     data = DataArguments(**(told | data_settings))
     args = EvaluateArguments(**own)
+    check_image_size(data.image_size, student)
+    model = ModelArguments(**model_settings)
     evaluation = evaluate_model(
         student,
         evaluation_dataset(data, batch_size=args.batch_size),
-        teacher=make_teacher(ModelArguments(**model_settings), student),
+        teacher=make_teacher(model, student, image_size=data.image_size),
         batch_size=args.batch_size,
         ignore_index=data.ignore_index,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -113,7 +119,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
         parser,
         PredictArguments,
         title="prediction",
-        shown={f.name for f in dataclasses.fields(PredictArguments)} - {"model"},
+        only={f.name for f in dataclasses.fields(PredictArguments)} - {"model"},
     )
     given = given_flags(parser, arguments)
     pictures = given.pop("pictures")

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
+from kd_trainer.data.decoding import decode_photograph
 from kd_trainer.evaluation import labels_of
 from kd_trainer.fields import help_field
 from kd_trainer.image_processing import SmpImageProcessor
@@ -72,17 +73,12 @@ def find_pictures(sources: Sequence[str]) -> list[Path]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture as RGB, upright.
+    """A picture as the training reads it: RGB, upright, white where it is transparent.
 
     Raises:
         ValueError: if the file is no readable picture.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"Expected a readable picture, got {path}: {reason}.") from None
+    return Image.fromarray(decode_photograph({"path": str(path), "bytes": None}, 0))
 
 
 @torch.no_grad()

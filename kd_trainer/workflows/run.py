@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -18,15 +19,25 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except USER_ERRORS as error:
-        if not _is_ours(error):
+        message = _message(error)
+        if message is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Messages of the house start with `Expected`; those of the operating system name a path."""
-    return str(error).startswith("Expected") or isinstance(error, OSError)
+def _message(error: BaseException) -> str | None:
+    """The message on one line, or None if the error is no fault of the user's.
+
+    Messages of the house start with `Expected`; those of the operating system name a path. An error
+    from a process that reads data arrives as the text of its traceback, whose end it is.
+    """
+    text = str(error)
+    if "DataLoader worker" in text:
+        text = re.split(r"^\w+Error: (?=Expected)", text, flags=re.MULTILINE)[-1]
+    if not (text.startswith("Expected") or isinstance(error, OSError)):
+        return None
+    return " ".join(text.split())

@@ -45,6 +45,7 @@ def train(run: RunArguments) -> dict[str, Any]:
     Leaves in the output folder: `student/` (best student by mIoU, readable by transformers and
     smp), `checkpoint-*/`, `runs/` (TensorBoard), `panels/`, `config.yaml` and `results.json`.
     """
+    checkpoint = _checkpoint(run)  # before anything is written or takes long
     parts = assemble(run)
     output = Path(str(run.training.output_dir))
     trainer = DistillationTrainer(
@@ -60,7 +61,7 @@ def train(run: RunArguments) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(run.resolved(), sort_keys=False)
         (output / "config.yaml").write_text(settings, encoding="utf-8")
-    trained = trainer.train(resume_from_checkpoint=_checkpoint(run)).metrics
+    trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return {}

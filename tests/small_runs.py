@@ -1,0 +1,76 @@
+"""Small data sets and saved networks for tests of whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from kd_trainer.modeling import SmpForSemanticSegmentation
+
+ENCODER = "timm-mobilenetv3_small_minimal_100"
+SIDE = 64
+DECODER = ("16", "8", "8", "8", "8")
+
+
+def write_pairs(root: Path, *, num_labels: int = 2, train: int = 8, validation: int = 5) -> Path:
+    """Coloured rectangles on noise; masks are 0/255 of a binary task, else class ids."""
+    for split, count in (("train", train), ("validation", validation)):
+        draw = np.random.default_rng([num_labels, count])
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for index in range(count):
+            image = draw.integers(0, 120, (SIDE, SIDE, 3), dtype=np.uint8)
+            mask = np.zeros((SIDE, SIDE), np.uint8)
+            for label in range(1, num_labels):
+                top, left = draw.integers(0, SIDE // 2, 2)
+                area = np.s_[top : top + SIDE // 2, left : left + SIDE // 3]
+                mask[area] = label
+                image[area][..., label % 3] += 120
+            if num_labels == 2:
+                mask *= 255
+            cv2.imwrite(str(root / split / "images" / f"p {index}.png"), image)
+            cv2.imwrite(str(root / split / "masks" / f"p {index}.png"), mask)
+    return root
+
+
+def save_network(folder: Path, *, num_labels: int = 2, seed: int = 7) -> Path:
+    """A network of random weights, as a training run saves it."""
+    torch.manual_seed(seed)
+    network = SmpForSemanticSegmentation.create(
+        "unet",
+        ENCODER,
+        encoder_weights="none",
+        id2label={0: "background"} | {i: f"class_{i}" for i in range(1, num_labels)},
+        image_size=SIDE,
+        decoder_channels=tuple(map(int, DECODER)),
+    )
+    network.save_pretrained(folder)
+    return folder
+
+
+def train_flags(
+    dataset: Path | str, output: Path, *more: str, teacher: Path | str = "none"
+) -> list[str]:
+    """The command line of a run of seconds."""
+    flags = {
+        "dataset": str(dataset),
+        "output_dir": str(output),
+        "teacher": str(teacher),
+        "student_encoder": ENCODER,
+        "encoder_weights": "none",
+        "image_size": str(SIDE),
+        "augmentation": "none",
+        "epochs": "2",
+        "batch_size": "2",
+        "unfreeze_start_epoch": "0",
+        "unfreeze_every": "0",
+        "warmup_epochs": "0",
+        "learning_rate": "1e-3",
+        "report_to": "none",
+        "panel_images": "0",
+    }
+    named = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return [*named, "--use_cpu", "--disable_tqdm", "--decoder_channels", *DECODER, *more]
