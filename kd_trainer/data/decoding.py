@@ -23,6 +23,7 @@ Cell = Mapping[str, Any]
 # cv2 can fill the missing part of a cut-off file with grey and say nothing, where PIL raises; so it
 # gets only files that end as their format does.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _OPAQUE = ("RGB", "L", "P", "1", "I;16")
 _PNG_GREY = 0
 _FIRST_TURNED = 5  # EXIF orientations 5 to 8 exchange height and width
@@ -136,7 +137,11 @@ def image_shape(cell: Cell, index: int) -> tuple[int, int]:
     """
     name = cell_name(cell, index)
     image = _open(read_cell(cell, name), name, load=False)
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _FIRST_TURNED
+    try:
+        exif = image.getexif()  # which decodes the whole of a PNG
+    except _UNREADABLE as error:
+        raise _unreadable(error, name) from None
+    turned = exif.get(ExifTags.Base.Orientation, 1) >= _FIRST_TURNED
     turned &= image.format != "TIFF"  # whose size PIL has turned already
     return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -148,11 +153,15 @@ def _open(data: bytes, name: str, load: bool = True) -> Image.Image:
             return image
         image.load()
         return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "it holds no image that cv2 or PIL can read" if "identify" in str(error) else error
-        raise ValueError(
-            f"Expected a readable image, got {name}: {reason}. Replace or remove the file."
-        ) from None
+    except _UNREADABLE as error:
+        raise _unreadable(error, name) from None
+
+
+def _unreadable(error: Exception, name: str) -> ValueError:
+    reason = "it holds no image that cv2 or PIL can read" if "identify" in str(error) else error
+    return ValueError(
+        f"Expected a readable image, got {name}: {reason}. Replace or remove the file."
+    )
 
 
 def _is_png(data: bytes) -> bool:

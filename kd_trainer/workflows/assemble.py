@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import set_seed
+from transformers import PreTrainedConfig, set_seed
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.command_line import RunArguments
@@ -62,7 +62,7 @@ def load_student(
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
-        ValueError: if it has other classes than `num_labels`.
+        ValueError: if it is another kind of model, or has other classes than `num_labels`.
     """
     folder = Path(source)
     looks_local = folder.exists() or str(source).startswith((".", "/", "~", "runs"))
@@ -72,6 +72,12 @@ def load_student(
             "the folder `student` of its output folder."
         )
     try:
+        config, _ = PreTrainedConfig.get_config_dict(str(source))
+        if "_model_class" not in config:
+            raise ValueError(
+                f"Expected a student of this package or an smp model, got {source} of model_type "
+                f"{config.get('model_type')!r}. Other models can be teachers only."
+            )
         student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(
             str(source)
         )

@@ -1,0 +1,261 @@
+"""Wrong use of the scripts: one clear line, a non-zero exit, no traceback, nothing written."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from small_runs import ENCODER, save_network, train_flags, write_pairs
+
+from kd_trainer.command_line import DEFAULT_RECIPE
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    """Folder with a data set `data`, one of four classes `data4`, and networks of 2 and 4."""
+    root = tmp_path_factory.mktemp("good")
+    write_pairs(root / "data", train=4, validation=2)
+    write_pairs(root / "data4", num_labels=4, train=4, validation=2)
+    save_network(root / "two")
+    save_network(root / "four", num_labels=4)
+    state = load_file(root / "two" / "model.safetensors")
+    state.pop(next(name for name in state if name.startswith("decoder")))
+    save_file(state, root / "short.safetensors")
+    (root / "stranger").mkdir()
+    (root / "stranger" / "config.json").write_text('{"model_type": "segformer"}')
+    return root
+
+
+class Used:
+    """Runs a script in this process and holds what it printed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch = monkeypatch
+        self.capfd = capfd
+
+    def error(self, script: str, *arguments: object) -> str:
+        """The only line on stderr of a script that has to fail."""
+        self.monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        self.capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
+        assert stop.value.code not in (0, None)
+        out, err = self.capfd.readouterr()
+        assert out == ""
+        # A bar that was drawn over and over is progress, not a message.
+        lines = [line for line in err.splitlines() if line.strip() and "it/s]" not in line]
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: Expected ")
+        assert "Traceback" not in err
+        return lines[0]
+
+
+@pytest.fixture
+def used(monkeypatch, capfd, tmp_path) -> Used:
+    monkeypatch.chdir(tmp_path)
+    return Used(monkeypatch, capfd)
+
+
+# `{good}` is the folder of the fixture; the first word is the data set.
+TRAIN = {
+    "unknown recipe": ("data", "--config {recipe}", "Did you mean rgb_hier"),
+    "unknown flag": ("data", "--temprature_start 3", "Did you mean --temperature_start?"),
+    "unknown encoder": ("data", "--student_encoder timm-eficientnet-b0", "timm-efficientnet-b0"),
+    "unknown architecture": ("data", "--student_arch unett", "Did you mean 'unet'?"),
+    "missing folder": ("dta", "", "Did you mean 'data'?"),
+    "missing split": ("data", "--train_split trein", "Did you mean 'train'?"),
+    "missing encoder weights": ("data", "--encoder_weights gone.safetensors", "gone.safetensors"),
+    "missing teacher": ("data", "--teacher {good}/nobody", "nobody"),
+    "teacher with other classes": ("data", "--teacher {good}/four", "teacher of 2 classes, got 4"),
+    "teacher with missing keys": (
+        "data",
+        f"--teacher {{good}}/short.safetensors --teacher_encoder {ENCODER}",
+        "missing",
+    ),
+    "too few labels for the masks": ("data4", "", "set --num_labels 4"),
+    "too many labels for the masks": (
+        "data",
+        "--num_labels 4",
+        "Expected class ids 0..3",
+    ),
+    "image size": ("data", "--image_size 100", "divisible by 32, got 100. Use 96 or 128"),
+    "teacher's image size": (
+        "data",
+        "--teacher {good}/two --teacher_image_size 100",
+        "divisible by 32, got 100",
+    ),
+    "batch larger than the data": ("data", "--batch_size 5", "at least 5 training images"),
+    "weight of the foreground": ("data4", "--num_labels 4 --pos_weight 2", "pos_weight"),
+    "missing photographs": ("data", "--unlabelled {good}/nowhere", "--unlabelled"),
+    "nothing to resume": ("data", "--resume", "Expected a checkpoint"),
+    "student of other classes": ("data", "--student {good}/four", "model of 2 classes"),
+    "student that is none": ("data", "--student {good}/data", "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", TRAIN)
+def test_wrong_use_of_train_is_one_line(case: str, good: Path, used: Used, tmp_path: Path):
+    """A page of traceback, or an error after an hour of training, is what a user remembers."""
+    data, flags, expected = TRAIN[case]
+    more = flags.format(good=good, recipe=DEFAULT_RECIPE[:-1]).split()
+    line = used.error("train.py", *train_flags(good / data, tmp_path / "out", *more))
+    assert expected in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_finds_what_the_run_would_find(good: Path, used: Used, tmp_path: Path):
+    """A plan that is printed for data that cannot be trained on is worth nothing."""
+    flags = train_flags(good / "data", tmp_path / "out", "--dry_run", "--image_size", "100")
+    assert "divisible by 32" in used.error("train.py", *flags)
+
+
+def test_missing_dataset_is_asked_for(used: Used):
+    """The commonest first command."""
+    assert "Expected --dataset" in used.error("train.py")
+
+
+def broken(good: Path, folder: Path, fault: str) -> Path:
+    """A copy of the data with one fault in it."""
+    shutil.copytree(good / "data", folder)
+    image, mask = (folder / "train" / kind / "p 2.png" for kind in ("images", "masks"))
+    if fault == "image without mask":
+        mask.unlink()
+    elif fault == "mask without image":
+        image.unlink()
+    elif fault == "mask of another size":
+        cv2.imwrite(str(mask), np.zeros((32, 64), np.uint8))
+    elif fault == "unreadable image":
+        image.write_bytes(b"this is no picture")
+    elif fault == "unreadable mask":
+        mask.write_bytes(mask.read_bytes()[:60])
+    elif fault == "wrong class ids":
+        cv2.imwrite(str(mask), np.full((64, 64), 7, np.uint8))
+    elif fault == "cut-off image":
+        image.unlink()
+        jpeg = image.with_suffix(".jpg")
+        cv2.imwrite(str(jpeg), np.random.default_rng(0).integers(0, 256, (64, 64, 3)))
+        jpeg.write_bytes(jpeg.read_bytes()[:2000])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "image without mask",
+        "mask without image",
+        "mask of another size",
+        "unreadable image",
+        "unreadable mask",
+        "wrong class ids",
+    ],
+)
+def test_fault_in_the_data_is_one_line_that_names_the_file(
+    fault: str, good: Path, used: Used, tmp_path: Path
+):
+    """In ten thousand files nobody finds the one that an error does not name."""
+    data = broken(good, tmp_path / "data", fault)
+    line = used.error("train.py", *train_flags(data, tmp_path / "out"))
+    assert "p 2.png" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_fault_that_shows_during_training_is_one_line_too(
+    workers: str, good: Path, used: Used, tmp_path: Path
+):
+    """A file whose head is sound is found when it is decoded, maybe in another process."""
+    data = broken(good, tmp_path / "data", "cut-off image")
+    flags = train_flags(data, tmp_path / "out", "--dataloader_num_workers", workers)
+    line = used.error("train.py", *flags)
+    assert "Expected a readable image" in line
+    assert "p 2.jpg" in line
+
+
+EVAL = {
+    "no model": ("", "the following arguments are required: model"),
+    "missing model": ("{good}/nobody --dataset {good}/data", "config.json"),
+    "another kind of model": ("{good}/stranger --dataset {good}/data", "segformer"),
+    "no dataset": ("{good}/two", "Expected --dataset"),
+    "missing dataset": ("{good}/two --dataset {good}/dta", "Did you mean 'data'?"),
+    "missing split": ("{good}/two --dataset {good}/data --eval_split test", "--eval_split"),
+    "masks of other classes": ("{good}/two --dataset {good}/data4", "0 and 255"),
+    "model of other classes": ("{good}/two --dataset {good}/data4 --num_labels 4", "4 classes"),
+    "teacher of other classes": (
+        "{good}/two --dataset {good}/data --teacher {good}/four",
+        "teacher of 2 classes, got 4",
+    ),
+    "image size": ("{good}/two --dataset {good}/data --image_size 100", "divisible by 32"),
+    "unknown flag": ("{good}/two --data_set x", "Did you mean --dataset?"),
+    "flag of the training": ("{good}/two --augmentation light", "got --augmentation"),
+    "batch size": ("{good}/two --dataset {good}/data --batch_size 0", "--batch_size of at least"),
+}
+
+
+@pytest.mark.parametrize("case", EVAL)
+def test_wrong_use_of_eval_is_one_line(case: str, good: Path, used: Used, tmp_path: Path):
+    """Figures of the wrong data are worse than none."""
+    arguments, expected = EVAL[case]
+    assert expected in used.error("eval.py", *arguments.format(good=good).split())
+    assert not (tmp_path / "runs").exists()
+
+
+PREDICT = {
+    "missing model": ("{good}/nobody {good}/data", "config.json"),
+    "missing picture": ("{good}/two {good}/gone.jpg", "gone.jpg"),
+    "glob without pictures": ("{good}/two {good}/*.jpg", "names none"),
+    "file that is no picture": ("{good}/two {good}/two/config.json", "Expected a readable image"),
+    "threshold": ("{good}/two {good}/data --threshold 50", "--threshold between 0 and 1"),
+    "no picture": ("{good}/two", "pictures"),
+}
+
+
+@pytest.mark.parametrize("case", PREDICT)
+def test_wrong_use_of_predict_is_one_line(case: str, good: Path, used: Used, tmp_path: Path):
+    """A glob that matches nothing must not look like success."""
+    arguments, expected = PREDICT[case]
+    assert expected in used.error("predict.py", *arguments.format(good=good).split())
+    assert not (tmp_path / "runs").exists()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_error_of_a_real_process_is_one_line(tmp_path: Path):
+    """Warnings of libraries at import would bury it."""
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "nobody"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Expected a recipe")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accelerate_launches_a_run_that_leaves_a_student(good: Path, tmp_path: Path):
+    """The command of the README, on a CPU, from another folder."""
+    flags = train_flags(good / "data", tmp_path / "out", "--epochs", "1", teacher=good / "two")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    done = subprocess.run(
+        [*launch, str(config), str(ROOT / "scripts" / "train.py"), *flags, "--mixed_precision"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mIoU" in done.stdout
+    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+    assert "warn" not in done.stderr.lower()
