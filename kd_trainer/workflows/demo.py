@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from kd_trainer.data import TransformedDataset
 from kd_trainer.evaluation import figures_of
 from kd_trainer.metrics import image_counts
 from kd_trainer.workflows.assemble import assemble
+from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.run import run_script
 from kd_trainer.workflows.train import summary_table, train
 
@@ -70,7 +70,7 @@ def demo(output: Path = OUTPUT) -> dict[str, Any]:
     assert isinstance(evaluated, TransformedDataset)
     results["constant_miou"] = constant_miou(evaluated)
     results["demo_seconds"] = time.perf_counter() - start
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "results.json", results)
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from kd_trainer.evaluation import classes_of, labels_of, normalise, pixel_statis
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.teacher import Teacher
+from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.plan import markdown_table
 
 
@@ -109,7 +109,5 @@ def evaluate_model(
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write `eval_results.json` and `eval_results.md`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(evaluation.results(), indent=2) + "\n"
-    (folder / "eval_results.json").write_text(text, encoding="utf-8")
+    write_json(folder / "eval_results.json", evaluation.results())
     (folder / "eval_results.md").write_text(evaluation.markdown(), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts, assemble, load_student, network_size
 from kd_trainer.workflows.evaluate import evaluate_model
+from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.plan import describe, markdown_table
 
 LIBRARIES = (
@@ -70,7 +70,7 @@ def train(run: RunArguments) -> dict[str, Any]:
     parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "results.json", results)
     return results
 
 
