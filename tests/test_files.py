@@ -8,7 +8,7 @@ from kd_trainer.workflows.files import write_json
 
 
 def test_figures_that_do_not_exist_become_null(tmp_path: Path):
-    """Python writes NaN, which is no JSON: browsers and most other readers refuse the whole file."""
+    """Python writes NaN, which is no JSON: most other readers refuse the whole file."""
     path = tmp_path / "new" / "results.json"
     write_json(path, {"iou_bag": math.nan, "history": [{"loss": math.inf}], "miou": 0.5, "n": 3})
 
