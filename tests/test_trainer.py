@@ -234,7 +234,7 @@ WATCHED = {
 
 
 def test_log_has_every_watched_value_and_the_terms_add_up(tmp_path: Path):
-    """A term that is logged with another weight or another mean than it is trained with misleads."""
+    """A term logged with another weight or another mean than it is trained with misleads."""
     args = arguments(tmp_path, temperature_per="epoch", logging_steps=2, num_train_epochs=3)
     trainer = DistillationTrainer(
         tiny_student(), args, teacher=tiny_teacher(), train_dataset=Squares(8)
