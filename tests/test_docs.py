@@ -1,0 +1,337 @@
+"""README and docs against the code: blocks run, commands parse, flags, defaults and paths exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from small_runs import save_network, train_flags, write_pairs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_layers import LAYERS
+
+from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
+from kd_trainer.fields import convert, hints_of
+from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.workflows import entry_points
+from kd_trainer.workflows.plan import markdown_table, timeline
+from kd_trainer.workflows.train import train
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
+# Flags on these pages that belong to accelerate and tensorboard.
+FOREIGN = {"--config_file", "--logdir"}
+# Left empty as a default, and then set from the recipe's name, the launcher and the task.
+DERIVED = ("output_dir", "mixed_precision", "label_names")
+CLASSES = (ModelArguments, DataArguments, DistillationArguments)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+class CaughtError(Exception):
+    """Carries a parser out of the function that makes it."""
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """The parser of each script."""
+
+    def catch(made, arguments):
+        raise CaughtError(made)
+
+    found = {"train.py": parser()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry_points, "given_flags", catch)
+        mains = (("eval.py", entry_points.evaluate_main), ("predict.py", entry_points.predict_main))
+        for name, main in mains:
+            with pytest.raises(CaughtError) as caught:
+                main([])
+            found[name] = caught.value.args[0]
+    return found
+
+
+def options(of: object) -> set[str]:
+    return {option for action in of._actions for option in action.option_strings}  # type: ignore[attr-defined]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """(script, arguments) of each command line of ours in the bash blocks."""
+    found = []
+    for text in TEXTS.values():
+        for line in "\n".join(blocks(text, "bash")).splitlines():
+            words = shlex.split(line)
+            script = next((w for w in words if w.startswith("scripts/")), None)
+            if script is not None:
+                found.append((Path(script).name, words[words.index(script) + 1 :]))
+    return found
+
+
+PAGES_WITH_CODE = [n for n in TEXTS if n != "README.md" and blocks(TEXTS[n], "python")]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_CODE)
+def test_python_blocks_run_in_order(page: str, tmp_path: Path, monkeypatch):
+    """An example that stopped working is the first thing a new user meets."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page}
+    for number, block in enumerate(blocks(TEXTS[page], "python")):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+def test_readme_example_leaves_a_student_that_transformers_reads(tmp_path: Path, monkeypatch):
+    """The example is copied as it stands, and would run through if it saved nothing of use."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "example"}
+    exec("\n".join(blocks(README, "python")), names)
+    assert type(names["model"]).__name__ == "SmpForSemanticSegmentation"
+    assert type(names["processor"]).__name__ == "SmpImageProcessor"
+
+
+@pytest.mark.parametrize(("script", "arguments"), commands(), ids=lambda v: str(v)[:60])
+def test_documented_commands_parse(script: str, arguments: list[str], parsers, tmp_path: Path):
+    """A flag that was renamed would stay in the documentation."""
+    if "--help" in arguments:
+        return
+    if script != "train.py":
+        given = vars(parsers[script].parse_args(arguments))
+        hints = hints_of(
+            (entry_points.PredictArguments,)
+            if script == "predict.py"
+            else (entry_points.EvaluateArguments, *CLASSES)
+        )
+        for name, value in given.items():
+            if name not in ("model", "pictures"):
+                convert(name, value, hints[name])
+        return
+    if "--config" in arguments:
+        place = arguments.index("--config") + 1
+        if arguments[place].endswith(".yaml"):  # stands for a file of the reader's
+            own = tmp_path / "own.yaml"
+            own.write_text("num_train_epochs: 3\n")
+            arguments = [*arguments[:place], str(own), *arguments[place + 1 :]]
+    parse(arguments)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_flag_exists(page: str, parsers):
+    """A flag in running text is not parsed by any other test."""
+    known = FOREIGN.union(*map(options, parsers.values()))
+    named = set(re.findall(r"(?<![\w-])--[a-zA-Z_]\w*", TEXTS[page]))
+    assert named - known == set()
+
+
+def test_every_field_of_ours_is_documented():
+    """A new field would be found by nobody who does not read --help to the end."""
+    fields = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
+    fields |= set(own_fields()) | set(ALIASES)
+    pages = "\n".join(TEXTS.values())
+    assert {name for name in fields if not re.search(rf"`--{name}\b", pages)} == set()
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """Cells of the rows of all tables whose first column is headed so."""
+    found, inside = [], False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line[:1] == "|" else []
+        if cells and (cells[0] == heading or (inside and not set(line) <= set("|-: "))):
+            found += [cells] if inside else []
+            inside = True
+        inside = inside and bool(cells)
+    return found
+
+
+@pytest.mark.parametrize("page", ["docs/data.md", "docs/training.md"])
+def test_documented_defaults_are_those_of_the_recipe(page: str):
+    """Defaults are looked up in tables, and a stale one decides somebody's run."""
+    run = parse([])
+    hints = hints_of(CLASSES)
+    checked = 0
+    for flag, default, _ in rows(TEXTS[page], "flag"):
+        name = flag.strip("`-")
+        holder = next(h for h in (run.model, run.data, run.training) if hasattr(h, name))
+        if default:
+            wanted = convert(name, default, hints[name])
+            actual = getattr(holder, name)
+            assert actual in (wanted, [wanted]), name
+        elif name not in DERIVED:
+            assert getattr(holder, name) in (None, ""), name
+        checked += 1
+    assert checked > 15
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"),
+    [
+        ("flag of eval.py", entry_points.EvaluateArguments),
+        ("flag of predict.py", entry_points.PredictArguments),
+    ],
+)
+def test_documented_defaults_are_those_of_the_scripts(heading: str, cls: type):
+    """The two small scripts have defaults of their own under the same names."""
+    wanted = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "model"}
+    found = {row[0].strip("`-"): row[1] for row in rows(TEXTS["docs/training.md"], heading)}
+    assert {name: convert(name, v, type(wanted[name])) for name, v in found.items()} == wanted
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"[^\w -]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_and_paths_resolve(page: str):
+    """A moved file leaves dead links behind."""
+    text, folder = TEXTS[page], (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (folder / path).resolve() if path else ROOT / page
+        assert file.is_file(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), target
+    places = r"(?<![\w/])((?:kd_trainer|scripts|tests|docs|accelerate_configs)/[\w./-]*\w/?)"
+    for path in re.findall(places, text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_recipes_and_make_targets_exist(page: str):
+    """Both are names in running text that nothing else checks."""
+    for name in re.findall(r"\brgb_\w+", TEXTS[page]):
+        load_recipe(name)
+    targets = re.findall(r"^([a-z][a-z -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    known = {name for line in targets for name in line.split()}
+    code = "\n".join([*re.findall(r"`([^`\n]+)`", TEXTS[page]), *blocks(TEXTS[page], "bash")])
+    assert set(re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)) <= known
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_path_or_address_of_one_machine(page: str):
+    """A path of the writer's machine means nothing on the reader's."""
+    assert not re.search(r"(?<![\w.:/])/(work|home|root|tmp|mnt|usr|data)/|file://", TEXTS[page])
+
+
+@pytest.fixture(scope="module")
+def networks() -> dict[str, SmpForSemanticSegmentation]:
+    """Student and teacher of the recipe, of random weights."""
+    return {
+        who: SmpForSemanticSegmentation.create(
+            "unet", f"timm-efficientnet-{size}", encoder_weights="none"
+        )
+        for who, size in (("teacher", "b3"), ("student", "b0"))
+    }
+
+
+def test_plan_in_the_readme_is_the_plan(networks):
+    """The plan is what a reader compares with the recipe; typed by hand it would drift."""
+    plan = timeline(networks["student"], parse([]).training)
+    header = ["epoch", "temperature", "free encoder units", "trainable parameters"]
+    body = [
+        [
+            f"{row['epoch']:.0f}",
+            f"{row['temperature']:.2f}",
+            f"{row['free_units']:.0f}",
+            f"{row['trainable']:,.0f}",
+            f"{row['decoder_lr']:.0e}",
+            f"{row['encoder_lr']:.0e}" if row["encoder_lr"] else "frozen",
+        ]
+        for row in (plan[epoch] for epoch in PLAN_EPOCHS)
+    ]
+    table = markdown_table([*header, "decoder lr", "encoder lr"], body)
+    assert table in README, f"expected in README.md:\n{table}"
+
+
+def test_sizes_in_the_readme_are_true(networks):
+    """Published tables of these networks often count the classifier's head."""
+    body = []
+    for who, network in networks.items():
+        used, never_used, _ = parameter_counts(network)
+        encoder = network.config.encoder_name
+        body.append([f"{who}: U-Net on `{encoder}`", f"{used:,}", f"{never_used:,}"])
+    table = markdown_table(["network", "parameters", "never used"], body)
+    assert table in README, f"expected in README.md:\n{table}"
+
+
+def test_design_names_every_part_of_the_package():
+    """A part that the table of layers leaves out is a part nobody can place."""
+    names = [re.findall(r"`(\w+)`", row[1]) for row in rows(TEXTS["docs/design.md"], "layer")]
+    present = {p.stem for p in (ROOT / "kd_trainer").iterdir() if p.suffix == ".py" or p.is_dir()}
+    present |= {"scripts"}
+    assert [set(n) for n in names] == [set(layer) & present for layer in LAYERS]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Output folder of a small distillation with TensorBoard and panels."""
+    root = tmp_path_factory.mktemp("docs")
+    flags = train_flags(
+        write_pairs(root / "pairs", train=4, validation=2),
+        root / "run",
+        *("--report_to", "tensorboard", "--panel_images", "1", "--epochs", "1"),
+        *("--logging_steps", "1"),
+        teacher=save_network(root / "teacher"),
+    )
+    train(parse(flags))
+    return root / "run"
+
+
+def test_output_folder_is_the_documented_tree(finished: Path):
+    """Readers write scripts that rely on these names."""
+    trees = [b for text in TEXTS.values() for b in blocks(text, "text") if "runs/distilled/" in b]
+    assert len(trees) == 2
+    for tree in trees:
+        top = set(re.findall(r"^[├└]── ([\w.*-]+)", tree, re.MULTILINE))
+        assert all(any(finished.glob(name)) for name in top)
+        here = {p.name for p in finished.iterdir() if not p.name.startswith("checkpoint-")}
+        assert top == here | {"checkpoint-*"}
+    inside = set(re.findall(r"^│   [├└]── ([\w.]+)", trees[1], re.MULTILINE))
+    assert all((finished / "student" / name).is_file() for name in inside)
+
+
+def test_documented_keys_of_results_are_there_and_complete(finished: Path):
+    """The list in the README is the interface of results.json."""
+    (paragraph,) = re.findall(r"^`results.json` has, each.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    shared, single = paragraph.split("further", 1)
+    metrics = set(re.findall(r"`(\w+)`", shared)) - {"student_", "teacher_"}
+    # IoU and Dice of each class are described, not listed.
+    words = set(re.findall(r"`(\w+)`", single))
+    keys = set(json.loads((finished / "results.json").read_text()))
+    listed = {f"{who}_{name}" for who in ("student", "teacher") for name in metrics} | words
+    assert listed - keys == set()
+    per_class = re.compile(r"(student|teacher)_(iou|dice)_(background|person|class_\d)")
+    assert {key for key in keys - listed if not per_class.fullmatch(key)} == set()
+
+
+def test_documented_names_in_tensorboard_exist(finished: Path):
+    """A curve that is documented and missing looks like a failed run."""
+    (folder,) = (finished / "runs").iterdir()
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    tags = {*board.Tags()["scalars"], *board.Tags()["images"]}
+    named = [row[0] for row in rows(TEXTS["docs/training.md"], "name")]
+    wanted = {tag for cell in named for tag in re.findall(r"`([\w/]+)`", cell)}
+    wanted -= {"train/lr/unit_6"}  # of an encoder of seven units
+    assert "train/grad_share/kl" in wanted
+    assert wanted - tags == set()
+
+
+def test_readme_stays_short_and_keeps_the_place_of_the_results():
+    """The first page is read in a minute or not at all."""
+    assert README.count("\n") <= 260
+    assert "\n## Results\n" in README
+    pictures = sum(p.stat().st_size for p in (ROOT / "docs" / "images").iterdir())
+    assert pictures < 300_000
