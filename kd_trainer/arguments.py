@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from kd_trainer.argument_checks import check_reports, check_run, check_staged
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
 from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
@@ -206,7 +206,7 @@ class DistillationArguments(TrainingArguments):
         if not self.output_dir:
             self.output_dir = "runs/distillation"
         self._check_schedules()
-        self._check_run()
+        check_run(self)
         self._set_precision()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data depends on torch's global RNG
@@ -218,11 +218,11 @@ class DistillationArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for
         wanted = self.mixed_precision
         super().__post_init__()
-        self._check_reports()
+        check_reports(self)
         # The flag wins over the accelerate configuration, which arrives through the environment.
         self.mixed_precision = wanted or self.mixed_precision
         if self.unfreeze_start_epoch > 0 or self.unfreeze_every > 0:
-            self._check_staged()
+            check_staged(self)
 
     def _check_schedules(self) -> None:
         self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
@@ -244,36 +244,6 @@ class DistillationArguments(TrainingArguments):
                 "rates are set by --learning_rate, --min_learning_rate and --warmup_epochs."
             )
 
-    def _check_run(self) -> None:
-        for name, bound in (
-            ("per_device_train_batch_size", 1),
-            ("per_device_eval_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("dataloader_num_workers", 0),
-            ("panel_images", 0),
-        ):
-            check_at_least(name, getattr(self, name), bound)
-        if not (self.max_steps > 0 or self.num_train_epochs > 0):
-            raise ValueError(f"Expected --epochs above 0, got {self.num_train_epochs:g}.")
-        check_choice("eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
-        check_choice("save_strategy", self.save_strategy, ("no", "steps", "epoch", "best"))
-        strategies = {self.eval_strategy, self.save_strategy} - {"best"}
-        if self.load_best_model_at_end and "no" not in strategies and len(strategies) > 1:
-            raise ValueError(
-                "Expected --save_strategy and --eval_strategy to be the same, as the best student "
-                f"is chosen among the saved ones, got {self.save_strategy} and "
-                f"{self.eval_strategy}. Set both, or --load_best_model_at_end false."
-            )
-
-    def _check_reports(self) -> None:
-        installed = get_available_reporting_integrations()
-        missing = [name for name in self.report_to or () if name not in installed]
-        if missing:
-            raise ValueError(
-                f"Expected --report_to to be none or installed ({', '.join(installed)}), got "
-                f"{' '.join(missing)}. Install it, or leave it out."
-            )
-
     def _set_precision(self) -> None:
         if not self.mixed_precision:
             return  # what the accelerate configuration says
@@ -291,19 +261,6 @@ class DistillationArguments(TrainingArguments):
         self.use_cpu = on_cpu  # the Trainer refuses bf16 on a CPU that was not asked for
         self.bf16 = self.mixed_precision == "bf16"
         self.fp16 = self.mixed_precision == "fp16"
-
-    def _check_staged(self) -> None:
-        if self.deepspeed is not None:
-            raise ValueError(
-                "Expected DDP or one process with staged unfreezing, got DeepSpeed, which ignores "
-                "parameters that are frozen when it starts. Leave --deepspeed out, or free all "
-                "units from the start with --unfreeze_start_epoch 0 --unfreeze_every 0."
-            )
-        if self.ddp_static_graph or self.ddp_find_unused_parameters is False:
-            raise ValueError(
-                "Expected --ddp_find_unused_parameters true and no --ddp_static_graph with staged "
-                "unfreezing, got otherwise: the graph changes when a unit is freed. Leave both out."
-            )
 
     @property
     def loss_weights(self) -> LossWeights:

@@ -38,7 +38,10 @@ SHOWN = frozenset(
 )
 _CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 # Not written down: a secret, and where a run goes on, which is no setting of the next one.
-_LEFT_OUT = frozenset({"hub_token", "resume"})
+_LEFT_OUT = frozenset(
+    {"hub_token", "resume", "bf16", "fp16", "do_eval", "debug", "disable_tqdm"}
+    | {"include_for_metrics", "activation_checkpointing", "gradient_checkpointing"}
+)
 # Set from other fields or from this machine, so written only as they were asked for: a
 # configuration from a machine without a GPU would else keep the next one from using its own.
 _DERIVED = frozenset({"use_cpu", "bf16", "fp16", "dataloader_pin_memory", "data_seed", "do_eval"})
@@ -175,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
         "Every other field of transformers.TrainingArguments is a flag too.\n\n"
         "Examples:\n"
         "  train.py --dataset photos/ --teacher none --output_dir runs/teacher "
-        "--student_encoder timm-efficientnet-b3\n"
+        "--student_encoder timm-efficientnet-b3 --unfreeze_start_epoch 0 --unfreeze_every 0\n"
         "  train.py --dataset photos/ --teacher runs/teacher/student --dry_run\n"
         "  train.py --dataset photos/ --teacher runs/teacher/student --epochs 50 "
         "--mixed_precision",

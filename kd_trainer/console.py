@@ -7,13 +7,13 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-_TERMS = ("kl", "mse", "bce", "dice")
+from kd_trainer.evaluation import TERMS
 
 
 def console_line(logs: dict[str, Any]) -> str | None:
     """One readable line of a training log or an evaluation; None for anything else."""
     if "loss" in logs:
-        terms = " ".join(f"{name} {logs[name]:.3f}" for name in _TERMS if name in logs)
+        terms = " ".join(f"{name} {logs[name]:.3f}" for name in TERMS if name in logs)
         rate = logs.get("learning_rate", 0.0)
         line = f"loss {logs['loss']:.3f} ({terms}) lr {rate:.1e} free units"
         line += f" {logs.get('free_units', 0):.0f}"

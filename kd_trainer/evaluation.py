@@ -6,17 +6,17 @@ batch size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd_trainer.losses import LossWeights, distillation_terms, weighted_sum
+from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.modeling import SmpForSemanticSegmentation
 
-TERMS = ("kl", "mse", "bce", "dice")
+TERMS = tuple(field.name for field in fields(LossTerms))
 
 
 def labels_of(model: SmpForSemanticSegmentation) -> dict[int, str]:

@@ -238,7 +238,7 @@ def networks() -> dict[str, SmpForSemanticSegmentation]:
 
 def test_plan_in_the_readme_is_the_plan(networks):
     """The plan is what a reader compares with the recipe; typed by hand it would drift."""
-    plan = timeline(networks["student"], parse([]).training)
+    plan = timeline(networks["student"], parse([]).training, 50)
     header = ["epoch", "temperature", "free encoder units", "trainable parameters"]
     body = [
         [

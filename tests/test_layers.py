@@ -15,7 +15,8 @@ PORTABLE = ("modeling", "image_processing", "configuration_smp", "encoder_units"
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
     ("losses", "schedules", "metrics", "augmentation", "fields"),
-    ("arguments", *PORTABLE),
+    ("argument_checks", *PORTABLE),
+    ("arguments",),
     ("command_line", "timetable", "data", "teacher", "checkpoints", "hub", "teacher_cache"),
     ("evaluation", "tracking", "optim", "export", "model_card", "reports"),
     ("callbacks", "console"),
@@ -100,15 +101,15 @@ def test_the_tree_keeps_the_layers_and_sizes():
 @pytest.mark.parametrize(
     ("path", "source", "fault"),
     [
-        ("kd_trainer/losses/kl.py", "from kd_trainer.trainer import X", "of rank 5, own rank 0"),
+        ("kd_trainer/losses/kl.py", "from kd_trainer.trainer import X", "of rank 6, own rank 0"),
         ("kd_trainer/losses/kl.py", "from ..metrics import X", "of rank 0, own rank 0"),
         (
             "kd_trainer/optim.py",
             "def f():\n    import kd_trainer.callbacks",
-            "of rank 4, own rank 3",
+            "of rank 5, own rank 4",
         ),
-        ("kd_trainer/trainer.py", "from kd_trainer import Teacher", "of rank 7, own rank 5"),
-        ("kd_trainer/trainer.py", "from . import workflows", "of rank 6, own rank 5"),
+        ("kd_trainer/trainer.py", "from kd_trainer import Teacher", "of rank 8, own rank 6"),
+        ("kd_trainer/trainer.py", "from . import workflows", "of rank 7, own rank 6"),
         ("kd_trainer/modeling.py", "from kd_trainer.losses import kl", "remote code"),
         ("kd_trainer/modeling.py", "import kd_trainer", "remote code"),
         ("kd_trainer/data/coco.py", "import albumentations as A", "albumentations"),

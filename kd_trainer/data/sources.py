@@ -15,7 +15,6 @@ from kd_trainer.data.coco_files import is_coco_folder
 from kd_trainer.data.columns import load_hub, load_parquet, parquet_files, two_columns
 from kd_trainer.data.folders import load_pair_folder
 from kd_trainer.data.listing import (
-    FEATURES,
     MAX_STREAM_SHARDS,
     did_you_mean,
     missing_path,
@@ -133,7 +132,7 @@ def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
         raise ValueError(
             f"Expected a split of the synthetic data ({', '.join(drawn)}), got {split!r}."
         )
-    return drawn[split].cast(FEATURES)
+    return drawn[split]
 
 
 def _from_disk(path: Path, split: str) -> datasets.Dataset:

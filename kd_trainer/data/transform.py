@@ -76,8 +76,8 @@ class SegmentationTransform:
 
         Returns:
             `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S) with the rule's
-            `ignore_index`, `distil_mask` bool (S, S): False only where the geometry brought in
-            pixels from outside the photograph.
+            `ignore_index`, `distil_mask` bool (S, S): True where the labels count, and on a
+            photograph without a mask on every pixel that is not from outside of it.
 
         Raises:
             ValueError: if a file is unreadable, the sizes of photograph and mask differ, or the
@@ -97,10 +97,14 @@ class SegmentationTransform:
         )
         inside = changed_mask != OUTSIDE
         ignored = np.where(inside, changed_mask, self.rule.ignore_index).astype(np.uint8)
+        # On a photograph with a mask the teacher is followed where the labels count, and no
+        # further; on one without, everywhere.
+        labelled = row.get("mask") is not None
+        followed = ignored != self.rule.ignore_index if labelled else inside
         return {
             "pixel_values": torch.from_numpy(np.ascontiguousarray(changed.transpose(2, 0, 1))),
             "labels": torch.from_numpy(ignored),
-            "distil_mask": torch.from_numpy(inside),
+            "distil_mask": torch.from_numpy(followed),
         }
 
     def _labels(

@@ -28,19 +28,18 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def timeline(
-    model: SmpForSemanticSegmentation, args: DistillationArguments
+    model: SmpForSemanticSegmentation, args: DistillationArguments, epochs: float
 ) -> list[dict[str, float]]:
     """One row an epoch: temperature, free units, trainable parameters and learning rates.
 
     Rates are `base` (the group's own, free of warm-up and cosine; 0 while frozen) and `now`, the
     effective rate in the middle of the epoch.
     """
-    epochs = max(1, math.ceil(args.num_train_epochs))
     sizes = {part: sum(p.numel() for _, p in ps) for part, ps in unit_parameters(model).items()}
     units = list(sizes)[1:]
-    table = Timetable(args, len(units), args.num_train_epochs)
+    table = Timetable(args, len(units), epochs)
     rows = []
-    for epoch in range(epochs):
+    for epoch in range(max(1, math.ceil(epochs))):
         free = table.unfreezing(epoch)
         factor = table.rate_at(epoch + 0.5)
         encoder = args.learning_rate * args.encoder_lr_scale if free else 0.0
@@ -59,8 +58,8 @@ def timeline(
     return rows
 
 
-def timeline_table(rows: list[dict[str, float]]) -> str:
-    """The timeline as a Markdown table."""
+def timeline_table(rows: list[dict[str, float]], *, temperature: bool = True) -> str:
+    """The timeline as a Markdown table; without a teacher no temperature is in use."""
     header = [
         "epoch",
         "temperature",
@@ -82,7 +81,13 @@ def timeline_table(rows: list[dict[str, float]]) -> str:
         ]
         for row in rows
     ]
+    if not temperature:
+        header, body = _without(header, 1), [_without(row, 1) for row in body]
     return markdown_table(header, body)
+
+
+def _without(cells: list[str], column: int) -> list[str]:
+    return cells[:column] + cells[column + 1 :]
 
 
 def sizes_table(parts: Parts) -> str:
@@ -98,15 +103,27 @@ def sizes_table(parts: Parts) -> str:
     return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
 
 
+def updates_per_epoch(images: int, args: DistillationArguments) -> int:
+    """Optimizer updates in one epoch of this many images: a short last batch is dropped."""
+    batches = images // (args.train_batch_size * args.world_size)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _timeline(parts: Parts, args: DistillationArguments, updates: int) -> str:
+    epochs = args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
+    rows = timeline(parts.student, args, epochs)
+    return timeline_table(rows, temperature=parts.teacher is not None)
+
+
 def describe(run: RunArguments, parts: Parts) -> str:
     """The whole plan as text."""
     args = run.training
     train = len(parts.train_dataset)
-    updates = train // (args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    updates = updates_per_epoch(train, args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
         "source": run.data.dataset,
-        "train": f"{train:,} images ({updates:,} updates an epoch with one process)",
+        "train": f"{train:,} images ({updates:,} updates an epoch)",
         "evaluation": f"{evaluation:,} images",
         "classes": ", ".join(run.data.id2label.values()),
         "input": f"{run.data.image_size} x {run.data.image_size}",
@@ -119,7 +136,7 @@ def describe(run: RunArguments, parts: Parts) -> str:
             "## Data\n" + "\n".join(f"- {k}: {v}" for k, v in data.items()),
             "## Networks\n" + sizes_table(parts),
             f"## Loss\ntotal = {loss}",
-            "## Timeline\n" + timeline_table(timeline(parts.student, args)),
+            "## Timeline\n" + _timeline(parts, args, updates),
             "## Configuration\n" + yaml.safe_dump(run.resolved(), sort_keys=False).strip(),
         ]
     )
