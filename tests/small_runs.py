@@ -10,7 +10,7 @@ import torch
 
 from kd_trainer.modeling import SmpForSemanticSegmentation
 
-ENCODER = "timm-mobilenetv3_small_minimal_100"
+ENCODER = "mobilenet_v2"
 SIDE = 64
 DECODER = ("16", "8", "8", "8", "8")
 

@@ -74,7 +74,6 @@ def plain(tmp_path_factory) -> Path:
     return save_network(tmp_path_factory.mktemp("plain") / "student", seed=3)
 
 
-@pytest.mark.filterwarnings("ignore:.timm-. encoders are deprecated:DeprecationWarning")
 def test_student_folder_is_read_by_transformers_and_smp_with_equal_weights(finished: Run):
     """A folder that only our own class reads is no Hugging Face model, and no smp model either."""
     ours = AutoModelForSemanticSegmentation.from_pretrained(finished.student).eval()
