@@ -94,7 +94,12 @@ TRAIN = {
     ),
     "batch larger than the data": ("data", "--batch_size 5", "at least 5 training images"),
     "weight of the foreground": ("data4", "--num_labels 4 --pos_weight 2", "pos_weight"),
-    "missing photographs": ("data", "--unlabelled {good}/nowhere", "--unlabelled"),
+    "missing photographs": (
+        "data",
+        "--unlabelled {good}/nowhere --teacher {good}/two",
+        "--unlabelled",
+    ),
+    "photographs for nobody": ("data", "--unlabelled {good}", "Expected a --teacher"),
     "nothing to resume": ("data", "--resume", "Expected a checkpoint"),
     "student of other classes": ("data", "--student {good}/four", "model of 2 classes"),
     "student that is none": ("data", "--student {good}/data", "config.json"),

@@ -138,6 +138,11 @@ def assemble(run: RunArguments) -> Parts:
             "none."
         )
     args, data = run.training, run.data
+    if data.unlabelled is not None and not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
+            "photographs. Name a teacher, or leave --unlabelled out."
+        )
     check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
     names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     splits = load_splits(data, names)
