@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from httpx import HTTPError
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -172,7 +171,7 @@ def _downloaded_encoder(config: SmpConfig) -> nn.Module:
     try:
         encoder: nn.Module = build_network(config, weights).encoder
         return encoder
-    except (OSError, HTTPError, EntryNotFoundError) as error:
+    except (OSError, EntryNotFoundError) as error:  # a network fault of the Hub is an OSError
         raise FileNotFoundError(
             f"Expected to download the ImageNet weights of {config.encoder_name}, got "
             f"{type(error).__name__}. {cure}"
