@@ -25,7 +25,7 @@ class ModelArguments:
     """The frozen teacher and the student that learns from it."""
 
     teacher: str = help_field(
-        "none",
+        "",
         "Teacher: a folder, a Hub id or a checkpoint file (.pth, .safetensors; name its "
         "architecture with --teacher_arch and --teacher_encoder). `none` trains the student alone.",
     )
@@ -65,7 +65,7 @@ class ModelArguments:
     @property
     def has_teacher(self) -> bool:
         """Whether a teacher is named."""
-        return self.teacher.lower() != "none"
+        return self.teacher.lower() not in ("", "none")
 
 
 @dataclass
@@ -192,7 +192,9 @@ class DistillationArguments(TrainingArguments):
     logging_steps: float = help_field(10, "Log every so many updates.")
     load_best_model_at_end: bool = help_field(True, "Keep the student of the best evaluation.")
     metric_for_best_model: str | None = help_field("miou", "What `best` means.")
-    greater_is_better: bool | None = help_field(True, "Whether more of it is better.")
+    greater_is_better: bool | None = help_field(
+        None, "Whether more of it is better (default: unless its name ends in `loss`)."
+    )
     report_to: str | list[str] | None = help_field("tensorboard", "tensorboard, none, wandb, ...")
     # What the Trainer must not do behind our back: each stock default is a silent trap.
     logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
@@ -221,6 +223,7 @@ class DistillationArguments(TrainingArguments):
         check_reports(self)
         # The flag wins over the accelerate configuration, which arrives through the environment.
         self.mixed_precision = wanted or self.mixed_precision
+        self._check_precision()
         if self.unfreeze_start_epoch > 0 or self.unfreeze_every > 0:
             check_staged(self)
 
@@ -253,14 +256,18 @@ class DistillationArguments(TrainingArguments):
             # A CPU always computes bf16, if not always faster; its fp16 would silently be fp32.
             bf16 = on_cpu or torch.cuda.is_bf16_supported(including_emulation=False)
             self.mixed_precision = "bf16" if bf16 else "fp16"
-        if self.mixed_precision == "fp16" and on_cpu:
-            raise ValueError(
-                "Expected --mixed_precision bf16 or no on a CPU, got fp16, which would run in "
-                "fp32. Use bf16."
-            )
+        self._check_precision()
         self.use_cpu = on_cpu  # the Trainer refuses bf16 on a CPU that was not asked for
         self.bf16 = self.mixed_precision == "bf16"
         self.fp16 = self.mixed_precision == "fp16"
+
+    def _check_precision(self) -> None:
+        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        if on_cpu and (self.fp16 or self.mixed_precision == "fp16"):
+            raise ValueError(
+                "Expected --mixed_precision bf16 or no on a CPU, got fp16, which would run in "
+                "fp32. Use bf16, here or in the accelerate configuration."
+            )
 
     @property
     def loss_weights(self) -> LossWeights:

@@ -7,7 +7,7 @@ run frees the same units as one that was never interrupted.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ class DatasetEpoch(TrainerCallback):
         set_epoch = getattr(kwargs["train_dataloader"].dataset, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(current_epoch(state))
+
+
+def tensorboard_of(callbacks: Iterable[Any]) -> TensorBoardCallback | None:
+    """The callback among these that writes to TensorBoard, if there is one."""
+    return next((c for c in callbacks if isinstance(c, TensorBoardCallback)), None)
 
 
 class EvaluationPanels(TrainerCallback):

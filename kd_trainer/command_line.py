@@ -44,18 +44,25 @@ _LEFT_OUT = frozenset(
 )
 # Set from other fields or from this machine, so written only as they were asked for: a
 # configuration from a machine without a GPU would else keep the next one from using its own.
-_DERIVED = frozenset({"use_cpu", "bf16", "fp16", "dataloader_pin_memory", "data_seed", "do_eval"})
+_DERIVED = frozenset(
+    {"use_cpu", "bf16", "fp16", "mixed_precision", "dataloader_pin_memory", "data_seed"}
+    | {"do_eval", "greater_is_better"}
+)
 
 
 @dataclasses.dataclass
 class RunArguments:
-    """The settings of one run; `given` are those of the recipe and the flags, by field."""
+    """The settings of one run.
+
+    `given` are those of the recipe and the flags, by field; `flags` names those of the flags.
+    """
 
     model: ModelArguments
     data: DataArguments
     training: DistillationArguments
     dry_run: bool = False
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
 
     def resolved(self) -> dict[str, Any]:
         """Every setting a recipe can hold; the Trainer's own only where they were changed."""
@@ -236,4 +243,6 @@ def parse(arguments: Sequence[str] | None = None) -> RunArguments:
     settings = load_recipe(config)
     settings |= {name: convert(name, value, hints[name]) for name, value in given.items()}
     settings.setdefault("output_dir", f"runs/{Path(config).stem}")
-    return build(settings, dry_run=dry_run)
+    run = build(settings, dry_run=dry_run)
+    run.flags = frozenset(given)
+    return run

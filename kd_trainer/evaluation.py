@@ -12,28 +12,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_trainer.fields import closest
 from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.teacher import Teacher
 
 TERMS = tuple(field.name for field in fields(LossTerms))
 
 
-def labels_of(model: SmpForSemanticSegmentation) -> dict[int, str]:
+Measured = SmpForSemanticSegmentation | Teacher
+"""What can be evaluated: a student, or any other network behind the interface of a teacher."""
+
+
+def labels_of(model: Measured) -> dict[int, str]:
     """Name of each class of a model, background first."""
-    return {int(index): str(name) for index, name in (model.config.id2label or {}).items()}
+    names = model.id2label if isinstance(model, Teacher) else model.config.id2label
+    return {int(index): str(name) for index, name in (names or {}).items()}
+
+
+def input_statistics(model: Measured) -> tuple[list[float], list[float]]:
+    """Mean and std with which pictures are given to a model, of values 0..1."""
+    if isinstance(model, Teacher):
+        return model.input_mean, model.input_std
+    return list(model.config.image_mean), list(model.config.image_std)
 
 
 Statistics = tuple[Tensor, Tensor]
 
 
-def pixel_statistics(model: SmpForSemanticSegmentation, device: torch.device | str) -> Statistics:
+def pixel_statistics(model: Measured, device: torch.device | str) -> Statistics:
     """Mean and std of a model's input for values 0..255, each (1, 3, 1, 1)."""
     mean, std = (
-        torch.tensor(list(values), device=device).view(1, 3, 1, 1) * 255
-        for values in (model.config.image_mean, model.config.image_std)
+        torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
+        for values in input_statistics(model)
     )
     return mean, std
+
+
+def raw_logits(model: Measured, pixels: Tensor) -> Tensor:
+    """Raw logits (B, K, H, W) for pictures (B, 3, H, W) that are normalised for the model."""
+    output = model(pixels)
+    logits: Tensor = output if isinstance(model, Teacher) else output["raw_logits"]
+    return logits
 
 
 def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
@@ -148,17 +169,56 @@ def figures_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
     return SegmentationCounts.zero(len(id2label)).add(rows).metrics(id2label)
 
 
+def figure_names(id2label: dict[int, str], weights: LossWeights, *, teacher: bool) -> list[str]:
+    """Names of the figures that each evaluation of a training gives."""
+    terms = [name for name, factor in weights.effective().items() if factor > 0]
+    return [
+        *SegmentationCounts.zero(len(id2label)).metrics(id2label),
+        *("dice_loss" if name == "dice" else name for name in terms),
+        "loss",
+        *(("agreement", "agreement_miou") if teacher else ()),
+    ]
+
+
+def check_best_metric(metric: str | None, known: list[str]) -> None:
+    """Refuse a figure that no evaluation will have, before hours are spent.
+
+    Raises:
+        ValueError: names the nearest.
+    """
+    metric = metric or "loss"  # what the Trainer takes
+    if metric.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"Expected --metric_for_best_model to be a figure of the evaluation, got {metric!r}."
+            f"{closest(metric, known)} There are {', '.join(known)}."
+        )
+
+
 def agreement_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
     """Share of valid pixels on which student and teacher agree, and their mutual mIoU."""
     figures = figures_of(rows, id2label)
     return {"agreement": figures["pixel_accuracy"], "agreement_miou": figures["miou"]}
 
 
-def terms_of(rows: np.ndarray) -> dict[str, float]:
+def terms_of(rows: np.ndarray, weights: LossWeights) -> dict[str, float]:
     """Mean of each computed term over the images, and `loss`, their weighted sum.
 
     The Dice term is called `dice_loss`, because `dice` is a metric.
+
+    Args:
+        rows: of `term_rows`, float64 (N, 5).
+        weights: those of the loss; a term of weight 0 was not computed.
+
+    Raises:
+        FloatingPointError: if a term is not finite; names it.
     """
-    names = ["dice_loss" if name == "dice" else name for name in TERMS]
-    named = dict(zip((*names, "loss"), rows.mean(axis=0).tolist(), strict=True))
-    return {name: value for name, value in named.items() if not np.isnan(value)}
+    factors = weights.effective()
+    means = dict(zip((*TERMS, "loss"), rows.mean(axis=0).tolist(), strict=True))
+    means = {name: value for name, value in means.items() if factors.get(name, 1.0) > 0}
+    for name, value in means.items():
+        if not np.isfinite(value):
+            raise FloatingPointError(
+                f"Expected finite loss terms in the evaluation, got {name} = {value}. Look for "
+                "weights that are not finite, or for extreme logits of the teacher or student."
+            )
+    return {("dice_loss" if name == "dice" else name): value for name, value in means.items()}

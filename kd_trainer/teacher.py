@@ -5,7 +5,7 @@ hides all of it, so the losses see fp32 logits of the student's shape.
 Re-normalising the student's input follows the idea of timm's distillation task.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -46,6 +46,7 @@ class Teacher(nn.Module):
         input_mean: with which the pictures arrive (the student's).
         input_std: likewise.
         id2label: names of the teacher's classes.
+        order: the teacher's class for each of the student's, where it counts them otherwise.
     """
 
     scale: Tensor
@@ -62,12 +63,15 @@ class Teacher(nn.Module):
         input_mean: Statistics = IMAGENET_MEAN,
         input_std: Statistics = IMAGENET_STD,
         id2label: dict[int, str] | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_labels = num_labels
         self.image_size = image_size
         self.id2label = id2label or default_labels(num_labels)
+        self.order = None if order is None else list(order)
+        self.input_mean, self.input_std = list(input_mean), list(input_std)
         own_mean, own_std = _column(mean, "mean"), _column(std, "std")
         new_mean, new_std = _column(input_mean, "input_mean"), _column(input_std, "input_std")
         self.same_statistics = torch.equal(own_mean, new_mean) and torch.equal(own_std, new_std)
@@ -106,6 +110,8 @@ class Teacher(nn.Module):
 
     def _student_classes(self, logits: Tensor) -> Tensor:
         channels = logits.shape[1]
+        if self.order is not None:  # of a one-logit teacher, the other class has the other sign
+            logits = -logits if channels == 1 else logits[:, self.order]
         if self.num_labels == 2 and channels == 2:
             return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
         if channels != (1 if self.num_labels == 2 else self.num_labels):
@@ -141,7 +147,7 @@ def _logits_of(output: Any) -> Tensor:
 def load_teacher(
     source: str,
     *,
-    num_labels: int,
+    num_labels: int | None,
     arch: str | None = None,
     encoder: str | None = None,
     image_size: int | None = None,
@@ -149,6 +155,7 @@ def load_teacher(
     std: Statistics | None = None,
     input_mean: Statistics = IMAGENET_MEAN,
     input_std: Statistics = IMAGENET_STD,
+    id2label: Mapping[int, str] | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> Teacher:
@@ -157,7 +164,7 @@ def load_teacher(
     Args:
         source: folder or Hub id of an smp model, of one of our students or of any
             AutoModelForSemanticSegmentation; or a `.safetensors` or `.pth` state dict.
-        num_labels: of the student, background included.
+        num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
         encoder: smp encoder of a bare state dict.
         image_size: input side the teacher wants; None takes the student's.
@@ -166,6 +173,8 @@ def load_teacher(
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
+        id2label: names of the student's classes; a teacher with the same names in another order
+            is put into this one.
         trust_remote_code: run code that comes with the teacher.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -182,6 +191,7 @@ def load_teacher(
         network = _from_folder(source, config, trust_remote_code, hub)
         found_mean, found_std = _statistics(source, config, hub)
     labels = network.config.id2label
+    num_labels = num_labels or max(len(labels), 2)
     _check_classes(labels, num_labels, source)
     return Teacher(
         network,
@@ -192,7 +202,20 @@ def load_teacher(
         input_mean=input_mean,
         input_std=input_std,
         id2label=labels if len(labels) == num_labels else None,
+        order=class_order(labels, id2label),
     )
+
+
+def class_order(teacher: Mapping[int, str], student: Mapping[int, str] | None) -> list[int] | None:
+    """The teacher's class for each of the student's, by name; None if they need no reordering.
+
+    Other names say nothing: one side calls a class what the other calls LABEL_1.
+    """
+    theirs = [teacher[i].casefold() for i in sorted(teacher)]
+    ours = [student[i].casefold() for i in sorted(student)] if student else theirs
+    if ours == theirs or sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
+        return None
+    return [theirs.index(name) for name in ours]
 
 
 def _check_classes(labels: dict[int, str], num_labels: int, source: str) -> None:

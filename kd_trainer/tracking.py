@@ -1,14 +1,56 @@
-"""Sums of the loss terms between two logs, on the device: one transfer a log, not one a step."""
+"""What a log holds: sums of the loss terms, on the device (one transfer a log, not one a step)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_trainer.losses import LossTerms, LossWeights
+from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.timetable import Timetable
+
+
+def check_finite_weights(model: nn.Module, step: int) -> None:
+    """Raise if a parameter or buffer is not finite; one transfer from the device.
+
+    A finite loss can have a gradient that is not, and AdamW then writes it into the weights.
+
+    Raises:
+        FloatingPointError: naming the first one.
+    """
+    floating = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist()
+    bad = next((name for name, fine in zip(floating, finite, strict=True) if not fine), None)
+    if bad is not None:
+        raise FloatingPointError(
+            f"Expected finite weights, got NaN or infinity in {bad} after update {step}. Nothing "
+            "was saved after it. Lower the learning rate, or look for extreme inputs or logits."
+        )
+
+
+def watched(
+    model: SmpForSemanticSegmentation,
+    timetable: Timetable,
+    groups: Iterable[Mapping[str, Any]],
+    update: int,
+) -> dict[str, float]:
+    """What the schedules do at an update: temperature, free units, learning rate of each group."""
+    rates = {
+        f"lr/{group['name']}": group["initial_lr"] * timetable.rate(group["name"])(update)
+        for group in groups
+    }
+    _, _, trainable = parameter_counts(model)
+    return {
+        "temperature": timetable.temperature(update),
+        "free_units": float(model.free_units),
+        "trainable_parameters": float(trainable),
+        **rates,
+    }
 
 
 class TermSums:

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.callbacks import DatasetEpoch, EvaluationPanels, ProgressiveUnfreezing
+from kd_trainer.callbacks import (
+    DatasetEpoch,
+    EvaluationPanels,
+    ProgressiveUnfreezing,
+    tensorboard_of,
+)
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
 from kd_trainer.evaluation import (
     EvaluationSettings,
     agreement_of,
+    check_best_metric,
     classes_of,
     evaluation_rows,
+    figure_names,
     figures_of,
     labels_of,
     normalise,
@@ -33,11 +39,11 @@ from kd_trainer.evaluation import (
     terms_of,
 )
 from kd_trainer.losses import distillation_terms, weighted_sum
-from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units, parameter_counts
+from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.teacher import Teacher
 from kd_trainer.timetable import Timetable
-from kd_trainer.tracking import TermSums
+from kd_trainer.tracking import TermSums, check_finite_weights, watched
 
 Batch = dict[str, Any]
 
@@ -82,6 +88,9 @@ class DistillationTrainer(Trainer):
         self.settings = EvaluationSettings(
             len(self.id2label), ignore_index, self.loss_weights, args.pos_weight
         )
+        if args.load_best_model_at_end or args.save_strategy == "best":
+            names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
+            check_best_metric(args.metric_for_best_model, names)
         self.tracked = TermSums(self.loss_weights)
         self._teacher_figures: tuple[Any, dict[str, float]] | None = None
         self.timetable = Timetable(args, len(encoder_units(model)), args.num_train_epochs)
@@ -104,8 +113,7 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
         if args.panel_images > 0 and eval_dataset is not None:
-            present = self.callback_handler.callbacks
-            board = next((c for c in present if isinstance(c, TensorBoardCallback)), None)
+            board = tensorboard_of(self.callback_handler.callbacks)
             panels = EvaluationPanels(self.found_classes, eval_dataset, self.settings, board)
             self.add_callback(panels)
 
@@ -246,7 +254,7 @@ class DistillationTrainer(Trainer):
     def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of the data set from the rows of all processes."""
         student, terms, *rest = (np.asarray(rows) for rows in prediction.predictions)
-        figures = figures_of(student, self.id2label) | terms_of(terms)
+        figures = figures_of(student, self.id2label) | terms_of(terms, self.loss_weights)
         if not rest:
             return figures
         if len(rest) == 2:
@@ -269,25 +277,16 @@ class DistillationTrainer(Trainer):
         if "loss" in logs and self.tracked.count:
             self.tracked.check_finite(self.state.global_step)
             logs |= self.tracked.drain(self.accelerator)
-            logs |= self._watched()
+            done = max(self.state.global_step - 1, 0)  # the update that is logged, not the next
+            logs |= watched(self.model, self.timetable, self.create_optimizer().param_groups, done)
         super().log(logs, start_time)
 
-    def _watched(self) -> dict[str, float]:
-        done = max(self.state.global_step - 1, 0)  # the update that is logged, not the next one
-        groups = self.create_optimizer().param_groups
-        rates = {
-            f"lr/{group['name']}": group["initial_lr"] * self.timetable.rate(group["name"])(done)
-            for group in groups
-        }
-        _, _, trainable = parameter_counts(self.model)
-        return {
-            "temperature": self.timetable.temperature(done),
-            "free_units": float(self.model.free_units),
-            "trainable_parameters": float(trainable),
-            **rates,
-        }
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a loss term since the last log, or a weight, went bad."""
+        self.tracked.check_finite(self.state.global_step)
+        check_finite_weights(self.model, self.state.global_step)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save, unless a loss term went bad since the last log: nothing non-finite is ever kept."""
-        self.tracked.check_finite(self.state.global_step)
+        """Save, unless something went bad: nothing non-finite is ever kept."""
+        self.check_finite()
         super()._save_checkpoint(*args, **kwargs)

@@ -73,6 +73,7 @@ TRAIN = {
     "missing folder": ("dta", "", "Did you mean 'data'?"),
     "missing split": ("data", "--train_split trein", "Did you mean 'train'?"),
     "missing encoder weights": ("data", "--encoder_weights gone.safetensors", "gone.safetensors"),
+    "student and encoder": ("data", "--student {good}/two", "--student_encoder"),
     "missing teacher": ("data", "--teacher {good}/nobody", "nobody"),
     "teacher with other classes": ("data", "--teacher {good}/four", "teacher of 2 classes, got 4"),
     "teacher with missing keys": (
@@ -101,8 +102,6 @@ TRAIN = {
     ),
     "photographs for nobody": ("data", "--unlabelled {good}", "Expected a --teacher"),
     "nothing to resume": ("data", "--resume", "Expected a checkpoint"),
-    "student of other classes": ("data", "--student {good}/four", "model of 2 classes"),
-    "student that is none": ("data", "--student {good}/data", "config.json"),
 }
 
 
@@ -125,6 +124,27 @@ def test_dry_run_finds_what_the_run_would_find(good: Path, used: Used, tmp_path:
 def test_missing_dataset_is_asked_for(used: Used):
     """The commonest first command."""
     assert "Expected --dataset" in used.error("train.py")
+
+
+def test_forgotten_teacher_is_asked_for(good: Path, used: Used):
+    """Fifty epochs without distillation would look like a run with it."""
+    line = used.error("train.py", "--dataset", good / "data")
+    assert "Expected --teacher" in line
+    assert "--teacher none" in line
+
+
+@pytest.mark.parametrize(("saved", "expected"), [("four", "of 2 classes"), ("data", "config.json")])
+def test_student_that_cannot_go_on_is_one_line(saved: str, expected: str, good: Path, used: Used):
+    """Its classes are its own; only names and image size follow the run."""
+    flags = ("--dataset", good / "data", "--teacher", "none", "--student", good / saved)
+    assert expected in used.error("train.py", *flags, "--use_cpu")
+
+
+def test_fp16_of_the_launcher_is_refused_on_a_cpu(good: Path, used: Used, monkeypatch):
+    """It would run in fp32 and write down fp16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    flags = ("--dataset", good / "data", "--teacher", "none", "--use_cpu")
+    assert "bf16 or no on a CPU, got fp16" in used.error("train.py", *flags)
 
 
 def broken(good: Path, folder: Path, fault: str) -> Path:

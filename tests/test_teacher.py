@@ -147,6 +147,32 @@ def test_smp_folder_is_a_teacher(tmp_path):
         torch.testing.assert_close(logits.sigmoid(), model(images), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_teacher_that_counts_the_classes_otherwise_is_reordered_by_name(tmp_path, classes):
+    """Counted alike by number only, it would teach the background as the person."""
+    names = ["background", "person", "dog", "cat"][:classes]
+    model = student(id2label=dict(enumerate(reversed(names))))
+    model.save_pretrained(tmp_path)
+    ours = dict(enumerate(names))
+    pixels = torch.randn(1, 3, 64, 64)
+    theirs = load_teacher(str(tmp_path), num_labels=classes)(pixels)
+    reordered = load_teacher(str(tmp_path), num_labels=classes, id2label=ours)(pixels)
+    expected = -theirs if classes == 2 else theirs.flip(1)
+    assert torch.equal(reordered, expected)
+    other = dict(enumerate(["nothing", *names[1:]]))
+    assert torch.equal(
+        load_teacher(str(tmp_path), num_labels=classes, id2label=other)(pixels), theirs
+    )
+
+
+def test_a_two_class_softmax_is_reordered_before_it_becomes_one_logit(tmp_path):
+    """The sign of the difference of its logits is all that says which class is which."""
+    segformer(2, {0: "Person", 1: "Background"}).save_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 64, 64)
+    plain = load_teacher(str(tmp_path), num_labels=2)(pixels)
+    assert torch.equal(load_teacher(str(tmp_path), num_labels=2, id2label=PERSON)(pixels), -plain)
+
+
 def test_segformer_is_a_teacher_with_its_logits_resized(tmp_path):
     """Its logits have a quarter of the picture's side."""
     model = segformer(3)

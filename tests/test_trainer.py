@@ -11,6 +11,8 @@ from tiny import Squares, arguments, tiny_student, tiny_teacher
 from torch import Tensor
 from transformers import TrainerCallback
 
+from kd_trainer.arguments import DataArguments
+from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.evaluation import classes_of
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.modeling import encoder_units
@@ -296,6 +298,27 @@ def test_nothing_non_finite_is_saved_between_two_logs(tmp_path: Path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+def test_weights_that_went_bad_under_a_finite_loss_are_not_saved(tmp_path: Path):
+    """The loss is looked at before the update: the update itself may write NaN."""
+    args = arguments(tmp_path, logging_steps=1000, save_strategy="steps", save_steps=1)
+    trainer = DistillationTrainer(tiny_student(), args, train_dataset=Squares(4))
+    weight = trainer.model.segmentation_head[0].weight
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(FloatingPointError, match=r"Expected finite weights.* after update 1"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_evaluation_of_a_broken_student_is_an_error(tmp_path: Path):
+    """NaN is never above 0, so a broken student would look like one that finds nothing."""
+    student = tiny_student()
+    with torch.no_grad():
+        student.segmentation_head[0].bias.fill_(math.nan)
+    trainer = DistillationTrainer(student, arguments(tmp_path), eval_dataset=Squares(3))
+    with pytest.raises(FloatingPointError, match=r"in the evaluation, got bce = nan"):
+        trainer.evaluate()
+
+
 @pytest.mark.parametrize("num_labels", [2, 4])
 def test_evaluation_equals_counting_by_hand(tmp_path: Path, num_labels: int):
     """A bare tensor from prediction_step loses the first image of each batch, silently."""
@@ -396,7 +419,20 @@ class StopAt(TrainerCallback):
 
 @pytest.mark.parametrize("update", [3, 4, 7, 8])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, update: int):
-    """In the middle of an epoch, at an epoch's end, where a unit is freed, with DropPath on."""
+    """In the middle of an epoch, at an epoch's end, where a unit is freed, with DropPath on.
+
+    With augmentation, whose draws of a resumed epoch would be those of the first one if nobody
+    told the data set which epoch it is.
+    """
+    data = DataArguments(
+        dataset="synthetic",
+        image_size=32,
+        synthetic_train=8,
+        synthetic_eval=3,
+        augmentation="heavy",
+    )
+    splits = load_splits(data)
+    augmented, clean = transforms(splits, data, seed=0)
 
     def trainer(folder: Path, *callbacks: TrainerCallback) -> DistillationTrainer:
         return DistillationTrainer(
@@ -413,8 +449,8 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, up
                 temperature_per="step",
             ),
             teacher=tiny_teacher(),
-            train_dataset=Squares(8),
-            eval_dataset=Squares(3, offset=50),
+            train_dataset=TransformedDataset(splits["train"], augmented),
+            eval_dataset=TransformedDataset(splits["validation"], clean),
             callbacks=list(callbacks),
         )
 
@@ -458,6 +494,44 @@ def test_best_student_is_the_one_of_the_highest_miou(tmp_path: Path):
         state_of(trainer.model),
         load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"),
     )
+
+
+def test_best_student_by_loss_is_the_one_of_the_lowest(tmp_path: Path):
+    """With `greater_is_better` left on, the worst student would be kept."""
+    args = arguments(
+        tmp_path,
+        num_train_epochs=4,
+        learning_rate=3e-2,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        metric_for_best_model="loss",
+    )
+    student = tiny_student()
+    trainer = DistillationTrainer(
+        student, args, train_dataset=Squares(4), eval_dataset=Squares(4, offset=50)
+    )
+    trainer.train()
+    losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(set(losses)) == 4
+    assert trainer.state.best_metric == min(losses)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [("mIoU", "Did you mean miou"), ("agreement", "There are miou"), ("kl", "There are miou")],
+)
+def test_a_best_metric_that_no_evaluation_has_is_refused_before_training(
+    tmp_path: Path, metric: str, message: str
+):
+    """The Trainer would say KeyError, after the first epoch."""
+    best = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": metric}
+    with pytest.raises(ValueError, match=f"Expected --metric_for_best_model.*{message}"):
+        DistillationTrainer(
+            tiny_student(),
+            arguments(tmp_path, **best),
+            train_dataset=Squares(4),
+            eval_dataset=Squares(4),
+        )
 
 
 def test_panel_is_drawn_at_each_evaluation_and_sent_to_tensorboard(tmp_path: Path):

@@ -228,6 +228,30 @@ def test_a_wrong_size_is_found_before_the_first_epoch():
         mask_rule(wrong, DataArguments())
 
 
+def test_a_few_labelled_rows_are_found_among_many_unlabelled():
+    """A sample spread over all rows would look at one mask in forty, or at none."""
+    image = np.zeros((2, 2, 3), np.uint8)
+    empty, full = np.zeros((2, 2), np.uint8), np.ones((2, 2), np.uint8)
+    table = [row(image, mask) for mask in (empty, empty, full)] + [row(image, None)] * 600
+    made = {"train": datasets.Dataset.from_list(table, features=FEATURES)}
+    assert mask_rule(made, DataArguments()).values == (0, 1)
+
+
+def test_a_model_is_evaluated_on_a_split_that_shows_fewer_classes():
+    """The doubts that help to set up a training would refuse a split without any foreground."""
+    image, mask = np.zeros((2, 2, 3), np.uint8), np.array([[0, 1], [1, 0]], np.uint8)
+
+    def rule(mask: np.ndarray, **options) -> tuple[int, ...]:
+        made = {"test": datasets.Dataset.from_list([row(image, mask)], features=FEATURES)}
+        return mask_rule(made, DataArguments(**options), every_class=False).values
+
+    assert rule(mask, num_labels=4) == (0, 1, 2, 3)
+    assert rule(mask * 0) == (0, 1)
+    assert rule(mask * 255) == (0, 255)
+    with pytest.raises(ValueError, match="got 0, 7"):
+        rule(mask * 7, num_labels=4)
+
+
 def test_unlabelled_rows_do_not_decide_the_rule():
     mask = np.array([[0, 1], [1, 0]], np.uint8)
     image = np.zeros((2, 2, 3), np.uint8)

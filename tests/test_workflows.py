@@ -11,14 +11,17 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from PIL import Image
-from small_runs import SIDE, save_network, train_flags, write_pairs
+from safetensors.torch import load_file, save_file
+from small_runs import ENCODER, SIDE, save_network, train_flags, write_pairs
+from test_teacher import segformer
 from tiny import arguments
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, SegformerForSemanticSegmentation
 
 from kd_trainer.command_line import parse
 from kd_trainer.evaluation import classes_of, normalise, pixel_statistics
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import distillation_terms
+from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import assemble, evaluation_dataset, load_student
 from kd_trainer.workflows.entry_points import evaluate_main, predict_main
@@ -169,6 +172,37 @@ def test_results_are_those_of_the_trainer_in_fp32(finished: Run, tmp_path: Path)
     assert figures["eval_miou"] == pytest.approx(best, abs=1e-9)
 
 
+def test_eval_script_measures_any_segmentation_model(finished: Run, tmp_path: Path, capsys):
+    """A teacher is measured before anybody distils it, whatever library it is from."""
+    count = finished.num_labels
+    names = {0: "background"} | {i: f"class_{i}" for i in range(1, count)}
+    segformer(count, names).save_pretrained(tmp_path / "segformer")
+    data = ["--dataset", str(finished.data), "--output_dir", str(tmp_path / "out")]
+    evaluate_main([str(tmp_path / "segformer"), *data, "--image_size", str(SIDE)])
+    found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    model = SegformerForSemanticSegmentation.from_pretrained(tmp_path / "segformer").eval()
+    counts = SegmentationCounts.zero(count)
+    dataset = evaluation_dataset(
+        parse(train_flags(finished.data, tmp_path, "--num_labels", str(count))).data, batch_size=1
+    )
+    for sample in (dataset[i] for i in range(len(dataset))):
+        pixels = normalise(
+            sample["pixel_values"][None], pixel_statistics(load_student(finished.student), "cpu")
+        )
+        with torch.no_grad():
+            logits = model(pixels).logits
+        large = torch.nn.functional.interpolate(logits, (SIDE, SIDE), mode="bilinear")
+        counts = counts.add(
+            image_counts(large.argmax(1), sample["labels"][None].long(), count).numpy()
+        )
+    assert found["student_miou"] == pytest.approx(counts.metrics(names)["miou"], abs=1e-3)
+
+    bare = str(Path(finished.student) / "model.safetensors")
+    sizes = ["--image_size", str(SIDE), "--num_labels", str(count)]
+    with pytest.raises(ValueError, match="give both"):
+        evaluate_main([bare, *data, *sizes])
+
+
 def test_evaluation_can_be_limited_on_any_split(finished: Run, tmp_path: Path):
     """On the split that was trained on, the limit of the training would count instead."""
     figures = evaluated(finished, tmp_path, "--eval_split", "train", "--max_eval_samples", "3")
@@ -229,6 +263,37 @@ def test_resume_goes_on_and_a_new_run_does_not_mix_with_an_old_one(tmp_path: Pat
     named = str(tmp_path / "out" / "checkpoint-6")
     results = train(parse([*flags, "--epochs", "4", "--resume", named]))
     assert len(results["eval_history"]) == 4
+
+
+def test_a_student_that_went_bad_is_not_saved(tmp_path: Path):
+    """With rare logs and no checkpoint, the last save is the only one that can notice."""
+    data, teacher = write_pairs(tmp_path / "data", train=4), save_network(tmp_path / "teacher")
+    state = load_file(teacher / "model.safetensors")
+    state["segmentation_head.0.bias"].fill_(float("nan"))
+    save_file(state, tmp_path / "bad.safetensors")
+    more = ["--save_strategy", "no", "--eval_strategy", "no", "--logging_steps", "1000"]
+    named = ["--teacher_encoder", ENCODER, "--teacher_arch", "unet"]
+    flags = train_flags(data, tmp_path / "out", *more, *named, teacher=tmp_path / "bad.safetensors")
+    run = parse(flags)
+    run.model.teacher_encoder = ENCODER
+    with pytest.raises(FloatingPointError, match="Expected finite loss terms"):
+        train(run)
+    assert not (tmp_path / "out" / "student").exists()
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_saved_student_goes_on_at_the_size_and_under_the_names_of_the_new_run(tmp_path: Path):
+    """Its folder would else tell users of the student to feed it the size it had before."""
+    data = write_pairs(tmp_path / "data", train=4)
+    flags = ["--dataset", str(data), "--teacher", "none", "--student"]
+    flags += [str(save_network(tmp_path / "first")), "--output_dir", str(tmp_path / "out")]
+    flags += ["--image_size", "96", "--class_names", "rest", "cat", "--ignore_index", "200"]
+    train(parse([*flags, "--epochs", "1", "--batch_size", "2", "--use_cpu", "--disable_tqdm"]))
+    saved = tmp_path / "out" / "student"
+    config = load_student(saved).config
+    assert (config.image_size, config.semantic_loss_ignore_index) == (96, 200)
+    assert (config.id2label, config.label2id["cat"]) == ({0: "rest", 1: "cat"}, 1)
+    assert SmpImageProcessor.from_pretrained(saved).size["height"] == 96
 
 
 @pytest.mark.parametrize("checkpoint", ["latest", "elsewhere/checkpoint-3"])

@@ -149,13 +149,17 @@ def _unknown_values(rule: MaskRule, found: Iterable[int], where: str) -> ValueEr
     )
 
 
-def find_mask_rule(masks: Iterable[Cell | None], *, num_labels: int, ignore_index: int) -> MaskRule:
+def find_mask_rule(
+    masks: Iterable[Cell | None], *, num_labels: int, ignore_index: int, every_class: bool = True
+) -> MaskRule:
     """Find the rule of a data set in some of its masks (see the module's text).
 
     Args:
         masks: cells of the column `mask`; None is skipped.
         num_labels: classes with the background.
         ignore_index: value of pixels that count nowhere.
+        every_class: doubt `num_labels` where the masks hold no foreground, or of several classes
+            only the first.
 
     Returns:
         The rule; it reads every mask given.
@@ -179,22 +183,30 @@ def find_mask_rule(masks: Iterable[Cell | None], *, num_labels: int, ignore_inde
     if not count:
         raise ValueError("Expected masks to learn from, got none in the splits. Check --dataset.")
     if num_labels > 2:
-        return _class_rule(seen, bits, num_labels, ignore_index)
+        rule = _class_rule(seen, num_labels, ignore_index)
+        if every_class:
+            _check_several(seen, bits, num_labels, ignore_index)
+        return rule
+    if not every_class and not bits and not set(seen) - {0}:
+        return MaskRule((0, 1), ignore_index, ignore_alone=False)
     return _binary_rule(seen, bits, together, ignore_index)
 
 
-def _class_rule(seen: dict[int, str], bits: int, num_labels: int, ignore_index: int) -> MaskRule:
+def _class_rule(seen: dict[int, str], num_labels: int, ignore_index: int) -> MaskRule:
     rule = MaskRule(tuple(range(num_labels)), ignore_index)
     wrong = set(seen) - {*rule.values, ignore_index}
     if wrong:
         raise _unknown_values(rule, seen, f"the masks (first in {seen[min(wrong)]})")
+    return rule
+
+
+def _check_several(seen: dict[int, str], bits: int, num_labels: int, ignore_index: int) -> None:
     if bits or not set(seen) - {0, 1, ignore_index}:
         what = "1-bit masks" if bits else f"only the values {show_values(seen)} in the masks"
         raise ValueError(
             f"Expected class ids 0..{num_labels - 1} in the masks, got {what}. Set --num_labels 2, "
             "or name the value of each class with --mask_values."
         )
-    return rule
 
 
 def _binary_rule(seen: dict[int, str], bits: int, together: int, ignore_index: int) -> MaskRule:

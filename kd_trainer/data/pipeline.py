@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data.decoding import cell_name, decode_mask, image_shape
@@ -17,12 +18,16 @@ SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
 
 
-def mask_rule(splits: Mapping[str, Any], data: DataArguments) -> MaskRule:
+def mask_rule(
+    splits: Mapping[str, Any], data: DataArguments, *, every_class: bool = True
+) -> MaskRule:
     """Say how the masks of a data set are read: as `data.mask_values` has it, else as found.
 
     Args:
         splits: what `load_splits` gave.
         data: number of labels, mask values and ignore index.
+        every_class: whether masks without any foreground, or with too few classes, are taken for
+            a wrong `num_labels`; to evaluate a model, whose classes are known, they need not be.
 
     Returns:
         One rule for all splits; the same for the same files.
@@ -35,7 +40,12 @@ def mask_rule(splits: Mapping[str, Any], data: DataArguments) -> MaskRule:
         check_sizes(row, index)
     masks = [row["mask"] for row in rows]
     if data.mask_values is None:
-        return find_mask_rule(masks, num_labels=data.num_labels, ignore_index=data.ignore_index)
+        return find_mask_rule(
+            masks,
+            num_labels=data.num_labels,
+            ignore_index=data.ignore_index,
+            every_class=every_class,
+        )
     if len(data.mask_values) != data.num_labels:
         raise ValueError(
             f"Expected {data.num_labels} --mask_values (--num_labels, background first), got "
@@ -48,7 +58,7 @@ def mask_rule(splits: Mapping[str, Any], data: DataArguments) -> MaskRule:
 
 
 def transforms(
-    splits: Mapping[str, Any], data: DataArguments, *, seed: int
+    splits: Mapping[str, Any], data: DataArguments, *, seed: int, every_class: bool = True
 ) -> tuple[SegmentationTransform, SegmentationTransform]:
     """The transforms for training (augmented) and for evaluation (not).
 
@@ -56,11 +66,12 @@ def transforms(
         splits: what `load_splits` gave.
         data: image size, augmentation, and how masks are read.
         seed: of the augmentation.
+        every_class: as for `mask_rule`.
 
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    rule = mask_rule(splits, data)
+    rule = mask_rule(splits, data, every_class=every_class)
     training, evaluation = (
         SegmentationTransform(
             data.image_size,
@@ -88,10 +99,10 @@ def check_sizes(row: Mapping[str, Any], index: int) -> None:
 
 def _sample(rows: Any) -> Iterator[dict[str, Any]]:
     """Up to `SAMPLE` rows with masks, evenly spread over a data set, the first ones of a stream."""
-    picked: Iterable[dict[str, Any]]
-    if isinstance(rows, datasets.Dataset):
-        count = min(SAMPLE, len(rows))
-        picked = (rows[len(rows) * i // count] for i in range(count))
-    else:
-        picked = islice(rows, SAMPLE)
-    return (row for row in picked if row["mask"] is not None)
+    if not isinstance(rows, datasets.Dataset):
+        return (row for row in islice(rows, SAMPLE) if row["mask"] is not None)
+    # As an arrow column: 100,000 rows are looked through without reading any picture.
+    known = rows.select_columns("mask").with_format("arrow")[:]["mask"].is_valid()
+    labelled = np.flatnonzero(known.to_numpy())
+    count = min(SAMPLE, len(labelled))
+    return (rows[int(labelled[len(labelled) * i // count])] for i in range(count))

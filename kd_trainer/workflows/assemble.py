@@ -18,12 +18,13 @@ from kd_trainer.data import (
     load_splits,
     transforms,
 )
-from kd_trainer.evaluation import labels_of
+from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
 from kd_trainer.teacher import Teacher, load_teacher
+from kd_trainer.weights import SUFFIXES
 
 
 @dataclass
@@ -38,10 +39,20 @@ class Parts:
     loss_weights: LossWeights
 
 
+# What a saved student has decided already.
+_OF_A_NEW_STUDENT = ("student_arch", "student_encoder", "encoder_weights", "decoder_channels")
+
+
 def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:
-    """A new student, or a saved one to go on from."""
+    """A new student, or a saved one to go on from, for the images and names of this run."""
     if model.student is not None:
-        return load_student(model.student, num_labels=data.num_labels)
+        student = load_student(model.student, num_labels=data.num_labels)
+        student.config.image_size = data.image_size
+        student.config.semantic_loss_ignore_index = data.ignore_index
+        if data.class_names is not None:
+            student.config.id2label = data.id2label
+            student.config.label2id = {name: index for index, name in data.id2label.items()}
+        return student
     options = {}
     if model.decoder_channels is not None:
         options["decoder_channels"] = tuple(model.decoder_channels)
@@ -51,6 +62,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
         encoder_weights=model.encoder_weights,
         id2label=data.id2label,
         image_size=data.image_size,
+        semantic_loss_ignore_index=data.ignore_index,
         **options,
     )
 
@@ -95,12 +107,41 @@ def load_student(
     return student
 
 
-def make_teacher(
-    model: ModelArguments, student: SmpForSemanticSegmentation, *, image_size: int
-) -> Teacher | None:
+def load_measured(
+    source: str,
+    *,
+    arch: str | None = None,
+    encoder: str | None = None,
+    num_labels: int | None = None,
+    trust_remote_code: bool = False,
+) -> Measured:
+    """Any saved model to measure: a student, else whatever can be a teacher.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if it has other classes than `num_labels`, or is no segmentation model.
+    """
+    if not source.endswith(SUFFIXES):
+        try:
+            config, _ = PreTrainedConfig.get_config_dict(source)
+        except OSError:
+            config = {"_model_class": ""}  # `load_student` says what is missing
+        if "_model_class" in config or "model_type" not in config:
+            return load_student(source, num_labels=num_labels)
+    return load_teacher(
+        source,
+        num_labels=num_labels,
+        arch=arch,
+        encoder=encoder,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def make_teacher(model: ModelArguments, student: Measured, *, image_size: int) -> Teacher | None:
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
     if not model.has_teacher:
         return None
+    mean, std = input_statistics(student)
     teacher = load_teacher(
         model.teacher,
         num_labels=len(labels_of(student)),
@@ -109,8 +150,9 @@ def make_teacher(
         image_size=model.teacher_image_size,
         mean=model.teacher_mean,
         std=model.teacher_std,
-        input_mean=student.config.image_mean,
-        input_std=student.config.image_std,
+        input_mean=mean,
+        input_std=std,
+        id2label=labels_of(student),
         trust_remote_code=model.trust_remote_code,
     )
     if isinstance(teacher.network, SmpForSemanticSegmentation):
@@ -123,7 +165,7 @@ def evaluation_dataset(
 ) -> TransformedDataset | StreamedDataset:
     """The evaluation split, without augmentation."""
     splits = load_splits(data, [data.eval_split])
-    _, transform = transforms(splits, data, seed=0)
+    _, transform = transforms(splits, data, seed=0, every_class=False)
     rows = splits[data.eval_split]
     if data.streaming:
         return StreamedDataset(rows, transform, shuffle=False, seed=0, batch_size=batch_size)
@@ -138,11 +180,7 @@ def assemble(run: RunArguments) -> Parts:
             "none."
         )
     args, data = run.training, run.data
-    if data.unlabelled is not None and not run.model.has_teacher:
-        raise ValueError(
-            "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
-            "photographs. Name a teacher, or leave --unlabelled out."
-        )
+    _check_together(run)
     check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
     names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     splits = load_splits(data, names)
@@ -161,6 +199,31 @@ def assemble(run: RunArguments) -> Parts:
         processor=SmpImageProcessor.from_model_config(student.config),
         loss_weights=weights if teacher is not None else replace(weights, kl=0.0, mse=0.0),
     )
+
+
+def _check_together(run: RunArguments) -> None:
+    """Refuse settings of model, data and training that do not go together."""
+    if not run.model.teacher:
+        raise ValueError(
+            "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
+            "train the student alone with --teacher none."
+        )
+    if run.data.unlabelled is not None and not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
+            "photographs. Name a teacher, or leave --unlabelled out."
+        )
+    decided = [name for name in _OF_A_NEW_STUDENT if name in run.flags]
+    if run.model.student is not None and decided:
+        raise ValueError(
+            f"Expected --student alone, got it with --{decided[0]}, which only a new student can "
+            "follow. Leave one of them out."
+        )
+    if run.data.streaming and run.training.world_size > 1:
+        raise ValueError(
+            f"Expected one process with --streaming, got {run.training.world_size}: their "
+            "evaluations would end at different batches. Leave --streaming out, or start one."
+        )
 
 
 def _check_enough(rows: Any, run: RunArguments) -> None:

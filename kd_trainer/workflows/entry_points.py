@@ -14,8 +14,9 @@ from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.command_line import Parser, given_flags
 from kd_trainer.evaluation import labels_of
 from kd_trainer.fields import add_fields, convert, help_field, hints_of
-from kd_trainer.modeling import check_image_size
-from kd_trainer.workflows.assemble import evaluation_dataset, load_student, make_teacher
+from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.teacher import Teacher
+from kd_trainer.workflows.assemble import evaluation_dataset, load_measured, make_teacher
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
 from kd_trainer.workflows.predict import PredictArguments, predict
 
@@ -27,6 +28,8 @@ class EvaluateArguments:
     output_dir: str = help_field("runs/eval", "Gets eval_results.json and eval_results.md.")
     batch_size: int = help_field(4, "Images at a time.")
     workers: int = help_field(0, "Processes that read the data.")
+    arch: str | None = help_field(None, "Architecture of MODEL, if that is a bare checkpoint.")
+    encoder: str | None = help_field(None, "Encoder of MODEL, likewise.")
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -63,15 +66,30 @@ def _settings(classes: Sequence[type], given: dict[str, Any]) -> list[dict[str, 
     return [{k: v for k, v in values.items() if k in own} for own in names]
 
 
+def told_by(model: SmpForSemanticSegmentation | Teacher) -> dict[str, Any]:
+    """What a model says of the data it is for, as fields of DataArguments."""
+    names = list(labels_of(model).values())
+    told: dict[str, Any] = {"num_labels": len(names), "class_names": names}
+    if isinstance(model, SmpForSemanticSegmentation):
+        told["image_size"] = model.config.image_size
+        told["ignore_index"] = model.config.semantic_loss_ignore_index
+    return told
+
+
 def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a saved model on a split, print the table, write both files."""
     parser = _parser(
         "eval.py",
-        "Measure a saved student, and a teacher beside it, in fp32.",
-        "Example:\n  eval.py runs/demo/student --dataset photos/ "
-        "--teacher runs/demo/teacher/student",
+        "Measure a saved model, and a teacher beside it, in fp32.",
+        "Examples:\n  eval.py runs/demo/student --dataset photos/ "
+        "--teacher runs/demo/teacher/student\n"
+        "  eval.py unet_b3.pth --arch unet --encoder timm-efficientnet-b3 --dataset photos/",
     )
-    parser.add_argument("model", help="Saved student: a folder or a Hub id.")
+    parser.add_argument(
+        "model",
+        help="A saved student, any semantic segmentation model (folder or Hub id), or a "
+        "checkpoint with --arch and --encoder.",
+    )
     add_fields(parser, EvaluateArguments, title="evaluation")
     add_fields(parser, DataArguments, title="data", only=_DATA)
     add_fields(parser, ModelArguments, title="teacher", only=_TEACHER)
@@ -80,21 +98,21 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     own, data_settings, model_settings = _settings(
         (EvaluateArguments, DataArguments, ModelArguments), given
     )
-    student = load_student(source, num_labels=data_settings.get("num_labels"))
-    names = list(labels_of(student).values())
-    told: dict[str, Any] = {
-        "num_labels": len(names),
-        "class_names": names,
-        "image_size": student.config.image_size,
-    }
-    data = DataArguments(**(told | data_settings))
-    args = EvaluateArguments(**own)
-    check_image_size(data.image_size, student)
-    model = ModelArguments(**model_settings)
+    args, model = EvaluateArguments(**own), ModelArguments(**model_settings)
+    measured = load_measured(
+        source,
+        arch=args.arch,
+        encoder=args.encoder,
+        num_labels=data_settings.get("num_labels"),
+        trust_remote_code=model.trust_remote_code,
+    )
+    data = DataArguments(**(told_by(measured) | data_settings))
+    if isinstance(measured, SmpForSemanticSegmentation):
+        check_image_size(data.image_size, measured)
     evaluation = evaluate_model(
-        student,
+        measured,
         evaluation_dataset(data, batch_size=args.batch_size),
-        teacher=make_teacher(model, student, image_size=data.image_size),
+        teacher=make_teacher(model, measured, image_size=data.image_size),
         batch_size=args.batch_size,
         ignore_index=data.ignore_index,
         device="cuda" if torch.cuda.is_available() else "cpu",

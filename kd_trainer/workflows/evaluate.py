@@ -12,8 +12,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.data import StreamedDataset, TransformedDataset, collate
-from kd_trainer.evaluation import classes_of, labels_of, normalise, pixel_statistics
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.evaluation import (
+    Measured,
+    classes_of,
+    labels_of,
+    normalise,
+    pixel_statistics,
+    raw_logits,
+)
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.files import write_json
@@ -55,7 +61,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_model(
-    student: SmpForSemanticSegmentation,
+    student: Measured,
     dataset: TransformedDataset | StreamedDataset,
     *,
     teacher: Teacher | None = None,
@@ -64,9 +70,12 @@ def evaluate_model(
     device: torch.device | str = "cpu",
     workers: int = 0,
 ) -> Evaluation:
-    """Figures of a student on a data set without augmentation, in fp32.
+    """Figures of a model on a data set without augmentation, in fp32.
 
     The same figures as `DistillationTrainer.evaluate` in fp32, on the same data.
+
+    Raises:
+        FloatingPointError: if a logit is not finite; the classes read off it would be a guess.
     """
     network: nn.Module = student
     network.to(device).eval().to(memory_format=torch.channels_last)
@@ -79,12 +88,14 @@ def evaluate_model(
     }
     if teacher is not None:
         teacher.to(device)
-    images = 0
+    images, finite = 0, torch.tensor(True, device=device)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
     for batch in tqdm(loader, desc="evaluate", unit="batch", disable=None):
         pixels = normalise(batch["pixel_values"].to(device), statistics)
         truth = batch["labels"].long()
-        found = classes_of(student(pixel_values=pixels)["raw_logits"]).cpu()
+        raw = raw_logits(student, pixels)
+        finite &= raw.isfinite().all()
+        found = classes_of(raw).cpu()
         metrics["student"].add_batch(predictions=found, references=truth)
         if teacher is not None:
             guide = classes_of(teacher(pixels)).cpu()
@@ -92,6 +103,11 @@ def evaluate_model(
             guide[truth == ignore_index] = ignore_index
             metrics["agreement"].add_batch(predictions=found, references=guide)
         images += len(truth)
+    if not finite:
+        raise FloatingPointError(
+            "Expected finite logits, got NaN or infinity from the model. Its weights are broken: "
+            "take another checkpoint."
+        )
     figures = {who: metric.compute() for who, metric in metrics.items()}
     agreement = figures.get("agreement")
     return Evaluation(

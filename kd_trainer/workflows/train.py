@@ -62,6 +62,7 @@ def train(run: RunArguments) -> dict[str, Any]:
         settings = yaml.safe_dump(run.resolved(), sort_keys=False)
         (output / "config.yaml").write_text(settings, encoding="utf-8")
     trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.check_finite()
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return {}
@@ -120,7 +121,7 @@ def _results(
     student = load_student(folder)
     results: dict[str, Any] = {
         "student_parameters": network_size(student)[0],
-        "student_file_mib": (folder / "model.safetensors").stat().st_size / 2**20,
+        "student_file_mib": weight_file_mib(folder),
         "train_seconds": trained["train_runtime"],
         "images_per_second": trained["train_samples_per_second"],
         "peak_memory_mib": peak_memory_mib(),
@@ -133,6 +134,7 @@ def _results(
     }
     if parts.teacher is not None:
         results["teacher_parameters"] = network_size(parts.teacher.network)[0]
+        results["teacher_file_mib"] = weight_file_mib(Path(run.model.teacher))
     if parts.eval_dataset is not None:
         evaluation = evaluate_model(
             student,
@@ -146,6 +148,12 @@ def _results(
     return results | {"versions": {name: version(name) for name in LIBRARIES}}
 
 
+def weight_file_mib(source: Path) -> float | None:
+    """Size of a weight file, or of the one in a model's folder; None if it is not on this disk."""
+    file = source / "model.safetensors" if source.is_dir() else source
+    return file.stat().st_size / 2**20 if file.is_file() else None
+
+
 def summary_table(results: dict[str, Any]) -> str:
     """Teacher and student side by side, as a Markdown table."""
     metrics = {
@@ -155,13 +163,12 @@ def summary_table(results: dict[str, Any]) -> str:
         "boundary_iou": "boundary IoU",
         "pixel_accuracy": "pixel accuracy",
     }
-    header = ["", *metrics.values(), "agreement", "parameters", "MiB"]
+    header = ["", *metrics.values(), "agreement", "parameters", "file MiB"]
     rows = []
     for who in ("teacher", "student"):
         if f"{who}_miou" not in results:
             continue
-        parameters = results.get(f"{who}_parameters", 0)
-        size = results.get("student_file_mib", 0.0) if who == "student" else parameters * 4 / 2**20
+        parameters, size = results[f"{who}_parameters"], results.get(f"{who}_file_mib")
         agreement = f"{results['agreement']:.4f}" if "agreement" in results else ""
         rows.append(
             [
@@ -169,7 +176,7 @@ def summary_table(results: dict[str, Any]) -> str:
                 *(f"{results[f'{who}_{key}']:.4f}" for key in metrics),
                 agreement if who == "student" else "",
                 f"{parameters:,}",
-                f"{size:.1f}",
+                "" if size is None else f"{size:.1f}",
             ]
         )
     return markdown_table(header, rows)

@@ -1,0 +1,67 @@
+"""What the demo promises, and that it fails where the promise is not kept."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import write_pairs
+
+from kd_trainer.command_line import build, load_recipe
+from kd_trainer.data import TransformedDataset, load_splits, transforms
+from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.workflows.demo import check, constant_miou
+
+GOOD = {
+    "teacher_miou": 0.85,
+    "student_miou": 0.82,
+    "constant_miou": 0.40,
+    "eval_history": [{"miou": 0.45}, {"miou": 0.82}],
+}
+
+
+def test_a_demo_that_kept_its_promise_passes():
+    """A check that always fails would be switched off."""
+    check(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_miou": 0.79}, r"its teacher to reach mIoU 0.80, got 0.7900"),
+        ({"student_miou": 0.80}, r"its student to reach 95% .* got 0.8000"),
+        ({"constant_miou": 0.50}, r"a constant prediction below mIoU 0.50, got 0.5000"),
+        (
+            {"eval_history": [{"miou": 0.71}]},
+            r"its student after one epoch below mIoU 0.70, got 0.7100",
+        ),
+    ],
+)
+def test_a_demo_that_learned_nothing_is_an_error(change, message):
+    """It would end with a table and exit code 0, and nobody reads the figures."""
+    with pytest.raises(ValueError, match=f"^Expected of the demo {message}"):
+        check(GOOD | change)
+
+
+def test_constant_prediction_is_counted_by_hand(tmp_path: Path):
+    """The bound is worth something only if the constant is really the best one."""
+    run = build({"dataset": str(write_pairs(tmp_path / "data")), "image_size": 64})
+    splits = load_splits(run.data)
+    dataset = TransformedDataset(splits["validation"], transforms(splits, run.data, seed=0)[1])
+    share = np.mean([dataset[i]["labels"].numpy() for i in range(len(dataset))])
+    assert constant_miou(dataset) == pytest.approx(max(share, 1 - share) / 2, abs=1e-9)
+
+
+def test_the_demos_teacher_has_twice_the_parameters_of_its_student():
+    """Two networks of one size would make a table that shows nothing."""
+    used = {}
+    for recipe in ("demo_teacher", "demo"):
+        settings = load_recipe(recipe)
+        used[recipe], _, _ = parameter_counts(
+            SmpForSemanticSegmentation.create(
+                settings["student_arch"],
+                settings["student_encoder"],
+                encoder_weights="none",
+                decoder_channels=tuple(settings["decoder_channels"]),
+            )
+        )
+    assert used["demo_teacher"] >= 2 * used["demo"]
