@@ -181,9 +181,10 @@ def test_documented_defaults_are_those_of_the_recipe(page: str):
 )
 def test_documented_defaults_are_those_of_the_scripts(heading: str, cls: type):
     """The two small scripts have defaults of their own under the same names."""
-    wanted = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "model"}
+    hints = hints_of([cls])
+    wanted = {name: value for name, value in vars(cls()).items() if name != "model"}
     found = {row[0].strip("`-"): row[1] for row in rows(TEXTS["docs/training.md"], heading)}
-    assert {name: convert(name, v, type(wanted[name])) for name, v in found.items()} == wanted
+    assert {name: convert(name, v, hints[name]) for name, v in found.items()} == wanted
 
 
 def slug(heading: str) -> str:

@@ -29,6 +29,7 @@ def good(tmp_path_factory) -> Path:
     state = load_file(root / "two" / "model.safetensors")
     state.pop(next(name for name in state if name.startswith("decoder")))
     save_file(state, root / "short.safetensors")
+    (root / "broken.mp4").write_bytes(b"no video")
     (root / "stranger").mkdir()
     (root / "stranger" / "config.json").write_text('{"model_type": "segformer"}')
     return root
@@ -238,6 +239,9 @@ PREDICT = {
     "glob without pictures": ("{good}/two {good}/*.jpg", "names none"),
     "file that is no picture": ("{good}/two {good}/two/config.json", "Expected a readable image"),
     "threshold": ("{good}/two {good}/data --threshold 50", "--threshold between 0 and 1"),
+    "overlap": ("{good}/two {good}/data --overlap 1", "--overlap from 0 to below 1"),
+    "output": ("{good}/two {good}/data --outputs mask", "one of masks, overlays, cutouts"),
+    "file that is no video": ("{good}/two {good}/broken.mp4", "Expected a readable video"),
     "no picture": ("{good}/two", "pictures"),
 }
 

@@ -25,7 +25,8 @@ from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import assemble, evaluation_dataset, load_student
 from kd_trainer.workflows.entry_points import evaluate_main, predict_main
-from kd_trainer.workflows.predict import PredictArguments, find_pictures, predict, read_picture
+from kd_trainer.workflows.pictures import find_pictures, read_picture
+from kd_trainer.workflows.predict import PredictArguments, predict
 from kd_trainer.workflows.train import run_train, train
 
 RESULTS = {
@@ -404,7 +405,7 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(plain: Path, tmp_
     for folder in ("left", "right"):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (40, 30)).save(tmp_path / folder / "IMG_1.png")
-    args = PredictArguments(str(plain), str(tmp_path / "out"), overlays=False)
+    args = PredictArguments(str(plain), str(tmp_path / "out"), ["masks"])
     predict(args, [str(tmp_path / "left"), str(tmp_path / "right")])
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 2
     assert not (tmp_path / "out" / "overlays").exists()

@@ -124,15 +124,16 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:
-    """Write masks and overlays, and say how fast."""
+    """Write masks, overlays or cut-outs, and say how fast."""
     parser = _parser(
         "predict.py",
-        "Masks and overlays of a saved student.",
+        "Masks, overlays and cut-outs of a saved student, for pictures and videos.",
         "Examples:\n  predict.py runs/demo/student photo.jpg\n"
-        "  predict.py runs/demo/student photos/ 'more/*.png' --output_dir out",
+        "  predict.py runs/demo/student photos/ 'more/*.png' holiday.mp4 --output_dir out\n"
+        "  predict.py runs/demo/student poster.jpg --tile --flip --outputs cutouts",
     )
     parser.add_argument("model", help="Saved student: a folder or a Hub id.")
-    parser.add_argument("pictures", nargs="+", help="Files, folders or globs.")
+    parser.add_argument("pictures", nargs="+", help="Pictures, videos, folders or globs.")
     add_fields(
         parser,
         PredictArguments,

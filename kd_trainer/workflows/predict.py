@@ -1,28 +1,29 @@
-"""Masks and overlays of a saved student for a file, a folder or a glob."""
+"""Masks, overlays and cut-outs of a saved student for pictures and videos."""
 
 from __future__ import annotations
 
-import glob
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from kd_trainer.data.decoding import decode_photograph
-from kd_trainer.evaluation import labels_of
-from kd_trainer.fields import help_field
-from kd_trainer.image_processing import SmpImageProcessor
+from kd_trainer.evaluation import labels_of, pixel_statistics
+from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.inference import Segmenter, classes_at
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.panels import overlay
 from kd_trainer.workflows.assemble import load_student
+from kd_trainer.workflows.pictures import find_pictures, is_video, output_names, read_picture
+from kd_trainer.workflows.video import VideoFile, frame_count, frame_rate, read_frames
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+# What can be written, and the suffix of its files.
+OUTPUTS = {"masks": ".png", "overlays": ".jpg", "cutouts": ".png"}
 
 
 @dataclass
@@ -30,131 +31,133 @@ class PredictArguments:
     """Settings of scripts/predict.py."""
 
     model: str = help_field("", "Saved student: a folder or a Hub id.")
-    output_dir: str = help_field("runs/predictions", "Gets masks/ and overlays/.")
-    batch_size: int = help_field(4, "Images at a time.")
+    output_dir: str = help_field("runs/predictions", "Gets one folder for each kind of output.")
+    outputs: list[str] = help_field(
+        ["masks", "overlays"],
+        "What to write: masks (0/255 of a binary model, else class ids), overlays (the picture "
+        "with its classes tinted), cutouts (the foreground on nothing) [masks overlays].",
+    )
     threshold: float = help_field(0.5, "Probability from which a pixel of a binary model is kept.")
-    overlays: bool = help_field(True, "Also write the pictures with their classes tinted.")
+    tile: bool = help_field(
+        False,
+        "Cut pictures larger than the network's input into overlapping tiles at their own "
+        "resolution instead of shrinking them: more detail, more time.",
+    )
+    overlap: float = help_field(0.25, "Share of a tile that its neighbour sees too.")
+    flip: bool = help_field(False, "Average with the mirrored picture: twice the time.")
+    batch_size: int = help_field(4, "Inputs at a time.")
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(
                 f"Expected --threshold between 0 and 1 (both excluded), got {self.threshold}."
             )
-        if self.batch_size < 1:
-            raise ValueError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"Expected --overlap from 0 to below 1, got {self.overlap}.")
+        check_at_least("batch_size", self.batch_size, 1)
+        for output in self.outputs:
+            check_choice("outputs", output, tuple(OUTPUTS))
 
 
-def find_pictures(sources: Sequence[str]) -> list[Path]:
-    """The pictures that files, folders (searched deeply) and globs name, in order, once each.
+def segmenter_of(student: SmpForSemanticSegmentation, args: PredictArguments) -> Segmenter:
+    """How `args` show pictures to a student, on the GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = student.eval().to(device)
+    return Segmenter(
+        network=lambda images: network(pixel_values=images)["raw_logits"],
+        image_size=student.config.image_size,
+        statistics=pixel_statistics(student, device),
+        tile=args.tile,
+        overlap=args.overlap,
+        flip=args.flip,
+        batch_size=args.batch_size,
+    )
 
-    Raises:
-        FileNotFoundError: if a source names no picture.
+
+def drawn(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
+    """One kind of output for a picture.
+
+    Args:
+        output: a name of OUTPUTS.
+        image: uint8 RGB (H, W, 3).
+        mask: class ids, uint8 (H, W).
+        num_labels: of the model, background included.
+
+    Returns:
+        uint8 (H, W), (H, W, 3) or (H, W, 4).
     """
-    found: dict[Path, None] = {}
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            here = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        elif path.is_file():
-            here = [path]
-        else:
-            here = sorted(
-                p
-                for p in map(Path, glob.glob(source, recursive=True))  # noqa: PTH207
-                if p.suffix.lower() in SUFFIXES
-            )
-        if not here:
-            raise FileNotFoundError(
-                f"Expected a picture, a folder of pictures or a glob, got {source}, which names "
-                "none. Put a glob in quotes."
-            )
-        found |= dict.fromkeys(here)
-    return list(found)
-
-
-def read_picture(path: Path) -> Image.Image:
-    """A picture as the training reads it: RGB, upright, white where it is transparent.
-
-    Raises:
-        ValueError: if the file is no readable picture.
-    """
-    return Image.fromarray(decode_photograph({"path": str(path), "bytes": None}, 0))
-
-
-@torch.no_grad()
-def predict_masks(
-    student: SmpForSemanticSegmentation,
-    processor: SmpImageProcessor,
-    pictures: Sequence[Image.Image],
-    *,
-    threshold: float = 0.5,
-) -> list[np.ndarray]:
-    """Class of each pixel of each picture, uint8 (H, W) at the picture's own size.
-
-    The logits are resized, not the mask, so that edges stay smooth.
-    """
-    device = next(student.parameters()).device
-    pixels = processor(list(pictures), return_tensors="pt")["pixel_values"].to(device)
-    raw = student(pixel_values=pixels)["raw_logits"].float()
-    masks = []
-    for logits, picture in zip(raw, pictures, strict=True):
-        size = (picture.height, picture.width)
-        large = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
-        binary = len(large) == 1
-        mask = large[0].sigmoid() >= threshold if binary else large.argmax(dim=0)
-        masks.append(mask.to(torch.uint8).cpu().numpy())
-    return masks
+    if output == "masks":
+        return mask * 255 if num_labels == 2 else mask
+    if output == "overlays":
+        return overlay(image, mask, num_labels=num_labels)
+    opaque = np.where(mask > 0, 255, 0).astype(np.uint8)
+    return np.dstack([image, opaque])
 
 
 def predict(args: PredictArguments, sources: Sequence[str]) -> float:
-    """Write `masks/<name>.png` (0/255 of a binary model, else class ids), `overlays/<name>.jpg`.
+    """Write the outputs of every picture and video that `sources` name.
+
+    Pictures give `<output>/<name>.png` (overlays .jpg). Videos give `overlays/<name>.mp4`, and a
+    folder of numbered pictures for each other output.
 
     Returns:
-        Images per second, reading and writing included.
+        Images (and frames) per second, reading and writing included.
     """
-    pictures = find_pictures(sources)
-    student = load_student(args.model).eval()
-    student.to("cuda" if torch.cuda.is_available() else "cpu")
-    processor, labels = (
-        SmpImageProcessor.from_model_config(student.config),
-        len(labels_of(student)),
-    )
-    names = _output_names(pictures)
-    output, start = Path(args.output_dir), time.perf_counter()
-    with tqdm(total=len(pictures), desc="predict", unit="image", disable=None) as bar:
-        for batch in _batches(pictures, args.batch_size):
-            images = [read_picture(path) for path in batch]
-            masks = predict_masks(student, processor, images, threshold=args.threshold)
-            for path, image, mask in zip(batch, images, masks, strict=True):
-                values = mask * 255 if labels == 2 else mask
-                _write(Image.fromarray(values), output / "masks" / f"{names[path]}.png")
-                if args.overlays:
-                    tinted = overlay(np.asarray(image), mask, num_labels=labels)
-                    _write(Image.fromarray(tinted), output / "overlays" / f"{names[path]}.jpg")
-            bar.update(len(batch))
-    return len(pictures) / (time.perf_counter() - start)
+    files = find_pictures(sources)
+    names = output_names(files)
+    pictures = [path for path in files if not is_video(path)]
+    videos = [path for path in files if is_video(path)]
+    total = len(pictures) + sum(map(frame_count, videos))
+    student = load_student(args.model)
+    segmenter, num_labels = segmenter_of(student, args), len(labels_of(student))
+    start = time.perf_counter()
+    with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
+        images = (np.asarray(read_picture(path)) for path in pictures)
+        found = _masks(segmenter, images, args, bar)
+        for path, (image, mask) in zip(pictures, found, strict=True):
+            for output in args.outputs:
+                picture = drawn(output, image, mask, num_labels)
+                file = f"{names[path]}{OUTPUTS[output]}"
+                _write(picture, Path(args.output_dir) / output / file)
+        for path in videos:
+            found = _masks(segmenter, read_frames(path), args, bar)
+            _write_video(found, args, names[path], rate=frame_rate(path), num_labels=num_labels)
+        return bar.n / (time.perf_counter() - start)
 
 
-def _batches(pictures: list[Path], size: int) -> Iterator[list[Path]]:
-    return (pictures[i : i + size] for i in range(0, len(pictures), size))
+def _masks(
+    segmenter: Segmenter, images: Iterable[np.ndarray], args: PredictArguments, bar: tqdm
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each image with its classes; only one batch is in memory at a time."""
+    waiting = iter(images)
+    while batch := list(itertools.islice(waiting, args.batch_size)):
+        for image, logits in zip(batch, segmenter.logits(batch), strict=True):
+            yield image, classes_at(logits, args.threshold)
+            bar.update()
 
 
-def _output_names(pictures: list[Path]) -> dict[Path, str]:
-    """A name for each picture; two of the same stem get their folder or suffix into it."""
-    stems = [p.stem for p in pictures]
-    names: dict[Path, str] = {}
-    for path in pictures:
-        name = path.stem
-        if stems.count(name) > 1:
-            name = "_".join([path.parent.name, path.stem, path.suffix[1:]]).strip("_")
-        number, unique = 1, name
-        while unique in names.values():
-            number += 1
-            unique = f"{name}_{number}"
-        names[path] = unique
-    return names
+def _write_video(
+    frames: Iterable[tuple[np.ndarray, np.ndarray]],
+    args: PredictArguments,
+    name: str,
+    *,
+    rate: float,
+    num_labels: int,
+) -> None:
+    folder = Path(args.output_dir)
+    video = VideoFile(folder / "overlays" / f"{name}.mp4", rate)
+    try:
+        for number, (image, mask) in enumerate(frames, start=1):
+            for output in args.outputs:
+                picture = drawn(output, image, mask, num_labels)
+                if output == "overlays":
+                    video.add(picture)
+                else:
+                    _write(picture, folder / output / name / f"{number:06d}{OUTPUTS[output]}")
+    finally:
+        video.close()
 
 
-def _write(image: Image.Image, path: Path) -> None:
+def _write(picture: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    Image.fromarray(picture).save(path)

@@ -1,0 +1,133 @@
+"""From pictures of any size to logits of the same size, whole or in tiles.
+
+Everything is averaged and resized as logits and thresholded last, so that edges stay smooth and
+tiles, mirrored looks and plain predictions are cut at the same probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_trainer.evaluation import Statistics, normalise
+from kd_trainer.image_processing import resize_image
+
+Network = Callable[[Tensor], Tensor]
+"""Normalised floats (B, 3, H, W) to raw logits (B, K, H, W)."""
+
+Picture = np.ndarray
+"""uint8 RGB (H, W, 3)."""
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """A network together with how pictures are shown to it.
+
+    Args:
+        network: normalised floats (B, 3, H, W) to raw logits (B, K, H, W) on the same device.
+        image_size: side of the square input in pixels.
+        statistics: mean and std for values 0..255, each (1, 3, 1, 1), on the network's device.
+        tile: cut pictures that are larger than the input into tiles at their own resolution,
+            instead of shrinking them.
+        overlap: share of a tile that its neighbour sees too, 0 to below 1.
+        flip: average with the prediction for the mirrored picture; takes twice as long.
+        batch_size: inputs the network sees at a time.
+    """
+
+    network: Network
+    image_size: int
+    statistics: Statistics
+    tile: bool = False
+    overlap: float = 0.25
+    flip: bool = False
+    batch_size: int = 4
+
+    @torch.no_grad()
+    def logits(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        """Raw logits (K, H, W) of each picture at its own size, fp32 on the network's device."""
+        whole = [p for p in pictures if not self._in_tiles(p)]
+        found = iter(self._whole(whole))
+        return [self._tiled(p) if self._in_tiles(p) else next(found) for p in pictures]
+
+    def _in_tiles(self, picture: Picture) -> bool:
+        return self.tile and max(picture.shape[:2]) > self.image_size
+
+    def _whole(self, pictures: Sequence[Picture]) -> Iterator[Tensor]:
+        side = self.image_size
+        inputs = [resize_image(_channels_first(p), side, side) for p in pictures]
+        for raw, picture in zip(self._batches(inputs), pictures, strict=True):
+            size = (picture.shape[0], picture.shape[1])
+            yield F.interpolate(raw[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    def _tiled(self, picture: Picture) -> Tensor:
+        """Weighted mean of the tiles' logits; a tile counts most where it sees most around."""
+        height, width = picture.shape[:2]
+        side = self.image_size
+        padded = _channels_first(_padded(picture, side))
+        corners = [
+            (top, left)
+            for top in tile_starts(padded.shape[1], side, self.overlap)
+            for left in tile_starts(padded.shape[2], side, self.overlap)
+        ]
+        tiles = [padded[:, top : top + side, left : left + side] for top, left in corners]
+        ramp = torch.arange(side, device=self.statistics[0].device, dtype=torch.float32)
+        ramp = torch.minimum(ramp + 1, side - ramp)
+        weight = ramp[:, None] * ramp[None, :]
+        total: Tensor | None = None
+        weights = weight.new_zeros(padded.shape[1:])
+        for (top, left), raw in zip(corners, self._batches(tiles), strict=True):
+            if total is None:
+                total = raw.new_zeros((raw.shape[0], *padded.shape[1:]))
+            total[:, top : top + side, left : left + side] += raw * weight
+            weights[top : top + side, left : left + side] += weight
+        assert total is not None
+        return (total / weights)[:, :height, :width]
+
+    def _batches(self, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Logits (K, side, side) of each uint8 input (3, side, side), in order."""
+        device = self.statistics[0].device
+        for start in range(0, len(inputs), self.batch_size):
+            pixels = torch.stack(list(inputs[start : start + self.batch_size])).to(device)
+            images = normalise(pixels, self.statistics)
+            raw = self.network(images).float()
+            if self.flip:
+                raw = (raw + self.network(images.flip(-1)).float().flip(-1)) / 2
+            yield from raw
+
+
+def tile_starts(length: int, side: int, overlap: float) -> list[int]:
+    """Where tiles of `side` pixels start, evenly spread so that they cover `length` pixels.
+
+    Neighbours overlap by at least the share `overlap` of a tile. `length` is at least `side`.
+    """
+    step = max(1, int(side * (1 - overlap)))
+    count = 1 + -(-(length - side) // step)
+    return [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]
+
+
+def _padded(picture: Picture, side: int) -> Picture:
+    """At least `side` pixels each way: what is missing mirrors the picture's lower right edges."""
+    missing = [(0, max(0, side - length)) for length in picture.shape[:2]]
+    return (
+        np.pad(picture, [*missing, (0, 0)], mode="symmetric") if any(map(any, missing)) else picture
+    )
+
+
+def _channels_first(picture: Picture) -> Tensor:
+    return torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)
+
+
+def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
+    """Class of each pixel, uint8 (H, W).
+
+    Args:
+        logits: raw logits (K, H, W); K = 1 is foreground from `threshold` on, else the largest.
+        threshold: probability between 0 and 1, of a one-logit model.
+    """
+    classes = logits[0].sigmoid() >= threshold if len(logits) == 1 else logits.argmax(dim=0)
+    return np.asarray(classes.to(torch.uint8).cpu().numpy())

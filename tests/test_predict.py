@@ -1,0 +1,87 @@
+"""Cut-outs and videos; masks and overlays of pictures are tested in test_workflows.py."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from small_runs import SIDE, save_network
+
+from kd_trainer.workflows.entry_points import predict_main
+from kd_trainer.workflows.video import VideoFile, frame_count, frame_rate, read_frames
+
+FRAMES, RATE = 7, 12.0
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    return str(save_network(tmp_path_factory.mktemp("student")))
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory) -> Path:
+    """A bright square that walks to the right over a dark ground."""
+    path = tmp_path_factory.mktemp("videos") / "walk.mp4"
+    video = VideoFile(path, RATE)
+    for number in range(FRAMES):
+        frame = np.full((48, 80, 3), 40, np.uint8)
+        frame[10:40, 8 * number : 8 * number + 20] = (230, 120, 30)
+        video.add(frame)
+    video.close()
+    return path
+
+
+def test_a_video_comes_back_frame_by_frame(walk: Path):
+    """A dropped or doubled frame, or BGR taken for RGB, shows in no figure."""
+    frames = list(read_frames(walk))
+    assert len(frames) == frame_count(walk) == FRAMES
+    assert frame_rate(walk) == pytest.approx(RATE)
+    for number, frame in enumerate(frames):
+        square = frame[15:35, 8 * number + 5 : 8 * number + 15].reshape(-1, 3).mean(axis=0)
+        assert np.abs(square - (230, 120, 30)).max() < 25
+
+
+def test_overlays_of_a_video_are_a_video_and_masks_are_numbered_pictures(
+    walk: Path, student: str, tmp_path: Path, capsys
+):
+    """A video encoder would turn the ids of a mask into other ids."""
+    outputs = ["masks", "overlays", "cutouts"]
+    predict_main([student, str(walk), "--output_dir", str(tmp_path), "--outputs", *outputs])
+    assert "images per second" in capsys.readouterr().out
+    shown = list(read_frames(tmp_path / "overlays" / "walk.mp4"))
+    assert len(shown) == FRAMES
+    assert shown[0].shape == (48, 80, 3)
+    for kind in ("masks", "cutouts"):
+        names = sorted(p.name for p in (tmp_path / kind / "walk").iterdir())
+        assert names == [f"{n:06d}.png" for n in range(1, FRAMES + 1)]
+    mask = np.asarray(Image.open(tmp_path / "masks" / "walk" / "000003.png"))
+    assert mask.shape == (48, 80)
+    assert set(np.unique(mask)) <= {0, 255}
+
+
+def test_cutouts_keep_the_picture_and_hide_the_background(student: str, tmp_path: Path):
+    """Premultiplied or inverted, they look right in one viewer and wrong in the next."""
+    picture = np.random.default_rng(3).integers(0, 256, (70, 50, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    flags = ["--output_dir", str(tmp_path / "out"), "--outputs", "masks", "cutouts"]
+    predict_main([student, str(tmp_path / "x.png"), *flags])
+    mask = np.asarray(Image.open(tmp_path / "out" / "masks" / "x.png"))
+    cutout = np.asarray(Image.open(tmp_path / "out" / "cutouts" / "x.png"))
+    assert 0 < (mask > 0).mean() < 1
+    assert (cutout[..., 3] == mask).all()
+    assert (cutout[..., :3] == picture).all()
+
+
+def test_tiles_and_flip_reach_the_command_line(student: str, tmp_path: Path):
+    """A flag that nothing reads looks like one that changes nothing."""
+    picture = np.random.default_rng(4).integers(0, 256, (2 * SIDE, 3 * SIDE, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    masks = {}
+    for name, more in {"whole": [], "tile": ["--tile"], "flip": ["--flip"]}.items():
+        flags = ["--outputs", "masks", "--output_dir", str(tmp_path / name)]
+        predict_main([student, str(tmp_path / "x.png"), *flags, *more])
+        masks[name] = cv2.imread(str(tmp_path / name / "masks" / "x.png"), cv2.IMREAD_UNCHANGED)
+        assert masks[name].shape == (2 * SIDE, 3 * SIDE)
+    assert (masks["tile"] != masks["whole"]).any()
+    assert (masks["flip"] != masks["whole"]).any()
