@@ -42,7 +42,8 @@ table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums
 th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}
 tr:last-child td{border-bottom:0}
-th{background:var(--card);font-weight:600}
+th{background:var(--card);font-weight:600;white-space:normal}
+table.words th{text-align:left}
 table.words td{text-align:left;white-space:normal;vertical-align:top;min-width:9em}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,165px),1fr));gap:12px;
 margin:16px 0}
@@ -62,6 +63,7 @@ font-size:.875rem}
 vertical-align:-2px}
 .legend i.bar{width:120px}
 .note{border-left:4px solid #d55e00;background:var(--card);padding:8px 12px;margin:12px 0}
+@media (max-width:480px){th,td{padding:5px 8px}table{font-size:.8rem}h2{margin-top:1.6em}}
 details{margin:12px 0}
 summary{cursor:pointer;padding:4px 0}
 @media print{.cells{break-inside:avoid}}
@@ -118,11 +120,8 @@ def table(header: Sequence[object], rows: Rows, *, words: bool = False) -> str:
 
 
 def pairs(values: Mapping[str, Any], *, name: str = "setting", value: str = "value") -> str:
-    """A mapping as a table of two columns; numbers are shown exactly as they are."""
-    shown = [
-        (key, repr(item) if isinstance(item, int | float) and not isinstance(item, bool) else item)
-        for key, item in values.items()
-    ]
+    """A mapping as a table of two columns; numbers with all digits that matter."""
+    shown = [(key, f"{v:.6g}" if isinstance(v, float) else v) for key, v in values.items()]
     return table([name, value], shown, words=True)
 
 

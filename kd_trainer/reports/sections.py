@@ -150,11 +150,11 @@ def _image_legend(contents: Contents) -> str:
     if any(DIFFERENCE in image.cells for image in contents.images):
         if several:
             bar = f"linear-gradient(90deg,rgb(200,200,200),{rgb(FALSE_POSITIVE)})"
-            meaning = "difference to the teacher: distance of the probabilities, 0 to 1"
+            meaning = "difference to the teacher: distance of the two distributions, 0 to 1"
         else:
             ends = rgb(FALSE_NEGATIVE), rgb(FALSE_POSITIVE)
             bar = f"linear-gradient(90deg,{ends[0]},rgb(200,200,200),{ends[1]})"
-            meaning = "difference to the teacher: probability of the student minus its, -1 to 1"
+            meaning = "difference: the student's probability minus the teacher's, -1 to 1"
         body += legend({meaning: bar})
     return body + (
         '<p class="faint">Ordered by the IoU of the student on the single image, the mean over '

@@ -24,19 +24,22 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten between two positive bounds, with their doubles and halves where there is room.
+    """Powers of ten between two positive bounds, and their doubles and halves where there is room.
 
-    Over less than about a decade and a half the ticks are those of a linear axis.
+    Over less than a decade the ticks are those of a linear axis.
     """
     decades = math.log10(high / low)
-    if decades < 1.5:
+    if decades < 1:
         return [tick for tick in linear_ticks(low, high, count) if tick > 0]
     every = max(1, math.ceil(decades / count))
     first = math.floor(math.log10(low) / every) * every
-    factors = (1, 2, 5) if 3 * decades <= count else (1,)
     powers = range(first, math.ceil(math.log10(high)) + 1, every)
-    ticks = [factor * 10.0**power for power in powers for factor in factors]
-    return [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(ticks) <= count + 2:
+            break
+    return ticks
 
 
 def tick_labels(ticks: list[float]) -> list[str]:
