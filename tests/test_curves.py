@@ -203,3 +203,6 @@ def test_logarithmic_ticks_are_few_and_labelled_exactly(low: float, high: float)
     assert 3 <= len(ticks) <= 7
     assert all(low * (1 - 1e-9) <= tick <= high * (1 + 1e-9) for tick in ticks)
     assert [float(text) for text in tick_labels(ticks)] == pytest.approx(ticks, rel=1e-2)
+    steps = np.diff(np.log10(ticks))
+    if high / low > 10:  # without a hole of decades between close neighbours
+        assert steps.max() < 3 * steps.min()

@@ -28,7 +28,7 @@ DASHES = ("", "7 3", "2 3", "10 3 2 3")
 WIDTH, HEIGHT = 440, 290
 FONT = 12
 _CHARACTER = 6.3  # mean width of one in pixels, at this size in a usual sans-serif
-_LEFT, _RIGHT, _BOTTOM = 56, 14, 42
+_LEFT, _RIGHT, _BOTTOM = 60, 14, 42
 _MOST_POINTS = 400  # of one line; more cannot be seen and would only make the file larger
 _MARKED = 30  # up to so many points are also drawn as dots
 

@@ -119,4 +119,6 @@ def evaluations(logs: Logs) -> tuple[list[str], list[list[Any]]]:
     rows = [log for log in logs if "eval_miou" in log]
     keys = [key for key in _under(rows, "eval_") if key not in _NO_METRICS]
     header = ["epoch", *(key.removeprefix("eval_") for key in keys)]
-    return header, [[log.get("epoch"), *(log.get(key) for key in keys)] for log in rows]
+    return header, [
+        [f"{log.get('epoch', math.nan):g}", *(log.get(key) for key in keys)] for log in rows
+    ]

@@ -38,14 +38,15 @@ nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0}
 nav a{padding:4px 0}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;max-width:100%;
 width:fit-content}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+table{border-collapse:collapse;overflow-wrap:normal;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th:first-child,td:first-child{text-align:left}
 tr:last-child td{border-bottom:0}
 th{background:var(--card);font-weight:600;white-space:normal}
 table.words th{text-align:left}
-table.words td{text-align:left;white-space:normal;vertical-align:top;min-width:9em}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,165px),1fr));gap:12px;
+table.words td{text-align:left;vertical-align:top}
+table.words td+td{white-space:normal;overflow-wrap:anywhere;min-width:9em}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,165px),1fr));gap:12px;
 margin:16px 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
 .tile b{display:block;font-size:1.5rem;line-height:1.3;font-weight:600}

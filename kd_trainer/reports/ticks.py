@@ -34,7 +34,7 @@ def log_ticks(low: float, high: float, count: int) -> list[float]:
     every = max(1, math.ceil(decades / count))
     first = math.floor(math.log10(low) / every) * every
     powers = range(first, math.ceil(math.log10(high)) + 1, every)
-    for factors in ((1, 2, 5), (1, 3), (1,)):
+    for factors in ((1, 2, 5), (1, 3), (1,)) if every == 1 else ((1,),):
         ticks = [factor * 10.0**power for power in powers for factor in factors]
         ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
         if len(ticks) <= count + 2:
@@ -49,8 +49,9 @@ def tick_labels(ticks: list[float]) -> list[str]:
     if largest >= 1e5 or largest < 1e-2 or largest / smallest > 1e4:
         return [_power(tick) for tick in ticks]
     decimals = max((_decimals(tick) for tick in ticks), default=0)
-    if largest / smallest >= 100:  # a logarithmic axis: each number as it is
-        return [f"{tick:.{_decimals(tick)}f}" for tick in ticks]
+    if largest / smallest >= 100:  # a logarithmic axis: each number as it is, if short enough
+        plain = [f"{tick:.{_decimals(tick)}f}" for tick in ticks]
+        return plain if max(map(len, plain)) < 6 else [_power(tick) for tick in ticks]
     return [f"{tick:.{decimals}f}" for tick in ticks]
 
 
@@ -63,4 +64,5 @@ def _power(value: float) -> str:
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    short = mantissa.rstrip("0").rstrip(".")
+    return f"{short}e{int(exponent)}" if int(exponent) else short

@@ -38,6 +38,7 @@ from kd_trainer.workflows.run_folder import (
     log_history,
     read_json,
     run_settings,
+    written_evaluations,
     written_figures,
 )
 
@@ -173,7 +174,10 @@ def _contents(
     """All that is there without a look at an image."""
     results = read_json(folder / "results.json") or {}
     logs = log_history(folder)
-    missing = "No trainer_state.json in the folder or its checkpoints, so no curves."
+    missing = (
+        "No trainer_state.json in the folder or its checkpoints, so no curves but those of the "
+        "evaluations in results.json."
+    )
     networks = {
         STUDENT: Network(
             network_name(student), network_size(student)[0], written_figures(results, STUDENT)
@@ -195,7 +199,7 @@ def _contents(
         agreement={k: results[k] for k in ("agreement", "agreement_miou") if k in results},
         results=results,
         settings=settings,
-        logs=logs,
+        logs=logs or written_evaluations(results),
         comparison=read_json(folder / "comparison.json"),
         versions={"python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
     )

@@ -41,6 +41,14 @@ def log_history(folder: Path) -> list[dict[str, Any]]:
     return []
 
 
+def written_evaluations(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The main figures of each evaluation in results.json, under the names of the logs."""
+    return [
+        {key if key == "epoch" else f"eval_{key}": value for key, value in entry.items()}
+        for entry in results.get("eval_history", [])
+    ]
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None without the file.
 

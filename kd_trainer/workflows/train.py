@@ -204,5 +204,8 @@ def run_train(run: RunArguments) -> dict[str, Any]:
     if "student_miou" in results:
         print("\n" + summary_table(results))
     if results:
-        print(f"\nStudent: {Path(str(run.training.output_dir)) / 'student'}")
+        output = Path(str(run.training.output_dir))
+        print(f"\nStudent: {output / 'student'}")
+        if run.training.report:
+            print(f"Report:  {output / 'report.html'}")
     return results
