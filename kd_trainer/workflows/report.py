@@ -49,7 +49,7 @@ LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch")
 class ReportArguments:
     """Settings of scripts/report.py beside those of the data and the teacher."""
 
-    max_images: int = help_field(6, "Images shown: a third each of worst, median and best.")
+    max_images: int = help_field(6, "Images shown: a third each of best, median and worst.")
     output: str = help_field("", "The file to write (default: report.html in the run's folder).")
     batch_size: int = help_field(4, "Images at a time.")
     workers: int = help_field(0, "Processes that read the data.")
