@@ -46,10 +46,10 @@ th{background:var(--card);font-weight:600;white-space:normal}
 table.words th{text-align:left}
 table.words td{text-align:left;vertical-align:top}
 table.words td+td{white-space:normal;overflow-wrap:anywhere;min-width:9em}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,165px),1fr));gap:12px;
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,168px),1fr));gap:12px;
 margin:16px 0}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
-.tile b{display:block;font-size:1.5rem;line-height:1.3;font-weight:600}
+.tile b{display:block;font-size:1.35rem;white-space:nowrap;line-height:1.3;font-weight:600}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:16px}
 .charts figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;
 padding:8px}
