@@ -186,6 +186,7 @@ class DistillationArguments(TrainingArguments):
         None, "Go on from a checkpoint; without a value from the newest one in the output folder."
     )
     panel_images: int = help_field(4, "Pictures in the panel drawn at each evaluation; 0 = none.")
+    report: bool = help_field(True, "Write report.html at the end: curves, images, reliability.")
     eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
     save_strategy: str = help_field("epoch", "Save each epoch, every --save_steps, or no.")
     save_total_limit: int | None = help_field(2, "Checkpoints kept (the best is among them).")

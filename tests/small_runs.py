@@ -71,6 +71,7 @@ def train_flags(
         "learning_rate": "1e-3",
         "report_to": "none",
         "panel_images": "0",
+        "report": "false",
     }
     named = [word for name, value in flags.items() for word in (f"--{name}", value)]
     return [*named, "--use_cpu", "--disable_tqdm", "--decoder_channels", *DECODER, *more]

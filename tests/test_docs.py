@@ -55,7 +55,11 @@ def parsers():
     found = {"train.py": parser()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry_points, "given_flags", catch)
-        mains = (("eval.py", entry_points.evaluate_main), ("predict.py", entry_points.predict_main))
+        mains = (
+            ("eval.py", entry_points.evaluate_main),
+            ("predict.py", entry_points.predict_main),
+            ("report.py", entry_points.report_main),
+        )
         for name, main in mains:
             with pytest.raises(CaughtError) as caught:
                 main([])
@@ -107,13 +111,14 @@ def test_documented_commands_parse(script: str, arguments: list[str], parsers, t
         return
     if script != "train.py":
         given = vars(parsers[script].parse_args(arguments))
-        hints = hints_of(
-            (entry_points.PredictArguments,)
-            if script == "predict.py"
-            else (entry_points.EvaluateArguments, *CLASSES)
-        )
+        own = {
+            "eval.py": (entry_points.EvaluateArguments, *CLASSES),
+            "predict.py": (entry_points.PredictArguments,),
+            "report.py": (entry_points.ReportArguments, *CLASSES),
+        }
+        hints = hints_of(own[script])
         for name, value in given.items():
-            if name not in ("model", "pictures"):
+            if name not in ("model", "pictures", "run"):
                 convert(name, value, hints[name])
         return
     if "--config" in arguments:
@@ -173,17 +178,18 @@ def test_documented_defaults_are_those_of_the_recipe(page: str):
 
 
 @pytest.mark.parametrize(
-    ("heading", "cls"),
+    ("page", "heading", "cls"),
     [
-        ("flag of eval.py", entry_points.EvaluateArguments),
-        ("flag of predict.py", entry_points.PredictArguments),
+        ("docs/training.md", "flag of eval.py", entry_points.EvaluateArguments),
+        ("docs/training.md", "flag of predict.py", entry_points.PredictArguments),
+        ("docs/report.md", "flag of report.py", entry_points.ReportArguments),
     ],
 )
-def test_documented_defaults_are_those_of_the_scripts(heading: str, cls: type):
-    """The two small scripts have defaults of their own under the same names."""
+def test_documented_defaults_are_those_of_the_scripts(page: str, heading: str, cls: type):
+    """The small scripts have defaults of their own under the same names."""
     hints = hints_of([cls])
     wanted = {name: value for name, value in vars(cls()).items() if name != "model"}
-    found = {row[0].strip("`-"): row[1] for row in rows(TEXTS["docs/training.md"], heading)}
+    found = {row[0].strip("`-"): row[1] for row in rows(TEXTS[page], heading)}
     assert {name: convert(name, v, hints[name]) for name, v in found.items()} == wanted
 
 
@@ -283,7 +289,7 @@ def finished(tmp_path_factory) -> Path:
         write_pairs(root / "pairs", train=4, validation=2),
         root / "run",
         *("--report_to", "tensorboard", "--panel_images", "1", "--epochs", "1"),
-        *("--logging_steps", "1"),
+        *("--logging_steps", "1", "--report", "true"),
         teacher=save_network(root / "teacher"),
     )
     train(parse(flags))

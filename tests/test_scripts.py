@@ -254,6 +254,24 @@ def test_wrong_use_of_predict_is_one_line(case: str, good: Path, used: Used, tmp
     assert not (tmp_path / "runs").exists()
 
 
+REPORT = {
+    "no run": ("", "the following arguments are required: run"),
+    "missing run": ("{good}/nobody", "has no config.yaml"),
+    "a model instead of a run": ("{good}/two", "Name the folder that holds config.yaml"),
+    "unknown flag": ("{good}/two --max_image 3", "Did you mean --max_images?"),
+    "number of images": ("{good}/two --max_images -1", "--max_images of at least 0"),
+    "no number": ("{good}/two --max_images many", "--max_images to be a whole number"),
+}
+
+
+@pytest.mark.parametrize("case", REPORT)
+def test_wrong_use_of_report_is_one_line(case: str, good: Path, used: Used, tmp_path: Path):
+    """Who names the student's folder instead of the run's wants to be told so."""
+    arguments, expected = REPORT[case]
+    assert expected in used.error("report.py", *arguments.format(good=good).split())
+    assert list(tmp_path.iterdir()) == []
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

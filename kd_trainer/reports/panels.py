@@ -71,6 +71,19 @@ def error_map(
     return grey.astype(np.uint8)
 
 
+def difference_map(image: Picture, difference: np.ndarray) -> Picture:
+    """A pale grey image tinted by a difference of probabilities.
+
+    Args:
+        image: uint8 (H, W, 3).
+        difference: floats (H, W) in -1..1: orange above 0, blue below, as strong as it is large.
+    """
+    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2) * 0.4 + 140
+    colour = np.where((difference > 0)[..., None], FALSE_POSITIVE, FALSE_NEGATIVE)
+    strength = np.abs(difference).clip(0, 1)[..., None]
+    return (grey * (1 - strength) + colour * strength).astype(np.uint8)
+
+
 def panel(rows: Sequence[Sequence[Picture]], titles: Sequence[str], *, side: int = 192) -> Picture:
     """Pictures in a grid under column titles.
 

@@ -95,6 +95,7 @@ def main() -> None:
     print(f"Student:  {OUTPUT}/student   (transformers and smp read it)")
     print(f"Teacher:  {OUTPUT}/teacher/student")
     print(f"Pictures: {OUTPUT}/panels    Figures: {OUTPUT}/results.json")
+    print(f"Report:   {OUTPUT}/report.html   (open it in a browser)")
     print(f"Curves:   tensorboard --logdir {OUTPUT}")
     print(f"Try it:   python scripts/predict.py {OUTPUT}/student YOUR_PICTURE.jpg")
     check(results)

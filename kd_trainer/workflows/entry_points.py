@@ -1,4 +1,4 @@
-"""The command lines of scripts/eval.py and scripts/predict.py: parse, call, print."""
+"""The command lines of the scripts beside train.py: parse, call, print."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.assemble import evaluation_dataset, load_measured, make_teacher
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
 from kd_trainer.workflows.predict import PredictArguments, predict
+from kd_trainer.workflows.report import ReportArguments, build_report
 
 
 @dataclasses.dataclass
@@ -147,3 +148,25 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
     args = PredictArguments(**(own | {"model": model}))
     speed = predict(args, pictures)
     print(f"{speed:.1f} images per second. Written to {args.output_dir}")
+
+
+def report_main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report of a finished run."""
+    parser = _parser(
+        "report.py",
+        "Write report.html of a training run: figures, curves, images, reliability. Settings of "
+        "data and teacher are those of the run unless they are given here.",
+        "Examples:\n  report.py runs/distilled\n"
+        "  report.py runs/distilled --dataset photos/ --eval_split test --output test.html\n"
+        "  report.py runs/distilled --dataset none   (without images)",
+    )
+    parser.add_argument("run", help="Output folder of a training.")
+    add_fields(parser, ReportArguments, title="report")
+    add_fields(parser, DataArguments, title="data", only=_DATA)
+    add_fields(parser, ModelArguments, title="teacher", only=_TEACHER)
+    given = given_flags(parser, arguments)
+    folder = given.pop("run")
+    own, data, model = _settings((ReportArguments, DataArguments, ModelArguments), given)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = build_report(folder, ReportArguments(**own), changed=data | model, device=device)
+    print(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

@@ -12,11 +12,13 @@ import torch
 import yaml
 
 from kd_trainer.command_line import RunArguments
+from kd_trainer.data import StreamedDataset
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts, assemble, load_student, network_size
 from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.plan import describe, markdown_table
+from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
 
 LIBRARIES = (
     "torch",
@@ -43,7 +45,8 @@ def train(run: RunArguments) -> dict[str, Any]:
     """Run the settings; returns what `results.json` holds.
 
     Leaves in the output folder: `student/` (best student by mIoU, readable by transformers and
-    smp), `checkpoint-*/`, `runs/` (TensorBoard), `panels/`, `config.yaml` and `results.json`.
+    smp), `checkpoint-*/`, `runs/` (TensorBoard), `panels/`, `config.yaml`, `trainer_state.json`,
+    `results.json` and `report.html`.
     """
     checkpoint = _checkpoint(run)  # before anything is written or takes long
     parts = assemble(run)
@@ -63,6 +66,7 @@ def train(run: RunArguments) -> dict[str, Any]:
         (output / "config.yaml").write_text(settings, encoding="utf-8")
     trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.check_finite()
+    trainer.save_state()  # trainer_state.json, with the logs that the report's curves are drawn of
     trainer.accelerator.wait_for_everyone()
     if not trainer.is_world_process_zero():
         return {}
@@ -72,7 +76,23 @@ def train(run: RunArguments) -> dict[str, Any]:
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
     write_json(output / "results.json", results)
+    if run.training.report:
+        _report(run, parts, output)
     return results
+
+
+def _report(run: RunArguments, parts: Parts, output: Path) -> None:
+    """`report.html`, with the teacher and the images that are in memory already.
+
+    A stream is opened anew: this process has only its own share of it.
+    """
+    streamed = isinstance(parts.eval_dataset, StreamedDataset)
+    build_report(
+        output,
+        ReportArguments(batch_size=run.training.per_device_eval_batch_size),
+        loaded=Loaded(parts.teacher, None if streamed else parts.eval_dataset),
+        device=run.training.device,
+    )
 
 
 def eval_history(logs: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -191,5 +211,8 @@ def run_train(run: RunArguments) -> dict[str, Any]:
     if "student_miou" in results:
         print("\n" + summary_table(results))
     if results:
-        print(f"\nStudent: {Path(str(run.training.output_dir)) / 'student'}")
+        output = Path(str(run.training.output_dir))
+        print(f"\nStudent: {output / 'student'}")
+        if run.training.report:
+            print(f"Report:  {output / 'report.html'}")
     return results

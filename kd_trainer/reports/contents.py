@@ -1,0 +1,85 @@
+"""What a report is made of: plain figures and pictures, gathered by `workflows.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+
+from kd_trainer.reports.calibration import Reliability
+from kd_trainer.reports.panels import Picture
+
+STUDENT, TEACHER = "student", "teacher"
+DIFFERENCE = "difference to the teacher"
+"""Caption of the picture that is there only with a teacher."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as it was measured.
+
+    Attributes:
+        name: architecture and encoder.
+        parameters: those that some output depends on.
+        figures: metrics by name; empty if nothing was evaluated.
+        confusion: int64 (K, K), pixels by [truth, prediction].
+        reliability: pixels by confidence.
+    """
+
+    name: str
+    parameters: int
+    figures: Mapping[str, float] = field(default_factory=dict)
+    confusion: npt.NDArray[Any] | None = None
+    reliability: Reliability = field(default_factory=Reliability.zero)
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """One image of the evaluation set.
+
+    Attributes:
+        group: `worst`, `median` or `best`.
+        name: its number and file.
+        scores: IoU of each network on it.
+        cells: pictures by caption, in order.
+    """
+
+    group: str
+    name: str
+    scores: Mapping[str, float]
+    cells: Mapping[str, Picture]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything on the page.
+
+    Attributes:
+        title: name of the run.
+        class_names: names of the classes, background first.
+        networks: `student`, and `teacher` if there is one.
+        measured: on what the figures were measured, as a sentence.
+        notes: what is missing, and why.
+        agreement: `agreement` and `agreement_miou`, or empty.
+        images: the shown images.
+        results: what results.json holds.
+        settings: what config.yaml holds.
+        logs: the Trainer's log history.
+        comparison: what comparison.json holds, or None.
+        versions: of the libraries that made the report.
+    """
+
+    title: str
+    class_names: Sequence[str]
+    networks: Mapping[str, Network]
+    measured: str
+    notes: Sequence[str] = ()
+    agreement: Mapping[str, float] = field(default_factory=dict)
+    images: Sequence[ShownImage] = ()
+    results: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    logs: Sequence[Mapping[str, Any]] = ()
+    comparison: Any = None
+    versions: Mapping[str, str] = field(default_factory=dict)
