@@ -13,9 +13,9 @@ import numpy as np
 import yaml
 
 from kd_trainer.arguments import DataArguments
+from kd_trainer.workflows.compare_budget import KINDS
 from kd_trainer.workflows.compare_runs import (
     COUNTS,
-    KINDS,
     NOTE,
     WITHOUT_EFFECT,
     differences,
