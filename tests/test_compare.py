@@ -269,14 +269,22 @@ def test_settings_without_effect_may_change(finished: Finished, ground: Path, co
     assert printed.count("complete, not repeated") == 4
 
 
-def test_another_teacher_under_the_same_name_is_refused(
-    finished: Finished, ground: Path, copied: Path, forbidden
+@pytest.mark.parametrize(
+    ("was", "instead", "named"),
+    [
+        ('weights": "', 'weights": "0', "the weights of the teacher"),
+        ('"updates": 2', '"updates": 4', "updates 4 → 2"),
+    ],
+)
+def test_another_teacher_or_data_under_the_same_name_is_refused(
+    finished: Finished, ground: Path, copied: Path, forbidden, was, instead, named
 ):
     """A teacher that was trained again has the same path and teaches something else."""
     note = copied / "distilled_seed0" / NOTE
-    note.write_text(note.read_text().replace('weights": "', 'weights": "0'))
-    with pytest.raises(ValueError, match="the weights of the teacher"):
+    note.write_text(note.read_text().replace(was, instead))
+    with pytest.raises(ValueError, match="Expected the settings of the run") as error:
         compared(*flags(ground, copied, "--seeds", "2"))
+    assert named in str(error.value)
 
 
 def test_lost_counts_are_counted_again(finished: Finished, ground: Path, copied: Path, forbidden):
@@ -284,9 +292,13 @@ def test_lost_counts_are_counted_again(finished: Finished, ground: Path, copied:
     lost = copied / "distilled_seed1" / COUNTS
     before = load_counts(lost)
     lost.unlink()
-    _, printed = compared(*flags(ground, copied, "--seeds", "2"))
-    assert "[4/4] distilled seed 1: trained, its images are to be counted" in printed
+    (copied / "baseline_seed1" / NOTE).unlink()  # as train.py leaves a run
+    summary, printed = compared(*flags(ground, copied, "--seeds", "2"))
+    for name in ("[3/4] baseline", "[4/4] distilled"):
+        assert f"{name} seed 1: trained, its images are to be counted" in printed
     assert np.array_equal(load_counts(lost).student, before.student)
+    seconds = [row["train_seconds"] for row in summary["runs"]]
+    assert [value is None for value in seconds] == [False, False, True, False]
 
 
 def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Path, monkeypatch):
@@ -559,7 +571,8 @@ def test_estimate_is_updates_and_evaluations(tmp_path: Path):
     assert seconds_left(one, speed, 10) == pytest.approx(400 + 2 * evaluation + 2 * evaluation)
     (tmp_path / "results.json").write_text('{"student_miou": 0.5, "train_seconds": 400}')
     assert seconds_left(one, speed, 10) == pytest.approx(evaluation)
-    (tmp_path / COUNTS).touch()
+    for name in (COUNTS, NOTE):
+        (tmp_path / name).touch()
     assert seconds_left(one, speed, 10) == 0
     steps = {f"{what}_strategy": "steps" for what in ("eval", "save")}
     often = planned(tmp_path / "other", **steps, eval_steps=50, save_steps=50)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ DESCRIPTION = """Train the same student with and without its teacher and compare
 
 For each seed two runs of equal budget: `baseline` (no teacher) and `distilled`. All flags of
 train.py are taken, and mean the same. Runs that are complete are not repeated, interrupted ones go
-on from their newest checkpoint. comparison.md and comparison.json hold the figures."""
+on from their newest checkpoint. The figures are in comparison.md and comparison.json, beside the
+folders of the runs, in --output_dir (here runs/compare if it is not given)."""
 EPILOG = """Examples:
   compare.py --dataset photos/ --teacher teacher/ --epochs 12
   compare.py --dataset photos/ --teacher teacher/ --epochs 12 --seed_list 3 4 --output_dir runs/b
@@ -91,6 +92,9 @@ def compare_parser() -> ArgumentParser:
     """The parser of scripts/compare.py: that of train.py and a few flags."""
     result = parser()
     result.prog, result.description, result.epilog = "compare.py", DESCRIPTION, EPILOG
+    for action in result._actions:
+        if action.dest in _NOT_TAKEN:
+            action.help = SUPPRESS
     add_fields(result, CompareArguments, title="comparison")
     return result
 

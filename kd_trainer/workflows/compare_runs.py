@@ -76,7 +76,7 @@ class PlannedRun:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        return self.trained and (self.folder / COUNTS).is_file()
+        return self.trained and all((self.folder / name).is_file() for name in (COUNTS, NOTE))
 
     def checkpoint(self) -> int:
         """Update of the newest checkpoint; 0 without one."""
@@ -95,9 +95,12 @@ class PlannedRun:
         before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
         found = differences(before, now, WITHOUT_EFFECT)
-        old = read_json(self.folder / NOTE).get("teacher_weights", self.teacher_weights)
-        if old != self.teacher_weights:
+        note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
+        note |= read_json(self.folder / NOTE)
+        if note["teacher_weights"] != self.teacher_weights:
             found.append("the weights of the teacher")
+        if note["updates"] != self.budget.updates:
+            found.append(f"updates {note['updates']} → {self.budget.updates}")
         if found:
             raise ValueError(
                 f"Expected the settings of the run in {self.folder}, got others: "
@@ -109,6 +112,8 @@ class PlannedRun:
         """Train what is not trained, resuming if there is a checkpoint, and count its images."""
         if not self.trained:
             self._train()
+        elif not (self.folder / NOTE).is_file():
+            self._write_note(starts=0, memory_is_its_own=False)  # made by train.py
         gc.collect()
         parts = assemble(self.reference)
         assert parts.teacher is not None
@@ -123,24 +128,24 @@ class PlannedRun:
         ).save(self.folder / COUNTS)
 
     def _train(self) -> None:
-        note = read_json(self.folder / NOTE)
         self.run.training.resume = "latest" if self.checkpoint() else None
-        fresh = reset_peak_memory()
-        write_json(
-            self.folder / NOTE,
-            {
-                "kind": self.kind,
-                "seed": self.seed,
-                # Time and memory of a run that was interrupted are not in its results.
-                "starts": note.get("starts", 0) + 1,
-                "memory_is_its_own": fresh,
-                "updates": self.budget.updates,
-                "left_out": self.budget.left_out if self.kind == "baseline" else 0,
-                "teacher": self.reference.model.teacher,
-                "teacher_weights": self.teacher_weights,
-            },
-        )
+        starts = read_json(self.folder / NOTE).get("starts", 0) + 1
+        self._write_note(starts=starts, memory_is_its_own=reset_peak_memory())
         train(self.run)
+
+    def _write_note(self, *, starts: int, memory_is_its_own: bool) -> None:
+        """What results.json does not say: a run of several starts has only its last part there."""
+        note = {
+            "kind": self.kind,
+            "seed": self.seed,
+            "starts": starts,
+            "memory_is_its_own": memory_is_its_own,
+            "updates": self.budget.updates,
+            "left_out": self.budget.left_out if self.kind == "baseline" else 0,
+            "teacher": self.reference.model.teacher,
+            "teacher_weights": self.teacher_weights,
+        }
+        write_json(self.folder / NOTE, note)
 
 
 def plan_runs(
