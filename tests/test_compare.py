@@ -220,7 +220,7 @@ def test_time_is_estimated_before_anything_is_trained(finished: Finished):
     assert printed.index("Estimated time: about") < printed.index("[1/4] baseline seed 0: to train")
     for number, name in enumerate(["baseline seed 0", "distilled seed 0", "baseline seed 1"]):
         assert f"[{number + 1}/4] {name}: mIoU 0." in printed
-    assert "2 updates (1 epochs of the same images)" in printed
+    assert "4 runs. Every run makes 2 updates (epochs of the same images: 1)." in printed
 
 
 def test_files_to_carry_are_small(finished: Finished):

@@ -18,6 +18,7 @@ from kd_trainer.workflows.estimate import (
     finished_speed,
     measure_speed,
     seconds_left,
+    several,
 )
 from kd_trainer.workflows.plan import describe, updates_per_epoch
 
@@ -32,7 +33,7 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
     planned = plan_runs(
         comparison.settings, budget, seeds=args.chosen_seeds, kinds=args.kinds, folder=output
     )
-    print(f"Comparison in {output}: {len(planned)} runs. {budget.sentence()}")
+    print(f"Comparison in {output}: {several(len(planned), 'run')}. {budget.sentence()}")
     if comparison.dry_run:
         _print_plan(planned, parts)
         return {}
@@ -120,7 +121,7 @@ def _print_estimate(planned: list[PlannedRun], speeds: dict[str, Speed], images:
     whole = duration(sum(seconds for _, seconds in left))
     each = {kind: max(s for p, s in left if p.kind == kind) for kind in speeds}
     shown = ", ".join(f"{kind} {duration(seconds)} a run" for kind, seconds in each.items())
-    print(f"Estimated time: about {whole} for {len(left)} runs ({shown}).")
+    print(f"Estimated time: about {whole} for {several(len(left), 'run')} ({shown}).")
 
 
 def _execute(one: PlannedRun, prefix: str) -> None:

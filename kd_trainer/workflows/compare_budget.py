@@ -38,7 +38,7 @@ class Budget:
         """What is equal, and what could not be."""
         text = f"Every run makes {self.updates:,} updates"
         if not self.left_out:
-            return f"{text} ({self.epochs('distilled'):g} epochs of the same images)."
+            return f"{text} (epochs of the same images: {self.epochs('distilled'):g})."
         return (
             f"{text}. The baseline cannot use the {self.left_out:,} photographs without masks, so "
             f"it makes them in {self.epochs('baseline'):.4g} epochs of {self.images['baseline']:,} "

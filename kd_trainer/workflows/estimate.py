@@ -128,3 +128,8 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def several(count: int, word: str) -> str:
+    """A number of things: `1 run`, `6 runs`."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
