@@ -239,10 +239,19 @@ def parse(arguments: Sequence[str] | None = None) -> RunArguments:
     """
     given = given_flags(parser(), arguments)
     config, dry_run = given.pop("config"), given.pop("dry_run")
-    hints = hints_of(_CLASSES)
-    settings = load_recipe(config)
-    settings |= {name: convert(name, value, hints[name]) for name, value in given.items()}
+    settings = merged(config, given)
     settings.setdefault("output_dir", f"runs/{Path(config).stem}")
     run = build(settings, dry_run=dry_run)
     run.flags = frozenset(given)
     return run
+
+
+def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe, overridden by flags that were given as text.
+
+    Raises:
+        FileNotFoundError: if there is no such recipe.
+        ValueError: if a value is of the wrong type.
+    """
+    hints = hints_of(_CLASSES)
+    return load_recipe(config) | {n: convert(n, value, hints[n]) for n, value in given.items()}

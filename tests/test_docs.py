@@ -18,6 +18,11 @@ from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, par
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.workflows import entry_points
+from kd_trainer.workflows.compare_arguments import (
+    CompareArguments,
+    compare_parser,
+    parse_comparison,
+)
 from kd_trainer.workflows.plan import markdown_table, timeline
 from kd_trainer.workflows.train import train
 
@@ -52,7 +57,7 @@ def parsers():
     def catch(made, arguments):
         raise CaughtError(made)
 
-    found = {"train.py": parser()}
+    found = {"train.py": parser(), "compare.py": compare_parser()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry_points, "given_flags", catch)
         mains = (
@@ -108,6 +113,9 @@ def test_readme_example_leaves_a_student_that_transformers_reads(tmp_path: Path,
 def test_documented_commands_parse(script: str, arguments: list[str], parsers, tmp_path: Path):
     """A flag that was renamed would stay in the documentation."""
     if "--help" in arguments:
+        return
+    if script == "compare.py":
+        parse_comparison(arguments)
         return
     if script != "train.py":
         given = vars(parsers[script].parse_args(arguments))
@@ -191,6 +199,15 @@ def test_documented_defaults_are_those_of_the_scripts(page: str, heading: str, c
     wanted = {name: value for name, value in vars(cls()).items() if name != "model"}
     found = {row[0].strip("`-"): row[1] for row in rows(TEXTS[page], heading)}
     assert {name: convert(name, v, hints[name]) for name, v in found.items()} == wanted
+
+
+def test_documented_defaults_are_those_of_the_comparison():
+    """The number of seeds decides what a comparison can say, and a stale table the number."""
+    wanted, hints = CompareArguments(), hints_of([CompareArguments])
+    found = {row[0].strip("`-"): row[1] for row in rows(TEXTS["docs/compare.md"], "flag")}
+    assert found.keys() == hints.keys()
+    for name, value in found.items():
+        assert convert(name, value, hints[name]) == getattr(wanted, name), name
 
 
 def slug(heading: str) -> str:

@@ -272,6 +272,39 @@ def test_wrong_use_of_report_is_one_line(case: str, good: Path, used: Used, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+COMPARE = {
+    "no dataset": ("--teacher {good}/two", "Expected --dataset"),
+    "missing dataset": ("--dataset {good}/dta --teacher {good}/two", "Did you mean 'data'?"),
+    "no teacher": ("--dataset {good}/data", "Expected a --teacher to compare"),
+    "missing teacher": ("--dataset {good}/data --teacher {good}/nobody", "nobody"),
+    "no seeds": ("--seeds 0", "--seeds of at least 1, got 0"),
+    "seeds twice": ("--seeds 2 --seed_list 0 1", "--seeds or --seed_list, got both"),
+    "the same seed twice": ("--seed_list 1 1", "different seeds from 0, got 1 1"),
+    "seed of a training": ("--seed 3", "Expected --seeds or --seed_list, got --seed"),
+    "resume": ("--resume", "Expected no --resume"),
+    "unknown kind": ("--only destilled", "one of baseline, distilled, got 'destilled'"),
+    "no evaluation": (
+        "--dataset {good}/data --teacher {good}/two --eval_strategy no",
+        "Expected --eval_strategy epoch or steps",
+    ),
+    "unknown flag": ("--seedlist 3", "Did you mean --seed_list?"),
+    "merge of nothing": ("--merge {good}/nowhere", "no such folder"),
+    "merge of another folder": ("--merge {good}/data", "a folder without one"),
+    "merge that trains": ("--merge {good} --dataset {good}/data", "got --dataset"),
+    "merge of a seed": ("--merge {good} --seeds 2", "got --seeds"),
+}
+
+
+@pytest.mark.parametrize("case", COMPARE)
+def test_wrong_use_of_compare_is_one_line(case: str, good: Path, used: Used, tmp_path: Path):
+    """What is wrong with a comparison of days has to be said before it starts."""
+    arguments, expected = COMPARE[case]
+    flags = ["--student_encoder", ENCODER, "--encoder_weights", "none", "--image_size", "64"]
+    given = arguments.format(good=good).split()
+    assert expected in used.error("compare.py", *(given if "--merge" in given else given + flags))
+    assert not (tmp_path / "runs").exists()
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

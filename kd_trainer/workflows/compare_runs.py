@@ -1,0 +1,202 @@
+"""The runs of a comparison: a folder each, and what is left to do in it."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from kd_trainer.command_line import RunArguments, build
+from kd_trainer.workflows.assemble import assemble, load_student
+from kd_trainer.workflows.compare_budget import Budget, baseline_settings
+from kd_trainer.workflows.files import write_json
+from kd_trainer.workflows.image_counts import count_images
+from kd_trainer.workflows.train import train
+
+COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
+# Where a run lies and what it shows while it goes do not change what it learns.
+WITHOUT_EFFECT = frozenset(
+    {"output_dir", "panel_images", "report_to", "logging_steps", "dataloader_num_workers"}
+)
+
+
+def weights_digest(source: str) -> str | None:
+    """SHA-256 of the weights of a teacher here; None for one on the Hub."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class PlannedRun:
+    """One run of a comparison.
+
+    Attributes:
+        kind: baseline or distilled.
+        seed: of weights, data order and augmentation.
+        run: its settings.
+        reference: the distilled run of this seed, which knows teacher and evaluation data.
+        budget: shared by all runs.
+        teacher_weights: digest of the teacher's weights, where it can be known.
+    """
+
+    kind: str
+    seed: int
+    run: RunArguments
+    reference: RunArguments
+    budget: Budget
+    teacher_weights: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes."""
+        return Path(str(self.run.training.output_dir))
+
+    @property
+    def name(self) -> str:
+        """What it is called in the output."""
+        return f"{self.kind} seed {self.seed}"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the training came to its end."""
+        return "student_miou" in read_json(self.folder / "results.json")
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.trained and all((self.folder / name).is_file() for name in (COUNTS, NOTE))
+
+    def checkpoint(self) -> int:
+        """Update of the newest checkpoint; 0 without one."""
+        numbers = [p.name.rpartition("-")[2] for p in self.folder.glob("checkpoint-*")]
+        return max((int(n) for n in numbers if n.isdigit()), default=0)
+
+    def check(self) -> None:
+        """Refuse a folder that holds a run of other settings.
+
+        Raises:
+            ValueError: says which settings differ.
+        """
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            return
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
+        found = differences(before, now, WITHOUT_EFFECT)
+        note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
+        note |= read_json(self.folder / NOTE)
+        if note["teacher_weights"] != self.teacher_weights:
+            found.append("the weights of the teacher")
+        if note["updates"] != self.budget.updates:
+            found.append(f"updates {note['updates']} → {self.budget.updates}")
+        if found:
+            raise ValueError(
+                f"Expected the settings of the run in {self.folder}, got others: "
+                f"{'; '.join(found)}. Name another --output_dir, give the same settings, or delete "
+                "that folder."
+            )
+
+    def execute(self) -> None:
+        """Train what is not trained, resuming if there is a checkpoint, and count its images."""
+        if not self.trained:
+            self._train()
+        elif not (self.folder / NOTE).is_file():
+            self._write_note(starts=0, memory_is_its_own=False)  # made by train.py
+        gc.collect()
+        parts = assemble(self.reference)
+        assert parts.teacher is not None
+        assert parts.eval_dataset is not None
+        count_images(
+            load_student(self.folder / "student"),
+            parts.teacher,
+            parts.eval_dataset,
+            batch_size=self.run.training.per_device_eval_batch_size,
+            ignore_index=self.run.data.ignore_index,
+            device=self.run.training.device,
+        ).save(self.folder / COUNTS)
+
+    def _train(self) -> None:
+        self.run.training.resume = "latest" if self.checkpoint() else None
+        starts = read_json(self.folder / NOTE).get("starts", 0) + 1
+        self._write_note(starts=starts, memory_is_its_own=reset_peak_memory())
+        train(self.run)
+
+    def _write_note(self, *, starts: int, memory_is_its_own: bool) -> None:
+        """What results.json does not say: a run of several starts has only its last part there."""
+        note = {
+            "kind": self.kind,
+            "seed": self.seed,
+            "starts": starts,
+            "memory_is_its_own": memory_is_its_own,
+            "updates": self.budget.updates,
+            "left_out": self.budget.left_out if self.kind == "baseline" else 0,
+            "teacher": self.reference.model.teacher,
+            "teacher_weights": self.teacher_weights,
+        }
+        write_json(self.folder / NOTE, note)
+
+
+def plan_runs(
+    settings: dict[str, Any], budget: Budget, *, seeds: list[int], kinds: list[str], folder: Path
+) -> list[PlannedRun]:
+    """All runs, baseline before distilled, seed by seed, each checked against its folder."""
+    weights = weights_digest(str(settings["teacher"]))
+    planned = []
+    for seed in seeds:
+        for kind in kinds:
+            own = settings | {"seed": seed, "output_dir": str(folder / f"{kind}_seed{seed}")}
+            reference = build(own)
+            run = reference
+            if kind == "baseline":
+                run = build(baseline_settings(own, reference.training, budget))
+            one = PlannedRun(kind, seed, run, reference, budget, weights)
+            one.check()
+            planned.append(one)
+    return planned
+
+
+def differences(
+    before: dict[str, Any], now: dict[str, Any], ignored: frozenset[str] = frozenset()
+) -> list[str]:
+    """What differs between two configurations, `name old → new`; a missing name counts as none."""
+    names = sorted((before.keys() | now.keys()) - ignored)
+    return [
+        f"{name} {before.get(name)} → {now.get(name)}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none or it was cut off."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def reset_peak_memory() -> bool:
+    """Let the peak memory be counted anew; False where a process cannot do that."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
+    except OSError:
+        return False
+    return True
