@@ -73,19 +73,19 @@ def load_student(
         )
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(source))
-        if "_model_class" not in config:
-            raise ValueError(
-                f"Expected a student of this package or an smp model, got {source} of model_type "
-                f"{config.get('model_type')!r}. Other models can be teachers only."
-            )
-        student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(
-            str(source)
-        )
+        if not isinstance(config, dict):
+            raise OSError("its config.json is no JSON object.")
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"Expected a saved model, a folder here or an id on the Hub, got {source}: {reason}"
         ) from error
+    if "_model_class" not in config:
+        raise ValueError(
+            f"Expected a student of this package or an smp model, got {source} of model_type "
+            f"{config.get('model_type')!r}. Other models can be teachers only."
+        )
+    student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
