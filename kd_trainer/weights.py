@@ -50,8 +50,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except _UNREADABLE as error:
         raise ValueError(
             f"Expected a file of tensors only, got {str(path)!r}, which cannot be read as one. "
-            "If it was cut off, copy it again; else save the model's state_dict, best with "
-            "safetensors."
+            "Save the model's state_dict, best with safetensors, or copy the file again if it was "
+            "cut off."
         ) from error
     state = _unwrap(content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -106,7 +106,9 @@ def load_strictly(
     module.load_state_dict({**own, **state})
 
 
-def load_pretrained(load: Callable[..., Any], source: str | Path, *args: Any, **options: Any) -> Any:
+def load_pretrained(
+    load: Callable[..., Any], source: str | Path, *args: Any, **options: Any
+) -> tuple[Any, dict[str, Any]]:
     """Call a `from_pretrained`; every weight has to be there and to fit.
 
     transformers fills what is missing with random numbers, and reports a line for each tensor.
