@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from kd_trainer.argument_checks import check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.fields import add_fields, closest, convert, hints_of
 
@@ -23,7 +24,7 @@ ALIASES = {
 }
 # A flag given without a value means this.
 WITHOUT_VALUE = {"mixed_precision": "auto", "resume": "latest"}
-# Fields of transformers.TrainingArguments worth a line in --help; all the others work too.
+# Fields of transformers.TrainingArguments worth a line in --help; the others are flags too.
 SHOWN = frozenset(
     {
         "max_steps",
@@ -175,7 +176,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Distil a large segmentation teacher into a small student.",
         epilog=f"Recipes: {', '.join(recipe_names())}.\n"
-        "Every other field of transformers.TrainingArguments is a flag too.\n\n"
+        "The other fields of transformers.TrainingArguments are flags too; those that do nothing "
+        "here are refused.\n\n"
         "Examples:\n"
         "  train.py --dataset photos/ --teacher none --output_dir runs/teacher "
         "--student_encoder timm-efficientnet-b3 --unfreeze_start_epoch 0 --unfreeze_every 0\n"
@@ -236,4 +238,6 @@ def parse(arguments: Sequence[str] | None = None) -> RunArguments:
     settings = load_recipe(config)
     settings |= {name: convert(name, value, hints[name]) for name, value in given.items()}
     settings.setdefault("output_dir", f"runs/{Path(config).stem}")
-    return build(settings, dry_run=dry_run)
+    run = build(settings, dry_run=dry_run)
+    check_ends(run.training, given)
+    return run

@@ -128,9 +128,7 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load strictly from a folder or the Hub; a pure smp folder is read as well.
 
         Raises:

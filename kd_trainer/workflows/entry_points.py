@@ -13,7 +13,14 @@ import torch
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.command_line import Parser, given_flags
 from kd_trainer.evaluation import labels_of
-from kd_trainer.fields import add_fields, convert, help_field, hints_of
+from kd_trainer.fields import (
+    add_fields,
+    check_at_least,
+    check_folder,
+    convert,
+    help_field,
+    hints_of,
+)
 from kd_trainer.modeling import check_image_size
 from kd_trainer.workflows.assemble import evaluation_dataset, load_student, make_teacher
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
@@ -29,8 +36,9 @@ class EvaluateArguments:
     workers: int = help_field(0, "Processes that read the data.")
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("workers", self.workers, 0)
+        check_folder("output_dir", self.output_dir)
 
 
 _TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name) | {
@@ -80,6 +88,8 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     own, data_settings, model_settings = _settings(
         (EvaluateArguments, DataArguments, ModelArguments), given
     )
+    args = EvaluateArguments(**own)
+    model = ModelArguments(**model_settings)
     student = load_student(source, num_labels=data_settings.get("num_labels"))
     names = list(labels_of(student).values())
     told: dict[str, Any] = {
@@ -88,9 +98,7 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
         "image_size": student.config.image_size,
     }
     data = DataArguments(**(told | data_settings))
-    args = EvaluateArguments(**own)
     check_image_size(data.image_size, student)
-    model = ModelArguments(**model_settings)
     evaluation = evaluate_model(
         student,
         evaluation_dataset(data, batch_size=args.batch_size),

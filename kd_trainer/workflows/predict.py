@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from kd_trainer.data.decoding import decode_photograph
 from kd_trainer.evaluation import labels_of
-from kd_trainer.fields import help_field
+from kd_trainer.fields import check_at_least, check_folder, help_field
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.panels import overlay
@@ -40,8 +40,8 @@ class PredictArguments:
             raise ValueError(
                 f"Expected --threshold between 0 and 1 (both excluded), got {self.threshold}."
             )
-        if self.batch_size < 1:
-            raise ValueError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+        check_at_least("batch_size", self.batch_size, 1)
+        check_folder("output_dir", self.output_dir)
 
 
 def find_pictures(sources: Sequence[str]) -> list[Path]:
