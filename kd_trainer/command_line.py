@@ -176,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Distil a large segmentation teacher into a small student.",
         epilog=f"Recipes: {', '.join(recipe_names())}.\n"
-        "The other fields of transformers.TrainingArguments are flags too; those that do nothing "
+        "The other fields of transformers.TrainingArguments are flags too; some that cannot work "
         "here are refused.\n\n"
         "Examples:\n"
         "  train.py --dataset photos/ --teacher none --output_dir runs/teacher "
