@@ -2,25 +2,52 @@
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Collection
 from typing import Any
 
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from kd_trainer.fields import check_at_least, check_choice
+from kd_trainer.fields import check_at_least, check_choice, check_folder
+
+_NO_RECOMPUTING = (
+    "networks of smp cannot recompute their activations. To save memory, lower --batch_size and "
+    "raise --gradient_accumulation_steps"
+)
+# Fields of TrainingArguments that would fail in the Trainer, or be taken and do nothing.
+_UNUSABLE = {
+    "gradient_checkpointing": _NO_RECOMPUTING,
+    "activation_checkpointing": _NO_RECOMPUTING,
+    "batch_eval_metrics": "an evaluation keeps counts instead of logits already. Leave it out",
+    "eval_do_concat_batches": "the counts of all batches are added up. Leave it out",
+    "prediction_loss_only": "the best student is found by its metrics. Leave it out",
+    "fsdp": "units are frozen and freed during the run, which is tested with DDP only. Leave it "
+    "out; accelerate_configs/multi_gpu.yaml is for several GPUs",
+    "use_liger_kernel": "its kernels are for language models. Leave it out",
+    "neftune_noise_alpha": "it is noise for the embeddings of words. Leave it out",
+    "label_smoothing_factor": "the loss is a sum of our own terms on hard labels. Leave it out; "
+    "the soft labels are those of the teacher (--kl_weight)",
+    "lr_scheduler_kwargs": "the cosine takes none. Use --min_learning_rate and --warmup_epochs",
+    "optim_target_modules": "the groups of the optimizer are the encoder's units. Leave it out",
+    "resume_from_checkpoint": "it has another name here. Use --resume",
+}
 
 
 def check_run(args: Any) -> None:
     """Refuse sizes and strategies that cannot be trained with."""
-    for name, bound in (
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("dataloader_num_workers", 0),
-        ("panel_images", 0),
-    ):
-        check_at_least(name, getattr(args, name), bound)
-    if not (args.max_steps > 0 or args.num_train_epochs > 0):
-        raise ValueError(f"Expected --epochs above 0, got {args.num_train_epochs:g}.")
+    for name, reason in _UNUSABLE.items():
+        value = getattr(args, name)
+        if bool(value) != bool(_default(args, name)):
+            raise ValueError(f"Expected no --{name}, got {value}: {reason}.")
+    check_folder("output_dir", str(args.output_dir))
+    _check_numbers(args)
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise ValueError(
+            "Expected --dataloader_num_workers above 0 with --dataloader_persistent_workers, got "
+            "0. Say how many, or leave the other out."
+        )
+    check_choice("train_sampling_strategy", args.train_sampling_strategy, ("random", "sequential"))
     check_choice("eval_strategy", args.eval_strategy, ("no", "steps", "epoch"))
     check_choice("save_strategy", args.save_strategy, ("no", "steps", "epoch", "best"))
     strategies = {args.eval_strategy, args.save_strategy} - {"best"}
@@ -30,6 +57,50 @@ def check_run(args: Any) -> None:
             f"is chosen among the saved ones, got {args.save_strategy} and "
             f"{args.eval_strategy}. Set both, or --load_best_model_at_end false."
         )
+
+
+def _check_numbers(args: Any) -> None:
+    for name, bound in (
+        ("per_device_train_batch_size", 1),
+        ("per_device_eval_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("dataloader_num_workers", 0),
+        ("weight_decay", 0),
+        ("max_grad_norm", 0),
+        ("adam_beta1", 0),
+        ("adam_beta2", 0),
+        ("adam_epsilon", 0),
+        ("panel_images", 0),
+    ):
+        check_at_least(name, getattr(args, name), bound)
+    if not (args.learning_rate > 0 and math.isfinite(args.learning_rate)):
+        raise ValueError(f"Expected --learning_rate above 0, got {args.learning_rate:g}.")
+    for name in ("adam_beta1", "adam_beta2"):
+        if getattr(args, name) >= 1:
+            raise ValueError(f"Expected --{name} below 1, got {getattr(args, name):g}.")
+    if not (args.max_steps > 0 or args.num_train_epochs > 0):
+        raise ValueError(f"Expected --epochs above 0, got {args.num_train_epochs:g}.")
+
+
+def check_ends(args: Any, given: Collection[str] = ()) -> None:
+    """Refuse a first or last temperature that is not that of a piecewise schedule's points.
+
+    It would do nothing. A default is not meant, unless it is among the fields that were `given`.
+    """
+    if args.temperature_schedule != "piecewise":
+        return
+    used = {"temperature_start": args.temperature.start, "temperature_end": args.temperature.end}
+    for name, value in used.items():
+        own = getattr(args, name)
+        if own != value and (name in given or own != _default(args, name)):
+            raise ValueError(
+                f"Expected --{name} {value:g} as in --temperature_points, got {own:g}. Leave it "
+                "out, or change the points."
+            )
+
+
+def _default(args: Any, name: str) -> Any:
+    return type(args).__dataclass_fields__[name].default
 
 
 def check_reports(args: Any) -> None:
@@ -45,10 +116,12 @@ def check_reports(args: Any) -> None:
 
 def check_staged(args: Any) -> None:
     """Refuse what staged unfreezing cannot work with."""
-    if args.deepspeed is not None:
+    # `accelerate launch --use_deepspeed` says so through the environment.
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
+    if args.deepspeed is not None or launched:
         raise ValueError(
             "Expected DDP or one process with staged unfreezing, got DeepSpeed, which ignores "
-            "parameters that are frozen when it starts. Leave --deepspeed out, or free all "
+            "parameters that are frozen when it starts. Leave DeepSpeed out, or free all "
             "units from the start with --unfreeze_start_epoch 0 --unfreeze_every 0."
         )
     if args.ddp_static_graph or args.ddp_find_unused_parameters is False:

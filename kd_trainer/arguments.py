@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
-from kd_trainer.argument_checks import check_reports, check_run, check_staged
+from kd_trainer.argument_checks import check_ends, check_reports, check_run, check_staged
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
+from kd_trainer.metrics import check_class_names
 from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
 
 AUGMENTATIONS = ("heavy", "light", "none")
@@ -61,6 +62,10 @@ class ModelArguments:
             raise ValueError(
                 "Expected --teacher_mean and --teacher_std together, got only one. Give both."
             )
+        if self.teacher_image_size is not None:
+            check_at_least("teacher_image_size", self.teacher_image_size, 32)
+        for channels in self.decoder_channels or ():
+            check_at_least("decoder_channels", channels, 1)
 
     @property
     def has_teacher(self) -> bool:
@@ -121,6 +126,7 @@ class DataArguments:
                 f"Expected {self.num_labels} --class_names (one per label, background first), got "
                 f"{len(self.class_names)}: {' '.join(self.class_names)}."
             )
+        check_class_names(list(self.id2label.values()))
         if not 0 <= self.brightness_contrast_probability <= 1:
             raise ValueError(
                 "Expected --brightness_contrast_probability between 0 and 1, got "
@@ -219,18 +225,19 @@ class DistillationArguments(TrainingArguments):
             self.load_best_model_at_end = False
         if self.use_cpu or not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # there is nothing to pin for
+        if self.unfreeze_start_epoch > 0 or self.unfreeze_every > 0:
+            check_staged(self)  # before transformers looks for a DeepSpeed that is not installed
         wanted = self.mixed_precision
         super().__post_init__()
         check_reports(self)
         # The flag wins over the accelerate configuration, which arrives through the environment.
         self.mixed_precision = wanted or self.mixed_precision
         self._check_precision()
-        if self.unfreeze_start_epoch > 0 or self.unfreeze_every > 0:
-            check_staged(self)
 
     def _check_schedules(self) -> None:
         self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
         self.temperature  # noqa: B018
+        check_ends(self)
         check_choice("temperature_per", self.temperature_per, ("epoch", "step"))
         rates = ("encoder_lr_scale", "min_learning_rate", "warmup_epochs")
         staged = ("unfreeze_warmup_epochs", "unfreeze_start_epoch", "unfreeze_every")

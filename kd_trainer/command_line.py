@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from kd_trainer.argument_checks import check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.fields import add_fields, closest, convert, hints_of
 
@@ -23,7 +24,7 @@ ALIASES = {
 }
 # A flag given without a value means this.
 WITHOUT_VALUE = {"mixed_precision": "auto", "resume": "latest"}
-# Fields of transformers.TrainingArguments worth a line in --help; all the others work too.
+# Fields of transformers.TrainingArguments worth a line in --help; the others are flags too.
 SHOWN = frozenset(
     {
         "max_steps",
@@ -182,7 +183,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Distil a large segmentation teacher into a small student.",
         epilog=f"Recipes: {', '.join(recipe_names())}.\n"
-        "Every other field of transformers.TrainingArguments is a flag too.\n\n"
+        "The other fields of transformers.TrainingArguments are flags too; some that cannot work "
+        "here are refused.\n\n"
         "Examples:\n"
         "  train.py --dataset photos/ --teacher none --output_dir runs/teacher "
         "--student_encoder timm-efficientnet-b3 --unfreeze_start_epoch 0 --unfreeze_every 0\n"
@@ -243,6 +245,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunArguments:
     settings.setdefault("output_dir", f"runs/{Path(config).stem}")
     run = build(settings, dry_run=dry_run)
     run.flags = frozenset(given)
+    check_ends(run.training, given)
     return run
 
 

@@ -21,13 +21,17 @@ from transformers import AutoConfig, PreTrainedConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_LABELS = {0: "background", 1: "foreground"}
+_LISTED = 12  # names in a message: all architectures of smp, but not the thousand encoders of timm
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known name, or all of them when none is near."""
+    """The end of an error message: the nearest known name, or the first ones when none is near."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"Did you mean {near[0]!r}?" if near else f"Choose one of {', '.join(names)}."
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    more = f" or {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"Choose one of {', '.join(names[:_LISTED])}{more}."
 
 
 def architecture_class(name: str) -> type[nn.Module]:
@@ -180,9 +184,12 @@ def build_network(config: SmpConfig, encoder_weights: str | bool | None = None) 
         config: architecture, encoder and their arguments.
         encoder_weights: as smp takes it (True for the weights of a `tu-*` encoder); None for
             random ones.
+
+    Raises:
+        ValueError: if smp or timm refuses the arguments, or the encoder for this architecture.
     """
-    names = architecture_arguments(config._model_class)
-    arguments = {name: getattr(config, name) for name in names}
+    defaults = architecture_arguments(config._model_class)
+    arguments = {name: getattr(config, name) for name in defaults}
     arguments["encoder_weights"] = encoder_weights
     with warnings.catch_warnings():
         # smp says this at each construction, although its `tu-` encoders cannot replace the
@@ -190,7 +197,29 @@ def build_network(config: SmpConfig, encoder_weights: str | bool | None = None) 
         warnings.filterwarnings(
             "ignore", message="`timm-` encoders are deprecated", category=DeprecationWarning
         )
-        return architecture_class(config._model_class)(**arguments, **(config.encoder_kwargs or {}))
+        try:
+            return architecture_class(config._model_class)(
+                **arguments, **(config.encoder_kwargs or {})
+            )
+        except (ValueError, TypeError) as error:
+            raise _refused(config, defaults, error) from error
+
+
+def _refused(config: SmpConfig, defaults: dict[str, Any], error: Exception) -> ValueError:
+    """The complaint of smp, with the arguments that differ from its defaults."""
+    own = SmpConfig.__dataclass_fields__
+    given = {n: (getattr(config, n), default) for n, default in defaults.items() if n not in own}
+    changed = [
+        f"{name} {value} (default {default})"
+        for name, (value, default) in given.items()
+        if name not in ("encoder_weights", "activation") and value != default
+    ]
+    changed += [f"{name} {value}" for name, value in (config.encoder_kwargs or {}).items()]
+    return ValueError(
+        f"Expected arguments that {config._model_class} takes with {config.encoder_name}, got "
+        f"{', '.join(changed) or 'the defaults'}: {' '.join(str(error).split()).rstrip('.')}. Give "
+        "each as its default is, or choose another architecture or encoder."
+    )
 
 
 # A remote copy registers nothing: two saved models may bring two versions of this file.

@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, Union
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -25,6 +26,17 @@ def check_at_least(name: str, value: float, bound: float, cure: str = "") -> Non
     """Refuse a number that is not finite or lies below the bound."""
     if not (math.isfinite(value) and value >= bound):
         raise ValueError(f"Expected --{name} of at least {bound:g}, got {value!r}.{cure}")
+
+
+def check_folder(name: str, path: str) -> None:
+    """Refuse a folder to write to whose place, or a part of whose path, is taken by a file."""
+    place = Path(path).expanduser().absolute()
+    taken = next((p for p in (place, *place.parents) if p.exists()), place)
+    if taken.is_file():
+        raise ValueError(
+            f"Expected a folder as --{name}, got {path}, where {taken.name} is a file. Name "
+            "another folder."
+        )
 
 
 def help_field(default: Any, text: str) -> Any:
@@ -58,6 +70,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     options = _options(hint)
     if value == "" and options == (str,):
         return ""  # as good as not given, and what a configuration written without it says
+    if value == ["null"] and type(None) in options:
+        return None  # the one way to take back a list that a recipe gives
     if value is None or (isinstance(value, str) and value.lower() in ("null", "")):
         if type(None) in options:
             return None

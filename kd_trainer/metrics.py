@@ -7,7 +7,7 @@ split. Boundary IoU: Cheng et al. 2021, arXiv 2103.16562.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,7 +195,7 @@ class SegmentationCounts:
         Raises:
             ValueError: if a class has no name, or two figures would have the same.
         """
-        self._check_names(id2label)
+        check_class_names([id2label.get(index) for index in range(self.num_labels)])
         hit, truth, guess = _hits(self.confusion)
         occurs = truth + guess > 0
         iou, dice = _iou(self.confusion), _ratio(2 * hit, truth + guess)
@@ -214,15 +214,22 @@ class SegmentationCounts:
             values[f"dice_{id2label[index]}"] = float(dice[index])
         return values
 
-    def _check_names(self, id2label: Mapping[int, str]) -> None:
-        names = [id2label.get(index) for index in range(self.num_labels)]
-        # A binary task's only foreground class may be called so: it is the same figure.
-        taken = {"foreground"} if self.num_labels > 2 else set()
-        if None in names or len(set(names)) < len(names) or taken & set(names):
-            raise ValueError(
-                f"Expected one distinct name for each of {self.num_labels} classes (and none "
-                f"called {sorted(taken)}), got {dict(id2label)}. Name every class in id2label."
-            )
+
+def check_class_names(names: Sequence[str | None]) -> None:
+    """Refuse names under which two figures would be one.
+
+    Raises:
+        ValueError: if a class has no name, or two have the same; or if one of several is called
+            `foreground`, as the mean over them is.
+    """
+    # A binary task's only foreground class may be called so: it is the same figure.
+    taken = {"foreground"} if len(names) > 2 else set()
+    if None in names or len(set(names)) < len(names) or taken & set(names):
+        but = ", none of them `foreground`, which is a figure of its own" if taken else ""
+        raise ValueError(
+            f"Expected one distinct name for each of {len(names)} classes{but}, got "
+            f"{', '.join(map(str, names))}. Give each its own (--class_names, or id2label)."
+        )
 
 
 def agreement(counts: SegmentationCounts) -> float:

@@ -30,7 +30,7 @@ from .configuration_smp import (
     uses_timm_loader,
 )
 from .encoder_units import EncoderUnit, encoder_units, find_never_used
-from .weights import fill_encoder
+from .weights import fill_encoder, load_pretrained
 
 
 @dataclass
@@ -128,22 +128,16 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         return model
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load strictly from a folder or the Hub; a pure smp folder is read as well.
 
         Raises:
-            ValueError: lists weights that are missing or left over.
+            FileNotFoundError: if there are no weights.
+            ValueError: if they cannot be read; lists those that are missing, extra or misshapen.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        faults = {k: sorted(info[k])[:5] for k in ("missing_keys", "unexpected_keys") if info[k]}
-        if faults:
-            raise ValueError(
-                f"Expected every weight of {model.config._model_class} with "
-                f"{model.config.encoder_name}, got {faults}. Check that config.json and the "
-                "weights belong together."
-            )
+        load = super().from_pretrained
+        model, info = load_pretrained(load, pretrained_model_name_or_path, *args, **kwargs)
         # transformers replaces these by uninitialised memory, and parameters by trainable ones.
         for name, value in model._constants.items():
             model.get_buffer(name).copy_(value)

@@ -52,7 +52,8 @@ class TemperatureSchedule:
         elif self.points:
             raise ValueError(
                 f"Expected no points for the {self.kind} schedule, got {len(self.points)}. "
-                "Leave them out or choose the kind 'piecewise'."
+                "Leave them out (those of a recipe with --temperature_points null) or choose the "
+                "kind 'piecewise'."
             )
 
     def __call__(self, progress: float) -> float:

@@ -25,7 +25,13 @@ from kd_trainer.configuration_smp import (
     default_labels,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.weights import SUFFIXES, load_strictly, read_weights, unused_state_keys
+from kd_trainer.weights import (
+    SUFFIXES,
+    load_pretrained,
+    load_strictly,
+    read_weights,
+    unused_state_keys,
+)
 
 _PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
 _HEAD = "segmentation_head.0.weight"
@@ -258,13 +264,15 @@ def _strip(name: str) -> str:
 
 def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     problem: Exception | None = None
-    config: dict[str, Any] = {}
+    config: Any = {}
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, **hub)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         problem = error
-    if not config:
+    if not (config and isinstance(config, dict)):
         found = "a folder without it" if Path(source).is_dir() else "no folder and no Hub model"
+        if (Path(source) / "config.json").is_file():
+            found = "one that is no JSON object"
         raise FileNotFoundError(
             f"Expected a teacher's config.json, got {found} at {source!r}. Give a folder, a Hub id "
             "that can be reached, or a weight file with its architecture and encoder."
@@ -278,21 +286,16 @@ def _from_folder(
     if "_model_class" in config:
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
     try:
-        model, info = AutoModelForSemanticSegmentation.from_pretrained(
-            source, trust_remote_code=trust_remote_code, output_loading_info=True, **hub
-        )
+        load = AutoModelForSemanticSegmentation.from_pretrained
+        model, _ = load_pretrained(load, source, trust_remote_code=trust_remote_code, **hub)
     except ValueError as error:
+        if str(error).startswith("Expected"):
+            raise
         raise ValueError(
             f"Expected a semantic segmentation model in {source!r}, got model_type "
             f"{config.get('model_type')!r}. If it brings code of its own that you trust, set "
             "trust_remote_code."
         ) from error
-    faults = {k: sorted(info[k])[:5] for k in ("missing_keys", "unexpected_keys") if info[k]}
-    if faults:
-        raise ValueError(
-            f"Expected every weight of {type(model).__name__} in {source!r}, got {faults}. "
-            "Choose a checkpoint that was trained for segmentation."
-        )
     return model
 
 

@@ -3,8 +3,10 @@
 Travels with a saved model as remote code and imports only its sibling.
 """
 
+import logging
 import pickle
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model")
 # What a classification checkpoint carries beyond the encoder.
 _CLASSIFIERS = ("classifier.", "fc.", "_fc.", "head.", "last_linear.")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_UNREADABLE = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -44,10 +47,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             content: Any = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"Expected a file of tensors only, got {str(path)!r}, which cannot be read as one. "
-            "Save the model's state_dict, best with safetensors."
+            "Save the model's state_dict, best with safetensors, or copy the file again if it was "
+            "cut off."
         ) from error
     state = _unwrap(content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
@@ -94,13 +98,87 @@ def load_strictly(
         if name in state and state[name].shape != own[name].shape
     ]
     if missing or extra or shapes:
-        found = [("missing", missing), ("extra", extra), ("of another shape", shapes)]
-        listed = "; ".join(f"{what}: {_some(names)}" for what, names in found if names)
         raise ValueError(
             f"Expected the weights of exactly this {type(module).__name__} in {source!r}, "
-            f"got {listed}. Name the architecture and encoder that the file was made with."
+            f"got {_faults(missing, extra, shapes)}. Name the architecture and encoder that the "
+            "file was made with."
         )
     module.load_state_dict({**own, **state})
+
+
+def load_pretrained(
+    load: Callable[..., Any], source: str | Path, *args: Any, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Call a `from_pretrained`; every weight has to be there and to fit.
+
+    transformers fills what is missing with random numbers, and reports a line for each tensor.
+
+    Args:
+        load: the `from_pretrained` of a class of transformers.
+        source: a folder or a Hub id.
+        *args: further ones of `load`.
+        **options: of `load`; `ignore_mismatched_sizes` lets other shapes pass.
+
+    Returns:
+        (model, loading info).
+
+    Raises:
+        FileNotFoundError: if there are no weights.
+        ValueError: if they cannot be read; or lists names that are missing, extra or misshapen.
+    """
+    any_shape = options.pop("ignore_mismatched_sizes", False)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with _without_report():
+            model, info = load(source, *args, **options)
+    except _UNREADABLE as error:
+        for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+            for file in sorted(Path(source).glob(pattern)):
+                read_weights(file)  # raises for the broken one, by its name
+        raise ValueError(
+            f"Expected readable weights in {str(source)!r}, got: {_first_line(error)} Copy or "
+            "download them again."
+        ) from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"Expected the weights of {str(source)!r}, got: {_first_line(error)} Check that "
+            "model.safetensors lies beside config.json, or that the Hub can be reached."
+        ) from error
+    other = [] if any_shape else sorted(info["mismatched_keys"])
+    shapes = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in other]
+    faults = _faults(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), shapes)
+    if faults:
+        raise ValueError(
+            f"Expected every weight of {type(model).__name__} in {str(source)!r}, got {faults}. "
+            "Check that config.json and the weights belong together and were trained for "
+            "segmentation."
+        )
+    return model, info
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep the report of transformers off stderr: what it says is an error of ours."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") + "."
+
+
+def _faults(missing: Collection[str], extra: Collection[str], shapes: Collection[str]) -> str:
+    """What does not fit, up to five names of each kind; empty if everything does."""
+    found = [("missing", missing), ("extra", extra), ("of another shape", shapes)]
+    return "; ".join(f"{what}: {_some(names)}" for what, names in found if names)
 
 
 def _some(names: Collection[str]) -> str:

@@ -73,5 +73,9 @@ def train_flags(
         "panel_images": "0",
         "report": "false",
     }
+    channels = ["--decoder_channels", *DECODER]
+    if "--student" in more:  # which has its network already
+        channels = []
+        del flags["student_encoder"], flags["encoder_weights"]
     named = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    return [*named, "--use_cpu", "--disable_tqdm", "--decoder_channels", *DECODER, *more]
+    return [*named, "--use_cpu", "--disable_tqdm", *channels, *more]

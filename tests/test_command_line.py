@@ -19,6 +19,7 @@ from kd_trainer.command_line import (
     recipe_names,
 )
 
+PIECEWISE = ["--temperature_schedule", "piecewise", "--temperature_points", "0:3", "49:1"]
 TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"
 
 
@@ -144,12 +145,65 @@ def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], 
         (["--eval_strategy", "steps"], r"^Expected --save_strategy and --eval_strategy"),
         (["--bf16", "--fp16"], r"^Expected settings that transformers accepts, got: "),
         (["--hub_strategy", "never"], r"^Expected settings that transformers accepts, got: "),
+        (["--teacher_image_size", "0"], r"^Expected --teacher_image_size of at least 32, got 0"),
+        (["--decoder_channels", "8", "-1"], r"^Expected --decoder_channels of at least 1, got -1"),
+        (["--class_names", "person", "person"], r"^Expected one distinct name .*person, person"),
+        (
+            ["--num_labels", "3", "--class_names", "a", "foreground", "b"],
+            r"^Expected one distinct name .*none of them `foreground`",
+        ),
+        (["--learning_rate", "0", "--min_learning_rate", "0"], r"^Expected --learning_rate above"),
+        (["--weight_decay", "-0.1"], r"^Expected --weight_decay of at least 0, got -0\.1"),
+        (["--max_grad_norm", "-1"], r"^Expected --max_grad_norm of at least 0, got -1"),
+        (["--adam_beta1", "1"], r"^Expected --adam_beta1 below 1, got 1"),
+        (["--gradient_checkpointing"], r"^Expected no --gradient_checkpointing, .*--batch_size"),
+        (["--batch_eval_metrics"], r"^Expected no --batch_eval_metrics"),
+        (
+            ["--eval_do_concat_batches", "false"],
+            r"^Expected no --eval_do_concat_b.*got False",
+        ),
+        (["--fsdp", "full_shard"], r"^Expected no --fsdp, got full_shard: .*multi_gpu\.yaml"),
+        (["--use_liger_kernel"], r"^Expected no --use_liger_kernel"),
+        (["--label_smoothing_factor", "0.1"], r"^Expected no --label_smoothing_factor, got 0\.1"),
+        (["--resume_from_checkpoint", "x"], r"^Expected no --resume_from_checkpoint.*Use --resume"),
+        (["--dataloader_persistent_workers"], r"^Expected --dataloader_num_workers above 0"),
+        (["--train_sampling_strategy", "group_by_length"], r"^Expected --train_sampling_strategy"),
+        (
+            ["--config", TIMELINE, "--temperature_schedule", "cosine"],
+            r"^Expected no points for the cosine .*--temperature_points null",
+        ),
+        (["--config", TIMELINE, "--temperature_start", "3"], r"^Expected --temperature_start 4 as"),
+        (["--config", TIMELINE, "--temperature_end", "2"], r"^Expected --temperature_end 1 as"),
+        ([*PIECEWISE, "--temperature_start", "4"], r"^Expected --temperature_start 3 as .*, got 4"),
     ],
 )
 def test_wrong_flags_are_errors_of_one_kind(arguments: list[str], message: str):
     """A flag that is dropped, or a value that is clipped, trains something else than was asked."""
     with pytest.raises((ValueError, TypeError), match=message):
         parse(arguments)
+
+
+def test_null_takes_back_the_list_of_a_recipe():
+    """Without it no flag could turn a recipe with points into one of another schedule."""
+    flags = ["--temperature_schedule", "cosine", "--temperature_points", "null"]
+    run = parse(["--config", TIMELINE, *flags])
+    assert run.training.temperature_points is None
+    assert run.training.temperature(1.0) == 1.0
+
+
+def test_points_say_where_a_piecewise_schedule_starts_and_ends():
+    """The recipe's own start of 4 is no contradiction to points that are given as flags."""
+    for flags in (PIECEWISE, [*PIECEWISE, "--temperature_start", "3", "--temperature_end", "1"]):
+        assert parse(flags).training.temperature(0.0) == 3.0
+
+
+def test_deepspeed_of_the_launcher_is_refused_like_the_flag(monkeypatch: pytest.MonkeyPatch):
+    """It would ignore every unit that is frozen at the start, and the loss would still fall."""
+    with pytest.raises(ValueError, match="got DeepSpeed, which ignores"):
+        parse(["--deepspeed", "config.json"])
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="got DeepSpeed, which ignores"):
+        parse([])
 
 
 def test_unknown_recipe_names_the_nearest():

@@ -136,6 +136,31 @@ def test_wrong_arguments_are_named(pair_folder):
         load(pair_folder / "train" / "images" / "person0.jpg")
 
 
+def test_a_stray_file_makes_no_other_source_of_a_pair_folder(pair_folder):
+    """One notes.parquet, and the photographs beside it would not be found any more."""
+    for file in ("notes.parquet", "train/notes.parquet", "annotations/notes.json"):
+        (pair_folder / file).parent.mkdir(exist_ok=True)
+        (pair_folder / file).write_bytes(b"no matter what")
+    assert len(load(pair_folder)["train"]) == 8
+
+
+@pytest.mark.parametrize("source", ["parquet", "pair_folder", "synthetic", "owner/people"])
+def test_a_category_of_no_coco_data_is_refused(source, request):
+    """It would be ignored, and every foreground taken for that category."""
+    named = source not in ("synthetic", "owner/people")
+    path = request.getfixturevalue(source) if named else source
+    with pytest.raises(ValueError, match=r"Expected COCO annotations with --category cat, got"):
+        load(path, category="cat")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unreadable_photograph_without_mask_is_found_before_the_run(pair_folder, streaming):
+    more = pair_folder / "validation" / "images"
+    (more / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"Expected a readable image, got .*broken\.jpg"):
+        load(pair_folder, unlabelled=str(more), streaming=streaming)
+
+
 def test_synthetic_pictures_are_a_source():
     fields = {"image_size": 32, "synthetic_train": 3, "synthetic_eval": 2}
     splits = load("synthetic", **fields)
@@ -279,6 +304,28 @@ def test_wrong_coco_data_gets_one_clear_line(coco, blob):
     (coco / "annotations" / "train.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"annotations of split 'train' .* got validation"):
         load(coco, category="person")
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("images", "id"),
+        ("images", "file_name"),
+        ("images", "height"),
+        ("annotations", "category_id"),
+        ("annotations", "image_id"),
+        ("categories", "id"),
+        ("categories", "name"),
+    ],
+)
+def test_a_coco_entry_that_lacks_a_field_is_named(coco, kind, field):
+    content = coco_content([(0, 5, SQUARE, 64), (1, 5, SQUARE, 64)])
+    del content[kind][1][field]
+    rewrite(coco, **content)
+    message = rf"in each entry of '{kind}', got entry 1 .*train\.json without {field}: {{"
+    with pytest.raises(ValueError, match=message) as caught:
+        load(coco, category="person")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_category_called_background_is_class_0(tmp_path):

@@ -34,7 +34,7 @@ PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
 # Flags on these pages that belong to accelerate and tensorboard.
 FOREIGN = {"--config_file", "--logdir"}
 # Left empty as a default, and then set from the recipe's name, the launcher and the task.
-DERIVED = ("output_dir", "mixed_precision", "label_names")
+DERIVED = ("output_dir", "mixed_precision", "label_names", "greater_is_better")
 CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 
 

@@ -99,8 +99,23 @@ def test_loading_is_strict(student, tmp_path):
     state = student.state_dict()
     state.pop("segmentation_head.0.bias")
     student.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"missing_keys.*segmentation_head\.0\.bias"):
+    with pytest.raises(ValueError, match=r"missing: segmentation_head\.0\.bias"):
         SmpForSemanticSegmentation.from_pretrained(tmp_path)
+
+
+def test_other_shapes_are_an_error_unless_they_are_asked_for(student, tmp_path):
+    """transformers' own flag for a new head on old weights goes on working, and only it."""
+    student.save_pretrained(tmp_path)
+    config = SmpConfig.from_pretrained(tmp_path, classes=4, id2label=dict(enumerate("abcd")))
+    message = r"got of another shape: segmentation_head\.0\.bias \(1,\) for \(4,\), "
+    with pytest.raises(ValueError, match=message):
+        SmpForSemanticSegmentation.from_pretrained(tmp_path, config=config)
+    loaded = SmpForSemanticSegmentation.from_pretrained(
+        tmp_path, config=config, ignore_mismatched_sizes=True
+    )
+    assert loaded.segmentation_head[0].weight.shape[0] == 4
+    first = next(name for name in student.state_dict() if name.startswith("encoder."))
+    assert torch.equal(loaded.state_dict()[first], student.state_dict()[first])
 
 
 def test_remote_code_loads_where_the_package_is_not_installed(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Wrong use of the scripts: one clear line, a non-zero exit, no traceback, nothing written."""
 
+import json
 import os
 import runpy
 import shutil
@@ -20,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> Path:
-    """Folder with a data set `data`, one of four classes `data4`, and networks of 2 and 4."""
+    """Folder with a data set `data`, one of four classes `data4`, and networks of 2 and 4.
+
+    Further folders hold the network of two classes with one fault each.
+    """
     root = tmp_path_factory.mktemp("good")
     write_pairs(root / "data", train=4, validation=2)
     write_pairs(root / "data4", num_labels=4, train=4, validation=2)
@@ -30,9 +34,36 @@ def good(tmp_path_factory) -> Path:
     state.pop(next(name for name in state if name.startswith("decoder")))
     save_file(state, root / "short.safetensors")
     (root / "broken.mp4").write_bytes(b"no video")
+    for fault in ("short", "wide", "other", "cut", "bare", "garbled", "soft"):
+        spoil(shutil.copytree(root / "two", root / fault), fault, root)
+    shutil.copytree(root / "data" / "train" / "images", root / "photographs")
+    (root / "photographs" / "bad.jpg").write_bytes(b"this is no picture")
     (root / "stranger").mkdir()
     (root / "stranger" / "config.json").write_text('{"model_type": "segformer"}')
     return root
+
+
+def spoil(folder: Path, fault: str, root: Path) -> None:
+    """Put a fault into a saved network."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    settings = json.loads(config.read_text())
+    if fault == "short":
+        shutil.copy(root / "short.safetensors", weights)
+    elif fault == "wide":
+        settings["decoder_channels"][0] *= 2
+    elif fault == "other":
+        settings["encoder_name"] = "resnet18"
+    elif fault == "cut":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif fault == "bare":
+        weights.unlink()
+    elif fault == "soft":  # two channels for two classes, as smp.Unet(classes=2) has them
+        settings["classes"] = 2
+        state = load_file(weights)
+        for name in [name for name in state if name.startswith("segmentation_head")]:
+            state[name] = state[name].repeat_interleave(2, dim=0)
+        save_file(state, weights)
+    config.write_text('{"no": json' if fault == "garbled" else json.dumps(settings))
 
 
 class Used:
@@ -74,7 +105,11 @@ TRAIN = {
     "missing folder": ("dta", "", "Did you mean 'data'?"),
     "missing split": ("data", "--train_split trein", "Did you mean 'train'?"),
     "missing encoder weights": ("data", "--encoder_weights gone.safetensors", "gone.safetensors"),
-    "student and encoder": ("data", "--student {good}/two", "--student_encoder"),
+    "student and encoder": (
+        "data",
+        "--student {good}/two --student_encoder resnet18",
+        "got it with --student_encoder",
+    ),
     "missing teacher": ("data", "--teacher {good}/nobody", "nobody"),
     "teacher with other classes": ("data", "--teacher {good}/four", "teacher of 2 classes, got 4"),
     "teacher with missing keys": (
@@ -103,6 +138,37 @@ TRAIN = {
     ),
     "photographs for nobody": ("data", "--unlabelled {good}", "Expected a --teacher"),
     "nothing to resume": ("data", "--resume", "Expected a checkpoint"),
+    "encoder far from any": ("data", "--student_encoder zzqzzq", "resnet18, resnet34"),
+    "teacher folder with missing keys": ("data", "--teacher {good}/short", "missing: decoder"),
+    "student with missing keys": ("data", "--student {good}/short", "missing: decoder"),
+    "teacher of other shapes": ("data", "--teacher {good}/wide", "(16, 1376, 3, 3) for (32, 1376"),
+    "student of other shapes": ("data", "--student {good}/wide", "(16, 1376, 3, 3) for (32, 1376"),
+    "teacher of another encoder": ("data", "--teacher {good}/other", "extra: encoder.features"),
+    "cut-off teacher": ("data", "--teacher {good}/cut", "cut/model.safetensors"),
+    "cut-off student": ("data", "--student {good}/cut", "cut/model.safetensors"),
+    "teacher without weights": ("data", "--teacher {good}/bare", "Check that model.safetensors"),
+    "student without weights": ("data", "--student {good}/bare", "Check that model.safetensors"),
+    "teacher with a garbled config": ("data", "--teacher {good}/garbled", "no JSON object"),
+    "student with a garbled config": ("data", "--student {good}/garbled", "not a valid JSON"),
+    "two channels beside a teacher": (
+        "data",
+        "--student {good}/soft --teacher {good}/two",
+        "one logit for two classes",
+    ),
+    "too few decoder channels": ("data", "--decoder_channels 16 8", "for 2 blocks"),
+    "decoder channels of another kind": ("data", "--student_arch pan", "(default 32)"),
+    "batch larger than the stream": ("data", "--batch_size 5 --streaming", "at least 5 training"),
+    "unreadable photographs": (
+        "data",
+        "--unlabelled {good}/photographs --teacher {good}/two",
+        "bad.jpg",
+    ),
+    "category of masks": ("data", "--category cat", "Leave --category out"),
+    "output folder that is a file": (
+        "data",
+        "--output_dir {good}/short.safetensors/x",
+        "short.safetensors is a file",
+    ),
 }
 
 
@@ -120,6 +186,31 @@ def test_dry_run_finds_what_the_run_would_find(good: Path, used: Used, tmp_path:
     """A plan that is printed for data that cannot be trained on is worth nothing."""
     flags = train_flags(good / "data", tmp_path / "out", "--dry_run", "--image_size", "100")
     assert "divisible by 32" in used.error("train.py", *flags)
+
+
+@pytest.mark.parametrize("how", ["newest", "named"])
+@pytest.mark.parametrize(
+    ("saved", "flags", "expected"),
+    [
+        ("two", "--student_encoder resnet18", "missing: encoder.conv1.weight"),
+        ("wide", "--decoder_channels 32 8 8 8 8", "(16, 1376, 3, 3) for (32, 1376, 3, 3)"),
+        ("cut", "", "checkpoint-3/model.safetensors"),
+        ("bare", "", "checkpoint-3/model.safetensors"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_one_line(
+    how: str, saved: str, flags: str, expected: str, good: Path, used: Used, tmp_path: Path
+):
+    """The Trainer would fail with a line for each tensor, or train on from what happens to fit."""
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    shutil.copytree(good / saved, checkpoint)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    resume = ["--resume", *([str(checkpoint)] if how == "named" else [])]
+    out = tmp_path / ("out" if how == "newest" else "else")
+    line = used.error("train.py", *train_flags(good / "data", out, *flags.split(), *resume))
+    assert expected in line
+    assert "--resume FOLDER" in line
+    assert sorted(p.name for p in tmp_path.glob("*/*")) == ["checkpoint-3"]
 
 
 def test_missing_dataset_is_asked_for(used: Used):
@@ -222,6 +313,13 @@ EVAL = {
     "unknown flag": ("{good}/two --data_set x", "Did you mean --dataset?"),
     "flag of the training": ("{good}/two --augmentation light", "got --augmentation"),
     "batch size": ("{good}/two --dataset {good}/data --batch_size 0", "--batch_size of at least"),
+    "workers": ("{good}/two --dataset {good}/data --workers -1", "--workers of at least 0, got -1"),
+    "missing keys": ("{good}/short --dataset {good}/data", "missing: decoder"),
+    "cut-off weights": ("{good}/cut --dataset {good}/data", "cut/model.safetensors"),
+    "output folder that is a file": (
+        "{good}/nobody --dataset {good}/data --output_dir {good}/short.safetensors",
+        "short.safetensors is a file",
+    ),
 }
 
 
@@ -243,6 +341,12 @@ PREDICT = {
     "output": ("{good}/two {good}/data --outputs mask", "one of masks, overlays, cutouts"),
     "file that is no video": ("{good}/two {good}/broken.mp4", "Expected a readable video"),
     "no picture": ("{good}/two", "pictures"),
+    "missing keys": ("{good}/short {good}/data", "missing: decoder"),
+    "cut-off weights": ("{good}/cut {good}/data", "cut/model.safetensors"),
+    "output folder that is a file": (
+        "{good}/two {good}/data --output_dir {good}/short.safetensors",
+        "short.safetensors is a file",
+    ),
 }
 
 
@@ -309,16 +413,30 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def test_error_of_a_real_process_is_one_line(tmp_path: Path):
-    """Warnings of libraries at import would bury it."""
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", "nobody"]
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("train.py --config nobody", "error: Expected a recipe"),
+        ("predict.py {good}/short {good}/data", "error: Expected every weight of "),
+    ],
+)
+def test_error_of_a_real_process_is_one_line(
+    arguments: str, expected: str, good: Path, tmp_path: Path
+):
+    """Warnings of libraries at import, or their report of missing weights, would bury it."""
+    script, *words = arguments.format(good=good).split()
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "scripts" / script), *words],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: Expected a recipe")
+    assert line.startswith(expected)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -279,13 +279,22 @@ def test_teacher_of_other_classes_is_refused(tmp_path):
         load_teacher(str(tmp_path), num_labels=2)
 
 
-def test_missing_weights_in_a_folder_are_an_error(tmp_path):
-    """Transformers fills them with random numbers and only logs it."""
+def test_missing_weights_in_a_folder_are_an_error(tmp_path, capfd):
+    """Transformers fills them with random numbers and only logs it, in a report of many lines."""
     model = segformer(3)
     state = {k: v for k, v in model.state_dict().items() if "classifier" not in k}
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"missing_keys.*classifier"):
+    with pytest.raises(ValueError, match=r"missing: decode_head\.classifier\.bias, .*classifier"):
         load_teacher(str(tmp_path), num_labels=3)
+    assert "REPORT" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("content", ['{"model_type": ', "[]", "[1]"])
+def test_a_config_that_is_no_json_object_is_not_called_missing(content, tmp_path):
+    """Whoever is told that the file is not there looks for it in vain."""
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(FileNotFoundError, match="got one that is no JSON object at"):
+        load_teacher(str(tmp_path), num_labels=2)
 
 
 def test_unclear_sources_get_one_line(tmp_path):

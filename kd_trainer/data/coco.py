@@ -6,7 +6,6 @@ differs at the edges). Where objects overlap, the smaller one is on top.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from pycocotools import mask as coco_mask
 
-from kd_trainer.data.coco_files import find_annotations, find_images
+from kd_trainer.data.coco_files import find_annotations, find_images, read_annotations
 from kd_trainer.data.listing import FEATURES, MAX_STREAM_SHARDS, did_you_mean, show_names
 
 DRAWING = 1
@@ -59,7 +58,7 @@ class CocoSplit:
     @cached_property
     def records(self) -> list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]]:
         """Image entries by file name, each with (class, annotation), largest area first."""
-        content = _read(self.annotations)
+        content = read_annotations(self.annotations)
         classes = category_classes(
             content["categories"], self.category, self.num_labels, self.annotations
         )
@@ -157,20 +156,6 @@ def _drawn(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.Dataset
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         raise
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Expected a COCO json, got {path}: {error}.") from None
-    keys = ("images", "annotations", "categories")
-    missing = [k for k in keys if not isinstance(content, dict) or k not in content]
-    if missing:
-        raise ValueError(
-            f"Expected a COCO json with {', '.join(keys)}, got {path} without {', '.join(missing)}."
-        )
-    return content
 
 
 def category_classes(

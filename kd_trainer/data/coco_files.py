@@ -1,11 +1,20 @@
-"""Where a COCO data set keeps its annotation files and photographs."""
+"""Where a COCO data set keeps its annotation files and photographs, and what one has to say."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kd_trainer.data.listing import missing_path, show_names
+
+_FIELDS = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("image_id", "category_id"),
+    "categories": ("id", "name"),
+}
+"""What each entry of a COCO json has to say; the rest of it may be missing."""
 
 
 def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
@@ -89,3 +98,33 @@ def find_images(annotations: Path, path: Path, split: str, names: Sequence[str])
         f"Expected the images of {annotations} in one of {', '.join(map(str, places))}, got none "
         f"of {show_names(list(names))}. Move them there."
     )
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """The content of a COCO json, every entry with the fields that are read later.
+
+    Raises:
+        ValueError: if it is no such json; names the first entry at fault.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"Expected a COCO json, got {path}: {error}.") from None
+    lists = content if isinstance(content, dict) else {}
+    missing = [kind for kind in _FIELDS if not isinstance(lists.get(kind), list)]
+    if missing:
+        raise ValueError(
+            f"Expected a COCO json with {', '.join(_FIELDS)}, got {path} without "
+            f"{', '.join(missing)}."
+        )
+    for kind, fields in _FIELDS.items():
+        for number, entry in enumerate(lists[kind]):
+            said = entry if isinstance(entry, dict) else {}
+            lacking = [field for field in fields if said.get(field) is None]
+            if lacking:
+                raise ValueError(
+                    f"Expected {', '.join(fields)} in each entry of {kind!r}, got entry {number} "
+                    f"(from 0) of {path} without {', '.join(lacking)}: {json.dumps(entry)[:100]}. "
+                    "Add what is missing, or remove the entry."
+                )
+    return lists

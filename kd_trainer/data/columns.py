@@ -37,6 +37,12 @@ def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[P
     )
 
 
+def has_parquet(folder: Path) -> bool:
+    """Whether there are parquet files where `parquet_files` looks for them, of any split."""
+    patterns = ("*.parquet", "*/*.parquet", "data/*/*.parquet")
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
 def load_parquet(files: Sequence[Path], *, streaming: bool) -> tuple[Any, list[int]]:
     """Load parquet files as one data set, all columns.
 

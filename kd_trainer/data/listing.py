@@ -8,6 +8,8 @@ from pathlib import Path
 
 import datasets
 
+from kd_trainer.data.decoding import image_shape
+
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)}
 )
@@ -15,6 +17,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 # JPEG is lossy: its masks hold values that nobody wrote.
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
 MAX_STREAM_SHARDS = 64
+_SAMPLE = 200  # photographs without masks whose first bytes are read before a run
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -73,7 +76,7 @@ def unlabelled_dataset(folder: str) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: if the folder is missing.
-        ValueError: if it holds no images.
+        ValueError: if it holds no images, or one of a sample spread over them is none.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -85,4 +88,7 @@ def unlabelled_dataset(folder: str) -> datasets.Dataset:
             f"Expected photographs in {path} (--unlabelled), got none; its folders are: {inside}. "
             "Name the folder that holds the files."
         )
+    count = min(_SAMPLE, len(images))
+    for index in (len(images) * i // count for i in range(count)):
+        image_shape(_cell(images[index]), index)
     return path_dataset(images, [None] * len(images))

@@ -12,7 +12,13 @@ import datasets
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data.coco import load_coco
 from kd_trainer.data.coco_files import is_coco_folder
-from kd_trainer.data.columns import load_hub, load_parquet, parquet_files, two_columns
+from kd_trainer.data.columns import (
+    has_parquet,
+    load_hub,
+    load_parquet,
+    parquet_files,
+    two_columns,
+)
 from kd_trainer.data.folders import load_pair_folder
 from kd_trainer.data.listing import (
     MAX_STREAM_SHARDS,
@@ -88,13 +94,16 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     """The rows of the source, a Dataset or a stream, and the shard lengths where known."""
     others = tuple(s for s in (data.train_split, data.eval_split) if s != split)
     if data.dataset == "synthetic":
+        _check_no_category(data)
         return _synthetic(data, split), None
     path = Path(data.dataset).expanduser()
     columns = {"image_column": data.image_column, "mask_column": data.mask_column}
     if not data.dataset or not path.exists():
         rows = _from_hub(data, split)
         return two_columns(rows, name=data.dataset, **columns), None
-    if path.suffix == ".json" or (path.is_dir() and _is_coco(data, path)):
+    paired = _is_pair_folder(data, path)
+    splits = (data.train_split, data.eval_split)
+    if path.suffix == ".json" or (path.is_dir() and not paired and is_coco_folder(path, splits)):
         return load_coco(
             path,
             split,
@@ -104,7 +113,8 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
             limit=limit,
             streaming=data.streaming,
         )
-    if path.suffix == ".parquet" or any(path.rglob("*.parquet")):
+    _check_no_category(data)
+    if path.suffix == ".parquet" or (not paired and has_parquet(path)):
         files = parquet_files(path, split, others)
         rows, lengths = load_parquet(files, streaming=data.streaming)
         return two_columns(rows, name=str(path), **columns), lengths
@@ -118,10 +128,18 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     return load_pair_folder(path, split, **folders), None
 
 
-def _is_coco(data: DataArguments, path: Path) -> bool:
+def _is_pair_folder(data: DataArguments, path: Path) -> bool:
+    """Whether a split has a folder of masks; stray files of another kind then count for nothing."""
     splits = (data.train_split, data.eval_split)
-    pairs = any((path / split / data.mask_folder).is_dir() for split in splits)
-    return not pairs and is_coco_folder(path, splits)
+    return any((path / split / data.mask_folder).is_dir() for split in splits)
+
+
+def _check_no_category(data: DataArguments) -> None:
+    if data.category is not None:
+        raise ValueError(
+            f"Expected COCO annotations with --category {data.category}, got {data.dataset}, whose "
+            "masks say what the foreground is. Leave --category out."
+        )
 
 
 def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
@@ -155,6 +173,7 @@ def _from_hub(data: DataArguments, split: str) -> Any:
     first = Path(data.dataset).parts[0]
     if not _HUB_ID.fullmatch(data.dataset) or (Path(first).is_dir() and first != "."):
         raise missing
+    _check_no_category(data)
     return load_hub(
         data.dataset,
         split,

@@ -85,19 +85,19 @@ def load_student(
         )
     try:
         config, _ = PreTrainedConfig.get_config_dict(str(source))
-        if "_model_class" not in config:
-            raise ValueError(
-                f"Expected a student of this package or an smp model, got {source} of model_type "
-                f"{config.get('model_type')!r}. Other models can be teachers only."
-            )
-        student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(
-            str(source)
-        )
+        if not isinstance(config, dict):
+            raise OSError("its config.json is no JSON object.")
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"Expected a saved model, a folder here or an id on the Hub, got {source}: {reason}"
         ) from error
+    if "_model_class" not in config:
+        raise ValueError(
+            f"Expected a student of this package or an smp model, got {source} of model_type "
+            f"{config.get('model_type')!r}. Other models can be teachers only."
+        )
+    student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -189,12 +189,15 @@ def assemble(run: RunArguments) -> Parts:
     student = make_student(run.model, data)
     check_image_size(data.image_size, student)
     teacher = make_teacher(run.model, student, image_size=data.image_size)
-    _check_enough(splits[data.train_split], run)
+    if teacher is not None:
+        _check_channels(student)
+    train_dataset = _training_dataset(splits[data.train_split], for_training, run)
+    _check_enough(train_dataset, run)
     weights = args.loss_weights
     return Parts(
         student=student,
         teacher=teacher,
-        train_dataset=_training_dataset(splits[data.train_split], for_training, run),
+        train_dataset=train_dataset,
         eval_dataset=_evaluation_dataset(splits.get(data.eval_split), for_evaluation, run),
         processor=SmpImageProcessor.from_model_config(student.config),
         loss_weights=weights if teacher is not None else replace(weights, kl=0.0, mse=0.0),
@@ -226,13 +229,25 @@ def _check_together(run: RunArguments) -> None:
         )
 
 
-def _check_enough(rows: Any, run: RunArguments) -> None:
+def _check_channels(student: SmpForSemanticSegmentation) -> None:
+    """Refuse a student of two channels beside a teacher, who answers for two classes with one."""
+    if student.config.classes == 2:
+        raise ValueError(
+            "Expected a student with one logit for two classes beside a teacher, got one with two "
+            "channels (a softmax) as --student. Take it as --teacher of a new student, or go on "
+            "from it with --teacher none."
+        )
+
+
+def _check_enough(dataset: TransformedDataset | StreamedDataset, run: RunArguments) -> None:
     """Refuse a training set of less than one batch: a short batch is dropped."""
     args = run.training
+    # The length of a stream is that of this process's share.
+    images = sum(dataset.lengths) if isinstance(dataset, StreamedDataset) else len(dataset)
     needed = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and not run.data.streaming and len(rows) < needed:
+    if args.dataloader_drop_last and images < needed:
         raise ValueError(
-            f"Expected at least {needed} training images (one batch), got {len(rows)}. Lower "
+            f"Expected at least {needed} training images (one batch), got {images}. Lower "
             "--batch_size or add images."
         )
 

@@ -13,7 +13,14 @@ import torch
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.command_line import Parser, given_flags
 from kd_trainer.evaluation import labels_of
-from kd_trainer.fields import add_fields, convert, help_field, hints_of
+from kd_trainer.fields import (
+    add_fields,
+    check_at_least,
+    check_folder,
+    convert,
+    help_field,
+    hints_of,
+)
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.assemble import evaluation_dataset, load_measured, make_teacher
@@ -33,8 +40,9 @@ class EvaluateArguments:
     encoder: str | None = help_field(None, "Encoder of MODEL, likewise.")
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"Expected --batch_size of at least 1, got {self.batch_size}.")
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("workers", self.workers, 0)
+        check_folder("output_dir", self.output_dir)
 
 
 _TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name) | {

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from kd_trainer.evaluation import labels_of, pixel_statistics
-from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
 from kd_trainer.inference import Segmenter, classes_at
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.panels import overlay
@@ -57,6 +57,7 @@ class PredictArguments:
         check_at_least("batch_size", self.batch_size, 1)
         for output in self.outputs:
             check_choice("outputs", output, tuple(OUTPUTS))
+        check_folder("output_dir", self.output_dir)
 
 
 def segmenter_of(student: SmpForSemanticSegmentation, args: PredictArguments) -> Segmenter:

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.trainer_utils import get_last_checkpoint
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset
 from kd_trainer.trainer import DistillationTrainer
+from kd_trainer.weights import load_strictly, read_weights
 from kd_trainer.workflows.assemble import Parts, assemble, load_student, network_size
 from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_json
@@ -50,6 +52,8 @@ def train(run: RunArguments) -> dict[str, Any]:
     """
     checkpoint = _checkpoint(run)  # before anything is written or takes long
     parts = assemble(run)
+    if checkpoint is not None:
+        _check_weights(checkpoint, parts)
     output = Path(str(run.training.output_dir))
     trainer = DistillationTrainer(
         parts.student,
@@ -105,7 +109,19 @@ def eval_history(logs: list[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def _checkpoint(run: RunArguments) -> str | bool | None:
+def _check_weights(checkpoint: str, parts: Parts) -> None:
+    """Refuse a checkpoint whose weights cannot be read or are not the student's.
+
+    The Trainer would load what fits, or fail with a line for each tensor.
+    """
+    file = str(Path(checkpoint) / "model.safetensors")
+    try:
+        load_strictly(parts.student, read_weights(file), source=file)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{error} Or go on from another checkpoint: --resume FOLDER.") from error
+
+
+def _checkpoint(run: RunArguments) -> str | None:
     """What `--resume` names.
 
     Raises:
@@ -121,12 +137,13 @@ def _checkpoint(run: RunArguments) -> str | bool | None:
             )
         return None
     if resume == "latest":
-        if not any(output.glob("checkpoint-*")):
+        newest = get_last_checkpoint(str(output)) if output.is_dir() else None
+        if newest is None:
             raise FileNotFoundError(
                 f"Expected a checkpoint in {output}, got none. Leave --resume out to start anew, "
                 "or name the checkpoint's folder."
             )
-        return True
+        return str(newest)
     if not (Path(resume) / "trainer_state.json").is_file():
         raise FileNotFoundError(
             f"Expected a checkpoint folder with a trainer_state.json, got {resume}."
