@@ -89,8 +89,8 @@ def check_hub(args: Any) -> None:
     if not args.push_to_hub:
         if args.hub_model_id is not None:
             raise ValueError(
-                f"Expected --push_to_hub with --hub_model_id {args.hub_model_id}, got none. Add it, "
-                "or leave the id out."
+                f"Expected --push_to_hub with --hub_model_id {args.hub_model_id}, got none. Add "
+                "it, or leave the id out."
             )
         return
     if args.hub_model_id is None:

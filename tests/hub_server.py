@@ -33,7 +33,7 @@ _API = r"/api/(models|datasets|spaces)/([\w.-]+/[\w.-]+)"
 _WEB = r"/(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+)"
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """An answer that is an error: status, X-Error-Code and X-Error-Message."""
 
     def __init__(self, status: int, code: str = "", message: str = "") -> None:
@@ -59,7 +59,7 @@ class Repo:
         for identity, _, files in reversed(self.commits):
             if revision in ("main", identity):
                 return identity, files
-        raise Refused(404, "RevisionNotFound", "no such revision")
+        raise RefusedError(404, "RevisionNotFound", "no such revision")
 
     def oid(self, path: str, content: bytes) -> str:
         """SHA-256 of a large file, git's blob id of a small one."""
@@ -75,13 +75,13 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.faults: list[tuple[str, Refused]] = []
+        self.faults: list[tuple[str, RefusedError]] = []
         self.drops = 0
         self.url = ""
 
     def fail(self, pattern: str, status: int, code: str = "", message: str = "") -> None:
         """Answer each request whose `METHOD path` matches with an error."""
-        self.faults.append((pattern, Refused(status, code, message)))
+        self.faults.append((pattern, RefusedError(status, code, message)))
 
     def drop_uploads(self, count: int) -> None:
         """Cut the connection in the middle of the next `count` uploads of large files."""
@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self._body()
         try:
             self._route(body)
-        except Refused as error:
+        except RefusedError as error:
             heads = {"X-Error-Code": error.code, "X-Error-Message": error.message}
             named = {name: value for name, value in heads.items() if value}
             self._answer(json.dumps({"error": error.message}).encode(), error.status, named)
@@ -155,25 +155,26 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(pattern, here):
                 answer(self, body, *match.groups())
                 return
-        raise Refused(404, "", f"no route {here}")
+        raise RefusedError(404, "", f"no route {here}")
 
     def _user(self, *, write: bool = False) -> tuple[str, str]:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in USERS:
-            raise Refused(401, "", "Invalid credentials in Authorization header")
+            raise RefusedError(401, "", "Invalid credentials in Authorization header")
         name, role = USERS[token]
         if write and role != "write":
-            raise Refused(403, "", "This token may only read")
+            raise RefusedError(403, "", "This token may only read")
         return name, role
 
     def _repo(self, kind: str | None, name: str, *, write: bool = False) -> Repo:
         repo = self.hub.repos.get((kind or "models", name))
         if repo is None:
-            raise Refused(404, "RepoNotFound", "Repository not found")
+            raise RefusedError(404, "RepoNotFound", "Repository not found")
         if write or repo.private:
             user, _ = self._user(write=write)
             if name.split("/")[0] not in _namespaces(user):
-                raise Refused(403 if write else 404, "" if write else "RepoNotFound", "Not yours")
+                status, code = (403, "") if write else (404, "RepoNotFound")
+                raise RefusedError(status, code, "Not yours")
         return repo
 
     def whoami(self, _: bytes) -> None:
@@ -187,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
         user, _ = self._user(write=True)
         owner = wanted.get("organization") or user
         if owner not in _namespaces(user):
-            raise Refused(403, "", f"You don't have the rights to create a model under {owner}")
+            raise RefusedError(403, "", f"No right to create a model under {owner}")
         kind = wanted.get("type", "model") + "s"
         name = f"{owner}/{wanted['name']}"
         url = f"{self.hub.url}/{'' if kind == 'models' else kind + '/'}{name}"
@@ -227,14 +228,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_put(self, body: bytes, oid: str) -> None:
         if hashlib.sha256(body).hexdigest() != oid:
-            raise Refused(400, "", "content and id differ")
+            raise RefusedError(400, "", "content and id differ")
         self.hub.objects[oid] = body
         self._json({})
 
     def lfs_verify(self, body: bytes, oid: str) -> None:
         self._user(write=True)
         if len(self.hub.objects.get(oid, b"")) != json.loads(body)["size"]:
-            raise Refused(404, "", "not uploaded")
+            raise RefusedError(404, "", "not uploaded")
         self._json({})
 
     def commit(self, body: bytes, kind: str, name: str, revision: str) -> None:
@@ -252,7 +253,7 @@ class Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile":
                 del files[value["path"]]
             else:
-                raise Refused(400, "", f"unknown operation {key}")
+                raise RefusedError(400, "", f"unknown operation {key}")
         identity = repo.commit(message, files)
         url = f"{self.hub.url}/{name}/commit/{identity}"
         self._json({"commitOid": identity, "commitUrl": url, "success": True})
@@ -277,7 +278,7 @@ class Handler(BaseHTTPRequestHandler):
                 entry["lfs"]["pointerSize"] = 130
             entries.append(entry)
         if under and not entries:
-            raise Refused(404, "EntryNotFound", "no such folder")
+            raise RefusedError(404, "EntryNotFound", "no such folder")
         self._json(entries)
 
     def check_write(self, _: bytes, kind: str, name: str) -> None:
@@ -288,7 +289,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self._repo(kind, name)
         identity, files = repo.at(revision)
         if path not in files:
-            raise Refused(404, "EntryNotFound", "Entry not found")
+            raise RefusedError(404, "EntryNotFound", "Entry not found")
         content = files[path]
         headers = {"ETag": f'"{repo.oid(path, content)}"', "X-Repo-Commit": identity}
         status = 200

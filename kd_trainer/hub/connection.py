@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import logging
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    logging,
+)
 
 _LOGIN = "Log in with `hf auth login`, or put a token that may write into HF_TOKEN."
 
@@ -45,7 +50,7 @@ def check_access(repo_id: str, *, private: bool = False) -> str:
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         # An existing repository counts as created, whoever may write to it.
         api.auth_check(repo_id, write=True)
-        if private and not api.repo_info(repo_id).private:
+        if private and not api.model_info(repo_id).private:
             raise ValueError(
                 f"Expected {repo_id} to be private (--private), got a public repository. Change it "
                 "in its settings on the Hub, or push to another id."
@@ -53,11 +58,17 @@ def check_access(repo_id: str, *, private: bool = False) -> str:
     return str(url)
 
 
-def upload(folder: Path, repo_id: str, *, message: str) -> Pushed:
+def upload(folder: Path, repo_id: str, *, message: str, progress: bool = True) -> Pushed:
     """Push a folder as one commit; none is made if the repository holds these files already.
 
     Curves of earlier pushes are removed; whatever else the repository holds stays. A repeated
     upload goes on with the large files that had not arrived.
+
+    Args:
+        folder: what is pushed, all of it.
+        repo_id: OWNER/NAME of a repository that exists.
+        message: of the commit.
+        progress: show a bar for each large file.
 
     Raises:
         PermissionError: if the token may not write there.
@@ -65,9 +76,9 @@ def upload(folder: Path, repo_id: str, *, message: str) -> Pushed:
         ConnectionError: if the Hub cannot be reached or breaks off.
     """
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    with hub_errors(repo_id):
+    with hub_errors(repo_id), _bars(shown=progress):
         api = HfApi()
-        before = api.repo_info(repo_id)
+        before = api.model_info(repo_id)
         stored = [sibling.rfilename for sibling in before.siblings or ()]
         stale = [name for name in stored if name.startswith("runs/") and name not in files]
         # A commit of its own, because upload_folder may spread one push over several.
@@ -95,6 +106,20 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         raise _house_error(error, repo_id) from error
     finally:
         logging.set_verbosity(level)
+
+
+@contextmanager
+def _bars(*, shown: bool) -> Iterator[None]:
+    """Show huggingface_hub's bars even where a script has turned them off for small files."""
+    switched = shown and are_progress_bars_disabled()
+    switched = switched and not constants.HF_HUB_DISABLE_PROGRESS_BARS
+    if switched:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if switched:
+            disable_progress_bars()
 
 
 def _house_error(error: BaseException, repo_id: str) -> Exception:

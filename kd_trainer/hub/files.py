@@ -69,7 +69,7 @@ def clear(destination: Path, source: Source) -> None:
         )
     present = {p.name for p in destination.iterdir()} if destination.is_dir() else set()
     foreign = sorted(present - _OURS) or (sorted(present) if CARD not in present else [])
-    if foreign and present or destination.is_file():
+    if (foreign and present) or destination.is_file():
         raise ValueError(
             f"Expected an empty folder or an earlier publication, got {destination}"
             + (f", which holds {foreign[0]}" if foreign else ", which is a file")
@@ -79,11 +79,16 @@ def clear(destination: Path, source: Source) -> None:
     destination.mkdir(parents=True)
 
 
-def copy_files(source: Source, destination: Path) -> None:
+def copy_files(source: Source, destination: Path, *, finished: bool = True) -> None:
     """Copy everything that is published but the card.
 
     The student is copied as it is. Paths of this machine are cut to their last part in the
     results, and left out of the curves together with the name of the machine.
+
+    Args:
+        source: the student and its run.
+        destination: an empty folder.
+        finished: whether the results in the run's folder are those of this student.
     """
     for name in (*STUDENT, *CODE):
         if (source.student / name).is_file():
@@ -91,13 +96,14 @@ def copy_files(source: Source, destination: Path) -> None:
     run = source.run
     if run is None:
         return
-    checkpoint = _newest_checkpoint(run)
     for name in RESULTS:
-        places = [run / name, *([checkpoint / name] if checkpoint else [])]
+        places = [_newest_checkpoint(run) / name]
+        if finished:
+            places.insert(0, run / name)
         found = next((place for place in places if place.is_file()), None)
         if found is not None:
             _copy_json(found, destination / name)
-    panel = _panel(run, destination / "trainer_state.json")
+    panel = _panel(run, destination / "trainer_state.json" if finished else None)
     if panel is not None:
         shutil.copyfile(panel, destination / PANEL)
     copy_boards(run / BOARDS, destination / BOARDS)
@@ -124,19 +130,19 @@ def _copy_json(source: Path, destination: Path) -> None:
         destination.write_text(text, encoding="utf-8")
 
 
-def _newest_checkpoint(run: Path) -> Path | None:
+def _newest_checkpoint(run: Path) -> Path:
     numbers = {
         int(match[1]): path
         for path in run.glob("checkpoint-*")
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     }
-    return numbers[max(numbers)] if numbers else None
+    return numbers[max(numbers)] if numbers else run
 
 
-def _panel(run: Path, state: Path) -> Path | None:
+def _panel(run: Path, state: Path | None) -> Path | None:
     """The picture of the evaluation that chose the student, else the newest."""
     pictures = sorted((run / "panels").glob("step_*.png"))
-    if state.is_file() and (run / "results.json").is_file():
+    if state is not None and state.is_file():
         best = json.loads(state.read_text(encoding="utf-8")).get("best_global_step")
         chosen = run / "panels" / f"step_{best or 0:06d}.png"
         if chosen in pictures:

@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from kd_trainer.command_line import RunArguments
+from kd_trainer.hub import check_access
+from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts, assemble, load_student, network_size
 from kd_trainer.workflows.evaluate import evaluate_model
@@ -46,6 +48,9 @@ def train(run: RunArguments) -> dict[str, Any]:
     smp), `checkpoint-*/`, `runs/` (TensorBoard), `panels/`, `config.yaml` and `results.json`.
     """
     checkpoint = _checkpoint(run)  # before anything is written or takes long
+    if run.training.push_to_hub and run.training.process_index == 0:
+        private = bool(run.training.hub_private_repo)
+        check_access(str(run.training.hub_model_id), private=private)
     parts = assemble(run)
     output = Path(str(run.training.output_dir))
     trainer = DistillationTrainer(
@@ -71,6 +76,9 @@ def train(run: RunArguments) -> dict[str, Any]:
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
     write_json(output / "results.json", results)
+    if run.training.push_to_hub:
+        pushed = publish(output, output / HUB_FOLDER, trainer.publication())
+        print(f"\nPushed: {pushed.url}")
     return results
 
 
