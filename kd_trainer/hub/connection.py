@@ -102,7 +102,11 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise PermissionError(f"Expected a token for the Hub, got none. {_LOGIN}") from error
-    except (HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+    except RuntimeError as error:
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        raise _house_error(error.__cause__, repo_id) from error  # an upload in a thread of its own
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise _house_error(error, repo_id) from error
     finally:
         logging.set_verbosity(level)
@@ -123,20 +127,16 @@ def _bars(*, shown: bool) -> Iterator[None]:
 
 
 def _house_error(error: BaseException, repo_id: str) -> Exception:
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, HTTPError):
-        error = error.__cause__  # an upload in a thread
     if isinstance(error, HfHubHTTPError):
         return _answer(error, repo_id)
-    if isinstance(error, HTTPError):
-        return ConnectionError(
-            f"Expected the Hub to answer, got {type(error).__name__} ({_one_line(str(error))}). "
-            "Check the network and push again: what has arrived is not sent twice."
-        )
     if isinstance(error, OfflineModeIsEnabled):
         return ConnectionError(
             f"Expected to reach the Hub for {repo_id}, got offline mode. Unset HF_HUB_OFFLINE."
         )
-    return RuntimeError(*error.args)
+    return ConnectionError(
+        f"Expected the Hub to answer, got {type(error).__name__} ({_one_line(str(error))}). "
+        "Check the network and push again: what has arrived is not sent twice."
+    )
 
 
 def _answer(error: HfHubHTTPError, repo_id: str) -> Exception:

@@ -79,7 +79,9 @@ def clear(destination: Path, source: Source) -> None:
     destination.mkdir(parents=True)
 
 
-def copy_files(source: Source, destination: Path, *, finished: bool = True) -> None:
+def copy_files(
+    source: Source, destination: Path, *, finished: bool = True, pictures: bool = True
+) -> None:
     """Copy everything that is published but the card.
 
     The student is copied as it is. Paths of this machine are cut to their last part in the
@@ -89,6 +91,7 @@ def copy_files(source: Source, destination: Path, *, finished: bool = True) -> N
         source: the student and its run.
         destination: an empty folder.
         finished: whether the results in the run's folder are those of this student.
+        pictures: also the panel, which shows pictures of the evaluation data.
     """
     for name in (*STUDENT, *CODE):
         if (source.student / name).is_file():
@@ -104,9 +107,9 @@ def copy_files(source: Source, destination: Path, *, finished: bool = True) -> N
         if found is not None:
             _copy_json(found, destination / name)
     panel = _panel(run, destination / "trainer_state.json" if finished else None)
-    if panel is not None:
+    if panel is not None and pictures:
         shutil.copyfile(panel, destination / PANEL)
-    copy_boards(run / BOARDS, destination / BOARDS)
+    copy_boards(run / BOARDS, destination / BOARDS, pictures=pictures)
 
 
 def without_paths(value: Any) -> Any:

@@ -38,6 +38,7 @@ class Publication:
         baseline: results.json of the same student trained without a teacher.
         results: figures to put on the card instead of those of the run.
         progress: of a student that is still being trained, how far it is.
+        pictures: also publish the panel, which shows pictures of the evaluation data.
 
     Raises:
         ValueError: if the id or the licence is none.
@@ -49,6 +50,7 @@ class Publication:
     baseline: Path | None = None
     results: dict[str, Any] | None = None
     progress: str | None = None
+    pictures: bool = True
 
     def __post_init__(self) -> None:
         check_repo_id(self.repo_id)
@@ -64,7 +66,8 @@ def write_folder(source: Source, destination: Path, about: Publication) -> Path:
     """
     facts = _facts(source, about)  # what is wrong shows before anything is written
     clear(destination, source)
-    copy_files(source, destination, finished=about.progress is None)
+    finished = about.progress is None
+    copy_files(source, destination, finished=finished, pictures=about.pictures)
     has_panel = (destination / PANEL).is_file()
     card = render(CardFacts(**(vars(facts) | {"has_panel": has_panel})))
     (destination / "README.md").write_text(card, encoding="utf-8")

@@ -35,6 +35,9 @@ class PushArguments:
     baseline: str | None = help_field(
         None, "results.json of the same student trained with --teacher none, to compare with."
     )
+    pictures: bool = help_field(
+        True, "Also publish the panel; it shows pictures of the evaluation data."
+    )
     commit_message: str = help_field("Push a student", "Message of the commit.")
 
     def __post_init__(self) -> None:
@@ -62,7 +65,13 @@ def push(args: PushArguments, folder: str, repo_id: str) -> Pushed | None:
     if not license_id:
         raise ValueError(missing_license("license"))
     baseline = Path(args.baseline) if args.baseline else None
-    about = Publication(repo_id, license_id, dataset_name=args.dataset_name, baseline=baseline)
+    about = Publication(
+        repo_id,
+        license_id,
+        dataset_name=args.dataset_name,
+        baseline=baseline,
+        pictures=args.pictures,
+    )
     if not args.dry_run:
         check_access(repo_id, private=args.private)
     destination = write_folder(source, _destination(args, source), about)
