@@ -20,11 +20,13 @@ from huggingface_hub import ModelCard, snapshot_download
 from PIL import Image
 from small_runs import SIDE, save_network, train_flags, write_pairs
 from test_hub import contents
+from tiny import Squares, arguments, tiny_student
 from transformers import pipeline
 
 from kd_trainer.command_line import parse
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.push import push_main
 from kd_trainer.workflows.train import run_train, train
 
@@ -330,6 +332,39 @@ def test_a_push_that_fails_in_training_does_not_end_it(hub: Hub, tmp_path: Path,
     push_main([str(tmp_path / "run"), BINARY])
     assert hub.messages(BINARY) == ["Push a student"]
     assert "Trained without a teacher" in hub.files(BINARY)["README.md"].decode()
+
+
+def python_trainer(folder: Path, **options: Any) -> DistillationTrainer:
+    student = tiny_student()
+    args = arguments(folder, num_train_epochs=1, **options)
+    processor = SmpImageProcessor.from_model_config(student.config)
+    return DistillationTrainer(student, args, train_dataset=Squares(2), processing_class=processor)
+
+
+def test_trainer_pushes_the_same_kind_of_folder_from_python(hub: Hub, tmp_path: Path):
+    """Whoever calls the Trainer's own method must not publish its whole output folder."""
+    options = {"hub_model_id": BINARY, "hub_license": "mit", "hub_private_repo": True}
+    trainer = python_trainer(tmp_path / "run", push_to_hub=True, **options)
+    trainer.train()
+    assert hub.messages(BINARY) == [], "nothing before it is asked for"
+    pushed = trainer.push_to_hub("Mine")
+    assert pushed.url == f"{hub.url}/{BINARY}"
+    assert set(hub.files(BINARY)) == {*STUDENT_FILES, "README.md"}
+    assert hub.repos["models", BINARY].private
+    with pytest.raises(TypeError, match="Expected commit_message alone, got tags"):
+        trainer.push_to_hub(tags="x")
+    with pytest.raises(ValueError, match="Expected no token as an argument"):
+        trainer.init_hf_repo(token="hf_abc")
+
+
+def test_trainer_without_id_licence_or_processor_says_so(hub: Hub, tmp_path: Path):
+    """The stock method would push under the folder's name, without a licence."""
+    with pytest.raises(ValueError, match="Expected hub_model_id and hub_license"):
+        python_trainer(tmp_path).push_to_hub()
+    trainer = python_trainer(tmp_path, push_to_hub=True, hub_model_id=BINARY, hub_license="mit")
+    trainer.processing_class = None
+    with pytest.raises(ValueError, match="Expected processing_class for a push"):
+        trainer.init_hf_repo()
 
 
 PUSH: dict[str, tuple[str, str]] = {

@@ -10,11 +10,11 @@ from pathlib import Path
 from httpx2 import HTTPError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import (
+from huggingface_hub.utils import logging
+from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
-    logging,
 )
 
 _LOGIN = "Log in with `hf auth login`, or put a token that may write into HF_TOKEN."

@@ -39,6 +39,11 @@ class PublishingTrainer(Trainer):
                 "Expected hub_model_id and hub_license in the arguments for a push, got none. Set "
                 "both."
             )
+        if self.processing_class is None:
+            raise ValueError(
+                "Expected processing_class for a push, got none: nobody could feed the student. "
+                "Pass SmpImageProcessor.from_model_config(model.config)."
+            )
         if self.is_world_process_zero():
             wanted = self.args.hub_private_repo if private is None else private
             check_access(self.args.hub_model_id, private=bool(wanted))
@@ -52,8 +57,8 @@ class PublishingTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the student of a checkpoint in the background, as `--hub_strategy` says.
 
-        A push that is still running when the next one is due makes that one wait for its turn at
-        the next save, as in the stock Trainer.
+        While one is running the next is left out, as in the stock Trainer; with `hub_always_push`
+        the training waits for it instead.
         """
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == "end":
@@ -107,8 +112,8 @@ class PublishingTrainer(Trainer):
             return None
         output = Path(str(self.args.output_dir))
         self.accelerator.unwrap_model(self.model).save_pretrained(output / "student")
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output / "student")
+        processor: Any = self.processing_class
+        processor.save_pretrained(output / "student")
         about = self.publication()
         message = commit_message or "Push a student"
         return publish(output, output / HUB_FOLDER, about, message=message)
