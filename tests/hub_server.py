@@ -28,6 +28,7 @@ from huggingface_hub.utils import _http, close_session
 TOKEN = "token-of-me"
 # Name and role of each token; `org` is an organisation that `me` may write to.
 USERS = {TOKEN: ("me", "write"), "token-to-read": ("me", "read"), "token-of-eve": ("eve", "write")}
+LICENSES = ("apache-2.0", "cc-by-4.0", "mit", "other")
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 _API = r"/api/(models|datasets|spaces)/([\w.-]+/[\w.-]+)"
 _WEB = r"/(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+)"
@@ -200,7 +201,9 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"url": url, "name": name})
 
     def validate_yaml(self, body: bytes) -> None:
-        faults = [] if b"license:" in body else [{"message": "no license"}]
+        license_id = re.search(r"^license: (.*)$", json.loads(body)["content"], re.MULTILINE)
+        known = license_id is not None and license_id[1] in LICENSES
+        faults = [] if known else [{"message": '"license" must be one of a list'}]
         self._json({"errors": faults, "warnings": []}, 400 if faults else 200)
 
     def preupload(self, body: bytes, kind: str, name: str, revision: str) -> None:
@@ -261,7 +264,12 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, _: bytes, kind: str, name: str, revision: str | None = None) -> None:
         repo = self._repo(kind, name)
         identity, files = repo.at(revision or "main")
-        listed = [{"rfilename": path} for path in sorted(files)]
+        listed: list[dict[str, Any]] = [{"rfilename": path} for path in sorted(files)]
+        for entry in listed:
+            if (path := entry["rfilename"]) in repo.lfs:
+                size = len(files[path])
+                sha = repo.oid(path, files[path])
+                entry["lfs"] = {"size": size, "sha256": sha, "pointerSize": 130}
         about = {"id": name, "private": repo.private, "sha": identity, "siblings": listed}
         self._json({**about, "tags": [], "downloads": 0, "likes": 0})
 

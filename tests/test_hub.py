@@ -187,6 +187,26 @@ def test_each_refusal_is_one_clear_line(case, made, folder, monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_a_card_that_the_hub_refuses_is_one_line(made: Hub, folder: Path):
+    """Only the Hub knows its list of licences, and answers with a page of it."""
+    (folder / CARD).write_text("---\nlicense: nonsense\n---\n")
+    with pytest.raises(ValueError, match=r"^Expected a card that the Hub accepts, got: .*license"):
+        upload(folder, ID, message="First")
+    assert made.messages(ID) == []
+
+
+def test_bars_show_large_files_only_where_one_is_new(made: Hub, folder: Path, capfd):
+    """Minutes of silence look like a crash, and a bar over nothing like a fault."""
+    (folder / "more.safetensors").unlink()
+    upload(folder, ID, message="First")
+    assert "model.safetensors: 100%" in capfd.readouterr().err
+    (folder / CARD).write_text("---\nlicense: mit\n---\n\n# Better\n")
+    upload(folder, ID, message="Second")
+    (folder / "model.safetensors").write_bytes(b"new")
+    upload(folder, ID, message="Third", progress=False)
+    assert capfd.readouterr().err == ""
+
+
 def test_private_makes_a_private_repository(hub: Hub):
     """Public by mistake cannot be taken back."""
     check_access("org/hidden", private=True)

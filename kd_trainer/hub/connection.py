@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
+WEIGHTS = "model.safetensors"
 _LOGIN = "Log in with `hf auth login`, or put a token that may write into HF_TOKEN."
 
 
@@ -76,20 +78,20 @@ def upload(folder: Path, repo_id: str, *, message: str, progress: bool = True) -
         ConnectionError: if the Hub cannot be reached or breaks off.
     """
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    with hub_errors(repo_id), _bars(shown=progress):
+    with hub_errors(repo_id):
         api = HfApi()
-        before = api.model_info(repo_id)
-        stored = [sibling.rfilename for sibling in before.siblings or ()]
+        before = api.model_info(repo_id, files_metadata=True)
+        stored = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in before.siblings or ()}
         stale = [name for name in stored if name.startswith("runs/") and name not in files]
-        # A commit of its own, because upload_folder may spread one push over several.
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationDelete(name) for name in stale),
-                *(CommitOperationAdd(name, path) for name, path in files.items()),
-            ],
-            commit_message=message,
-        )
+        operations: list[CommitOperationDelete | CommitOperationAdd] = [
+            *(CommitOperationDelete(name) for name in stale),
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+        ]
+        # Where no large file is new, huggingface_hub would show a bar of nothing.
+        news = files.get(WEIGHTS) and _sha256(files[WEIGHTS]) != stored.get(WEIGHTS)
+        with _bars(shown=progress and bool(news)):
+            # A commit of its own, because upload_folder may spread one push over several.
+            commit = api.create_commit(repo_id, operations, commit_message=message)
     return Pushed(f"{api.endpoint}/{repo_id}", commit.oid, commit.oid != before.sha)
 
 
@@ -106,24 +108,36 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         if not isinstance(error.__cause__, HTTPError):
             raise
         raise _house_error(error.__cause__, repo_id) from error  # an upload in a thread of its own
-    except (HTTPError, OfflineModeIsEnabled) as error:
+    except (HTTPError, OfflineModeIsEnabled) as error:  # before ValueError: some are both
         raise _house_error(error, repo_id) from error
+    except ValueError as error:
+        if not str(error).startswith("Invalid metadata"):
+            raise
+        raise ValueError(
+            f"Expected a card that the Hub accepts, got: {_one_line(str(error))}. Name a licence "
+            "that the Hub knows."
+        ) from error
     finally:
         logging.set_verbosity(level)
 
 
 @contextmanager
 def _bars(*, shown: bool) -> Iterator[None]:
-    """Show huggingface_hub's bars even where a script has turned them off for small files."""
-    switched = shown and are_progress_bars_disabled()
-    switched = switched and not constants.HF_HUB_DISABLE_PROGRESS_BARS
-    if switched:
-        enable_progress_bars()
+    """Show huggingface_hub's bars or not, whatever a script has set for its small files."""
+    before = not are_progress_bars_disabled()
+    if shown == before or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None:
+        yield  # as it is, or as the user's environment has it
+        return
+    (enable_progress_bars if shown else disable_progress_bars)()
     try:
         yield
     finally:
-        if switched:
-            disable_progress_bars()
+        (enable_progress_bars if before else disable_progress_bars)()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _house_error(error: BaseException, repo_id: str) -> Exception:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.hub.boards import copy_boards
+from kd_trainer.hub.connection import WEIGHTS
 
-WEIGHTS = "model.safetensors"
 STUDENT = ("config.json", WEIGHTS, "preprocessor_config.json")
 # Copied only as far as they are there: smp and kd_trainer itself do without.
 CODE = (
