@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets.config
 import pytest
@@ -68,6 +68,18 @@ class Repo:
             return hashlib.sha256(content).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
+    def entry(self, path: str, revision: str) -> dict[str, Any]:
+        """What the tree says of a file, or of a folder if there is no such file."""
+        content = self.at(revision)[1].get(path)
+        oid = hashlib.sha1(content or path.encode()).hexdigest()
+        if content is None:
+            return {"type": "directory", "path": path, "size": 0, "oid": oid}
+        entry = {"type": "file", "path": path, "size": len(content), "oid": oid}
+        if path in self.lfs:
+            large = {"oid": self.oid(path, content), "size": len(content), "pointerSize": 130}
+            entry |= {"lfs": large}
+        return entry
+
 
 class Hub:
     """State of the server; `url` is where it listens."""
@@ -107,7 +119,8 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing: tests look at stderr."""
 
     def _serve(self) -> None:
-        self.path = unquote(urlsplit(self.path).path)
+        address = urlsplit(self.path)
+        self.path, self.query = unquote(address.path), parse_qs(address.query)
         self.hub.requests.append(f"{self.command} {self.path}")
         if self.command == "PUT" and self.hub.drops:
             self.hub.drops -= 1
@@ -275,19 +288,24 @@ class Handler(BaseHTTPRequestHandler):
 
     def tree(self, _: bytes, kind: str, name: str, revision: str, under: str | None) -> None:
         repo = self._repo(kind, name)
-        entries = []
-        for path, content in sorted(repo.at(revision)[1].items()):
-            if under and not path.startswith(under.strip("/") + "/"):
-                continue
-            entry = {"type": "file", "path": path, "size": len(content)}
-            entry["oid"] = hashlib.sha1(content).hexdigest()
-            if path in repo.lfs:
-                entry["lfs"] = {"oid": repo.oid(path, content), "size": len(content)}
-                entry["lfs"]["pointerSize"] = 130
-            entries.append(entry)
+        root = f"{under.strip('/')}/" if under else ""
+        deep = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        entries = {}
+        for path in sorted(repo.at(revision)[1]):
+            first, *rest = path.removeprefix(root).split("/")
+            if path.startswith(root):
+                found = path if deep or not rest else root + first
+                entries[found] = repo.entry(found, revision)
         if under and not entries:
             raise RefusedError(404, "EntryNotFound", "no such folder")
-        self._json(entries)
+        self._json(list(entries.values()))
+
+    def paths_info(self, body: bytes, kind: str, name: str, revision: str) -> None:
+        repo = self._repo(kind, name)
+        wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
+        known = repo.at(revision)[1]
+        there = [p for p in wanted if p in known or any(k.startswith(f"{p}/") for k in known)]
+        self._json([repo.entry(path, revision) for path in there])
 
     def check_write(self, _: bytes, kind: str, name: str) -> None:
         self._repo(kind, name, write=True)
@@ -318,6 +336,7 @@ ROUTES = (
     (r"PUT /lfs/(\w+)", Handler.lfs_put),
     (r"POST /lfs/(\w+)/verify", Handler.lfs_verify),
     (rf"POST {_API}/commit/([^/]+)", Handler.commit),
+    (rf"POST {_API}/paths-info/([^/]+)", Handler.paths_info),
     (rf"GET {_API}/tree/([^/]+)(/.+)?", Handler.tree),
     (rf"GET {_API}(?:/revision/([^/]+))?", Handler.info),
     (rf"(?:GET|HEAD) {_WEB}/resolve/([^/]+)/(.+)", Handler.resolve),

@@ -15,6 +15,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from kd_trainer.arguments import DataArguments
+from kd_trainer.data import load_splits
 from kd_trainer.hub import check_access, clear, copy_files, find_source, upload
 from kd_trainer.hub.files import CARD, CODE, RESULTS, STUDENT
 
@@ -63,6 +65,28 @@ def test_datasets_come_back_byte_for_byte(hub: Hub, folder: Path):
     api.upload_folder(repo_id="me/photos", folder_path=folder, repo_type="dataset")
     assert contents(Path(snapshot_download("me/photos", repo_type="dataset"))) == contents(folder)
     assert hub.files("me/photos", "datasets") == contents(folder)
+
+
+def test_training_data_is_read_from_the_hub(hub: Hub, pair_folder: Path, tmp_path: Path):
+    """`--dataset OWNER/NAME` meets folders, revisions and caches that no local file has."""
+    local = load_splits(DataArguments(dataset=str(pair_folder)))
+    for split, rows in local.items():
+        embedded = rows.map(
+            lambda row: {
+                name: {"bytes": Path(row[name]["path"]).read_bytes(), "path": None}
+                for name in ("image", "mask")
+            }
+        )
+        embedded.to_parquet(str(tmp_path / "up" / "data" / f"{split}-00000-of-00001.parquet"))
+    api = HfApi()
+    api.create_repo("me/photos", repo_type="dataset")
+    api.upload_folder(repo_id="me/photos", folder_path=tmp_path / "up", repo_type="dataset")
+    back = load_splits(DataArguments(dataset="me/photos"))
+    assert back.keys() == local.keys()
+    for split, rows in local.items():
+        for mine, theirs in zip(rows, back[split], strict=True):
+            for name in ("image", "mask"):
+                assert Path(mine[name]["path"]).read_bytes() == theirs[name]["bytes"]
 
 
 def test_a_part_of_a_file_can_be_asked_for(made: Hub, folder: Path):
