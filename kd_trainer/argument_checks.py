@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -128,4 +129,74 @@ def check_staged(args: Any) -> None:
         raise ValueError(
             "Expected --ddp_find_unused_parameters true and no --ddp_static_graph with staged "
             "unfreezing, got otherwise: the graph changes when a unit is freed. Leave both out."
+        )
+
+
+HUB_STRATEGIES = ("end", "every_save")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
+
+
+def check_hub(args: Any) -> None:
+    """Refuse what a push would fail on, hours later, or what it must not hold."""
+    if args.hub_token is not None:
+        raise ValueError(
+            "Expected no --hub_token, got one: it would be written in clear into training_args.bin "
+            "of every checkpoint. Log in with `hf auth login`, or put it into HF_TOKEN."
+        )
+    strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
+    if strategy in ("checkpoint", "all_checkpoints"):
+        raise ValueError(
+            f"Expected --hub_strategy end or every_save, got {strategy}: checkpoints hold the "
+            "optimizer, random state and settings of this machine, and only the student is "
+            "published. Keep checkpoints in the output folder."
+        )
+    check_choice("hub_strategy", strategy, HUB_STRATEGIES)
+    if args.hub_revision is not None:
+        raise ValueError(
+            f"Expected no --hub_revision, got {args.hub_revision}. Students are pushed to the main "
+            "branch; use another --hub_model_id."
+        )
+    if args.hub_license is not None:
+        check_license(args.hub_license, "hub_license")
+    if not args.push_to_hub:
+        if args.hub_model_id is not None:
+            raise ValueError(
+                f"Expected --push_to_hub with --hub_model_id {args.hub_model_id}, got none. Add "
+                "it, or leave the id out."
+            )
+        return
+    if args.hub_model_id is None:
+        raise ValueError(
+            "Expected --hub_model_id OWNER/NAME with --push_to_hub, got none. Name the repository."
+        )
+    check_repo_id(args.hub_model_id)
+    if args.hub_license is None:
+        raise ValueError(missing_license("hub_license"))
+
+
+def missing_license(flag: str) -> str:
+    """What to say where the licence is missing: nobody but the user can choose it."""
+    return (
+        f"Expected --{flag} for a push, got none. Name the licence you give the student under, as "
+        "the Hub writes it: apache-2.0, mit, cc-by-4.0, ..., or other."
+    )
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what is no id on the Hub."""
+    if not _REPO_ID.fullmatch(repo_id) or len(repo_id) > 96 or "--" in repo_id or ".." in repo_id:
+        raise ValueError(
+            f"Expected OWNER/NAME as the id on the Hub, of letters, digits and single - _ ., got "
+            f"{repo_id!r}. Write it like me/student."
+        )
+
+
+def check_license(license_id: str, flag: str) -> None:
+    """Refuse what is no identifier of a licence on the Hub."""
+    if not _LICENSE.fullmatch(license_id):
+        near = license_id.strip().lower().replace(" ", "-")
+        raise ValueError(
+            f"Expected --{flag} as the Hub writes licences, in lower case without spaces, got "
+            f"{license_id!r}. Try {near if _LICENSE.fullmatch(near) else 'apache-2.0'}."
         )

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
-from kd_trainer.argument_checks import check_ends, check_reports, check_run, check_staged
+from kd_trainer.argument_checks import (
+    check_ends,
+    check_hub,
+    check_reports,
+    check_run,
+    check_staged,
+)
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
 from kd_trainer.metrics import check_class_names
@@ -203,6 +209,16 @@ class DistillationArguments(TrainingArguments):
         None, "Whether more of it is better (default: unless its name ends in `loss`)."
     )
     report_to: str | list[str] | None = help_field("tensorboard", "tensorboard, none, wandb, ...")
+    # Publishing.
+    push_to_hub: bool = help_field(False, "Push the student with its card to the Hub.")
+    hub_model_id: str | None = help_field(None, "Where to push it: OWNER/NAME.")
+    hub_license: str | None = help_field(
+        None, "Licence of the student, as the Hub writes it (needed to push): apache-2.0, mit, ..."
+    )
+    hub_strategy: str = help_field(
+        "end", "Push at the `end` only, or the student of `every_save` during training too."
+    )
+    hub_private_repo: bool | None = help_field(None, "Push to a private repository.")
     # What the Trainer must not do behind our back: each stock default is a silent trap.
     logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
     remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
@@ -216,6 +232,7 @@ class DistillationArguments(TrainingArguments):
             self.output_dir = "runs/distillation"
         self._check_schedules()
         check_run(self)
+        check_hub(self)
         self._set_precision()
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data depends on torch's global RNG

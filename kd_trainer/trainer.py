@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kd_trainer.arguments import DistillationArguments
@@ -41,6 +41,7 @@ from kd_trainer.evaluation import (
 from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
+from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.teacher import Teacher
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
@@ -48,7 +49,7 @@ from kd_trainer.tracking import TermSums, check_finite_weights, watched
 Batch = dict[str, Any]
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PublishingTrainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:

@@ -17,10 +17,13 @@ for _name in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_EVALUATE_CACHE", "HF_
     os.environ[_name] = str(Path(_CACHE) / _name.lower())
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+from collections.abc import Iterator  # noqa: E402
+
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import Hub, serving  # noqa: E402
 
 from kd_trainer.data.synthetic import synthetic_pair  # noqa: E402
 
@@ -49,3 +52,10 @@ def pair_folder(tmp_path: Path) -> Path:
             cv2.imwrite(photograph, image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
             cv2.imwrite(str(root / split / "masks" / f"person{index}.png"), mask)
     return root
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A Hub on loopback, to which huggingface_hub speaks until the test ends."""
+    with serving(tmp_path / "hub_cache") as server:
+        yield server

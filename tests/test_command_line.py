@@ -144,7 +144,6 @@ def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], 
         (["--report_to", "nowhere"], r"^Expected --report_to .*got nowhere"),
         (["--eval_strategy", "steps"], r"^Expected --save_strategy and --eval_strategy"),
         (["--bf16", "--fp16"], r"^Expected settings that transformers accepts, got: "),
-        (["--hub_strategy", "never"], r"^Expected settings that transformers accepts, got: "),
         (["--teacher_image_size", "0"], r"^Expected --teacher_image_size of at least 32, got 0"),
         (["--decoder_channels", "8", "-1"], r"^Expected --decoder_channels of at least 1, got -1"),
         (["--class_names", "person", "person"], r"^Expected one distinct name .*person, person"),
@@ -175,6 +174,7 @@ def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], 
         (["--config", TIMELINE, "--temperature_start", "3"], r"^Expected --temperature_start 4 as"),
         (["--config", TIMELINE, "--temperature_end", "2"], r"^Expected --temperature_end 1 as"),
         ([*PIECEWISE, "--temperature_start", "4"], r"^Expected --temperature_start 3 as .*, got 4"),
+        (["--hub_strategy", "never"], r"^Expected --hub_strategy to be one of end, every_save"),
     ],
 )
 def test_wrong_flags_are_errors_of_one_kind(arguments: list[str], message: str):
@@ -268,11 +268,15 @@ def test_resolved_configuration_does_not_pin_the_machine(tmp_path: Path):
     assert parse(["--config", path, "--seed", "7"]).training.data_seed == 7
 
 
-def test_no_token_is_written_down():
-    """The configuration is published beside the student."""
-    run = parse(["--hub_token", "hf_secret", "--dataset", "x"])
-    assert run.training.hub_token == "hf_secret"
-    assert "hf_secret" not in yaml.safe_dump(run.resolved())
+def test_no_token_is_taken_or_written_down(tmp_path: Path):
+    """Each checkpoint would hold it in clear, and the configuration too."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("hub_token: hf_secret\n")
+    for arguments in (["--hub_token", "hf_secret"], ["--config", str(recipe)]):
+        with pytest.raises(ValueError, match=r"^Expected no --hub_token, got one") as caught:
+            parse(arguments)
+        assert "hf_secret" not in str(caught.value)
+    assert "hub_token" not in yaml.safe_dump(parse([]).resolved())
 
 
 def test_help_names_every_field_of_ours():

@@ -14,6 +14,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset
+from kd_trainer.hub import check_access
+from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.weights import load_strictly, read_weights
 from kd_trainer.workflows.assemble import Parts, assemble, load_student, network_size
@@ -51,6 +53,9 @@ def train(run: RunArguments) -> dict[str, Any]:
     `results.json` and `report.html`.
     """
     checkpoint = _checkpoint(run)  # before anything is written or takes long
+    if run.training.push_to_hub and run.training.process_index == 0:
+        private = bool(run.training.hub_private_repo)
+        check_access(str(run.training.hub_model_id), private=private)
     parts = assemble(run)
     if checkpoint is not None:
         _check_weights(checkpoint, parts)
@@ -82,6 +87,9 @@ def train(run: RunArguments) -> dict[str, Any]:
     write_json(output / "results.json", results)
     if run.training.report:
         _report(run, parts, output)
+    if run.training.push_to_hub:
+        pushed = publish(output, output / HUB_FOLDER, trainer.publication())
+        print(f"\nPushed: {pushed.url}")
     return results
 
 

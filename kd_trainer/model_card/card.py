@@ -1,0 +1,175 @@
+"""The card's text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from kd_trainer.model_card.facts import CardFacts
+from kd_trainer.model_card.metadata import FIGURES, card_data
+from kd_trainer.model_card.recipe import recipe
+from kd_trainer.model_card.snippets import usage
+
+_CITATION = """\
+```bibtex
+@software{kd_trainer,
+  title = {kd_trainer: knowledge distillation for image segmentation},
+  url = {https://github.com/kd-trainer/kd_trainer}
+}
+@software{segmentation_models_pytorch,
+  author = {Iakubovskii, Pavel},
+  title = {Segmentation Models PyTorch},
+  url = {https://github.com/qubvel-org/segmentation_models.pytorch}
+}
+@article{hinton2015distilling,
+  author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
+  title = {Distilling the Knowledge in a Neural Network},
+  journal = {arXiv:1503.02531},
+  year = {2015}
+}
+```"""
+
+
+def render(facts: CardFacts) -> str:
+    """The whole README.md."""
+    sections = [
+        _head(facts),
+        usage(facts),
+        _figures(facts),
+        _sizes(facts),
+        *(_measured(heading, rows) for heading, rows in facts.measured.items()),
+        _data(facts),
+        recipe(facts),
+        _limits(facts),
+        f"## Licence\n\n{facts.license}, chosen by the owner of this repository.",
+        f"## Citation\n\n{_CITATION}",
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}\n"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, names to the left and figures to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+
+
+def _head(facts: CardFacts) -> str:
+    labels, name = facts.labels, facts.repo_id.split("/")[1]
+    what = f"finds {labels[1]} in photographs" if len(labels) == 2 else "labels photographs"
+    text = (
+        f"# {name}\n\nA {facts.architecture} on `{facts.encoder}` that {what}: one class a pixel, "
+        f"out of {', '.join(labels)}."
+    )
+    if facts.teacher:
+        text += f" It was distilled from `{facts.teacher}`."
+    if facts.progress:
+        text += f"\n\n**In training, {facts.progress}.** Figures are those of this moment."
+    if facts.has_panel:
+        shown = (
+            "image, truth, teacher, student, errors"
+            if facts.teacher is not None
+            else ("image, truth, student, errors")
+        )
+        text += f"\n\n![{shown}](panel.png)\n\n*From left to right: {shown}.*"
+    return text
+
+
+def _figures(facts: CardFacts) -> str:
+    """Student, teacher and baseline, as far as they were measured, metric by metric."""
+    columns = {
+        "student": (facts.results, "student"),
+        "teacher": (facts.results, "teacher"),
+        "same student without a teacher": (facts.baseline, "student"),
+    }
+    known = {
+        title: (values, who)
+        for title, (values, who) in columns.items()
+        if values.get(f"{who}_miou") is not None
+    }
+    if "student" not in known:
+        return ""
+    binary = len(facts.labels) == 2  # whose foreground is the one class
+    wanted = [(key, name) for key, _, name in FIGURES if not (binary and key == "iou_foreground")]
+    wanted += [(f"iou_{label}", f"IoU of {label}") for label in facts.labels]
+    rows = []
+    for key, name in wanted:
+        values = [values.get(f"{who}_{key}") for values, who in known.values()]
+        if any(value is not None for value in values):
+            rows.append([name, *("" if v is None else f"{v:.4f}" for v in values)])
+    text = f"## Figures\n\n{_measured_on(facts)}\n\n{table(['', *known], rows)}"
+    teacher, student = facts.results.get("teacher_miou"), facts.results["student_miou"]
+    if teacher:
+        text += f"\n\nThe student reaches {student / teacher:.1%} of its teacher's mIoU"
+        agreement = facts.results.get("agreement")
+        text += f" and gives {agreement:.1%} of the pixels the same class." if agreement else "."
+    return text
+
+
+def _measured_on(facts: CardFacts) -> str:
+    images = facts.results.get("eval_images")
+    split = facts.settings.get("eval_split")
+    where = f"the split `{split}` of {facts.dataset.name}" if split else facts.dataset.name
+    count = f" ({images:,} images)" if images else ""
+    return (
+        f"On {where}{count}. mIoU, IoU and Dice are those of the whole set, from summed counts of "
+        "pixels."
+    )
+
+
+def _sizes(facts: CardFacts) -> str:
+    used, never_used = facts.parameters
+    rows = [["student", f"{used:,}", f"{never_used:,}", f"{facts.file_mib:.1f}"]]
+    teacher = facts.results.get("teacher_parameters")
+    if teacher:
+        rows.append(["teacher", f"{teacher:,}", "", ""])
+    header = ["", "parameters used", "never used", "file, MiB"]
+    note = ""
+    if never_used:
+        note = (
+            "\n\nNever used are parameters that no output depends on; smp's strict loader wants "
+            "them in the file."
+        )
+    return f"## Size\n\n{table(header, rows)}{note}"
+
+
+def _measured(heading: str, rows: list[dict[str, Any]]) -> str:
+    """A table of whatever was measured beside the training."""
+    header = list(rows[0])
+    cells = [[_cell(row.get(name)) for name in header] for row in rows]
+    return f"## {heading}\n\n{table([name.replace('_', ' ') for name in header], cells)}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value).replace("|", "/")
+
+
+def _data(facts: CardFacts) -> str:
+    name = facts.dataset.name
+    if facts.dataset.hub_id:
+        name = f"[{name}](https://huggingface.co/datasets/{facts.dataset.hub_id})"
+    elif name == "synthetic":
+        name = "synthetic pictures that kd_trainer draws"
+    images = facts.results.get("train_images")
+    text = f"## Training data\n\n{name}"
+    text += f", {images:,} images." if images else "."
+    if facts.settings.get("unlabelled"):
+        text += " Some of them had no mask: there the teacher alone said what they show."
+    return text
+
+
+def _limits(facts: CardFacts) -> str:
+    lines = [
+        f"Pictures are resized to {facts.side} x {facts.side} without keeping their aspect ratio; "
+        "what is a few pixels large then is lost.",
+        "Measured on the data named above. On other cameras, scenes or people figures may be "
+        "lower: measure on your own pictures first.",
+        "It learned from its training data and teacher, and repeats what they get wrong."
+        if facts.teacher is not None
+        else "It learned from its training data, and repeats what the masks get wrong.",
+    ]
+    if facts.config["classes"] == 1:
+        lines.append("A pixel counts as foreground from a probability of 0.5.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,94 @@
+"""The recipe of a run in words, from its config.yaml."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kd_trainer.model_card.facts import CardFacts
+
+
+def recipe(facts: CardFacts) -> str:
+    """Loss, schedules, optimizer and augmentation; nothing of a run whose settings are unknown."""
+    settings = facts.settings
+    if not settings:
+        return ""
+    taught = facts.teacher is not None
+    lines = {
+        "Loss": _loss(settings, taught=taught),
+        "Temperature": _temperature(settings) if taught else "",
+        "Encoder": _unfreezing(settings),
+        "Learning rate": _rates(settings),
+        "Length": _length(settings),
+        "Input": f"{facts.side} x {facts.side} pixels, aspect ratio not kept",
+        "Augmentation": str(settings.get("augmentation", "")),
+        "Precision": str(settings.get("mixed_precision") or ""),
+        "Seed": str(settings.get("seed", 42)),
+    }
+    body = "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
+    title = "Distilled" if taught else "Trained without a teacher"
+    return f"## Recipe\n\n{title} with kd_trainer.\n\n{body}"
+
+
+def _loss(settings: dict[str, Any], *, taught: bool) -> str:
+    task = settings.get("task_weight", 1.0)
+    names = {"kl": "KL(T)", "mse": "MSE", "bce": "BCE", "dice": "Dice"}
+    if settings.get("num_labels", 2) > 2:
+        names["bce"] = "cross entropy"
+    terms = []
+    for key, name in names.items():
+        weight = settings.get(f"{key}_weight", 0.0)
+        factor = weight * task if key in ("bce", "dice") else weight if taught else 0.0
+        if factor:
+            terms.append(f"{factor:g} {name}")
+    return " + ".join(terms)
+
+
+def _temperature(settings: dict[str, Any]) -> str:
+    if not settings.get("kl_weight"):
+        return ""
+    kind, per = settings.get("temperature_schedule"), settings.get("temperature_per", "epoch")
+    start, end = settings.get("temperature_start"), settings.get("temperature_end")
+    if kind == "constant":
+        return f"{start:g} throughout"
+    if kind == "piecewise":
+        points = ", ".join(str(point) for point in settings.get("temperature_points") or ())
+        return f"linear between the points {points} (epoch:temperature), moved each {per}"
+    return f"{kind} from {start:g} to {end:g}, moved each {per}"
+
+
+def _unfreezing(settings: dict[str, Any]) -> str:
+    start, every = settings.get("unfreeze_start_epoch", 0), settings.get("unfreeze_every", 0)
+    weights = settings.get("encoder_weights", "imagenet")
+    first = {"imagenet": "ImageNet weights", "none": "random weights"}.get(
+        str(weights), "weights from a file"
+    )
+    if settings.get("student"):
+        first = "the weights of an earlier student"
+    if every == 0:
+        when = "free from the start" if start == 0 else f"frozen until epoch {start}"
+        return f"from {first}, {when}"
+    return (
+        f"from {first}; its deepest unit is freed at epoch {start} (counted from 0), one more "
+        f"every {every} epochs"
+    )
+
+
+def _rates(settings: dict[str, Any]) -> str:
+    rate, scale = settings.get("learning_rate"), settings.get("encoder_lr_scale")
+    if rate is None or scale is None:
+        return ""
+    return (
+        f"AdamW, {rate:g} for decoder and head, {rate * scale:g} for the encoder; "
+        f"{settings.get('warmup_epochs', 0):g} epochs of warm-up, then a cosine to "
+        f"{settings.get('min_learning_rate', 0):g}; weight decay "
+        f"{settings.get('weight_decay', 0):g}, gradients clipped at "
+        f"{settings.get('max_grad_norm', 0):g}"
+    )
+
+
+def _length(settings: dict[str, Any]) -> str:
+    batch = settings.get("per_device_train_batch_size", 1)
+    batch *= settings.get("gradient_accumulation_steps", 1)
+    steps = settings.get("max_steps", -1)
+    length = f"{steps} updates" if steps > 0 else f"{settings.get('num_train_epochs'):g} epochs"
+    return f"{length}, {batch} images an update and device"

@@ -1,0 +1,145 @@
+"""The folder that is pushed: the files of a run by name, and their card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_trainer.argument_checks import check_license, check_repo_id
+from kd_trainer.hub import (
+    PANEL,
+    Pushed,
+    Source,
+    clear,
+    copy_files,
+    find_source,
+    upload,
+    without_paths,
+)
+from kd_trainer.model_card import CardFacts, dataset_name, render
+from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+
+# Optional files of a run with further measurements: a list of rows, each a mapping.
+MEASURED = {"Latency": "latency.json", "Exports": "exports.json"}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the user decides about a publication.
+
+    Args:
+        repo_id: OWNER/NAME.
+        license: as the Hub writes it.
+        dataset_name: how the training data is called; None takes it from the run.
+        baseline: results.json of the same student trained without a teacher.
+        results: figures to put on the card instead of those of the run.
+        progress: of a student that is still being trained, how far it is.
+        pictures: also publish the panel, which shows pictures of the evaluation data.
+
+    Raises:
+        ValueError: if the id or the licence is none.
+    """
+
+    repo_id: str
+    license: str
+    dataset_name: str | None = None
+    baseline: Path | None = None
+    results: dict[str, Any] | None = None
+    progress: str | None = None
+    pictures: bool = True
+
+    def __post_init__(self) -> None:
+        check_repo_id(self.repo_id)
+        check_license(self.license, "license")
+
+
+def write_folder(source: Source, destination: Path, about: Publication) -> Path:
+    """Write everything that a push of `source` sends; returns the folder.
+
+    Raises:
+        FileNotFoundError: if the student or the baseline is not there.
+        ValueError: if weights and configuration do not belong together, or the folder is not ours.
+    """
+    facts = _facts(source, about)  # what is wrong shows before anything is written
+    clear(destination, source)
+    finished = about.progress is None
+    copy_files(source, destination, finished=finished, pictures=about.pictures)
+    has_panel = (destination / PANEL).is_file()
+    card = render(CardFacts(**(vars(facts) | {"has_panel": has_panel})))
+    (destination / "README.md").write_text(card, encoding="utf-8")
+    return destination
+
+
+def publish(
+    folder: str | Path, destination: Path, about: Publication, *, message: str = "Push a student"
+) -> Pushed:
+    """Write the folder of a run (or of a student) and push it."""
+    write_folder(find_source(folder), destination, about)
+    return upload(destination, about.repo_id, message=message)
+
+
+def settings_of(run: Path | None) -> dict[str, Any]:
+    """The settings in a run's config.yaml; empty without one."""
+    if run is None or not (run / "config.yaml").is_file():
+        return {}
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return settings if isinstance(settings, dict) else {}
+
+
+def _facts(source: Source, about: Publication) -> CardFacts:
+    student = SmpForSemanticSegmentation.from_pretrained(str(source.student))
+    used, never_used, _ = parameter_counts(student)
+    run, settings = source.run, settings_of(source.run)
+    results = about.results
+    if results is None:
+        results = _json(run / "results.json") if run is not None else {}
+    return CardFacts(
+        repo_id=about.repo_id,
+        license=about.license,
+        config=json.loads((source.student / "config.json").read_text(encoding="utf-8")),
+        parameters=(used, never_used),
+        file_mib=(source.student / "model.safetensors").stat().st_size / 2**20,
+        dataset=dataset_name(settings, about.dataset_name),
+        results=results,
+        settings=settings,
+        baseline=_baseline(run, about.baseline),
+        measured=_measured(run),
+        progress=about.progress,
+    )
+
+
+def _json(path: Path) -> Any:
+    return without_paths(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
+    """Figures of the undistilled student: the user's file, else the run's comparison.json."""
+    if given is None:
+        compared = _json(run / "comparison.json") if run is not None else {}
+        baseline = compared.get("baseline") if isinstance(compared, dict) else None
+        return baseline if isinstance(baseline, dict) else {}
+    if not given.is_file():
+        raise FileNotFoundError(
+            f"Expected --baseline to be the results.json of a run without a teacher, got {given}."
+        )
+    results: dict[str, Any] = _json(given)
+    if "student_miou" not in results or results.get("teacher"):
+        found = f"one taught by {results['teacher']}" if results.get("teacher") else "another file"
+        raise ValueError(
+            f"Expected --baseline to be the results.json of a run without a teacher, got {found}: "
+            f"{given}. Train the same student with --teacher none."
+        )
+    return results
+
+
+def _measured(run: Path | None) -> dict[str, list[dict[str, Any]]]:
+    found = {}
+    for heading, name in MEASURED.items():
+        rows = _json(run / name) if run is not None else []
+        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+            found[heading] = rows
+    return found

@@ -1,0 +1,186 @@
+"""The card of a published student: it says what was measured, and nothing of the machine."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from kd_trainer.command_line import DEFAULT_RECIPE, load_recipe, parse
+from kd_trainer.model_card import CardFacts, DatasetName, dataset_name, render
+
+CONFIG = {
+    "_model_class": "Unet",
+    "encoder_name": "timm-efficientnet-b0",
+    "classes": 1,
+    "id2label": {"0": "background", "1": "person"},
+    "image_size": 640,
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.4, 0.5, 0.6],
+}
+RESULTS = {
+    "student_miou": 0.8123456789,
+    "student_dice": 0.9,
+    "student_boundary_iou": None,
+    "student_iou_person": 0.7,
+    "teacher_miou": 0.85,
+    "teacher_dice": 0.91,
+    "agreement": 0.96,
+    "eval_images": 1200,
+    "train_images": 3400,
+    "teacher_parameters": 12_566_137,
+    "teacher": "runs/big/student",
+}
+
+
+def facts(**changes: Any) -> CardFacts:
+    known = CardFacts(
+        repo_id="me/little-net",
+        license="cc-by-4.0",
+        config=CONFIG,
+        parameters=(5_839_309, 412_160),
+        file_mib=23.9,
+        dataset=DatasetName("me/photos", "me/photos"),
+        results=RESULTS,
+        settings={**load_recipe(DEFAULT_RECIPE), "teacher": "/home/jane/big/student"}
+        | {"eval_split": "test"},
+    )
+    return dataclasses.replace(known, **changes)
+
+
+def row(card: str, name: str) -> list[str]:
+    """Cells behind a name in a table of the card."""
+    (found,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", card, re.MULTILINE)
+    return [cell.strip() for cell in found.split("|")]
+
+
+def test_metadata_holds_the_measured_figures():
+    """The Hub shows what stands in `model-index`; the stock Trainer leaves it empty."""
+    data = ModelCard(render(facts())).data
+    assert (data.license, data.pipeline_tag) == ("cc-by-4.0", "image-segmentation")
+    assert data.datasets == ["me/photos"]
+    assert data.model_name == "little-net"
+    values = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert values == {"mean_iou": 0.812346, "dice": 0.9}
+    for result in data.eval_results:
+        assert (result.dataset_type, result.dataset_split) == ("me/photos", "test")
+        assert result.task_type == "image-segmentation"
+
+
+def test_without_results_nothing_is_claimed():
+    """An empty table of figures reads as if there were some."""
+    card = render(facts(results={}, settings={}))
+    assert ModelCard(card).data.eval_results is None
+    for heading in ("## Figures", "## Recipe"):
+        assert heading not in card
+    assert "None" not in re.sub(r"```.*?```", "", card, flags=re.DOTALL)
+
+
+def test_table_compares_with_teacher_and_baseline():
+    """Whether the distillation was worth it is the first question of a reader."""
+    card = render(facts(baseline={"student_miou": 0.79, "student_dice": None}))
+    assert row(card, "mIoU") == ["0.8123", "0.8500", "0.7900"]
+    assert row(card, "Dice") == ["0.9000", "0.9100", ""]
+    assert row(card, "IoU of person") == ["0.7000", "", ""]
+    assert "95.6% of its teacher's mIoU and gives 96.0% of the pixels" in card
+    assert len(row(render(facts()), "mIoU")) == 2
+
+
+def test_sizes_tell_used_from_never_used():
+    """412,160 parameters in the file that no output depends on are no part of the network."""
+    card = render(facts())
+    assert row(card, "student") == ["5,839,309", "412,160", "23.9"]
+    assert row(card, "teacher") == ["12,566,137", "", ""]
+
+
+def test_further_measurements_become_tables():
+    """Latency and exports are measured by other commands, and shown where they are known."""
+    rows = [{"runtime": "torch", "median_ms": 12.3456}, {"runtime": "onnx", "median_ms": None}]
+    card = render(facts(measured={"Latency": rows}))
+    assert "## Latency" in card
+    assert "| runtime | median ms |" in card
+    assert row(card, "torch") == ["12.35"]
+    assert row(card, "onnx") == [""]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "hub_id"),
+    [
+        ("/home/jane/pictures/photos", "photos", None),
+        ("../photos/", "photos", None),
+        ("someone/else", "someone/else", "someone/else"),
+        ("synthetic", "synthetic", None),
+        ("coco/annotations/all.json", "all.json", None),
+        (None, "unnamed", None),
+    ],
+)
+def test_a_local_folder_is_named_by_its_last_part(dataset, name, hub_id):
+    """A path of the writer's machine says who they are, and nothing to the reader."""
+    assert dataset_name({"dataset": dataset}) == DatasetName(name, hub_id)
+
+
+def test_a_folder_is_local_before_it_is_an_id(tmp_path: Path, monkeypatch):
+    """`data/photos` is a folder to the training; as an id it would be somebody else's data."""
+    (tmp_path / "data" / "photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert dataset_name({"dataset": "data/photos"}) == DatasetName("photos")
+    assert dataset_name({"dataset": "data/photos"}, "Photographs of 2024").name.endswith("2024")
+    assert dataset_name({}, "me/photos").hub_id == "me/photos"
+
+
+def test_no_path_of_the_machine_is_left():
+    """The teacher's path is in config.yaml and in results.json."""
+    card = render(facts(dataset=dataset_name({"dataset": "/home/jane/photos"})))
+    assert "jane" not in card
+    assert "distilled from `big`" in card
+
+
+RECIPES = {
+    "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog": (
+        "- Loss: 0.3 KL(T) + 0.5 MSE + 0.5 BCE + 1 Dice",
+        "- Temperature: cosine from 4 to 1, moved each epoch",
+        "its deepest unit is freed at epoch 5 (counted from 0), one more every 3 epochs",
+        "0.0001 for decoder and head, 3e-05 for the encoder; 5 epochs of warm-up",
+        "- Length: 50 epochs, 4 images",
+        "- Augmentation: heavy",
+    ),
+    "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline": (
+        "linear between the points 0:4.0, 4:3.6, 7:3.2",
+    ),
+    "demo": ("- Loss: 0.3 KL(T) + 0.5 BCE + 1 Dice", "from random weights"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_that_of_the_settings(name: str):
+    """A recipe in words that differs from what was run cannot be repeated."""
+    run = parse(["--config", name, "--teacher", "big"])
+    card = render(facts(settings=run.resolved()))
+    for line in RECIPES[name]:
+        assert line in card
+
+
+def test_a_student_without_a_teacher_is_not_called_distilled():
+    """Terms that need a teacher are 0 then, whatever the weights say."""
+    settings = parse(["--teacher", "none", "--num_labels", "3"]).resolved()
+    card = render(facts(settings=settings, results={"student_miou": 0.5}))
+    assert "- Loss: 0.5 cross entropy + 1 Dice" in card
+    assert "Trained without a teacher" in card
+    assert "istilled" not in card.split("## Citation")[0].split("---", 2)[2]
+    assert "Temperature" not in card
+
+
+def test_encoders_of_timm_are_not_promised_to_smp():
+    """smp refuses the folder: a snippet that crashes is the first thing a reader would try."""
+    card = render(facts(config=CONFIG | {"encoder_name": "tu-convnext_atto"}))
+    assert "import segmentation_models_pytorch" not in card
+    assert "`smp.from_pretrained` does not read this repository" in card
+    assert "import segmentation_models_pytorch" in render(facts())
+
+
+def test_a_student_in_training_says_so():
+    """Figures of the first epoch would be read as the result."""
+    assert "**In training, update 4 of 8.**" in render(facts(progress="update 4 of 8"))
+    assert "In training" not in render(facts())
