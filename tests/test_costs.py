@@ -124,7 +124,7 @@ def test_costs_without_onnxruntime_have_no_such_row(monkeypatch):
 def test_onnx_runtime_computes_the_network_it_times(tmp_path):
     """The time of a graph that computes something else is worth nothing."""
     pytest.importorskip("onnxruntime")
-    from kd_trainer.workflows.assemble import load_student
+    from kd_trainer.workflows.models import load_student
 
     student = RawLogits(load_student(save_network(tmp_path / "net")).eval())
     pixels = torch.randn(1, 3, SIDE, SIDE)

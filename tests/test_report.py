@@ -30,13 +30,14 @@ from kd_trainer.reports.html import report_html
 from kd_trainer.reports.quality import class_figures
 from kd_trainer.reports.sections import duration
 from kd_trainer.workflows import train as training
-from kd_trainer.workflows.assemble import evaluation_dataset, load_student
+from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.entry_points import report_main
 from kd_trainer.workflows.examination import (
     Networks,
     examine,
     samples_at,
 )
+from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.report import ReportArguments, build_report
 
 EVIL = '<script>"&'

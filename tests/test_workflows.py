@@ -23,8 +23,9 @@ from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import distillation_terms
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.assemble import assemble, evaluation_dataset, load_student
+from kd_trainer.workflows.assemble import assemble, evaluation_dataset
 from kd_trainer.workflows.entry_points import evaluate_main, predict_main
+from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.pictures import find_pictures, read_picture
 from kd_trainer.workflows.predict import PredictArguments, predict
 from kd_trainer.workflows.train import run_train, train

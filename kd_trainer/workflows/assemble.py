@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig, set_seed
+from transformers import set_seed
 
-from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import (
     SegmentationTransform,
@@ -18,13 +16,12 @@ from kd_trainer.data import (
     load_splits,
     transforms,
 )
-from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
-from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
-from kd_trainer.teacher import Teacher, load_teacher
-from kd_trainer.weights import SUFFIXES
+from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.teacher import Teacher
+from kd_trainer.workflows.models import make_student, make_teacher
 
 
 @dataclass
@@ -41,123 +38,6 @@ class Parts:
 
 # What a saved student has decided already.
 _OF_A_NEW_STUDENT = ("student_arch", "student_encoder", "encoder_weights", "decoder_channels")
-
-
-def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:
-    """A new student, or a saved one to go on from, for the images and names of this run."""
-    if model.student is not None:
-        student = load_student(model.student, num_labels=data.num_labels)
-        student.config.image_size = data.image_size
-        student.config.semantic_loss_ignore_index = data.ignore_index
-        if data.class_names is not None:
-            student.config.id2label = data.id2label
-            student.config.label2id = {name: index for index, name in data.id2label.items()}
-        return student
-    options = {}
-    if model.decoder_channels is not None:
-        options["decoder_channels"] = tuple(model.decoder_channels)
-    return SmpForSemanticSegmentation.create(
-        model.student_arch,
-        model.student_encoder,
-        encoder_weights=model.encoder_weights,
-        id2label=data.id2label,
-        image_size=data.image_size,
-        semantic_loss_ignore_index=data.ignore_index,
-        **options,
-    )
-
-
-def load_student(
-    source: str | Path, *, num_labels: int | None = None
-) -> SmpForSemanticSegmentation:
-    """A saved student, from a folder or the Hub.
-
-    Raises:
-        FileNotFoundError: if the folder has no config.json.
-        ValueError: if it is another kind of model, or has other classes than `num_labels`.
-    """
-    folder = Path(source)
-    looks_local = folder.exists() or str(source).startswith((".", "/", "~", "runs"))
-    if looks_local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"Expected a saved model with a config.json, got {source}. A training run leaves it in "
-            "the folder `student` of its output folder."
-        )
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(str(source))
-        if not isinstance(config, dict):
-            raise OSError("its config.json is no JSON object.")
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"Expected a saved model, a folder here or an id on the Hub, got {source}: {reason}"
-        ) from error
-    if "_model_class" not in config:
-        raise ValueError(
-            f"Expected a student of this package or an smp model, got {source} of model_type "
-            f"{config.get('model_type')!r}. Other models can be teachers only."
-        )
-    student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
-    labels = labels_of(student)
-    if num_labels is not None and len(labels) != num_labels:
-        raise ValueError(
-            f"Expected a model of {num_labels} classes (--num_labels), got {source} with "
-            f"{len(labels)}: {', '.join(labels.values())}."
-        )
-    return student
-
-
-def load_measured(
-    source: str,
-    *,
-    arch: str | None = None,
-    encoder: str | None = None,
-    num_labels: int | None = None,
-    trust_remote_code: bool = False,
-) -> Measured:
-    """Any saved model to measure: a student, else whatever can be a teacher.
-
-    Raises:
-        FileNotFoundError: if there is no such model.
-        ValueError: if it has other classes than `num_labels`, or is no segmentation model.
-    """
-    if not source.endswith(SUFFIXES):
-        try:
-            config, _ = PreTrainedConfig.get_config_dict(source)
-        except OSError:
-            config = {"_model_class": ""}  # `load_student` says what is missing
-        if "_model_class" in config or "model_type" not in config:
-            return load_student(source, num_labels=num_labels)
-    return load_teacher(
-        source,
-        num_labels=num_labels,
-        arch=arch,
-        encoder=encoder,
-        trust_remote_code=trust_remote_code,
-    )
-
-
-def make_teacher(model: ModelArguments, student: Measured, *, image_size: int) -> Teacher | None:
-    """The teacher the settings name, fed with the student's input of `image_size` pixels."""
-    if not model.has_teacher:
-        return None
-    mean, std = input_statistics(student)
-    teacher = load_teacher(
-        model.teacher,
-        num_labels=len(labels_of(student)),
-        arch=model.teacher_arch,
-        encoder=model.teacher_encoder,
-        image_size=model.teacher_image_size,
-        mean=model.teacher_mean,
-        std=model.teacher_std,
-        input_mean=mean,
-        input_std=std,
-        id2label=labels_of(student),
-        trust_remote_code=model.trust_remote_code,
-    )
-    if isinstance(teacher.network, SmpForSemanticSegmentation):
-        check_image_size(model.teacher_image_size or image_size, teacher.network)
-    return teacher
 
 
 def evaluation_dataset(
@@ -287,18 +167,3 @@ def _evaluation_dataset(
         rank=args.process_index,
         world_size=args.world_size,
     )
-
-
-def network_name(network: nn.Module) -> str:
-    """Architecture and encoder of an smp model, the class name of any other."""
-    if isinstance(network, SmpForSemanticSegmentation):
-        return f"{network.config._model_class} {network.config.encoder_name}"
-    return type(network).__name__
-
-
-def network_size(network: nn.Module) -> tuple[int, int]:
-    """Number of parameters (used, never used by any forward pass)."""
-    if isinstance(network, SmpForSemanticSegmentation):
-        used, never_used, _ = parameter_counts(network)
-        return used, never_used
-    return sum(p.numel() for p in network.parameters()), 0

@@ -13,10 +13,11 @@ import torch
 import yaml
 
 from kd_trainer.command_line import RunArguments, build
-from kd_trainer.workflows.assemble import assemble, load_student
+from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.compare_budget import Budget, baseline_settings
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.image_counts import count_images
+from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.train import train
 
 COUNTS, NOTE = "image_counts.npz", "comparison_run.json"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.onnx import OnnxExporterError
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_trainer.workflows.assemble import network_size
 from kd_trainer.workflows.latency import Call, Latency, all_threads, interleaved
+from kd_trainer.workflows.models import network_size
 
 _ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 

@@ -23,8 +23,9 @@ from kd_trainer.fields import (
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher
-from kd_trainer.workflows.assemble import evaluation_dataset, load_measured, make_teacher
+from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
+from kd_trainer.workflows.models import load_measured, make_teacher
 from kd_trainer.workflows.predict import PredictArguments, predict
 from kd_trainer.workflows.report import ReportArguments, build_report
 

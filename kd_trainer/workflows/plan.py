@@ -13,7 +13,8 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.optim import DECODER, unit_parameters
 from kd_trainer.timetable import Timetable
-from kd_trainer.workflows.assemble import Parts, network_name, network_size
+from kd_trainer.workflows.assemble import Parts
+from kd_trainer.workflows.models import network_name, network_size
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

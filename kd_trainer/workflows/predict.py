@@ -18,7 +18,7 @@ from kd_trainer.fields import check_at_least, check_choice, check_folder, help_f
 from kd_trainer.inference import Segmenter, classes_at
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.panels import overlay
-from kd_trainer.workflows.assemble import load_student
+from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.pictures import find_pictures, is_video, output_names, read_picture
 from kd_trainer.workflows.video import VideoFile, frame_count, frame_rate, read_frames
 

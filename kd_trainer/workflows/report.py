@@ -19,13 +19,7 @@ from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.html import report_html
 from kd_trainer.teacher import Teacher
-from kd_trainer.workflows.assemble import (
-    evaluation_dataset,
-    load_student,
-    make_teacher,
-    network_name,
-    network_size,
-)
+from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.examination import (
     AGREEMENT,
     EvaluationData,
@@ -34,6 +28,7 @@ from kd_trainer.workflows.examination import (
     examine,
     shown_images,
 )
+from kd_trainer.workflows.models import load_student, make_teacher, network_name, network_size
 from kd_trainer.workflows.run_folder import (
     log_history,
     read_json,

@@ -18,9 +18,10 @@ from kd_trainer.hub import check_access
 from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.weights import load_strictly, read_weights
-from kd_trainer.workflows.assemble import Parts, assemble, load_student, network_size
+from kd_trainer.workflows.assemble import Parts, assemble
 from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_json
+from kd_trainer.workflows.models import load_student, network_size
 from kd_trainer.workflows.plan import describe, markdown_table
 from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
 

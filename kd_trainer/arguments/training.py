@@ -1,8 +1,4 @@
-"""The settings of a run, and the only place with defaults: model, data, distillation.
-
-The defaults are the recipe `rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog`; a YAML
-recipe or a flag overrides them (see `command_line`).
-"""
+"""Settings of the distillation: `transformers.TrainingArguments` and what we add to them."""
 
 from __future__ import annotations
 
@@ -20,133 +16,9 @@ from kd_trainer.argument_checks import (
 )
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
-from kd_trainer.metrics import check_class_names
 from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
 
-AUGMENTATIONS = ("heavy", "light", "none")
 PRECISIONS = ("auto", "bf16", "fp16", "no")
-
-
-@dataclass
-class ModelArguments:
-    """The frozen teacher and the student that learns from it."""
-
-    teacher: str = help_field(
-        "",
-        "Teacher: a folder, a Hub id or a checkpoint file (.pth, .safetensors; name its "
-        "architecture with --teacher_arch and --teacher_encoder). `none` trains the student alone.",
-    )
-    teacher_arch: str = help_field("unet", "Architecture of a bare teacher checkpoint.")
-    teacher_encoder: str = help_field(
-        "timm-efficientnet-b3", "Encoder of a bare teacher checkpoint."
-    )
-    teacher_image_size: int | None = help_field(
-        None, "Input side of the teacher in pixels, where it differs from the student's."
-    )
-    teacher_mean: list[float] | None = help_field(
-        None, "Mean the teacher was trained with, where it differs from the student's."
-    )
-    teacher_std: list[float] | None = help_field(None, "Standard deviation, likewise.")
-    trust_remote_code: bool = help_field(
-        False, "Run Python code that comes with a teacher from the Hub. Off unless asked for."
-    )
-    student_arch: str = help_field("unet", "Student architecture, as in smp.create_model.")
-    student_encoder: str = help_field("timm-efficientnet-b0", "Student encoder, as smp names it.")
-    encoder_weights: str = help_field(
-        "imagenet",
-        "First weights of the student's encoder: imagenet (downloads), none (random) or a file.",
-    )
-    decoder_channels: list[int] | None = help_field(
-        None, "Channels of the student's decoder blocks, deepest first (fewer are faster)."
-    )
-    student: str | None = help_field(
-        None, "A saved student (folder or Hub id) to go on from, instead of a new one."
-    )
-
-    def __post_init__(self) -> None:
-        if (self.teacher_mean is None) != (self.teacher_std is None):
-            raise ValueError(
-                "Expected --teacher_mean and --teacher_std together, got only one. Give both."
-            )
-        if self.teacher_image_size is not None:
-            check_at_least("teacher_image_size", self.teacher_image_size, 32)
-        for channels in self.decoder_channels or ():
-            check_at_least("decoder_channels", channels, 1)
-
-    @property
-    def has_teacher(self) -> bool:
-        """Whether a teacher is named."""
-        return self.teacher.lower() not in ("", "none")
-
-
-@dataclass
-class DataArguments:
-    """Where images and masks come from, and what happens to them."""
-
-    dataset: str = help_field(
-        "",
-        "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
-        "parquet file or folder, Hub id, or `synthetic`.",
-    )
-    train_split: str = help_field("train", "Name of the split to train on.")
-    eval_split: str = help_field("validation", "Name of the split to evaluate on.")
-    image_folder: str = help_field("images", "Folder of the photographs inside a split.")
-    mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
-    category: str | None = help_field(None, "COCO: the category that is the foreground.")
-    image_column: str = help_field("image", "Column of the photographs (parquet, Hub).")
-    mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
-    num_labels: int = help_field(
-        2, "Classes with the background; 2 is a binary task with one logit."
-    )
-    class_names: list[str] | None = help_field(
-        None, "Names of the classes, background first (binary default: background person)."
-    )
-    mask_values: list[int] | None = help_field(
-        None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
-    )
-    ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
-    unlabelled: str | None = help_field(
-        None, "Folder of photographs without masks, used by the distillation terms only."
-    )
-    streaming: bool = help_field(False, "Stream the data instead of indexing it.")
-    image_size: int = help_field(640, "Side of the square network input in pixels.")
-    augmentation: str = help_field("heavy", "heavy, light or none.")
-    brightness_contrast_probability: float = help_field(
-        0.8, "Probability of the brightness/CLAHE/gamma group of the heavy augmentation."
-    )
-    synthetic_train: int = help_field(480, "Pictures drawn for training (dataset `synthetic`).")
-    synthetic_eval: int = help_field(120, "Pictures drawn for evaluation, likewise.")
-    max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
-    max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
-
-    def __post_init__(self) -> None:
-        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
-        check_at_least("image_size", self.image_size, 32)
-        if self.num_labels < 2:
-            raise ValueError(
-                f"Expected --num_labels of at least 2 (background and foreground), got "
-                f"{self.num_labels}. A binary task has 2 labels and one logit."
-            )
-        if self.class_names is not None and len(self.class_names) != self.num_labels:
-            raise ValueError(
-                f"Expected {self.num_labels} --class_names (one per label, background first), got "
-                f"{len(self.class_names)}: {' '.join(self.class_names)}."
-            )
-        check_class_names(list(self.id2label.values()))
-        if not 0 <= self.brightness_contrast_probability <= 1:
-            raise ValueError(
-                "Expected --brightness_contrast_probability between 0 and 1, got "
-                f"{self.brightness_contrast_probability}."
-            )
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """Name of every class; class 0 is the background."""
-        if self.class_names is not None:
-            return dict(enumerate(self.class_names))
-        if self.num_labels == 2:
-            return {0: "background", 1: "person"}
-        return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}
 
 
 @dataclass
