@@ -17,7 +17,7 @@ from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArgu
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.workflows import entry_points
+from kd_trainer.workflows import entry_points, export_main
 from kd_trainer.workflows.plan import markdown_table, timeline
 from kd_trainer.workflows.train import train
 
@@ -60,6 +60,10 @@ def parsers():
             with pytest.raises(CaughtError) as caught:
                 main([])
             found[name] = caught.value.args[0]
+        patch.setattr(export_main, "given_flags", catch)
+        with pytest.raises(CaughtError) as caught:
+            export_main.export_main([])
+        found["export.py"] = caught.value.args[0]
     return found
 
 
@@ -107,11 +111,12 @@ def test_documented_commands_parse(script: str, arguments: list[str], parsers, t
         return
     if script != "train.py":
         given = vars(parsers[script].parse_args(arguments))
-        hints = hints_of(
-            (entry_points.PredictArguments,)
-            if script == "predict.py"
-            else (entry_points.EvaluateArguments, *CLASSES)
-        )
+        own = {
+            "eval.py": (entry_points.EvaluateArguments, *CLASSES),
+            "export.py": (export_main.ExportArguments, *CLASSES),
+            "predict.py": (entry_points.PredictArguments,),
+        }
+        hints = hints_of(own[script])
         for name, value in given.items():
             if name not in ("model", "pictures"):
                 convert(name, value, hints[name])
@@ -173,17 +178,24 @@ def test_documented_defaults_are_those_of_the_recipe(page: str):
 
 
 @pytest.mark.parametrize(
-    ("heading", "cls"),
+    ("page", "heading", "cls"),
     [
-        ("flag of eval.py", entry_points.EvaluateArguments),
-        ("flag of predict.py", entry_points.PredictArguments),
+        ("docs/training.md", "flag of eval.py", entry_points.EvaluateArguments),
+        ("docs/training.md", "flag of predict.py", entry_points.PredictArguments),
+        ("docs/export.md", "flag of export.py", export_main.ExportArguments),
     ],
 )
-def test_documented_defaults_are_those_of_the_scripts(heading: str, cls: type):
-    """The two small scripts have defaults of their own under the same names."""
-    wanted = {f.name: f.default for f in dataclasses.fields(cls) if f.name != "model"}
-    found = {row[0].strip("`-"): row[1] for row in rows(TEXTS["docs/training.md"], heading)}
-    assert {name: convert(name, v, type(wanted[name])) for name, v in found.items()} == wanted
+def test_documented_defaults_are_those_of_the_scripts(page: str, heading: str, cls: type):
+    """The small scripts have defaults of their own under the same names."""
+    hints = hints_of([cls])
+    wanted = {f.name: _default(f) for f in dataclasses.fields(cls) if f.name != "model"}
+    found = {row[0].strip("`-"): row[1] for row in rows(TEXTS[page], heading)}
+    assert {name: convert(name, v, hints[name]) for name, v in found.items()} == wanted
+
+
+def _default(field: dataclasses.Field) -> object:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
 
 
 def slug(heading: str) -> str:

@@ -71,9 +71,14 @@ def export_student(
         if target.is_dir():
             shutil.rmtree(target)
         shutil.move(exporter.path, target)
-    result["images_of"] = " ".join(args.images) if args.images else data.dataset
+    result["images_of"] = _name(data.dataset) if data.dataset else "pictures"
     write_json(output / RESULTS, earlier | {args.entry: result})
     return result
+
+
+def _name(dataset: str) -> str:
+    """The data set without the folders of this machine: the figures are published."""
+    return Path(dataset).name if Path(dataset).exists() else dataset
 
 
 def _earlier(path: Path) -> dict[str, Any]:
