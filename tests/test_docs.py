@@ -17,7 +17,7 @@ from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArgu
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.workflows import entry_points, push
+from kd_trainer.workflows import entry_points, export_main, push
 from kd_trainer.workflows.compare_arguments import (
     CompareArguments,
     compare_parser,
@@ -40,6 +40,7 @@ CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 SCRIPTS = {
     "eval.py": (entry_points.EvaluateArguments, *CLASSES),
     "predict.py": (entry_points.PredictArguments,),
+    "export.py": (export_main.ExportArguments, *CLASSES),
     "report.py": (entry_points.ReportArguments, *CLASSES),
     "push.py": (push.PushArguments,),
 }
@@ -79,6 +80,10 @@ def parsers():
             with pytest.raises(CaughtError) as caught:
                 main([])
             found[name] = caught.value.args[0]
+        patch.setattr(export_main, "given_flags", catch)
+        with pytest.raises(CaughtError) as caught:
+            export_main.export_main([])
+        found["export.py"] = caught.value.args[0]
     return found
 
 
@@ -199,6 +204,7 @@ def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
         ("docs/training.md", "flag of predict.py", entry_points.PredictArguments),
         ("docs/report.md", "flag of report.py", entry_points.ReportArguments),
         ("docs/publish.md", "flag of push.py", push.PushArguments),
+        ("docs/export.md", "flag of export.py", export_main.ExportArguments),
     ],
 )
 def test_documented_defaults_are_those_of_the_scripts(page: str, heading: str, cls: type):

@@ -8,10 +8,20 @@ import pytest
 from PIL import Image
 from small_runs import SIDE, save_network
 
+from kd_trainer.export.graph import export_program, metadata_of
+from kd_trainer.export.onnx_file import write_onnx
 from kd_trainer.workflows.entry_points import predict_main
+from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.video import VideoFile, frame_count, frame_rate, read_frames
 
 FRAMES, RATE = 7, 12.0
+
+
+def export(folder: Path, path: Path, *, with_preprocessing: bool) -> None:
+    student = load_student(folder)
+    program = export_program(student, with_preprocessing=with_preprocessing)
+    told = metadata_of(student, with_preprocessing=with_preprocessing, precision="fp32")
+    write_onnx(program, path, told, with_preprocessing=with_preprocessing)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +81,25 @@ def test_cutouts_keep_the_picture_and_hide_the_background(student: str, tmp_path
     assert 0 < (mask > 0).mean() < 1
     assert (cutout[..., 3] == mask).all()
     assert (cutout[..., :3] == picture).all()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["logits", "probabilities"])
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_an_onnx_file_gives_the_masks_of_its_student(
+    inside: bool, num_labels: int, tmp_path: Path, monkeypatch
+):
+    """Normalised twice, or not at all, it would still give masks."""
+    pytest.importorskip("onnxruntime")
+    folder = save_network(tmp_path / "student", num_labels=num_labels)
+    picture = np.random.default_rng(5).integers(0, 256, (80, 60, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    export(folder, tmp_path / "student.onnx", with_preprocessing=inside)
+    masks = []
+    for model in (folder, tmp_path / "student.onnx"):
+        flags = ["--outputs", "masks", "--threshold", "0.4", "--output_dir", str(tmp_path / "out")]
+        predict_main([str(model), str(tmp_path / "x.png"), *flags])
+        masks.append(np.asarray(Image.open(tmp_path / "out" / "masks" / "x.png")))
+    assert (masks[0] == masks[1]).mean() > 0.995
 
 
 def test_tiles_and_flip_reach_the_command_line(student: str, tmp_path: Path):

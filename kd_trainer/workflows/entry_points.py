@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,19 @@ from typing import Any
 import torch
 
 from kd_trainer.arguments import DataArguments, ModelArguments
-from kd_trainer.command_line import Parser, given_flags
+from kd_trainer.command_line import given_flags
 from kd_trainer.evaluation import labels_of
 from kd_trainer.fields import (
     add_fields,
     check_at_least,
     check_folder,
-    convert,
     help_field,
-    hints_of,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
+from kd_trainer.workflows.flags import EVALUATION_DATA, TEACHER, command_parser, given_settings
 from kd_trainer.workflows.models import load_measured, make_teacher
 from kd_trainer.workflows.predict import PredictArguments, predict
 from kd_trainer.workflows.report import ReportArguments, build_report
@@ -46,36 +44,6 @@ class EvaluateArguments:
         check_folder("output_dir", self.output_dir)
 
 
-_TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name) | {
-    "trust_remote_code"
-}
-_DATA = frozenset(f.name for f in dataclasses.fields(DataArguments)) - {
-    "train_split",
-    "unlabelled",
-    "augmentation",
-    "brightness_contrast_probability",
-    "synthetic_train",
-    "max_train_samples",
-}
-
-
-def _parser(prog: str, description: str, epilog: str) -> Parser:
-    return Parser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-
-
-def _settings(classes: Sequence[type], given: dict[str, Any]) -> list[dict[str, Any]]:
-    hints = hints_of(classes)
-    values = {name: convert(name, value, hints[name]) for name, value in given.items()}
-    names = [{f.name for f in dataclasses.fields(cls)} for cls in classes]
-    return [{k: v for k, v in values.items() if k in own} for own in names]
-
-
 def told_by(model: SmpForSemanticSegmentation | Teacher) -> dict[str, Any]:
     """What a model says of the data it is for, as fields of DataArguments."""
     names = list(labels_of(model).values())
@@ -88,7 +56,7 @@ def told_by(model: SmpForSemanticSegmentation | Teacher) -> dict[str, Any]:
 
 def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a saved model on a split, print the table, write both files."""
-    parser = _parser(
+    parser = command_parser(
         "eval.py",
         "Measure a saved model, and a teacher beside it, in fp32.",
         "Examples:\n  eval.py runs/demo/student --dataset photos/ "
@@ -101,11 +69,11 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
         "checkpoint with --arch and --encoder.",
     )
     add_fields(parser, EvaluateArguments, title="evaluation")
-    add_fields(parser, DataArguments, title="data", only=_DATA)
-    add_fields(parser, ModelArguments, title="teacher", only=_TEACHER)
+    add_fields(parser, DataArguments, title="data", only=EVALUATION_DATA)
+    add_fields(parser, ModelArguments, title="teacher", only=TEACHER)
     given = given_flags(parser, arguments)
     source = given.pop("model")
-    own, data_settings, model_settings = _settings(
+    own, data_settings, model_settings = given_settings(
         (EvaluateArguments, DataArguments, ModelArguments), given
     )
     args, model = EvaluateArguments(**own), ModelArguments(**model_settings)
@@ -135,14 +103,16 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:
     """Write masks, overlays or cut-outs, and say how fast."""
-    parser = _parser(
+    parser = command_parser(
         "predict.py",
         "Masks, overlays and cut-outs of a saved student, for pictures and videos.",
         "Examples:\n  predict.py runs/demo/student photo.jpg\n"
         "  predict.py runs/demo/student photos/ 'more/*.png' holiday.mp4 --output_dir out\n"
         "  predict.py runs/demo/student poster.jpg --tile --flip --outputs cutouts",
     )
-    parser.add_argument("model", help="Saved student: a folder or a Hub id.")
+    parser.add_argument(
+        "model", help="Saved student: a folder, a Hub id or an ONNX file of export.py."
+    )
     parser.add_argument("pictures", nargs="+", help="Pictures, videos, folders or globs.")
     add_fields(
         parser,
@@ -153,7 +123,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
     given = given_flags(parser, arguments)
     pictures = given.pop("pictures")
     model = given.pop("model")
-    (own,) = _settings((PredictArguments,), given)
+    (own,) = given_settings((PredictArguments,), given)
     args = PredictArguments(**(own | {"model": model}))
     speed = predict(args, pictures)
     print(f"{speed:.1f} images per second. Written to {args.output_dir}")
@@ -161,7 +131,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
 
 def report_main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of a finished run."""
-    parser = _parser(
+    parser = command_parser(
         "report.py",
         "Write report.html of a training run: figures, curves, images, reliability. Settings of "
         "data and teacher are those of the run unless they are given here.",
@@ -171,11 +141,11 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", help="Output folder of a training.")
     add_fields(parser, ReportArguments, title="report")
-    add_fields(parser, DataArguments, title="data", only=_DATA)
-    add_fields(parser, ModelArguments, title="teacher", only=_TEACHER)
+    add_fields(parser, DataArguments, title="data", only=EVALUATION_DATA)
+    add_fields(parser, ModelArguments, title="teacher", only=TEACHER)
     given = given_flags(parser, arguments)
     folder = given.pop("run")
-    own, data, model = _settings((ReportArguments, DataArguments, ModelArguments), given)
+    own, data, model = given_settings((ReportArguments, DataArguments, ModelArguments), given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = build_report(folder, ReportArguments(**own), changed=data | model, device=device)
     print(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

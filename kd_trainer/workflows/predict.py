@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.evaluation import labels_of, pixel_statistics
+from kd_trainer.export import OnnxStudent, load_onnx
 from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
-from kd_trainer.inference import Segmenter, classes_at
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.inference import Network, Segmenter, classes_at
 from kd_trainer.reports.panels import overlay
 from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.pictures import find_pictures, is_video, output_names, read_picture
@@ -30,7 +31,7 @@ OUTPUTS = {"masks": ".png", "overlays": ".jpg", "cutouts": ".png"}
 class PredictArguments:
     """Settings of scripts/predict.py."""
 
-    model: str = help_field("", "Saved student: a folder or a Hub id.")
+    model: str = help_field("", "Saved student: a folder, a Hub id or an ONNX file.")
     output_dir: str = help_field("runs/predictions", "Gets one folder for each kind of output.")
     outputs: list[str] = help_field(
         ["masks", "overlays"],
@@ -60,19 +61,49 @@ class PredictArguments:
         check_folder("output_dir", self.output_dir)
 
 
-def segmenter_of(student: SmpForSemanticSegmentation, args: PredictArguments) -> Segmenter:
-    """How `args` show pictures to a student, on the GPU if there is one."""
+def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
+    """The model as `args` show pictures to it (a student on the GPU if there is one), its labels.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+        ValueError: if it is no student and no ONNX file of scripts/export.py.
+    """
+    looks = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
+    if args.model.endswith(".onnx"):
+        exported = load_onnx(args.model)
+        network = onnx_network(exported)
+        statistics = (_pixels(exported.image_mean), _pixels(exported.image_std))
+        segmenter = Segmenter(network, exported.image_size, statistics, **looks)
+        return segmenter, len(exported.class_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = student.eval().to(device)
-    return Segmenter(
-        network=lambda images: network(pixel_values=images)["raw_logits"],
-        image_size=student.config.image_size,
-        statistics=pixel_statistics(student, device),
-        tile=args.tile,
-        overlap=args.overlap,
-        flip=args.flip,
-        batch_size=args.batch_size,
+    student = load_student(args.model).eval().to(device)
+    segmenter = Segmenter(
+        lambda images: student(pixel_values=images)["raw_logits"],
+        student.config.image_size,
+        pixel_statistics(student, device),
+        **looks,
     )
+    return segmenter, len(labels_of(student))
+
+
+def _pixels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values)).view(1, 3, 1, 1) * 255
+
+
+def onnx_network(exported: OnnxStudent) -> Network:
+    """An ONNX file as the network of a `Segmenter`: normalised floats to raw logits."""
+    mean, std = _pixels(exported.image_mean), _pixels(exported.image_std)
+
+    def logits(images: Tensor) -> Tensor:
+        if not exported.with_preprocessing:
+            return torch.from_numpy(exported(images.numpy()))
+        # It takes pictures and gives probabilities: undo what the file does itself.
+        pictures = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        probability = torch.from_numpy(exported(pictures.numpy())).double()
+        binary = probability.shape[1] == 1
+        return (probability.logit(eps=1e-12) if binary else probability.log()).float()
+
+    return logits
 
 
 def drawn(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
@@ -109,8 +140,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     pictures = [path for path in files if not is_video(path)]
     videos = [path for path in files if is_video(path)]
     total = len(pictures) + sum(map(frame_count, videos))
-    student = load_student(args.model)
-    segmenter, num_labels = segmenter_of(student, args), len(labels_of(student))
+    segmenter, num_labels = load_segmenter(args)
     start = time.perf_counter()
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
         images = (np.asarray(read_picture(path)) for path in pictures)

@@ -12,7 +12,7 @@ from kd_trainer.fields import add_fields, help_field
 from kd_trainer.hub import Pushed, Source, check_access, find_source, upload
 from kd_trainer.publishing import HUB_FOLDER, Publication, write_folder
 from kd_trainer.publishing.folder import settings_of
-from kd_trainer.workflows.entry_points import _parser, _settings
+from kd_trainer.workflows.flags import command_parser, given_settings
 
 
 @dataclass
@@ -98,7 +98,7 @@ def _listing(folder: Path) -> str:
 
 def push_main(arguments: Sequence[str] | None = None) -> None:
     """Push, and say where."""
-    parser = _parser(
+    parser = command_parser(
         "push.py",
         "Publish a trained student with its card: the student alone, figures, panel and curves; "
         "never the teacher, optimizer, training arguments or a token. The token is that of "
@@ -111,7 +111,7 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
     add_fields(parser, PushArguments, title="publication")
     given = given_flags(parser, arguments)
     folder, repo_id = given.pop("folder"), given.pop("repo_id")
-    (own,) = _settings((PushArguments,), given)
+    (own,) = given_settings((PushArguments,), given)
     args = PushArguments(**own)
     pushed = push(args, folder, repo_id)
     if pushed is None:

@@ -1,0 +1,150 @@
+"""The graph that is exported: dynamic batch, height and width, and no weight that it does not use.
+
+Height and width stay multiples of the encoder's output stride; the metadata names it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from kd_trainer.modeling import SmpForSemanticSegmentation
+
+RAW_INPUT, PICTURE_INPUT = "pixel_values", "image"
+RAW_OUTPUT, PROBABILITY_OUTPUT = "logits", "probabilities"
+METADATA_VERSION = 1
+
+
+class ExportGraph(nn.Module):
+    """The network of a student, with or without what comes before and after it.
+
+    Args:
+        student: its parts are shared, not copied.
+        with_preprocessing: take uint8 pictures (B, H, W, 3) and give probabilities (B, K, H, W),
+            instead of normalised floats (B, 3, H, W) and raw logits (B, K, H, W). K is 1 for a
+            binary model, whose probability is that of the foreground.
+    """
+
+    def __init__(self, student: SmpForSemanticSegmentation, *, with_preprocessing: bool) -> None:
+        super().__init__()
+        self.encoder = student.encoder
+        self.decoder = student.decoder
+        self.segmentation_head = student.segmentation_head
+        self.spreads_features = student.config._model_class == "DPT"
+        self.with_preprocessing = with_preprocessing
+        for name, values in (
+            ("mean", student.config.image_mean),
+            ("std", student.config.image_std),
+        ):
+            in_bytes = torch.tensor(list(values)).view(1, 3, 1, 1) * 255
+            self.register_buffer(name, in_bytes, persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Segment a batch, see the class."""
+        if self.with_preprocessing:
+            pixels = (pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
+        features = self.encoder(pixels)
+        decoded = self.decoder(*features) if self.spreads_features else self.decoder(features)
+        raw: Tensor = self.segmentation_head(decoded)
+        if not self.with_preprocessing:
+            return raw
+        return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)
+
+
+def example_input(student: SmpForSemanticSegmentation, *, with_preprocessing: bool) -> Tensor:
+    """A batch of unequal height and width: of equal ones the exporter would make one symbol."""
+    height = student.config.image_size
+    width = height + int(student.encoder.output_stride)  # type: ignore[arg-type]
+    if with_preprocessing:
+        return torch.zeros(2, height, width, 3, dtype=torch.uint8)
+    return torch.zeros(2, 3, height, width)
+
+
+def export_program(
+    student: SmpForSemanticSegmentation, *, with_preprocessing: bool = False, prune: bool = True
+) -> ExportedProgram:
+    """Trace a student in eval mode on the CPU, in fp32.
+
+    Args:
+        student: moved to the CPU.
+        with_preprocessing: see `ExportGraph`.
+        prune: leave out the weights that nothing uses, at the price of tracing twice. The ONNX
+            exporter does it by itself.
+
+    Raises:
+        ValueError: if its network cannot be traced with dynamic sizes.
+    """
+    graph = ExportGraph(student.float().cpu().eval(), with_preprocessing=with_preprocessing)
+    example = example_input(student, with_preprocessing=with_preprocessing)
+    rows, columns = (1, 2) if with_preprocessing else (2, 3)
+    dynamic = ({0: Dim.DYNAMIC, rows: Dim.DYNAMIC, columns: Dim.DYNAMIC},)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # Constants that timm's modules keep are lifted; the graph is the same.
+            warnings.simplefilter("ignore")
+            traced = torch.export.export(graph.eval(), (example,), dynamic_shapes=dynamic)
+            if not prune:
+                return traced
+            pruned = _without_unused(traced)
+            return torch.export.export(pruned, (example,), dynamic_shapes=dynamic)
+    except Exception as error:  # whatever tracing raises, the cure is the same
+        reason = " ".join(str(error).split())[:300]
+        name = f"{student.config._model_class} {student.config.encoder_name}"
+        raise ValueError(
+            f"Expected a network that torch.export traces with dynamic sizes, got {name}: {reason} "
+            "Export it with --format smp, or train another encoder."
+        ) from error
+
+
+def _without_unused(program: ExportedProgram) -> nn.Module:
+    """The traced module without computations, parameters and buffers that no output depends on."""
+    module: Any = program.module()
+    module.graph.eliminate_dead_code()
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    named = [n for n, _ in (*module.named_parameters(), *module.named_buffers())]
+    for name in named:
+        if name not in used:
+            owner, _, leaf = name.rpartition(".")
+            delattr(module.get_submodule(owner), leaf)
+    module.recompile()
+    return module
+
+
+def metadata_of(
+    student: SmpForSemanticSegmentation, *, with_preprocessing: bool, precision: str
+) -> dict[str, str]:
+    """What a consumer of the exported file needs to know, as text by name.
+
+    `class_names`, `image_mean` and `image_std` are JSON lists, `image_size` and `size_multiple`
+    whole numbers in pixels.
+    """
+    config = student.config
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    binary = config.classes == 1
+    function = "sigmoid" if binary else "softmax"
+    outside = "float32 (batch, 3, height, width), RGB, (value / 255 - image_mean) / image_std"
+    inside = "uint8 (batch, height, width, 3), RGB"
+    probabilities = "float32 (batch, channels, height, width), probabilities"
+    logits = f"float32 (batch, channels, height, width), logits; {function} gives probabilities"
+    channels = f"one channel: {names[1]}" if binary else "a channel for each of class_names"
+    return {
+        "kd_trainer_metadata": str(METADATA_VERSION),
+        "architecture": config._model_class,
+        "encoder": config.encoder_name,
+        "class_names": json.dumps(names, ensure_ascii=False),
+        "image_size": str(config.image_size),
+        "size_multiple": str(int(student.encoder.output_stride)),  # type: ignore[arg-type]
+        "image_mean": json.dumps(list(config.image_mean)),
+        "image_std": json.dumps(list(config.image_std)),
+        "preprocessing": "inside" if with_preprocessing else "outside",
+        "precision": precision,
+        "input": inside if with_preprocessing else outside,
+        "output": f"{probabilities if with_preprocessing else logits}; {channels}",
+    }

@@ -1,0 +1,101 @@
+"""An exported ONNX file as a function of a batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_trainer.export.extras import require
+
+Batch = np.ndarray[Any, np.dtype[Any]]
+
+
+class OnnxStudent:
+    """Runs an ONNX file of scripts/export.py with onnxruntime on the CPU.
+
+    Args:
+        path: of the file.
+        threads: that one picture may use; 0 leaves the choice to onnxruntime.
+
+    Attributes:
+        class_names: name of each class, background first.
+        image_size: side in pixels of the square input the model is meant for.
+        size_multiple: height and width have to be multiples of it.
+        image_mean: of each channel, of values in 0..1.
+        image_std: likewise.
+        with_preprocessing: whether it takes uint8 pictures and gives probabilities.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a package is missing, or the file is not one of scripts/export.py.
+    """
+
+    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"Expected an ONNX file, got {path}, which does not exist. scripts/export.py "
+                "writes one."
+            )
+        runtime = require("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        try:
+            self.session: Any = runtime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"Expected a readable ONNX file, got {path}: {reason}") from error
+        told: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        if "kd_trainer_metadata" not in told:
+            raise ValueError(
+                f"Expected an ONNX file of scripts/export.py, got {path}, which does not say what "
+                "it takes. Export the student anew."
+            )
+        self.metadata = told
+        self.class_names: list[str] = json.loads(told["class_names"])
+        self.image_size = int(told["image_size"])
+        self.size_multiple = int(told["size_multiple"])
+        self.image_mean: list[float] = json.loads(told["image_mean"])
+        self.image_std: list[float] = json.loads(told["image_std"])
+        self.with_preprocessing = told["preprocessing"] == "inside"
+        self._input = self.session.get_inputs()[0].name
+
+    def __call__(self, pixels: Batch) -> Batch:
+        """Segment a batch.
+
+        Args:
+            pixels: normalised float32 (B, 3, H, W), or uint8 pictures (B, H, W, 3) if the
+                preprocessing is inside.
+
+        Returns:
+            float32 (B, K, H, W): raw logits, or probabilities if the preprocessing is inside. K is
+            1 for a binary model.
+
+        Raises:
+            ValueError: if shape or type are others, or a side is no multiple of `size_multiple`.
+        """
+        wanted = "uint8" if self.with_preprocessing else "float32"
+        channels, rows = (3, 1) if self.with_preprocessing else (1, 2)
+        fits = pixels.ndim == 4 and pixels.shape[channels] == 3 and pixels.dtype == wanted
+        if not fits:
+            raise ValueError(
+                f"Expected {self.metadata['input']}, got {pixels.dtype} {pixels.shape}. Convert it."
+            )
+        for side in pixels.shape[rows : rows + 2]:
+            if side < 1 or side % self.size_multiple:
+                raise ValueError(
+                    f"Expected height and width divisible by {self.size_multiple}, got {side}. "
+                    f"Resize to {self.image_size}x{self.image_size}, for which it was trained."
+                )
+        found: Batch = self.session.run(None, {self._input: np.ascontiguousarray(pixels)})[0]
+        return found
+
+
+def load_onnx(path: str | Path, *, threads: int = 0) -> OnnxStudent:
+    """The student in an ONNX file, as a function; see `OnnxStudent`."""
+    return OnnxStudent(path, threads=threads)

@@ -1,0 +1,132 @@
+"""An exported student against the one it came from: the same images, the same masks?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kd_trainer.evaluation import classes_of, figures_of, labels_of
+from kd_trainer.image_processing import SmpImageProcessor
+from kd_trainer.metrics import image_counts
+from kd_trainer.modeling import SmpForSemanticSegmentation
+
+# uint8 pictures (B, 3, H, W) and, where they are known, class ids (B, H, W).
+CheckBatch = tuple[Tensor, Tensor | None]
+# Raw logits (or probabilities) of uint8 pictures (B, 3, H, W).
+Network = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an export compares with the student.
+
+    Args:
+        images: on which both ran.
+        largest_difference: of any output value, absolute.
+        value_range: largest minus smallest output value of the student.
+        mask_iou: mIoU of the export's masks with the student's.
+        miou: of the export with the true masks; None if they are unknown.
+        torch_miou: of the student.
+    """
+
+    images: int
+    largest_difference: float
+    value_range: float
+    mask_iou: float
+    miou: float | None = None
+    torch_miou: float | None = None
+
+    @property
+    def relative_difference(self) -> float:
+        """Largest difference as a share of the range of the student's values."""
+        return self.largest_difference / max(self.value_range, 1e-12)
+
+    @property
+    def drop(self) -> float | None:
+        """How many points (hundredths) of mIoU the export lost; None without true masks."""
+        if self.miou is None or self.torch_miou is None:
+            return None
+        return 100 * (self.torch_miou - self.miou)
+
+
+class Reference:
+    """The student in torch, fed by the image processor that is saved beside it.
+
+    Args:
+        student: on the CPU, in eval mode.
+        probabilities: give what a graph with preprocessing gives.
+    """
+
+    def __init__(self, student: SmpForSemanticSegmentation, *, probabilities: bool) -> None:
+        self.student = student
+        self.probabilities = probabilities
+        self.processor = SmpImageProcessor.from_model_config(student.config)
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) as normalised floats of the same size."""
+        made = self.processor(list(pictures), do_resize=False, return_tensors="pt")
+        pixels: Tensor = made["pixel_values"]
+        return pixels
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Raw logits, or probabilities, (B, K, H, W)."""
+        raw: Tensor = self.student(pixel_values=self.prepare(pictures))["raw_logits"]
+        if not self.probabilities:
+            return raw
+        return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)
+
+    def classes(self, output: Tensor) -> Tensor:
+        """Class of each pixel of an output, (B, H, W)."""
+        binary = output.shape[1] == 1
+        return classes_of(output - 0.5 if binary and self.probabilities else output)
+
+
+@torch.no_grad()
+def compare(
+    reference: Reference,
+    exported: Network,
+    batches: Iterable[CheckBatch],
+    *,
+    ignore_index: int = 255,
+    title: str = "check",
+) -> Parity:
+    """Run both on the same pictures."""
+    labels = labels_of(reference.student)
+    lowest, highest, difference, images = np.inf, -np.inf, 0.0, 0
+    rows: dict[str, list[np.ndarray]] = {"agreement": [], "torch": [], "export": []}
+    for pictures, truth in tqdm(batches, desc=title, unit="batch", disable=None):
+        wanted, found = reference(pictures), exported(pictures)
+        if wanted.shape != found.shape:
+            raise ValueError(
+                f"Expected an output of shape {tuple(wanted.shape)}, got {tuple(found.shape)} from "
+                "the export. This is a defect: please report it with the model's name."
+            )
+        error = (wanted - found).abs().max().item()
+        difference = max(difference, error if np.isfinite(error) else np.inf)
+        lowest = min(lowest, wanted.min().item())
+        highest = max(highest, wanted.max().item())
+        classes = {"torch": reference.classes(wanted), "export": reference.classes(found)}
+        pairs = [("agreement", classes["export"], classes["torch"], -1)]
+        if truth is not None:
+            pairs += [(who, guess, truth, ignore_index) for who, guess in classes.items()]
+        for name, guess, target, ignored in pairs:
+            counts = image_counts(
+                guess, target.long(), len(labels), ignore_index=ignored, boundary=False
+            )
+            rows[name].append(counts.numpy())
+        images += len(pictures)
+    miou = {n: figures_of(np.concatenate(r), labels)["miou"] for n, r in rows.items() if r}
+    return Parity(
+        images=images,
+        largest_difference=difference,
+        value_range=highest - lowest,
+        mask_iou=miou["agreement"],
+        miou=miou.get("export"),
+        torch_miou=miou.get("torch"),
+    )
