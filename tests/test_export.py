@@ -461,6 +461,7 @@ WRONG = {
     "no images": ("--format smp", "got neither"),
     "both": ("--format smp --images x --dataset y", "got both"),
     "missing pictures": ("--format smp --images gone/*.jpg", "names none"),
+    "video": ("--format smp --images {root}/film.mp4", "got only videos"),
     "missing data": ("--format smp --dataset gone", "gone"),
     "other classes": ("--format smp --dataset {root}/data --num_labels 4", "of 4 classes"),
     "no calibration": ("--format onnx-int8 --calibration_images 0", "of at least 1, got 0"),
@@ -471,6 +472,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_one_line(case, folder, used):
     """What is wrong has to be said before the minutes of an export."""
+    (folder / "film.mp4").touch()
     (folder / "bad").mkdir(exist_ok=True)
     (folder / "bad" / RESULTS).write_text("[]")
     flags, expected = WRONG[case]

@@ -16,7 +16,7 @@ from kd_trainer.data.decoding import decode_photograph
 from kd_trainer.image_processing import resize_image
 from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.parity import CheckBatch
-from kd_trainer.workflows.pictures import find_pictures
+from kd_trainer.workflows.pictures import find_pictures, is_video
 
 Sample = tuple[Tensor, Tensor | None]
 
@@ -46,7 +46,12 @@ def from_pictures(sources: Sequence[str], size: int, count: int) -> list[Sample]
         FileNotFoundError: if a source names no picture.
         ValueError: if a file is no readable picture.
     """
-    paths = find_pictures(sources)
+    paths = [path for path in find_pictures(sources) if not is_video(path)]
+    if not paths:
+        raise ValueError(
+            f"Expected pictures as --images, got only videos: {' '.join(sources)}. Export single "
+            "frames of them first."
+        )
     chosen = [paths[i] for i in spread(len(paths), count)]
     pictures = (decode_photograph({"path": str(p), "bytes": None}, 0) for p in chosen)
     tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in pictures)

@@ -13,9 +13,9 @@ from typing import Any
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import given_flags
-from kd_trainer.evaluation import labels_of
 from kd_trainer.fields import add_fields
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.workflows.entry_points import told_by
 from kd_trainer.workflows.export import ExportArguments, Exporter, check
 from kd_trainer.workflows.export_images import (
     Sample,
@@ -187,13 +187,7 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
             f"{'both' if args.images else 'neither'}. Name pictures like those the device sees."
         )
     student = load_student(student_folder(source), num_labels=data_settings.get("num_labels"))
-    names = list(labels_of(student).values())
-    told: dict[str, Any] = {
-        "num_labels": len(names),
-        "class_names": names,
-        "image_size": student.config.image_size,
-    }
-    result = export_student(student, args, DataArguments(**(told | data_settings)))
+    result = export_student(student, args, DataArguments(**(told_by(student) | data_settings)))
     if result.get("kept_in_fp32"):
         print(f"Kept in fp32: {', '.join(result['kept_in_fp32'])}")
     output = Path(args.output)
