@@ -299,7 +299,10 @@ def test_fault_that_shows_during_training_is_one_line_too(
 EVAL = {
     "no model": ("", "the following arguments are required: model"),
     "missing model": ("{good}/nobody --dataset {good}/data", "config.json"),
-    "another kind of model": ("{good}/stranger --dataset {good}/data", "segformer"),
+    "model without weights": (
+        "{good}/stranger --dataset {good}/data",
+        "Check that model.safetensors",
+    ),
     "no dataset": ("{good}/two", "Expected --dataset"),
     "missing dataset": ("{good}/two --dataset {good}/dta", "Did you mean 'data'?"),
     "missing split": ("{good}/two --dataset {good}/data --eval_split test", "--eval_split"),

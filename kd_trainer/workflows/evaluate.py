@@ -109,18 +109,11 @@ def evaluate_model(
             "take another checkpoint."
         )
     figures = {who: metric.compute() for who, metric in metrics.items()}
-    agreement = figures.get("agreement")
-    return Evaluation(
-        student=figures["student"],
-        eval_images=images,
-        teacher=figures.get("teacher", {}),
-        agreement={
-            "agreement": agreement["pixel_accuracy"],
-            "agreement_miou": agreement["miou"],
-        }
-        if agreement is not None
-        else {},
-    )
+    agreement = {}
+    if teacher is not None:
+        same = figures["agreement"]
+        agreement = {"agreement": same["pixel_accuracy"], "agreement_miou": same["miou"]}
+    return Evaluation(figures["student"], images, figures.get("teacher", {}), agreement)
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
