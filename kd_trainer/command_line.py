@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,12 +50,15 @@ _DERIVED = frozenset(
     | {"do_eval", "greater_is_better"}
 )
 
+# What a saved student has decided already.
+_OF_A_NEW_STUDENT = ("student_arch", "student_encoder", "encoder_weights", "decoder_channels")
+
 
 @dataclasses.dataclass
 class RunArguments:
     """The settings of one run.
 
-    `given` are those of the recipe and the flags, by field; `flags` names those of the flags.
+    `given` are those of the recipe and the flags, by field.
     """
 
     model: ModelArguments
@@ -63,7 +66,6 @@ class RunArguments:
     training: DistillationArguments
     dry_run: bool = False
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
-    flags: frozenset[str] = frozenset()
 
     def resolved(self) -> dict[str, Any]:
         """Every setting a recipe can hold; the Trainer's own only where they were changed."""
@@ -244,9 +246,23 @@ def parse(arguments: Sequence[str] | None = None) -> RunArguments:
     settings = merged(config, given)
     settings.setdefault("output_dir", f"runs/{Path(config).stem}")
     run = build(settings, dry_run=dry_run)
-    run.flags = frozenset(given)
-    check_ends(run.training, given)
+    check_given(run, given)
     return run
+
+
+def check_given(run: RunArguments, given: Collection[str]) -> None:
+    """Refuse flags that could only be ignored; the same values in a recipe are just its defaults.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    check_ends(run.training, given)
+    decided = [name for name in _OF_A_NEW_STUDENT if name in given]
+    if run.model.student is not None and decided:
+        raise ValueError(
+            f"Expected --student alone, got it with --{decided[0]}, which only a new student can "
+            "follow. Leave one of them out."
+        )
 
 
 def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:

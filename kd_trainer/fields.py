@@ -119,6 +119,8 @@ def _convert_to(value: Any, option: Any) -> Any:
         if float(value) != int(float(value)):
             raise ValueError
         return int(float(value))
+    if option is str and value is False:
+        return "no"  # what YAML makes of a bare `no`
     if option in (float, str):
         return option(value)
     raise TypeError

@@ -126,8 +126,12 @@ def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
     """Class of each pixel, uint8 (H, W).
 
     Args:
-        logits: raw logits (K, H, W); K = 1 is foreground from `threshold` on, else the largest.
-        threshold: probability between 0 and 1, of a one-logit model.
+        logits: raw logits (K, H, W); K up to 2 is foreground from `threshold` on, else the largest.
+        threshold: probability between 0 and 1, of a binary model.
     """
-    classes = logits[0].sigmoid() >= threshold if len(logits) == 1 else logits.argmax(dim=0)
+    if len(logits) <= 2:  # the difference of two softmax logits is the logit of the second class
+        foreground = logits[0] if len(logits) == 1 else logits[1] - logits[0]
+        classes = foreground.sigmoid() >= threshold
+    else:
+        classes = logits.argmax(dim=0)
     return np.asarray(classes.to(torch.uint8).cpu().numpy())

@@ -15,10 +15,15 @@ from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.timetable import Timetable
 
 
-def check_finite_weights(model: nn.Module, step: int) -> None:
+def check_finite_weights(model: nn.Module, where: str) -> None:
     """Raise if a parameter or buffer is not finite; one transfer from the device.
 
-    A finite loss can have a gradient that is not, and AdamW then writes it into the weights.
+    A finite loss can have a gradient that is not, and AdamW then writes it into the weights. Such a
+    model still predicts: NaN is never above 0, so it finds nothing.
+
+    Args:
+        model: to look at.
+        where: it is, for the message: after which update, or in which folder.
 
     Raises:
         FloatingPointError: naming the first one.
@@ -28,8 +33,8 @@ def check_finite_weights(model: nn.Module, step: int) -> None:
     bad = next((name for name, fine in zip(floating, finite, strict=True) if not fine), None)
     if bad is not None:
         raise FloatingPointError(
-            f"Expected finite weights, got NaN or infinity in {bad} after update {step}. Nothing "
-            "was saved after it. Lower the learning rate, or look for extreme inputs or logits."
+            f"Expected finite weights, got NaN or infinity in {bad} ({where}). Take an earlier "
+            "checkpoint; lower the learning rate, or look for extreme inputs or logits."
         )
 
 

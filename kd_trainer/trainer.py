@@ -285,7 +285,7 @@ class DistillationTrainer(PublishingTrainer):
     def check_finite(self) -> None:
         """Raise FloatingPointError if a loss term since the last log, or a weight, went bad."""
         self.tracked.check_finite(self.state.global_step)
-        check_finite_weights(self.model, self.state.global_step)
+        check_finite_weights(self.model, f"after update {self.state.global_step}")
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save, unless something went bad: nothing non-finite is ever kept."""

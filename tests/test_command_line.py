@@ -48,6 +48,13 @@ def test_recipe_by_path_sets_what_the_file_says(tmp_path: Path):
     assert run.training.output_dir == "runs/mine"
 
 
+def test_a_bare_no_in_yaml_is_the_word(tmp_path: Path):
+    """YAML reads it as false, and these fields know only words."""
+    path = written(tmp_path, "eval_strategy: no\nsave_strategy: no\nmixed_precision: no\n")
+    run = parse(["--config", path]).training
+    assert (run.eval_strategy, run.save_strategy, run.mixed_precision) == ("no", "no", "no")
+
+
 def test_default_of_every_field_is_that_of_the_recipe():
     """The recipe's figures stand in two places; they must not drift apart."""
     recipe = build(load_recipe(DEFAULT_RECIPE)).resolved()

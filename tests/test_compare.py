@@ -21,6 +21,8 @@ from transformers import Trainer
 
 from kd_trainer.command_line import build
 from kd_trainer.data import TransformedDataset
+from kd_trainer.hub import find_source
+from kd_trainer.publishing import Publication, write_folder
 from kd_trainer.timetable import Timetable
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows import compare, compare_runs, estimate
@@ -33,6 +35,7 @@ from kd_trainer.workflows.compare_runs import COUNTS, NOTE, PlannedRun, reset_pe
 from kd_trainer.workflows.compare_tables import markdown
 from kd_trainer.workflows.estimate import Speed, duration, finished_speed, seconds_left
 from kd_trainer.workflows.image_counts import ImageCounts, load_counts
+from kd_trainer.workflows.report import ReportArguments, build_report
 from kd_trainer.workflows.train import peak_memory_mib
 
 NAMES = ["baseline_seed0", "baseline_seed1", "distilled_seed0", "distilled_seed1"]
@@ -143,6 +146,17 @@ def test_seeds_are_different_runs(finished: Finished):
     """The same run three times has a standard error too, and it is 0."""
     one, other = finished.first["baseline_seed0"], finished.first["baseline_seed1"]
     assert not all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def test_report_and_card_of_a_run_find_the_comparison(finished: Finished, copied: Path):
+    """It lies beside the folders of the runs, where neither would look by itself."""
+    run = copied / "distilled_seed0"
+    page = build_report(run, ReportArguments(max_images=0), changed={"dataset": "none"})
+    assert 'id="comparison"' in page.read_text(encoding="utf-8")
+    about = Publication("me/student", "mit")
+    card = (write_folder(find_source(run), run / "hub", about) / "README.md").read_text()
+    miou = finished.summary["baseline"]["metrics"]["miou"]["mean"]
+    assert f"{miou:.4f}" in card
 
 
 def test_counts_are_those_of_the_results(finished: Finished):
@@ -556,9 +570,17 @@ def test_dry_run_shows_both_plans_and_trains_nothing(ground: Path, tmp_path: Pat
 
 
 def planned(folder: Path, **options: Any) -> PlannedRun:
-    run = build(SETTINGS | {"output_dir": str(folder), "unlabelled": None} | options)
+    run = build(
+        SETTINGS | {"output_dir": str(folder), "unlabelled": None, "report": False} | options
+    )
     budget = Budget(800, {"baseline": 100, "distilled": 100}, {"baseline": 1, "distilled": 1})
     return PlannedRun("distilled", 0, run, run, budget, None)
+
+
+def test_runs_of_a_comparison_write_no_page_that_nobody_asked_for():
+    """Six of them would cost six more passes over the evaluation images."""
+    assert parse_comparison(["--dataset", "x"]).settings["report"] is False
+    assert parse_comparison(["--dataset", "x", "--report", "true"]).settings["report"] is True
 
 
 def test_estimate_is_updates_and_evaluations(tmp_path: Path):

@@ -94,5 +94,7 @@ def test_threshold_counts_probabilities_of_one_logit_only():
     logit = torch.tensor([[[-1.0, 0.0, 1.0, 3.0]]])
     assert classes_at(logit).tolist() == [[0, 1, 1, 1]]
     assert classes_at(logit, 0.9).tolist() == [[0, 0, 0, 1]]
+    softmax = torch.stack([torch.zeros(1, 4), logit[0]])
+    assert classes_at(softmax, 0.9).tolist() == [[0, 0, 0, 1]]
     several = torch.tensor([[[1.0, 0.0]], [[0.0, 0.5]], [[0.5, 2.0]]])
     assert classes_at(several, 0.9).tolist() == [[0, 2]]

@@ -34,6 +34,13 @@ def good(tmp_path_factory) -> Path:
     state.pop(next(name for name in state if name.startswith("decoder")))
     save_file(state, root / "short.safetensors")
     (root / "broken.mp4").write_bytes(b"no video")
+    state["segmentation_head.0.bias"].fill_(float("nan"))
+    broken = shutil.copytree(root / "two", root / "broken") / "model.safetensors"
+    save_file(
+        load_file(broken) | {"segmentation_head.0.bias": state["segmentation_head.0.bias"]},
+        broken,
+        {"format": "pt"},
+    )
     for fault in ("short", "wide", "other", "cut", "bare", "garbled", "soft"):
         spoil(shutil.copytree(root / "two", root / fault), fault, root)
     shutil.copytree(root / "data" / "train" / "images", root / "photographs")
@@ -340,6 +347,8 @@ PREDICT = {
     "glob without pictures": ("{good}/two {good}/*.jpg", "names none"),
     "file that is no picture": ("{good}/two {good}/two/config.json", "Expected a readable image"),
     "threshold": ("{good}/two {good}/data --threshold 50", "--threshold between 0 and 1"),
+    "threshold of several classes": ("{good}/four {good}/data --threshold 0.6", "of 4 classes"),
+    "broken weights": ("{good}/broken {good}/data", "Expected finite weights"),
     "overlap": ("{good}/two {good}/data --overlap 1", "--overlap from 0 to below 1"),
     "output": ("{good}/two {good}/data --outputs mask", "one of masks, overlays, cutouts"),
     "file that is no video": ("{good}/two {good}/broken.mp4", "Expected a readable video"),
@@ -366,6 +375,7 @@ REPORT = {
     "missing run": ("{good}/nobody", "has no config.yaml"),
     "a model instead of a run": ("{good}/two", "Name the folder that holds config.yaml"),
     "unknown flag": ("{good}/two --max_image 3", "Did you mean --max_images?"),
+    "output that is a folder": ("{good}/two --output {good}", "Expected --output to be a file"),
     "number of images": ("{good}/two --max_images -1", "--max_images of at least 0"),
     "no number": ("{good}/two --max_images many", "--max_images to be a whole number"),
 }
@@ -389,6 +399,11 @@ COMPARE = {
     "the same seed twice": ("--seed_list 1 1", "different seeds from 0, got 1 1"),
     "seed of a training": ("--seed 3", "Expected --seeds or --seed_list, got --seed"),
     "resume": ("--resume", "Expected no --resume"),
+    "push": ("--push_to_hub", "Expected no --push_to_hub"),
+    "student and encoder": (
+        "--dataset {good}/data --teacher {good}/two --student {good}/two --student_encoder x",
+        "got it with --student_encoder",
+    ),
     "unknown kind": ("--only destilled", "one of baseline, distilled, got 'destilled'"),
     "no evaluation": (
         "--dataset {good}/data --teacher {good}/two --eval_strategy no",

@@ -22,9 +22,10 @@ from kd_trainer.hub import (
 )
 from kd_trainer.model_card import CardFacts, dataset_name, render
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.tracking import check_finite_weights
 
 # Optional files of a run with further measurements: a list of rows, each a mapping.
-MEASURED = {"Latency": "latency.json", "Exports": "exports.json"}
+EXPORTS = "export.json"  # as export.py leaves it with the run's folder as --output
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def settings_of(run: Path | None) -> dict[str, Any]:
 
 def _facts(source: Source, about: Publication) -> CardFacts:
     student = SmpForSemanticSegmentation.from_pretrained(str(source.student))
+    check_finite_weights(student, str(source.student))
     used, never_used, _ = parameter_counts(student)
     run, settings = source.run, settings_of(source.run)
     results = about.results
@@ -117,11 +119,14 @@ def _json(path: Path) -> Any:
 
 
 def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
-    """Figures of the undistilled student: the user's file, else the run's comparison.json."""
+    """Figures of the undistilled student: the user's file, else the means of a comparison.
+
+    compare.py writes `comparison.json` beside the folders of its runs.
+    """
     if given is None:
-        compared = _json(run / "comparison.json") if run is not None else {}
-        baseline = compared.get("baseline") if isinstance(compared, dict) else None
-        return baseline if isinstance(baseline, dict) else {}
+        compared = _json(run.resolve().parent / "comparison.json") if run is not None else {}
+        metrics = compared.get("baseline", {}).get("metrics", {})
+        return {f"student_{name}": mean["mean"] for name, mean in metrics.items() if mean}
     if not given.is_file():
         raise FileNotFoundError(
             f"Expected --baseline to be the results.json of a run without a teacher, got {given}."
@@ -137,9 +142,11 @@ def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
 
 
 def _measured(run: Path | None) -> dict[str, list[dict[str, Any]]]:
-    found = {}
-    for heading, name in MEASURED.items():
-        rows = _json(run / name) if run is not None else []
-        if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-            found[heading] = rows
-    return found
+    """The exports that were checked, one row each, with what can stand in a cell."""
+    exports = _json(run / EXPORTS) if run is not None else {}
+    columns = {"file MiB": "mib", "mask IoU": "mask_iou", "points lost": "miou_drop_points"}
+    rows = [
+        {"format": name} | {title: figures.get(key) for title, key in columns.items()}
+        for name, figures in exports.items()
+    ]
+    return {"Exports": rows} if rows else {}

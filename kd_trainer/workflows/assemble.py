@@ -36,10 +36,6 @@ class Parts:
     loss_weights: LossWeights
 
 
-# What a saved student has decided already.
-_OF_A_NEW_STUDENT = ("student_arch", "student_encoder", "encoder_weights", "decoder_channels")
-
-
 def evaluation_dataset(
     data: DataArguments, *, batch_size: int
 ) -> TransformedDataset | StreamedDataset:
@@ -95,12 +91,6 @@ def _check_together(run: RunArguments) -> None:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
             "photographs. Name a teacher, or leave --unlabelled out."
-        )
-    decided = [name for name in _OF_A_NEW_STUDENT if name in run.flags]
-    if run.model.student is not None and decided:
-        raise ValueError(
-            f"Expected --student alone, got it with --{decided[0]}, which only a new student can "
-            "follow. Leave one of them out."
         )
     if run.data.streaming and run.training.world_size > 1:
         raise ValueError(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.command_line import given_flags, merged, parser
+from kd_trainer.command_line import build, check_given, given_flags, merged, parser
 from kd_trainer.fields import (
     add_fields,
     check_at_least,
@@ -34,6 +34,8 @@ EPILOG = """Examples:
 _NOT_TAKEN = {
     "seed": "Expected --seeds or --seed_list, got --seed. Name all seeds at once.",
     "resume": "Expected no --resume, got one. Runs go on by themselves: leave it out.",
+    "push_to_hub": "Expected no --push_to_hub, got one: every run would push to the same place. "
+    "Push the best run's folder afterwards with push.py.",
 }
 
 
@@ -124,5 +126,10 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
                 f"--{unused[0] if unused else 'dry_run'}. It trains nothing: leave that out."
             )
         return Comparison(args, {}, output)
-    settings = {k: v for k, v in merged(config, given).items() if k != "resume"}
+    settings = merged(config, given)
+    # A configuration that a run has written may hold these.
+    settings = {k: v for k, v in settings.items() if k not in _NOT_TAKEN or k == "seed"}
+    if "report" not in given:
+        settings["report"] = False  # one page a run, that nobody asked for
+    check_given(build(settings), given)
     return Comparison(args, settings, output, dry_run)

@@ -58,7 +58,10 @@ class FinishedRun:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Names of the classes."""
+        """Names of the classes: of the student while it is here, else as the settings have them."""
+        written = read_json(self.folder / "student" / "config.json").get("id2label")
+        if written:
+            return {int(index): str(name) for index, name in written.items()}
         names = {key: self.config.get(key) for key in ("num_labels", "class_names")}
         return DataArguments(**{k: v for k, v in names.items() if v is not None}).id2label
 

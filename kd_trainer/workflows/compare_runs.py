@@ -24,6 +24,8 @@ COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 # Where a run lies and what it shows while it goes do not change what it learns.
 WITHOUT_EFFECT = frozenset(
     {"output_dir", "panel_images", "report_to", "logging_steps", "dataloader_num_workers"}
+    | {"report", "disable_tqdm", "save_total_limit"}
+    | {"push_to_hub", "hub_model_id", "hub_license", "hub_strategy", "hub_private_repo"}
 )
 
 

@@ -102,7 +102,7 @@ def _seconds_an_image(run: RunArguments, parts: Parts, guide: Parts) -> float:
 
 
 def seconds_left(planned: PlannedRun, speed: Speed, eval_images: int) -> float:
-    """Seconds a run still needs: updates, evaluations, and two at the end."""
+    """Seconds a run still needs: updates, evaluations, and two (three with a report) at the end."""
     evaluation = speed.image * eval_images
     if planned.trained:
         return 0.0 if planned.complete else evaluation
@@ -111,7 +111,9 @@ def seconds_left(planned: PlannedRun, speed: Speed, eval_images: int) -> float:
     args, per_epoch = planned.run.training, planned.budget.per_epoch[planned.kind]
     every = {"no": math.inf, "epoch": per_epoch}.get(args.eval_strategy, args.eval_steps or 0)
     evaluations = updates / every if every >= 1 else 1 / every
-    return share * (updates * speed.update + evaluations * evaluation) + 2 * evaluation
+    return (
+        share * (updates * speed.update + evaluations * evaluation) + (2 + args.report) * evaluation
+    )
 
 
 def finished_speed(planned: PlannedRun) -> Speed | None:

@@ -11,6 +11,7 @@ from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
 from kd_trainer.teacher import Teacher, load_teacher
+from kd_trainer.tracking import check_finite_weights
 from kd_trainer.weights import SUFFIXES
 
 
@@ -69,6 +70,7 @@ def load_student(
             f"{config.get('model_type')!r}. Other models can be teachers only."
         )
     student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
+    check_finite_weights(student, str(source))
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(

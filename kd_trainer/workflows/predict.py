@@ -141,6 +141,11 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     videos = [path for path in files if is_video(path)]
     total = len(pictures) + sum(map(frame_count, videos))
     segmenter, num_labels = load_segmenter(args)
+    if num_labels > 2 and args.threshold != PredictArguments.threshold:
+        raise ValueError(
+            f"Expected no --threshold for a model of {num_labels} classes, got {args.threshold}: "
+            "each pixel gets the likeliest class. Leave it out."
+        )
     start = time.perf_counter()
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
         images = (np.asarray(read_picture(path)) for path in pictures)

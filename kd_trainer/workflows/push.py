@@ -73,7 +73,8 @@ def push(args: PushArguments, folder: str, repo_id: str) -> Pushed | None:
         pictures=args.pictures,
     )
     if not args.dry_run:
-        check_access(repo_id, private=args.private)
+        private = args.private or bool(settings_of(source.run).get("hub_private_repo"))
+        check_access(repo_id, private=private)
     destination = write_folder(source, _destination(args, source), about)
     print(_listing(destination))
     if args.dry_run:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kd_trainer.arguments import DataArguments, ModelArguments
-from kd_trainer.evaluation import agreement_of, figures_of
+from kd_trainer.evaluation import agreement_of, figures_of, labels_of
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
@@ -53,6 +53,10 @@ class ReportArguments:
         check_at_least("max_images", self.max_images, 0)
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("workers", self.workers, 0)
+        if self.output and Path(self.output).is_dir():
+            raise ValueError(
+                f"Expected --output to be a file, got the folder {self.output}. Name a file in it."
+            )
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def build_report(
     if dataset is not None:
         check_image_size(data.image_size, student)
         teacher = _teacher(model, student, data, loaded, notes, strict="teacher" in changed)
-    contents = _contents(folder, settings, student, teacher, data)
+    contents = _contents(folder, settings, student, teacher)
     contents = dataclasses.replace(contents, notes=[*notes, *contents.notes])
     if dataset is not None:
         networks = Networks(student, teacher, data.ignore_index, device)
@@ -164,7 +168,6 @@ def _contents(
     settings: dict[str, Any],
     student: SmpForSemanticSegmentation,
     teacher: Teacher | None,
-    data: DataArguments,
 ) -> Contents:
     """All that is there without a look at an image."""
     results = read_json(folder / "results.json") or {}
@@ -187,7 +190,7 @@ def _contents(
         networks[TEACHER] = Network(name, size, known)
     return Contents(
         title=folder.resolve().name,
-        class_names=list(data.id2label.values()),
+        class_names=list(labels_of(student).values()),
         networks=networks,
         measured="Figures of results.json.",
         notes=[] if logs else [missing],
@@ -195,7 +198,9 @@ def _contents(
         results=results,
         settings=settings,
         logs=logs or written_evaluations(results),
-        comparison=read_json(folder / "comparison.json"),
+        # compare.py writes it beside the folders of its runs.
+        comparison=read_json(folder / "comparison.json")
+        or read_json(folder.resolve().parent / "comparison.json"),
         versions={"python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
     )
 
