@@ -32,7 +32,7 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 README = TEXTS["README.md"]
 PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
 # Flags on these pages that belong to accelerate and tensorboard.
-FOREIGN = {"--config_file", "--logdir"}
+FOREIGN = {"--config_file", "--logdir", "--quiet"}
 # Left empty as a default, and then set from the recipe's name, the launcher and the task.
 DERIVED = ("output_dir", "mixed_precision", "label_names", "greater_is_better")
 CLASSES = (ModelArguments, DataArguments, DistillationArguments)

@@ -146,7 +146,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
             f"Expected no --threshold for a model of {num_labels} classes, got {args.threshold}: "
             "each pixel gets the likeliest class. Leave it out."
         )
-    start = time.perf_counter()
+    start, done = time.perf_counter(), 0
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
         images = (np.asarray(read_picture(path)) for path in pictures)
         found = _masks(segmenter, images, args, bar)
@@ -155,10 +155,13 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
                 picture = drawn(output, image, mask, num_labels)
                 file = f"{names[path]}{OUTPUTS[output]}"
                 _write(picture, Path(args.output_dir) / output / file)
+            done += 1
         for path in videos:
             found = _masks(segmenter, read_frames(path), args, bar)
-            _write_video(found, args, names[path], rate=frame_rate(path), num_labels=num_labels)
-        return bar.n / (time.perf_counter() - start)
+            done += _write_video(
+                found, args, names[path], rate=frame_rate(path), num_labels=num_labels
+            )
+    return done / (time.perf_counter() - start)
 
 
 def _masks(
@@ -179,7 +182,9 @@ def _write_video(
     *,
     rate: float,
     num_labels: int,
-) -> None:
+) -> int:
+    """Write the outputs of a video; returns the number of its frames."""
+    number = 0
     folder = Path(args.output_dir)
     video = VideoFile(folder / "overlays" / f"{name}.mp4", rate)
     try:
@@ -192,6 +197,7 @@ def _write_video(
                     _write(picture, folder / output / name / f"{number:06d}{OUTPUTS[output]}")
     finally:
         video.close()
+    return number
 
 
 def _write(picture: np.ndarray, path: Path) -> None:
