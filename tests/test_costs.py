@@ -11,7 +11,15 @@ from torch import nn
 
 from kd_trainer.workflows import costs as costs_module
 from kd_trainer.workflows import latency as latency_module
-from kd_trainer.workflows.costs import RawLogits, costs, file_mib, macs, onnx_bytes, onnx_call
+from kd_trainer.workflows.costs import (
+    RawLogits,
+    costs,
+    file_mib,
+    macs,
+    onnx_bytes,
+    onnx_call,
+    picture_milliseconds,
+)
 from kd_trainer.workflows.latency import interleaved, latency
 
 
@@ -99,6 +107,28 @@ def test_latency_refuses_to_measure_nothing(repeats, threads):
     """The median of no call is NaN."""
     with pytest.raises(ValueError, match="of at least 1, got 0"):
         latency(print, [], repeats, threads)
+
+
+def test_each_network_is_timed_at_its_own_size(monkeypatch):
+    """A teacher of other input size, timed with the student's pictures, would look too fast."""
+    seen = []
+
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+
+        def forward(self, pixels):
+            seen.append((tuple(pixels.shape), pixels.dtype))
+            time.sleep(0.01)
+            return pixels
+
+    monkeypatch.setattr(costs_module, "PICTURES", 2)
+    networks = {"student": tiny_student(), "teacher": Sized()}
+    found = picture_milliseconds(networks, {"student": 32, "teacher": 64})
+    assert set(seen) == {((1, 3, 64, 64), torch.bfloat16)}
+    assert found["teacher_ms"] >= 10
+    assert found["latency_threads"] == torch.get_num_threads()
 
 
 def test_file_size_counts_what_is_there(tmp_path):

@@ -28,6 +28,7 @@ from kd_trainer.export.quantize import Quantiser, part_name, parts_of
 from kd_trainer.export.session import OnnxStudent, load_onnx
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.workflows import export as export_module
 from kd_trainer.workflows.export import ExportArguments, Exporter, int8_fault, versions
 from kd_trainer.workflows.export_images import from_pictures, spread
 from kd_trainer.workflows.export_main import RESULTS, export_main, export_student
@@ -350,13 +351,37 @@ def test_exports_are_listed_together(student, folder, quick, tmp_path):
     assert first["miou_drop_points"] == pytest.approx(0, abs=1e-9)
     assert listed["onnx"]["at_another_size"]["shape"] == [3, 3, SIDE + 8, SIDE + 16]
     assert listed["onnx-fp16"]["mib"] < 0.52 * listed["onnx"]["mib"]
+    assert list(listed["onnx-fp16"]["latency"]) == ["torch", "file"]
+    assert all(time["threads"] == 1 for time in listed["onnx-fp16"]["latency"].values())
+
+
+def test_what_is_timed_is_the_file_and_the_student(student, quick, tmp_path, monkeypatch):
+    """A time of something else, or with the preparation on one side only, says nothing."""
+    timed = {}
+
+    def call_each(calls, inputs, repeats, threads):
+        timed.update({name: call(*inputs) for name, call in calls.items()})
+        return {}
+
+    monkeypatch.setattr(export_module, "interleaved", call_each)
+    samples = [(picture, None) for picture in pictures(2, SIDE, SIDE)]
+    exporter = Exporter(student, ExportArguments(format="onnx"), samples, tmp_path)
+    exporter.write()
+    exporter.latency()
+    expected = raw(student, samples[0][0][None])
+    assert timed["torch"].shape == (1, 1, SIDE, SIDE)
+    for found in timed.values():
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-4)
 
 
 def test_int8_is_exported_from_a_run(student, folder, quick, tmp_path):
     """Calibration reads the split to train on, the check the other one."""
-    args, data = settings(folder, tmp_path / "out", format="onnx-int8", calibration_images=2)
+    args, data = settings(
+        folder, tmp_path / "out", format="onnx-int8", calibration_images=2, latency_repeats=0
+    )
     result = export_student(student, args, data)
     assert result["calibration_images"] == 2
+    assert "latency" not in result
     assert result["kept_in_fp32"] == [] or result["miou_drop_points"] <= 0.5
     assert OnnxStudent(tmp_path / "out" / "student_int8.onnx").metadata["precision"] == "int8"
 

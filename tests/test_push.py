@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -176,6 +177,26 @@ def test_baseline_stands_beside_the_student(world: World, tmp_path: Path):
     assert "| 0.1250 |" in (tmp_path / "look" / "README.md").read_text()
     with pytest.raises(ValueError, match="got one taught by big"):
         push_main([str(world.run), BINARY, *flags, str(world.run / "results.json")])
+
+
+def test_checked_exports_and_measured_latencies_stand_on_the_card(world: World, tmp_path: Path):
+    """Whoever chooses a model for a device looks for milliseconds, and for what int8 costs."""
+    run = shutil.copytree(world.run, tmp_path / "compare" / "distilled_seed0")
+    times = {"torch": {"median": 12.34}, "file": {"median": 5.67}}
+    export = {"mib": 6.5, "mask_iou": 0.975, "miou_drop_points": 0.25, "latency": times}
+    (run / "export.json").write_text(json.dumps({"onnx-int8": export, "smp": {"mib": 22.0}}))
+    row = {"engine": "onnxruntime", "threads": 1, "median": 8.9, "percentile_95": 9.8}
+    costs = {"teacher": None, "student": {"latency": [row]}, "load": 0.0}
+    (run.parent / "comparison.json").write_text(json.dumps({"costs": costs}))
+    push_main([str(run), BINARY, "--dry_run", "--output_dir", str(tmp_path / "look")])
+    card = (tmp_path / "look" / "README.md").read_text()
+    assert "| onnx-int8 | 6.5 | 0.975 | 0.25 | 5.67 | 12.34 |" in card
+    assert "| smp | 22 |  |  |  |  |" in card
+    assert "| student | onnxruntime | 1 | 8.9 | 9.8 |" in card
+    measured = json.loads((run / "results.json").read_text())
+    for who in ("student", "teacher"):
+        (line,) = re.findall(rf"^\| {who} \|.* ([\d.]+) \|$", card, re.MULTILINE)[:1]
+        assert float(line) == pytest.approx(measured[f"{who}_ms"], abs=0.05)
 
 
 # What a stranger runs: the code of the card, in a process that has never heard of kd_trainer.

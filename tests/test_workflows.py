@@ -41,6 +41,9 @@ RESULTS = {
     "train_seconds",
     "images_per_second",
     "peak_memory_mib",
+    "student_ms",
+    "teacher_ms",
+    "latency_threads",
     "versions",
 }
 

@@ -26,6 +26,7 @@ from kd_trainer.tracking import check_finite_weights
 
 # Optional files of a run with further measurements: a list of rows, each a mapping.
 EXPORTS = "export.json"  # as export.py leaves it with the run's folder as --output
+COMPARISON = "comparison.json"  # beside the folders of the runs that compare.py made
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,7 @@ def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
     compare.py writes `comparison.json` beside the folders of its runs.
     """
     if given is None:
-        compared = _json(run.resolve().parent / "comparison.json") if run is not None else {}
-        metrics = compared.get("baseline", {}).get("metrics", {})
+        metrics = _compared(run).get("baseline", {}).get("metrics", {})
         return {f"student_{name}": mean["mean"] for name, mean in metrics.items() if mean}
     if not given.is_file():
         raise FileNotFoundError(
@@ -141,12 +141,30 @@ def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
     return results
 
 
+def _compared(run: Path | None) -> Any:
+    """What a comparison found that the run was a part of; empty without one."""
+    return _json(run.resolve().parent / COMPARISON) if run is not None else {}
+
+
 def _measured(run: Path | None) -> dict[str, list[dict[str, Any]]]:
-    """The exports that were checked, one row each, with what can stand in a cell."""
+    """Checked exports and measured latencies, one row each, with what can stand in a cell."""
     exports = _json(run / EXPORTS) if run is not None else {}
     columns = {"file MiB": "mib", "mask IoU": "mask_iou", "points lost": "miou_drop_points"}
-    rows = [
-        {"format": name} | {title: figures.get(key) for title, key in columns.items()}
-        for name, figures in exports.items()
+    rows = []
+    for name, figures in exports.items():
+        row = {"format": name} | {title: figures.get(key) for title, key in columns.items()}
+        for call in ("file", "torch"):
+            row[f"ms {call}"] = figures.get("latency", {}).get(call, {}).get("median")
+        rows.append(row)
+    costs = _compared(run).get("costs", {})
+    latencies = [
+        {"network": who, "engine": one["engine"], "threads": one["threads"]}
+        | {"median ms": one["median"], "95th percentile ms": one["percentile_95"]}
+        for who in ("teacher", "student")
+        for one in (costs.get(who) or {}).get("latency", [])
     ]
-    return {"Exports": rows} if rows else {}
+    tables = {
+        "Exports (one picture on one thread of a CPU)": rows,
+        "Latency (one picture on a CPU)": latencies,
+    }
+    return {heading: found for heading, found in tables.items() if found}

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kd_trainer.workflows.latency import Call, Latency, all_threads, interleaved
 from kd_trainer.workflows.models import network_size
 
+PICTURES = 10  # measured calls of each network at the end of a training
 _ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 
 
@@ -98,6 +99,28 @@ def costs(
             sessions = {n: onnx_call(m, pixels[n], threads) for n, m in models.items() if m}
             _add(found, "onnxruntime", interleaved(sessions, [], repeats, threads))
     return found
+
+
+def picture_milliseconds(
+    networks: Mapping[str, nn.Module], sides: Mapping[str, int]
+) -> dict[str, float | int]:
+    """Median time of one picture in torch, each network on its own device, in turn.
+
+    Args:
+        networks: by name.
+        sides: pixels of the square input of each.
+
+    Returns:
+        `NAME_ms` of each, and `latency_threads`, those of the CPU that torch might use.
+    """
+    calls: dict[str, Call] = {}
+    for name, network in networks.items():
+        weight = next(network.parameters())
+        pixels = _picture(sides[name]).to(weight.device, weight.dtype)
+        calls[name] = partial(RawLogits(network).eval(), pixels)
+    threads = torch.get_num_threads()
+    found = interleaved(calls, [], PICTURES, threads)
+    return {f"{n}_ms": one.median for n, one in found.items()} | {"latency_threads": threads}
 
 
 def _picture(side: int) -> Tensor:

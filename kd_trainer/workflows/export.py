@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from kd_trainer.export.session import OnnxStudent
 from kd_trainer.fields import check_at_least, check_choice, help_field
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.workflows.export_images import Sample, batches_of
+from kd_trainer.workflows.latency import Latency, interleaved
 from kd_trainer.workflows.parity import CheckBatch, Network, Parity, Reference, compare
 
 FILES = {
@@ -58,11 +60,15 @@ class ExportArguments:
         "none, or their names (such as decoder.blocks.0).",
     )
     batch_size: int = help_field(4, "Pictures at a time in the check.")
+    latency_repeats: int = help_field(
+        20, "Measured calls of torch and of the file, one picture on one thread; 0 measures none."
+    )
 
     def __post_init__(self) -> None:
         check_choice("format", self.format, tuple(FILES))
         for name in ("check_images", "calibration_images", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
+        check_at_least("latency_repeats", self.latency_repeats, 0)
         if self.with_preprocessing and self.format == "smp":
             raise ValueError(
                 "Expected a format with a graph for --with_preprocessing, got smp, whose folder "
@@ -153,11 +159,23 @@ class Exporter:
         """The written file against the student."""
         return compare(
             self.reference,
-            self._exported(),
+            self._exported(torch.get_num_threads()),
             batches,
             ignore_index=self.ignore_index,
             title=title,
         )
+
+    def latency(self) -> dict[str, Latency]:
+        """Student and written file by turns: one picture, on one thread.
+
+        The preparation of the picture counts for both where the file does it itself, else for none.
+        """
+        picture = self.samples[0][0][None]
+        pixels = self.reference.prepare(picture)
+        network = partial(self.reference.output, pixels)
+        torch_call = partial(self.reference, picture) if self.inside else network
+        calls = {"torch": torch_call, "file": partial(self._runner(threads=1), self._feed(picture))}
+        return interleaved(calls, [], self.args.latency_repeats, threads=1)
 
     def _write_full(self) -> Path:
         path = self.work / "full.onnx"
@@ -173,15 +191,19 @@ class Exporter:
         """uint8 (B, 3, H, W) as the exported file takes them."""
         return pictures.permute(0, 2, 3, 1) if self.inside else self.reference.prepare(pictures)
 
-    def _exported(self) -> Network:
+    def _exported(self, threads: int) -> Network:
+        """The written file as a function of uint8 pictures (B, 3, H, W)."""
+        run = self._runner(threads)
+        return lambda pictures: run(self._feed(pictures))
+
+    def _runner(self, threads: int) -> Network:
+        """The written file as a function of what it takes."""
         if self.args.format == "smp":
-            network = read_smp(self.path)
-        elif self.args.format == "torch-export":
-            network = read_program(self.path)
-        else:
-            session = OnnxStudent(self.path, threads=torch.get_num_threads())
-            return lambda pictures: torch.from_numpy(session(self._feed(pictures).numpy()))
-        return lambda pictures: network(self._feed(pictures))
+            return read_smp(self.path)
+        if self.args.format == "torch-export":
+            return read_program(self.path)
+        session = OnnxStudent(self.path, threads=threads)
+        return lambda fed: torch.from_numpy(session(fed.numpy()))
 
 
 def versions(quantiser: Quantiser, exclude: Sequence[str]) -> Iterator[list[str]]:

@@ -123,6 +123,8 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
         if args.format != "onnx-int8":  # whose ranges are those of the size it is meant for
             check(args, other, "at another size")
         more["at_another_size"] = {"shape": list(batches[0][0].shape), **_figures(other)}
+    if args.format != "smp" and args.latency_repeats:  # smp's folder is the same network
+        more["latency"] = {name: vars(found) for name, found in exporter.latency().items()}
     files = [exporter.path, *exporter.path.rglob("*")]
     packages = PACKAGES["onnx" if args.format.startswith("onnx") else "torch"]
     return {
@@ -158,10 +160,17 @@ def results_table(results: dict[str, dict[str, Any]]) -> str:
                 f"{result['largest_difference']:.2g}",
                 f"{result['mask_iou']:.4f}",
                 *([f"{miou[0]:.4f}", f"{miou[1]:.4f}", f"{miou[2]:.2f}"] if known else [""] * 3),
+                *(_median(result, name) for name in ("torch", "file")),
             ]
         )
     header = ["format", "file", "MiB", "images", "largest difference", "mask IoU"]
-    return markdown_table([*header, "mIoU torch", "mIoU", "points lost"], rows)
+    header += ["mIoU torch", "mIoU", "points lost", "ms torch", "ms file"]
+    return markdown_table(header, rows)
+
+
+def _median(result: dict[str, Any], name: str) -> str:
+    found = result.get("latency", {}).get(name)
+    return f"{found['median']:.1f}" if found else ""
 
 
 def export_main(arguments: Sequence[str] | None = None) -> None:

@@ -73,10 +73,14 @@ class Reference:
         pixels: Tensor = made["pixel_values"]
         return pixels
 
-    @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Raw logits, or probabilities, (B, K, H, W)."""
-        raw: Tensor = self.student(pixel_values=self.prepare(pictures))["raw_logits"]
+        """Raw logits, or probabilities, (B, K, H, W), of uint8 (B, 3, H, W)."""
+        return self.output(self.prepare(pictures))
+
+    @torch.no_grad()
+    def output(self, pixels: Tensor) -> Tensor:
+        """The same of normalised floats (B, 3, H, W)."""
+        raw: Tensor = self.student(pixel_values=pixels)["raw_logits"]
         if not self.probabilities:
             return raw
         return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset
 from kd_trainer.hub import check_access
+from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.weights import load_strictly, read_weights
 from kd_trainer.workflows.assemble import Parts, assemble
+from kd_trainer.workflows.costs import picture_milliseconds
 from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.models import load_student, network_size
@@ -191,7 +194,20 @@ def _results(
             device=run.training.device,
         )
         results = evaluation.results() | results
+    results |= _latencies(run, parts, student)
     return results | {"versions": {name: version(name) for name in LIBRARIES}}
+
+
+def _latencies(
+    run: RunArguments, parts: Parts, student: SmpForSemanticSegmentation
+) -> dict[str, float | int]:
+    """Milliseconds a picture of student and teacher, on the device they were measured on."""
+    networks: dict[str, nn.Module] = {"student": student}
+    sides = {"student": run.data.image_size}
+    if parts.teacher is not None:
+        networks["teacher"] = parts.teacher.network
+        sides["teacher"] = parts.teacher.image_size or run.data.image_size
+    return picture_milliseconds(networks, sides)
 
 
 def weight_file_mib(source: Path) -> float | None:
@@ -209,12 +225,13 @@ def summary_table(results: dict[str, Any]) -> str:
         "boundary_iou": "boundary IoU",
         "pixel_accuracy": "pixel accuracy",
     }
-    header = ["", *metrics.values(), "agreement", "parameters", "file MiB"]
+    header = ["", *metrics.values(), "agreement", "parameters", "file MiB", "ms a picture"]
     rows = []
     for who in ("teacher", "student"):
         if f"{who}_miou" not in results:
             continue
         parameters, size = results[f"{who}_parameters"], results.get(f"{who}_file_mib")
+        milliseconds = results.get(f"{who}_ms")
         agreement = f"{results['agreement']:.4f}" if "agreement" in results else ""
         rows.append(
             [
@@ -223,6 +240,7 @@ def summary_table(results: dict[str, Any]) -> str:
                 agreement if who == "student" else "",
                 f"{parameters:,}",
                 "" if size is None else f"{size:.1f}",
+                "" if milliseconds is None else f"{milliseconds:.1f}",
             ]
         )
     return markdown_table(header, rows)
