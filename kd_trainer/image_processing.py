@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoVideoProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 
@@ -126,6 +126,9 @@ if not __name__.startswith("transformers_modules."):
     AutoImageProcessor.register(
         SmpConfig, image_processor_classes={"torchvision": SmpImageProcessor}, exist_ok=True
     )
+    # A pipeline also looks for a video processor. It would guess one from the entry of the image
+    # processor in a saved student, and ask whether to run code that does not exist.
+    AutoVideoProcessor.register(SmpConfig, video_processor_classes={}, exist_ok=True)
 SmpImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = ["SmpImageProcessor", "resize_image"]

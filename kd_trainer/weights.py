@@ -251,8 +251,8 @@ def _downloaded_encoder(config: SmpConfig) -> nn.Module:
         return encoder
     except (OSError, EntryNotFoundError) as error:  # a network fault of the Hub is an OSError
         raise FileNotFoundError(
-            f"Expected to download the ImageNet weights of {config.encoder_name}, got "
-            f"{type(error).__name__}. {cure}"
+            f"Expected to download the ImageNet weights of {config.encoder_name}, got no answer "
+            f"from the Hub ({type(error).__name__}). {cure}"
         ) from error
     except (KeyError, RuntimeError) as error:
         raise ValueError(

@@ -135,7 +135,7 @@ def _sizes(facts: CardFacts) -> str:
             row.append(f"{milliseconds:.1f}" if milliseconds else "")
         threads = results.get("latency_threads")
         device = str(results.get("device", "cpu")).split(":")[0]
-        where = f"a CPU, {threads} threads" if device == "cpu" else f"a device of kind {device}"
+        where = f"a CPU (threads: {threads})" if device == "cpu" else f"a device of kind {device}"
         notes.append(
             f"Milliseconds are the median of single pictures of {facts.side} x {facts.side} in "
             f"torch, in fp32, on {where}, measured by turns at the end of the training."
