@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -139,7 +141,10 @@ def free_port(host: str, port: int | None) -> int:
 
 def serve(page: Any, args: WebDemoArguments, port: int) -> None:
     """Show the page until the process is interrupted."""
+    # The reader's own fonts: gradio's half-bold one lacks most letters.
+    themes = require("gradio", extra="demo").themes
     page.launch(
+        theme=themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         server_name=args.host,
         server_port=port,
         inbrowser=args.open,
@@ -156,6 +161,7 @@ def serve(page: Any, args: WebDemoArguments, port: int) -> None:
     everywhere = " (and at every other address of this machine)" if args.host == "0.0.0.0" else ""
     shown = "127.0.0.1" if everywhere else args.host
     print(f"Demo: http://{shown}:{port}{everywhere}. Ctrl+C ends it.", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services and containers end it
     try:
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -21,19 +21,26 @@ HOUR = 3600
 QUEUE = "models"  # one picture at a time: two at once would slow each other's milliseconds down
 STYLE = """
 .gradio-container{max-width:1360px!important;margin:0 auto!important}
+.gradio-container,.gradio-container .main,.gradio-container main{width:100%;min-width:0}
+.gradio-container .kd{min-width:0}
+#notice:not(:has(.note)),#said:not(:has(p,table)){display:none}
 .kd h1{font-size:1.5rem;line-height:1.3;margin:0 0 .2em}
 .kd p{margin:.3em 0}
 .kd .note{border-left:4px solid #d55e00;background:var(--background-fill-secondary);
 padding:8px 12px;overflow-wrap:anywhere}
 .kd .scroll{overflow-x:auto;border:1px solid var(--border-color-primary);border-radius:8px;
 max-width:100%;width:fit-content;margin:.5em 0}
-.kd table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:0}
+.kd .scroll table{border:0!important;border-collapse:collapse;margin:0;font-size:.9rem;
+font-variant-numeric:tabular-nums}
 .kd th,.kd td{padding:6px 12px;text-align:right;border:0;
 border-bottom:1px solid var(--border-color-primary)}
 .kd th{background:var(--background-fill-secondary);font-weight:600}
-.kd td:first-child{text-align:left}
+.kd td{white-space:nowrap}
+.kd th:first-child,.kd td:first-child{text-align:left;white-space:normal}
+.kd .scroll tr{border:0}
 .kd tr:last-child td{border-bottom:0}
 .kd .legend{display:flex;flex-wrap:wrap;gap:4px 18px;padding:0;margin:8px 0;list-style:none}
+@media (max-width:480px){.kd th,.kd td{padding:5px 7px}.kd table{font-size:.8rem}}
 .kd .legend i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;
 vertical-align:-2px}
 """
@@ -77,9 +84,14 @@ def build_page(
                 if examples:
                     gr.Examples([[str(path)] for path in examples], photograph, label="examples")
             with gr.Column(scale=2, min_width=320):
-                notice, slider = gr.HTML(elem_classes="kd"), _slider(gr, models)
+                notice = gr.HTML(elem_classes="kd", elem_id="notice")
+                slider = _slider(gr, models)
         outputs = [notice, slider, *_results(gr, models)]
-        shared: dict[str, Any] = {"inputs": [photograph, level], "outputs": outputs, "api_visibility": "private"}
+        shared: dict[str, Any] = {
+            "inputs": [photograph, level],
+            "outputs": outputs,
+            "api_visibility": "private",
+        }
         shared |= {"concurrency_id": QUEUE, "concurrency_limit": 1}
         photograph.change(_answer(models, repeats, gr.skip), **shared)
         level.release(_answer(models, 0, gr.skip), **shared)
@@ -104,7 +116,7 @@ def _photograph(gr: Any) -> Any:
 def _slider(gr: Any, models: Models) -> Any:
     left, right = ("teacher", "student") if TEACHER in models else ("photograph", "student")
     return gr.ImageSlider(
-        label=f"left of the slider: {left}, right: {right}",
+        label=f"left: {left}, right: {right}",
         format="png",
         interactive=False,
         elem_id="slider",
@@ -117,14 +129,20 @@ def _results(gr: Any, models: Models) -> list[Any]:
 
     def picture(label: str, name: str) -> Any:
         return gr.Image(
-            label=label, format="png", interactive=False, elem_id=name, height=300, min_width=240
+            label=label,
+            format="png",
+            interactive=False,
+            elem_id=name,
+            height=300,
+            min_width=240,
+            buttons=["download", "fullscreen"],
         )
 
     with gr.Row():
         masks = [picture(f"mask of the {role}", f"mask-{role}") for role in models]
         difference = picture("difference" if TEACHER in models else "cut-out", "difference")
     with gr.Row():
-        with gr.Column(min_width=320):
+        with gr.Column(min_width=320, elem_id="said"):
             said = gr.HTML(elem_classes="kd", elem_id="found")
         with gr.Column(min_width=320):
             costs = gr.HTML(words.figures(models, None), elem_classes="kd", elem_id="figures")

@@ -52,31 +52,31 @@ def shrunk_note(shown: tuple[int, int], original: tuple[int, int]) -> str:
 def figures(models: Models, latencies: Mapping[str, Latency] | None) -> str:
     """Milliseconds and sizes of the networks; None stands for times that are not there yet."""
     times: dict[str, float | None] = dict.fromkeys(models)
-    calls = "median"
+    times_of = "Milliseconds are those of the network alone"
     if latencies is not None:
         times = {role: latencies[role].median for role in models}
-        calls = f"median of {latencies[STUDENT].repeats}"
+        times_of += f", the median of {latencies[STUDENT].repeats} calls"
     rows = [
-        _figures(f"milliseconds a picture ({calls})", times, ",.1f"),
-        _figures("parameters", _of(models, lambda model: model.parameters), ",.0f"),
+        _figures("milliseconds", times, ",.1f"),
+        _figures("million parameters", _of(models, _millions), ",.2f"),
         _figures("weight file, MiB", _of(models, lambda model: model.file_mib), ",.1f"),
-        _words("network", models, lambda model: model.name),
-        _words("input, pixels", models, _input),
-        _words("runs on", models, lambda model: model.runs_on),
+        _figures("side of the input", _of(models, lambda m: m.segmenter.image_size), "d"),
     ]
-    return table(["", *models, *(["teacher / student"] if TEACHER in models else [])], rows)
+    places = {role: model.runs_on for role, model in models.items()}
+    same = len(set(places.values())) == 1
+    told = places[STUDENT] if same else "; ".join(f"{r} on {place}" for r, place in places.items())
+    notes = f"<p>{times_of}: {text(told)}."
+    if TEACHER in models:
+        notes += " Ratios are teacher / student."
+    return table(["", *models, *(["ratio"] if TEACHER in models else [])], rows) + f"{notes}</p>"
 
 
-def _input(model: DemoModel) -> str:
-    return f"{model.segmenter.image_size} x {model.segmenter.image_size}"
+def _millions(model: DemoModel) -> float | None:
+    return None if model.parameters is None else model.parameters / 1e6
 
 
 def _of(models: Models, value: Callable[[DemoModel], float | None]) -> dict[str, float | None]:
     return {role: value(model) for role, model in models.items()}
-
-
-def _words(name: str, models: Models, value: Callable[[DemoModel], str]) -> list[object]:
-    return [name, *map(value, models.values()), *([""] if TEACHER in models else [])]
 
 
 def _figures(name: str, values: Mapping[str, float | None], form: str) -> list[object]:
@@ -108,7 +108,7 @@ def found(result: Result, class_names: tuple[str, ...]) -> str:
 
 
 def _percent(share: float) -> str:
-    return "below 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
 
 
 def differences(result: Result, class_names: tuple[str, ...]) -> str:
