@@ -48,8 +48,8 @@ class WebDemoArguments:
     threshold: float = help_field(
         THRESHOLD, "Probability from which a pixel of a binary model is found; a slider changes it."
     )
-    examples: list[str] = help_field(
-        [], f"Pictures, folders or globs to offer under the upload, the first {MOST_EXAMPLES}."
+    examples: list[str] | None = help_field(
+        None, f"Pictures, folders or globs to offer under the upload, the first {MOST_EXAMPLES}."
     )
     repeats: int = help_field(5, "Measured calls of each network for a picture.")
     host: str = help_field(
@@ -205,7 +205,7 @@ def web_demo_main(arguments: Sequence[str] | None = None) -> None:
         prepare_environment(folder)
         require("gradio", extra="demo")
         port = free_port(args.host, args.port)
-        examples = example_pictures(args.examples)
+        examples = example_pictures(args.examples or [])
         models = load_models(source, model, args)
         page = build_page(models, threshold=args.threshold, repeats=args.repeats, examples=examples)
         serve(page, args, port)
