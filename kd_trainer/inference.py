@@ -54,6 +54,12 @@ class Segmenter:
         found = iter(self._whole(whole))
         return [self._tiled(p) if self._in_tiles(p) else next(found) for p in pictures]
 
+    def network_input(self, picture: Picture) -> Tensor:
+        """What the network sees of a whole picture: normalised floats (1, 3, side, side)."""
+        side = self.image_size
+        pixels = resize_image(_channels_first(picture), side, side)[None]
+        return normalise(pixels.to(self.statistics[0].device), self.statistics)
+
     def _in_tiles(self, picture: Picture) -> bool:
         return self.tile and max(picture.shape[:2]) > self.image_size
 

@@ -102,6 +102,13 @@ def test_networks_are_timed_in_turn_with_the_threads_asked_for():
     assert found["a"].repeats == found["b"].repeats == 3
 
 
+def test_calls_that_warm_up_can_be_chosen_and_are_not_measured():
+    """Somebody waits for the page on which these figures stand."""
+    pauses = iter([0.2, *[0.002] * 3])
+    found = interleaved({"a": lambda: time.sleep(next(pauses))}, [], 3, 1, warm_up=1)
+    assert 2 <= found["a"].percentile_95 < 100
+
+
 @pytest.mark.parametrize(("repeats", "threads"), [(0, 1), (1, 0)])
 def test_latency_refuses_to_measure_nothing(repeats, threads):
     """The median of no call is NaN."""

@@ -17,7 +17,7 @@ from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArgu
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.workflows import entry_points, export_main, push
+from kd_trainer.workflows import entry_points, export_main, push, web_demo
 from kd_trainer.workflows.compare_arguments import (
     CompareArguments,
     compare_parser,
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
+SPACE = {*web_demo.SPACE_VARIABLES, *web_demo.SERVER_VARIABLES}
 PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
 # Flags on these pages that belong to accelerate and tensorboard.
 FOREIGN = {"--config_file", "--logdir", "--quiet"}
@@ -43,6 +44,7 @@ SCRIPTS = {
     "export.py": (export_main.ExportArguments, *CLASSES),
     "report.py": (entry_points.ReportArguments, *CLASSES),
     "push.py": (push.PushArguments,),
+    "demo.py": (web_demo.WebDemoArguments, *CLASSES),
 }
 WORDS = ("model", "pictures", "run", "folder", "repo_id")
 
@@ -70,11 +72,13 @@ def parsers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry_points, "given_flags", catch)
         patch.setattr(push, "given_flags", catch)
+        patch.setattr(web_demo, "given_flags", catch)
         mains = (
             ("eval.py", entry_points.evaluate_main),
             ("predict.py", entry_points.predict_main),
             ("report.py", entry_points.report_main),
             ("push.py", push.push_main),
+            ("demo.py", web_demo.web_demo_main),
         )
         for name, main in mains:
             with pytest.raises(CaughtError) as caught:
@@ -205,6 +209,7 @@ def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
         ("docs/report.md", "flag of report.py", entry_points.ReportArguments),
         ("docs/publish.md", "flag of push.py", push.PushArguments),
         ("docs/export.md", "flag of export.py", export_main.ExportArguments),
+        ("docs/demo.md", "flag of demo.py", web_demo.WebDemoArguments),
     ],
 )
 def test_documented_defaults_are_those_of_the_scripts(page: str, heading: str, cls: type):
@@ -227,6 +232,14 @@ def test_documented_defaults_are_those_of_the_comparison():
     assert found.keys() == hints.keys()
     for name, value in found.items():
         assert convert(name, value, hints[name]) == getattr(wanted, name), name
+
+
+def test_documented_variables_are_those_that_a_space_is_told():
+    """A Space has no --help, and a variable that nothing reads looks like one that is set."""
+    named = {
+        cell for row in rows(TEXTS["docs/demo.md"], "variable") for cell in [row[0].strip("`")]
+    }
+    assert named == SPACE
 
 
 def slug(heading: str) -> str:

@@ -78,6 +78,14 @@ def test_whole_pictures_are_shrunk_as_in_training_and_their_logits_resized():
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def test_the_input_that_is_timed_is_the_input_that_is_predicted():
+    """Times of another size would be those of another model."""
+    seen = []
+    looks = segmenter(lambda images: (seen.append(images), pointwise(images))[1])
+    looks.logits([picture(90, 50)])
+    assert torch.equal(looks.network_input(picture(90, 50)), seen[0])
+
+
 @pytest.mark.parametrize("tile", [False, True])
 def test_flip_gives_a_mirrored_picture_the_mirrored_answer(tile: bool):
     """Without turning the second look back, it would blur the mask with its mirror image."""

@@ -14,7 +14,7 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 300, 60, 5
 PORTABLE = ("modeling", "image_processing", "configuration_smp", "encoder_units", "weights")
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
-    ("losses", "schedules", "metrics", "augmentation", "fields", "statistics"),
+    ("losses", "schedules", "metrics", "augmentation", "extras", "fields", "statistics"),
     ("argument_checks", *PORTABLE),
     ("arguments",),
     ("command_line", "timetable", "data", "teacher", "checkpoints", "hub", "teacher_cache"),

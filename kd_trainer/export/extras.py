@@ -1,9 +1,10 @@
-"""The packages that only an export needs: imported late, and named when they are missing."""
+"""The packages that only an export needs."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from kd_trainer import extras
 
 
 def require(name: str) -> Any:
@@ -12,14 +13,7 @@ def require(name: str) -> Any:
     Raises:
         ValueError: if it is not installed; says how to install it.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        missing = name.partition(".")[0]
-        raise ValueError(
-            f"Expected the packages of the extra 'export' (onnx, onnxruntime, onnxscript), got no "
-            f"{missing}. pip install 'kd_trainer[export]'."
-        ) from error
+    return extras.require(name, extra="export")
 
 
 def require_all() -> None:
@@ -28,5 +22,5 @@ def require_all() -> None:
     Raises:
         ValueError: if one of the packages is not installed.
     """
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in extras.EXTRAS["export"]:
         require(name)

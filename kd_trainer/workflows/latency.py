@@ -40,7 +40,13 @@ def latency(call: Call, inputs: Sequence[Any], repeats: int, threads: int) -> La
 
 
 def interleaved(
-    calls: Mapping[str, Call], inputs: Sequence[Any], repeats: int, threads: int
+    calls: Mapping[str, Call],
+    inputs: Sequence[Any],
+    repeats: int,
+    threads: int,
+    *,
+    warm_up: int = 2,
+    progress: bool = True,
 ) -> dict[str, Latency]:
     """Time several calls with the same inputs, A B A B.
 
@@ -50,8 +56,10 @@ def interleaved(
     Args:
         calls: by name.
         inputs: positional arguments of each call.
-        repeats: measured calls of each, at least 1, after two that warm up.
+        repeats: measured calls of each, at least 1.
         threads: threads of torch during the calls. Other libraries have their own setting.
+        warm_up: calls of each before those that are measured.
+        progress: draw a bar where there is a terminal.
 
     Raises:
         ValueError: if repeats or threads are below 1.
@@ -62,7 +70,8 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     with torch_threads(threads), torch.inference_mode():
-        for index in tqdm(range(-2, repeats), desc="latency", unit="pass", disable=None):
+        passes = range(-warm_up, repeats)
+        for index in tqdm(passes, desc="latency", unit="pass", disable=None if progress else True):
             for name, call in order if index % 2 else reversed(order):
                 elapsed = _timed(call, inputs)
                 if index >= 0:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_trainer.evaluation import labels_of, pixel_statistics
+from kd_trainer.evaluation import Measured, labels_of, pixel_statistics, raw_logits
 from kd_trainer.export import OnnxStudent, load_onnx
 from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
 from kd_trainer.inference import Network, Segmenter, classes_at
@@ -23,6 +24,7 @@ from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.pictures import find_pictures, is_video, output_names, read_picture
 from kd_trainer.workflows.video import VideoFile, frame_count, frame_rate, read_frames
 
+THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "cutouts": ".png"}
 
@@ -38,7 +40,9 @@ class PredictArguments:
         "What to write: masks (0/255 of a binary model, else class ids), overlays (the picture "
         "with its classes tinted), cutouts (the foreground on nothing) [masks overlays].",
     )
-    threshold: float = help_field(0.5, "Probability from which a pixel of a binary model is kept.")
+    threshold: float = help_field(
+        THRESHOLD, "Probability from which a pixel of a binary model is kept."
+    )
     tile: bool = help_field(
         False,
         "Cut pictures larger than the network's input into overlapping tiles at their own "
@@ -49,16 +53,28 @@ class PredictArguments:
     batch_size: int = help_field(4, "Inputs at a time.")
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(
-                f"Expected --threshold between 0 and 1 (both excluded), got {self.threshold}."
-            )
+        check_threshold(self.threshold)
         if not 0 <= self.overlap < 1:
             raise ValueError(f"Expected --overlap from 0 to below 1, got {self.overlap}.")
         check_at_least("batch_size", self.batch_size, 1)
         for output in self.outputs:
             check_choice("outputs", output, tuple(OUTPUTS))
         check_folder("output_dir", self.output_dir)
+
+
+def check_threshold(threshold: float, num_labels: int = 2) -> None:
+    """Refuse a probability that is none, and one for a model that has no use for it.
+
+    Raises:
+        ValueError: likewise.
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"Expected --threshold between 0 and 1 (both excluded), got {threshold}.")
+    if num_labels > 2 and threshold != THRESHOLD:
+        raise ValueError(
+            f"Expected no --threshold for a model of {num_labels} classes, got {threshold}: "
+            "each pixel gets the likeliest class. Leave it out."
+        )
 
 
 def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
@@ -71,19 +87,29 @@ def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
     looks = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
     if args.model.endswith(".onnx"):
         exported = load_onnx(args.model)
-        network = onnx_network(exported)
-        statistics = (_pixels(exported.image_mean), _pixels(exported.image_std))
-        segmenter = Segmenter(network, exported.image_size, statistics, **looks)
-        return segmenter, len(exported.class_names)
+        return onnx_segmenter(exported, **looks), len(exported.class_names)
+    student = load_student(args.model)
+    return torch_segmenter(student, student.config.image_size, **looks), len(labels_of(student))
+
+
+def torch_segmenter(model: Measured, image_size: int, **looks: Any) -> Segmenter:
+    """A network as it is shown pictures, on the GPU if there is one.
+
+    Args:
+        model: put there, and into eval mode.
+        image_size: side of its square input in pixels.
+        **looks: further fields of `Segmenter`.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student = load_student(args.model).eval().to(device)
-    segmenter = Segmenter(
-        lambda images: student(pixel_values=images)["raw_logits"],
-        student.config.image_size,
-        pixel_statistics(student, device),
-        **looks,
-    )
-    return segmenter, len(labels_of(student))
+    placed = model.eval().to(device)
+    statistics = pixel_statistics(model, device)
+    return Segmenter(lambda images: raw_logits(placed, images), image_size, statistics, **looks)
+
+
+def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:
+    """An ONNX file as it is shown pictures, on the CPU; `looks` are further fields."""
+    statistics = (_pixels(exported.image_mean), _pixels(exported.image_std))
+    return Segmenter(onnx_network(exported), exported.image_size, statistics, **looks)
 
 
 def _pixels(values: Sequence[float]) -> Tensor:
@@ -141,11 +167,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     videos = [path for path in files if is_video(path)]
     total = len(pictures) + sum(map(frame_count, videos))
     segmenter, num_labels = load_segmenter(args)
-    if num_labels > 2 and args.threshold != PredictArguments.threshold:
-        raise ValueError(
-            f"Expected no --threshold for a model of {num_labels} classes, got {args.threshold}: "
-            "each pixel gets the likeliest class. Leave it out."
-        )
+    check_threshold(args.threshold, num_labels)
     start, done = time.perf_counter(), 0
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
         images = (np.asarray(read_picture(path)) for path in pictures)
