@@ -342,6 +342,36 @@ def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Pat
     assert "no runs of both kinds" in printed
 
 
+def test_baselines_serve_other_weights_and_temperatures(finished: Finished, ground: Path, tmp_path):
+    """Trained again for each of them, half of the time would be spent on the same runs."""
+    more = ["--seeds", "2", "--baselines", finished.output]
+    other = ["--kl_weight", "1", "--mse_weight", "0", "--temperature_start", "2"]
+    summary, printed = compared(*flags(ground, tmp_path / "soft", *map(str, [*more, *other])))
+    assert sorted(p.name for p in (tmp_path / "soft").glob("*_seed*")) == NAMES[2:]
+    assert "2 runs" in printed
+    assert summary["baseline"] == finished.summary["baseline"]
+    assert summary["distilled"]["seeds"] == [0, 1]
+    assert summary["distilled"]["metrics"] != finished.summary["distilled"]["metrics"]
+    assert summary["gap_closed"] is not None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seeds", "3"], "baseline of each seed in .*, got none of 2. Finish"),
+        (["--seeds", "2", "--bce_weight", "2"], r"got others: bce_weight 0.5 → 2.0"),
+        (["--only", "baseline"], "Expected --only or --baselines, got both"),
+        (["--merge", "x"], "Expected --merge with .*got --"),
+    ],
+)
+def test_baselines_of_another_comparison_are_refused(
+    more: list[str], message: str, finished: Finished, ground: Path, tmp_path, forbidden
+):
+    """A baseline of other settings is none."""
+    with pytest.raises(ValueError, match=message):
+        compared(*flags(ground, tmp_path, *more, "--baselines", str(finished.output)))
+
+
 def carry(finished: Finished, seeds: list[int], folder: Path) -> Path:
     """A folder as somebody brings it from another machine: the small files only."""
     for seed in seeds:

@@ -33,6 +33,7 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
     planned = plan_runs(
         comparison.settings, budget, seeds=args.chosen_seeds, kinds=args.kinds, folder=output
     )
+    baselines = _finished_baselines(comparison, budget)
     print(f"Comparison in {output}: {several(len(planned), 'run')}. {budget.sentence()}")
     if comparison.dry_run:
         _print_plan(planned, parts)
@@ -51,7 +52,7 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
         left = sum(seconds_left(p, speeds[p.kind], images) for p in rest)
         if left:
             print(f"    about {duration(left)} left")
-    runs = read_runs([output], seeds=args.chosen_seeds)
+    runs = read_runs([output], seeds=args.chosen_seeds, baselines=baselines)
     return write_report(runs, output, args.bootstrap, args.latency_repeats)
 
 
@@ -66,6 +67,26 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, Parts], Budget]:
     args = distilled.training
     per_epoch = {kind: updates_per_epoch(count, args) for kind, count in images.items()}
     return parts, Budget(total_updates(args, per_epoch["distilled"]), per_epoch, images)
+
+
+def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:
+    """The folder that `--baselines` names, if what it holds is what would be trained here.
+
+    Raises:
+        ValueError: if its settings differ, or a seed is missing.
+    """
+    args = comparison.args
+    if args.baselines is None:
+        return None
+    folder, seeds = Path(args.baselines), args.chosen_seeds
+    planned = plan_runs(comparison.settings, budget, seeds=seeds, kinds=["baseline"], folder=folder)
+    missing = [str(one.seed) for one in planned if not one.complete]
+    if missing:
+        raise ValueError(
+            f"Expected a finished baseline of each seed in {folder}, got none of "
+            f"{' '.join(missing)}. Finish that comparison first, or leave --baselines out."
+        )
+    return folder
 
 
 def _check(run: RunArguments) -> None:

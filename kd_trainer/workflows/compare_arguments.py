@@ -48,6 +48,11 @@ class CompareArguments:
     only: str = help_field(
         "", "Train `baseline` or `distilled` only, to share the work among machines."
     )
+    baselines: str | None = help_field(
+        None,
+        "Take the baselines of this comparison instead of training them again: for other weights "
+        "or temperatures of the distillation.",
+    )
     merge: list[str] | None = help_field(
         None, "Train nothing: report the runs in these folders of comparisons together."
     )
@@ -62,6 +67,11 @@ class CompareArguments:
         check_at_least("latency_repeats", self.latency_repeats, 0)
         if self.only:
             check_choice("only", self.only, KINDS)
+        if self.only and self.baselines is not None:
+            raise ValueError(
+                f"Expected --only or --baselines, got both. With --baselines only the distilled "
+                f"runs are trained: leave --only {self.only} out."
+            )
         seeds = self.seed_list if self.seed_list is not None else [0]
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
             raise ValueError(
@@ -77,6 +87,8 @@ class CompareArguments:
     @property
     def kinds(self) -> list[str]:
         """The kinds of run that are trained."""
+        if self.baselines is not None:
+            return ["distilled"]
         return [self.only] if self.only else list(KINDS)
 
 
@@ -119,7 +131,7 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
         raise ValueError("Expected --seeds or --seed_list, got both. Leave one out.")
     args = CompareArguments(**own)
     if args.merge is not None:
-        unused = [*given, *(n for n in ("seeds", "seed_list", "only") if n in own)]
+        unused = [*given, *(n for n in ("seeds", "seed_list", "only", "baselines") if n in own)]
         if unused or dry_run:
             raise ValueError(
                 f"Expected --merge with --output_dir, --bootstrap and --latency_repeats only, got "

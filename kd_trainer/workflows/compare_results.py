@@ -17,6 +17,7 @@ from kd_trainer.workflows.compare_budget import KINDS
 from kd_trainer.workflows.compare_runs import (
     COUNTS,
     NOTE,
+    OF_THE_DISTILLATION,
     WITHOUT_EFFECT,
     differences,
     read_json,
@@ -30,7 +31,7 @@ _ROUNDING = 1e-3
 # Two machines keep the same things in other places.
 _PATHS = ("dataset", "teacher", "unlabelled", "encoder_weights", "student")
 _BY_SEED = frozenset({"seed", "use_cpu"}) | WITHOUT_EFFECT
-_BY_TEACHER = frozenset({"teacher", "unlabelled"})
+_BY_TEACHER = frozenset({"teacher", "unlabelled"}) | OF_THE_DISTILLATION
 # Stretched for a baseline without the unlabelled photographs.
 _STRETCHED = frozenset(
     {"max_steps", "num_train_epochs", "warmup_epochs", "unfreeze_warmup_epochs"}
@@ -82,20 +83,26 @@ class FinishedRun:
         return self.results.get("peak_memory_mib") if own else None
 
 
-def read_runs(folders: Sequence[Path], *, seeds: list[int] | None = None) -> list[FinishedRun]:
+def read_runs(
+    folders: Sequence[Path], *, seeds: list[int] | None = None, baselines: Path | None = None
+) -> list[FinishedRun]:
     """The runs in folders of comparisons, checked to be comparable, by seed and kind.
 
     Args:
         folders: output folders of comparisons.
         seeds: leave out other seeds, and runs that are not finished; None reads everything.
+        baselines: take the baselines from this folder, and from the others none.
 
     Raises:
         FileNotFoundError: if a folder is missing, or has no runs, or a run lacks a file.
         ValueError: if runs do not belong together; says which and why.
     """
     found: dict[tuple[int, str], FinishedRun] = {}
-    for folder in folders:
-        for run in _runs_in(folder, seeds):
+    places: list[tuple[Path, Sequence[str]]] = [(folder, KINDS) for folder in folders]
+    if baselines is not None:
+        places = [(baselines, ("baseline",)), *((folder, ("distilled",)) for folder in folders)]
+    for folder, kinds in places:
+        for run in _runs_in(folder, seeds, kinds):
             same = found.setdefault((run.seed, run.kind), run)
             if not np.array_equal(same.counts.student, run.counts.student):
                 raise ValueError(
@@ -107,9 +114,9 @@ def read_runs(folders: Sequence[Path], *, seeds: list[int] | None = None) -> lis
     return runs
 
 
-def _runs_in(folder: Path, seeds: list[int] | None) -> list[FinishedRun]:
+def _runs_in(folder: Path, seeds: list[int] | None, kinds: Sequence[str]) -> list[FinishedRun]:
     names = {p: _FOLDER.fullmatch(p.name) for p in sorted(folder.glob("*_seed*"))}
-    matches = [(path, match) for path, match in names.items() if match]
+    matches = [(path, match) for path, match in names.items() if match and match[1] in kinds]
     if seeds is None and not matches:
         there = "a folder without one" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
@@ -147,7 +154,8 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                 f"{written:.4f} and {counted:.4f}. Delete {COUNTS} and run compare.py again."
             )
         first = next(r for r in runs if r.kind == run.kind)
-        _check_settings(first, run, _BY_SEED)
+        unread = OF_THE_DISTILLATION if run.kind == "baseline" else frozenset()
+        _check_settings(first, run, _BY_SEED | unread)
         _check_data(runs[0], run)
     by_kind = {kind: next((r for r in runs if r.kind == kind), None) for kind in KINDS}
     baseline, distilled = by_kind["baseline"], by_kind["distilled"]

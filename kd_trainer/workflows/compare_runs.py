@@ -29,6 +29,13 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
+# Read by the distillation alone: a baseline is the same with any of them.
+OF_THE_DISTILLATION = frozenset(
+    {"kl_weight", "mse_weight", "temperature_schedule", "temperature_start", "temperature_end"}
+    | {"temperature_points", "temperature_per"}
+)
+
+
 def weights_digest(source: str) -> str | None:
     """SHA-256 of the weights of a teacher here; None for one on the Hub."""
     path = Path(source)
@@ -97,7 +104,8 @@ class PlannedRun:
             return
         before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
-        found = differences(before, now, WITHOUT_EFFECT)
+        unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
+        found = differences(before, now, WITHOUT_EFFECT | unread)
         note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
         note |= read_json(self.folder / NOTE)
         if note["teacher_weights"] != self.teacher_weights:
