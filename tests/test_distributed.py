@@ -9,15 +9,31 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from small_runs import save_network, train_flags, write_pairs
 from tiny import Squares, arguments, tiny_student, tiny_teacher
 from workers import two_ranks
 
+from kd_trainer.arguments import DataArguments
 from kd_trainer.trainer import DistillationTrainer
+from kd_trainer.workflows.assemble import evaluation_dataset
+from kd_trainer.workflows.evaluate import evaluate_model
+from kd_trainer.workflows.models import load_student
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.distributed
 TIMES = ("runtime", "per_second", "_time")
 TERMS = ("eval_kl", "eval_mse", "eval_bce", "eval_dice_loss", "eval_loss")
+
+
+def launch(*command: str) -> None:
+    """Start two processes of a script."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    done = subprocess.run(
+        [*start, *command], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +43,7 @@ def two(tmp_path_factory) -> Path:
     Some ways to launch two processes start one, so each test asserts their number.
     """
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", str(TESTS / "workers" / "two_ranks.py"), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(str(TESTS / "workers" / "two_ranks.py"), str(folder))
     return folder
 
 
@@ -102,3 +114,27 @@ def test_figures_do_not_depend_on_the_number_of_ranks(two: Path, tmp_path: Path,
     assert expected["eval_miou"] > 0
     for found in (alone[source], *(rank[source] for rank in ranks(two, "measured"))):
         assert_same_figures(found, expected)
+
+
+def test_a_streamed_run_of_two_processes_sees_and_measures_every_image(tmp_path: Path):
+    """The stock pipeline shards twice: each process would see a quarter of the images.
+
+    Nine and five images on two ranks: one is left out of the training in each epoch, none of the
+    evaluation.
+    """
+    data = write_pairs(tmp_path / "data", train=9)
+    teacher = save_network(tmp_path / "teacher")
+    output = tmp_path / "out"
+    flags = train_flags(data, output, "--streaming", "true", teacher=teacher)
+    launch(str(TESTS.parent / "scripts" / "train.py"), *flags)
+    results = json.loads((output / "results.json").read_text())
+    assert (results["train_images"], results["eval_images"]) == (9, 5)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["max_steps"] == 4  # two epochs of four images a rank, in batches of two
+    settings = yaml.safe_load((output / "config.yaml").read_text())
+    fixed = DataArguments(dataset=str(data), image_size=settings["image_size"], augmentation="none")
+    student = load_student(output / "student")
+    measured = evaluate_model(student, evaluation_dataset(fixed, batch_size=2))
+    assert results["student_miou"] == pytest.approx(measured.student["miou"], rel=1e-9)
+    best = max(log["eval_miou"] for log in state["log_history"] if "eval_miou" in log)
+    assert best == pytest.approx(measured.student["miou"], rel=1e-9)

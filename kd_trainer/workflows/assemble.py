@@ -64,6 +64,8 @@ def assemble(run: RunArguments) -> Parts:
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_image_size(data.image_size, student)
+    if args.sync_batchnorm:
+        student.synchronise_batchnorm()
     teacher = make_teacher(run.model, student, image_size=data.image_size)
     if teacher is not None:
         _check_channels(student)

@@ -81,10 +81,13 @@ def train(run: RunArguments) -> dict[str, Any]:
     trainer.check_finite()
     trainer.save_state()  # trainer_state.json, with the logs that the report's curves are drawn of
     trainer.accelerator.wait_for_everyone()
+    # All processes take part: where the weights are split among them, each has a share.
+    weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return {}
     student_folder = output / "student"
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(student_folder)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    student.save_pretrained(student_folder, state_dict=weights)
     parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
