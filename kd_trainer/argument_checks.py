@@ -115,6 +115,16 @@ def check_reports(args: Any) -> None:
         )
 
 
+def check_sync_batchnorm(args: Any, on_gpu: bool) -> None:
+    """Refuse synchronised BatchNorm where there is nothing to synchronise, or no way to do it."""
+    if args.sync_batchnorm and not (on_gpu and args.world_size > 1):
+        where = "the CPU, where PyTorch cannot" if not on_gpu else "one process"
+        raise ValueError(
+            f"Expected several GPUs with --sync_batchnorm, got {where}. Leave it out, or start "
+            "with accelerate_configs/multi_gpu.yaml."
+        )
+
+
 def check_staged(args: Any) -> None:
     """Refuse what staged unfreezing cannot work with."""
     # `accelerate launch --use_deepspeed` says so through the environment.

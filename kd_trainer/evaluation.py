@@ -200,19 +200,24 @@ def agreement_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]
     return {"agreement": figures["pixel_accuracy"], "agreement_miou": figures["miou"]}
 
 
-def terms_of(rows: np.ndarray, weights: LossWeights) -> dict[str, float]:
+def terms_of(rows: np.ndarray, counts: np.ndarray, weights: LossWeights) -> dict[str, float]:
     """Mean of each computed term over the images, and `loss`, their weighted sum.
 
-    The Dice term is called `dice_loss`, because `dice` is a metric.
+    An image without a pixel that counts is left out, if there are others: one that a process was
+    given to fill up its last batch must change nothing. The Dice term is called `dice_loss`,
+    because `dice` is a metric.
 
     Args:
         rows: of `term_rows`, float64 (N, 5).
+        counts: of `student_rows`, int64 (N, C).
         weights: those of the loss; a term of weight 0 was not computed.
 
     Raises:
         FloatingPointError: if a term is not finite; names it.
     """
     factors = weights.effective()
+    counted = counts.any(axis=1)
+    rows = rows[counted] if counted.any() else rows
     means = dict(zip((*TERMS, "loss"), rows.mean(axis=0).tolist(), strict=True))
     means = {name: value for name, value in means.items() if factors.get(name, 1.0) > 0}
     for name, value in means.items():

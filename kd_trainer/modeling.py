@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
@@ -213,6 +214,15 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         self._frozen = tuple(module for unit in frozen for module in unit.modules)
         self._free_units = free
         self.train(self.training)
+
+    def synchronise_batchnorm(self) -> None:
+        """Take one BatchNorm statistic over all processes while training; GPUs only.
+
+        Names and values of the weights stay. timm's conversion, because PyTorch's own drops the
+        activations that timm's encoders keep in these layers.
+        """
+        convert_sync_batchnorm(self)
+        self.set_free_units(self._free_units)  # which names the layers that stay in eval mode
 
     def train(self, mode: bool = True) -> Self:
         """Set the training mode; frozen encoder units stay in eval mode."""

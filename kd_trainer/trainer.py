@@ -216,7 +216,12 @@ class DistillationTrainer(PublishingTrainer):
         """Evaluate as the Trainer does, and leave the random state as it was found.
 
         Without that, a run that is evaluated would see other DropPath draws than one that is not.
+        All processes measure the student that the first one saves: each has BatchNorm statistics
+        of its own, which DDP takes from the first one at the next update anyway.
         """
+        if self.accelerator.num_processes > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
@@ -255,7 +260,7 @@ class DistillationTrainer(PublishingTrainer):
     def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of the data set from the rows of all processes."""
         student, terms, *rest = (np.asarray(rows) for rows in prediction.predictions)
-        figures = figures_of(student, self.id2label) | terms_of(terms, self.loss_weights)
+        figures = figures_of(student, self.id2label) | terms_of(terms, student, self.loss_weights)
         if not rest:
             return figures
         if len(rest) == 2:

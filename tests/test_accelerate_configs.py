@@ -10,7 +10,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.utils import DistributedType
 
 FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
-NAMES = ("cpu", "single_gpu", "multi_gpu")
+NAMES = ("cpu", "single_gpu", "multi_gpu", "multi_node", "fsdp2")
+WITH_GPUS = NAMES[1:]
 
 
 def load(name):
@@ -27,7 +28,7 @@ def test_accelerate_reads_the_file(name):
     """Unknown keys are refused by accelerate, which the user would find out at the launch."""
     config = load(name)
     assert isinstance(config, ClusterConfig)
-    assert config.num_machines == 1
+    assert config.num_machines == (2 if name == "multi_node" else 1)
     assert config.mixed_precision in ("no", "bf16")
 
 
@@ -39,6 +40,12 @@ def test_each_line_says_what_it_does(name):
     assert [line for line in lines if not re.search(r"# \w.{8,}", line)] == []
 
 
+@pytest.mark.parametrize("name", WITH_GPUS)
+def test_what_never_ran_on_gpus_says_so(name):
+    """Whoever pays for several GPUs should know that nobody tried it on them before."""
+    assert "not yet run on GPUs" in (FOLDER / f"{name}.yaml").read_text().splitlines()[0]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_words_are_not_read_as_truth_values(name):
     """YAML reads a bare no as False: accelerate would get a precision that does not exist."""
@@ -47,15 +54,18 @@ def test_words_are_not_read_as_truth_values(name):
         assert isinstance(values[key], str)
 
 
-def test_only_multi_gpu_starts_several_processes():
+def test_only_files_for_several_gpus_start_several_processes():
     """A MULTI_CPU file would start one process and say nothing."""
     kinds = {name: load(name).distributed_type for name in NAMES}
     assert kinds == {
         "cpu": DistributedType.NO,
         "single_gpu": DistributedType.NO,
         "multi_gpu": DistributedType.MULTI_GPU,
+        "multi_node": DistributedType.MULTI_GPU,
+        "fsdp2": DistributedType.FSDP,
     }
-    assert [load(name).num_processes for name in NAMES] == [1, 1, 2]
+    assert [load(name).num_processes for name in NAMES] == [1, 1, 2, 16, 2]
+    assert load("fsdp2").fsdp_config["fsdp_version"] == 2
     assert load("cpu").use_cpu
 
 

@@ -213,6 +213,22 @@ def test_deepspeed_of_the_launcher_is_refused_like_the_flag(monkeypatch: pytest.
         parse([])
 
 
+@pytest.mark.parametrize(
+    "flags", [("--ddp_static_graph", "true"), ("--ddp_find_unused_parameters", "false")]
+)
+def test_ddp_that_counts_on_one_graph_is_refused_while_units_are_freed(flags: tuple[str, str]):
+    """DDP would fail at the first freed unit, hours later; with all units free it works."""
+    with pytest.raises(ValueError, match="the graph changes when a unit is freed"):
+        parse([*flags])
+    parse([*flags, "--unfreeze_start_epoch", "0", "--unfreeze_every", "0"])
+
+
+def test_synchronised_batchnorm_without_several_gpus_is_refused():
+    """On a CPU PyTorch would fail at the first batch; in one process there is nothing to do."""
+    with pytest.raises(ValueError, match="several GPUs with --sync_batchnorm, got the CPU"):
+        parse(["--sync_batchnorm", "true", "--use_cpu"])
+
+
 def test_unknown_recipe_names_the_nearest():
     """A misspelt recipe must not fall back to the default one."""
     with pytest.raises(FileNotFoundError, match=rf"^Expected a recipe .*Did you mean {TIMELINE}\?"):

@@ -1,29 +1,140 @@
-"""Two processes over gloo: staged unfreezing keeps the ranks together."""
+"""Two processes over gloo against each other and against one."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from small_runs import save_network, train_flags, write_pairs
+from tiny import Squares, arguments, tiny_student, tiny_teacher
+from workers import two_ranks
+
+from kd_trainer.arguments import DataArguments
+from kd_trainer.trainer import DistillationTrainer
+from kd_trainer.workflows.assemble import evaluation_dataset
+from kd_trainer.workflows.evaluate import evaluate_model
+from kd_trainer.workflows.models import load_student
 
 TESTS = Path(__file__).parent
+pytestmark = pytest.mark.distributed
+TIMES = ("runtime", "per_second", "_time")
+TERMS = ("eval_kl", "eval_mse", "eval_bce", "eval_dice_loss", "eval_loss")
 
 
-@pytest.mark.distributed
-def test_two_ranks_have_the_same_weights_while_units_are_freed(tmp_path: Path):
-    """A unit that is frozen before the DDP wrap is never reduced: the ranks drift apart silently.
-
-    The number of processes is asserted, because some ways to launch two start one.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--standalone", str(TESTS / "workers" / "staged_ddp.py"), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+def launch(*command: str) -> None:
+    """Start two processes of a script."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    done = subprocess.run(
+        [*start, *command], env=environment, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
-    assert [rank["world"] for rank in ranks] == [2, 2]
-    assert [rank["free"] for rank in ranks] == [[0, 1, 2]] * 2
-    assert ranks[0]["digests"] == ranks[1]["digests"]
-    assert len(set(ranks[0]["digests"])) == 3
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Results of two ranks.
+
+    Some ways to launch two processes start one, so each test asserts their number.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    launch(str(TESTS / "workers" / "two_ranks.py"), str(folder))
+    return folder
+
+
+def ranks(folder: Path, name: str) -> list[dict[str, Any]]:
+    found = [json.loads((folder / f"rank_{rank}.json").read_text())[name] for rank in (0, 1)]
+    assert [rank["world"] for rank in found] == [2, 2]
+    return found
+
+
+def without_times(figures: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in figures.items() if not any(time in k for time in TIMES)}
+
+
+def assert_same_figures(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Counts are whole numbers; a term is as exact as the logits of another batch in fp32."""
+    found = without_times(found)
+    counted = {k: v for k, v in expected.items() if k not in TERMS}
+    assert {k: found[k] for k in counted} == pytest.approx(counted, rel=1e-9, nan_ok=True)
+    assert {k: found[k] for k in TERMS} == pytest.approx({k: expected[k] for k in TERMS}, rel=1e-6)
+    assert found.keys() - counted.keys() - set(TERMS) <= {"epoch"}
+
+
+def test_ranks_have_the_same_weights_after_each_update_while_units_are_freed(two: Path):
+    """A unit that is frozen before the DDP wrap is never reduced: the ranks drift apart."""
+    first, second = ranks(two, "staged")
+    assert first["digests"] == second["digests"]
+    assert len(set(first["digests"])) == 12
+    assert first["free"] == second["free"] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_ranks_measure_the_student_that_is_saved(two: Path, tmp_path: Path):
+    """Each has BatchNorm statistics of its own, and a mean over two students is that of none."""
+    first, second = ranks(two, "staged")
+    student = tiny_student("timm-efficientnet-b0")
+    student.load_state_dict(torch.load(two / "staged.pt", weights_only=True))
+    args = arguments(tmp_path, per_device_eval_batch_size=2)
+    alone = DistillationTrainer(student, args, teacher=tiny_teacher())
+    expected = without_times(alone.evaluate(Squares(two_ranks.UNEVEN, offset=50)))
+    for rank in (first, second):
+        assert_same_figures(rank["figures"], {k: v for k, v in expected.items() if k != "epoch"})
+
+
+def test_two_ranks_take_the_updates_of_one_process_with_the_whole_batch(two: Path, tmp_path: Path):
+    """Of a net without BatchNorm and DropPath: with a wrong mean of gradients it would not."""
+    alone = two_ranks.plain(tmp_path, 4)
+    assert alone["world"] == 1
+    first, _ = ranks(two, "plain")
+    expected = torch.load(tmp_path / "plain.pt", weights_only=True)
+    found = torch.load(two / "plain.pt", weights_only=True)
+    start = tiny_student(norm=False).state_dict()
+    moved = max((expected[k] - start[k]).abs().max().item() for k in expected)
+    assert moved > 1e-3
+    assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 1e-6
+    logged = [without_times(log) for log in first["logs"]]
+    wanted = [without_times(log) for log in alone["logs"]]
+    assert len(logged) == len(wanted) == 13
+    for log, other in zip(logged[:-1], wanted[:-1], strict=True):
+        kept = {k: v for k, v in log.items() if not k.startswith("grad_share")}
+        assert kept == pytest.approx({k: other[k] for k in kept}, rel=1e-5)
+
+
+@pytest.mark.parametrize("source", ["fixed", "stream"])
+def test_figures_do_not_depend_on_the_number_of_ranks(two: Path, tmp_path: Path, source: str):
+    """Seven images on two ranks: a doubled or dropped one would change the ninth digit."""
+    alone = two_ranks.measured(tmp_path)
+    assert alone["world"] == 1
+    expected = without_times(alone["fixed"])
+    assert expected["eval_miou"] > 0
+    for found in (alone[source], *(rank[source] for rank in ranks(two, "measured"))):
+        assert_same_figures(found, expected)
+
+
+def test_a_streamed_run_of_two_processes_sees_and_measures_every_image(tmp_path: Path):
+    """The stock pipeline shards twice: each process would see a quarter of the images.
+
+    Nine and five images on two ranks: one is left out of the training in each epoch, none of the
+    evaluation.
+    """
+    data = write_pairs(tmp_path / "data", train=9)
+    teacher = save_network(tmp_path / "teacher")
+    output = tmp_path / "out"
+    flags = train_flags(data, output, "--streaming", "true", teacher=teacher)
+    launch(str(TESTS.parent / "scripts" / "train.py"), *flags)
+    results = json.loads((output / "results.json").read_text())
+    assert (results["train_images"], results["eval_images"]) == (9, 5)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["max_steps"] == 4  # two epochs of four images a rank, in batches of two
+    settings = yaml.safe_load((output / "config.yaml").read_text())
+    fixed = DataArguments(dataset=str(data), image_size=settings["image_size"], augmentation="none")
+    student = load_student(output / "student")
+    measured = evaluate_model(student, evaluation_dataset(fixed, batch_size=2))
+    assert results["student_miou"] == pytest.approx(measured.student["miou"], rel=1e-9)
+    best = max(log["eval_miou"] for log in state["log_history"] if "eval_miou" in log)
+    assert best == pytest.approx(measured.student["miou"], rel=1e-9)

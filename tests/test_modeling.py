@@ -7,6 +7,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
+from tiny import tiny_student
 from torch import nn
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
@@ -314,6 +315,26 @@ def test_frozen_units_stay_in_eval_mode_and_free_ones_train():
     assert any(isinstance(m, DropPath) for m in frozen)
     assert model.decoder.training
     assert model.free_units == 2
+
+
+def test_synchronised_batchnorm_changes_neither_answers_nor_names():
+    """PyTorch's own conversion drops the activations that timm keeps in these layers."""
+    student = tiny_student("timm-efficientnet-b0").eval()
+    student.set_free_units(1)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before, names = student(pixels).raw_logits, list(student.state_dict())
+        norms = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
+        student.synchronise_batchnorm()
+        assert torch.equal(student(pixels).raw_logits, before)
+    assert list(student.state_dict()) == names
+    kept = [m for m in student.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(kept) == len(norms) > 20
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in student.modules())
+    student.train()
+    frozen = [m for m in student.encoder.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert {m.training for m in frozen} == {True, False}
+    assert student.free_units == 1
 
 
 def test_freeing_units_again_restores_them():

@@ -172,3 +172,38 @@ def test_streaming_sees_the_samples_of_map_style(pair_folder, tmp_path, workers)
         batches = list(DataLoader(source, 4, num_workers=workers, collate_fn=collate))
         for name, tensor in expected.items():
             assert torch.equal(torch.cat([batch[name] for batch in batches]), tensor)
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 2), (8, 2), (11, 3), (3, 3)])
+def test_ranks_of_an_evaluation_have_equally_many_samples(count, world):
+    """With a batch less than the others, a rank would leave them waiting for its figures."""
+
+    class Labelled(Numbers):
+        def __call__(self, row, *, epoch, index):
+            ones = torch.ones(2, 2, dtype=torch.uint8)
+            return super().__call__(row, epoch=epoch, index=index) | {
+                "labels": ones,
+                "distil_mask": ones.bool(),
+            }
+
+    shares = [
+        StreamedDataset(
+            stream(count, 1), Labelled(), shuffle=False, seed=0, rank=rank, world_size=world,
+            padded=True, ignore_index=9,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    samples = [list(share) for share in shares]
+    assert {len(own) for own in samples} == {len(share) for share in shares}
+    assert len({len(own) for own in samples}) == 1
+    real = [s for own in samples for s in own if s["distil_mask"].any()]
+    assert [int(s["row"][0]) for s in real] == list(range(count))
+    padding = [s for own in samples for s in own if not s["distil_mask"].any()]
+    assert all((s["labels"] == 9).all() for s in padding)
+    assert len(padding) == -count % world
+
+
+def test_fewer_evaluation_images_than_processes_is_an_error():
+    """A process without an image has nothing to fill up with."""
+    with pytest.raises(ValueError, match="image for each of 3 processes, got 2"):
+        streamed(stream(2, 1), world_size=3, padded=True)

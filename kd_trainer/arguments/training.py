@@ -13,6 +13,7 @@ from kd_trainer.argument_checks import (
     check_reports,
     check_run,
     check_staged,
+    check_sync_batchnorm,
 )
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
@@ -96,6 +97,9 @@ class DistillationArguments(TrainingArguments):
     remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
     dataloader_drop_last: bool = help_field(True, "A short last batch would shift the mean loss.")
     label_names: list[str] | None = help_field(None, "Set to `labels`.")
+    sync_batchnorm: bool = help_field(
+        False, "One BatchNorm statistic over all GPUs, for small batches on each."
+    )
     # Units are frozen after the DDP wrap.
     ddp_find_unused_parameters: bool | None = help_field(True, "Needed by staged unfreezing.")
 
@@ -119,6 +123,7 @@ class DistillationArguments(TrainingArguments):
         wanted = self.mixed_precision
         super().__post_init__()
         check_reports(self)
+        check_sync_batchnorm(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         # The flag wins over the accelerate configuration, which arrives through the environment.
         self.mixed_precision = wanted or self.mixed_precision
         self._check_precision()

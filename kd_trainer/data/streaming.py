@@ -11,7 +11,7 @@ with it, so its augmentation is that of the map-style data set.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple
 
 import datasets
@@ -74,6 +74,10 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         world_size: number of shares.
         even: give all ranks the same number of rows, as training with DDP needs; at most
             `world_size - 1` rows stay out, others in each epoch if shuffled.
+        padded: give all ranks the same number of samples, as an evaluation that exchanges figures
+            needs, and leave no row out: a rank that has one row less ends with a sample without
+            a pixel that counts.
+        ignore_index: label of the pixels of that sample.
 
     Raises:
         ValueError: if the length is unknown, or a number is out of range; while iterating, if the
@@ -92,6 +96,8 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         rank: int = 0,
         world_size: int = 1,
         even: bool = False,
+        padded: bool = False,
+        ignore_index: int = 255,
     ) -> None:
         lengths = stream_lengths(dataset)
         if lengths is None:
@@ -106,6 +112,11 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             raise ValueError(
                 f"Expected batch_size and buffer_size >= 1, got {batch_size} and {buffer_size}."
             )
+        if padded and sum(lengths) < world_size:
+            raise ValueError(
+                f"Expected an evaluation image for each of {world_size} processes, got "
+                f"{sum(lengths)}. Add images, or start fewer processes."
+            )
         self.dataset = dataset
         self.transform = transform
         self.lengths = lengths
@@ -116,6 +127,8 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         self.rank = rank
         self.world_size = world_size
         self.even = even
+        self.padded = padded
+        self.ignore_index = ignore_index
         self._epoch = SharedEpoch()
 
     def set_epoch(self, epoch: int) -> None:
@@ -125,16 +138,30 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         """Samples of this rank in an epoch."""
         start, stop = self._share()
-        return stop - start
+        return stop - start + self._missing()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Samples of this rank, and in a DataLoader worker of this worker, in the current epoch."""
         epoch = self._epoch.get()
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for position, (index, row) in enumerate(self._rows(epoch)):
+        rows = chain(self._rows(epoch), repeat(None, self._missing()))
+        last: Row = (0, {})
+        for position, row in enumerate(rows):
+            last = row or last
             if position // self.batch_size % workers == number:
-                yield self.transform(row, epoch=epoch, index=index)
+                sample = self.transform(last[1], epoch=epoch, index=last[0])
+                yield sample if row else padding_like(sample, self.ignore_index)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole stream, those of the other ranks too."""
+        return sum(self.lengths)
+
+    def _missing(self) -> int:
+        """Samples to add to those of this rank; 0 or 1."""
+        start, stop = self._share()
+        return -(-self.rows // self.world_size) - (stop - start) if self.padded else 0
 
     def _share(self) -> tuple[int, int]:
         total, world = sum(self.lengths), self.world_size
@@ -201,6 +228,14 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             f"got {got}. Correct --max_train_samples or --max_eval_samples, or leave out "
             "--streaming."
         )
+
+
+def padding_like(sample: dict[str, Tensor], ignore_index: int) -> dict[str, Tensor]:
+    """A sample of the same shapes without a pixel that counts."""
+    return sample | {
+        "labels": torch.full_like(sample["labels"], ignore_index),
+        "distil_mask": torch.zeros_like(sample["distil_mask"]),
+    }
 
 
 def shuffled(rows: Iterable[Row], draw: np.random.Generator, size: int) -> Iterator[Row]:

@@ -64,6 +64,8 @@ def assemble(run: RunArguments) -> Parts:
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_image_size(data.image_size, student)
+    if args.sync_batchnorm:
+        student.synchronise_batchnorm()
     teacher = make_teacher(run.model, student, image_size=data.image_size)
     if teacher is not None:
         _check_channels(student)
@@ -92,11 +94,6 @@ def _check_together(run: RunArguments) -> None:
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
             "photographs. Name a teacher, or leave --unlabelled out."
         )
-    if run.data.streaming and run.training.world_size > 1:
-        raise ValueError(
-            f"Expected one process with --streaming, got {run.training.world_size}: their "
-            "evaluations would end at different batches. Leave --streaming out, or start one."
-        )
 
 
 def _check_channels(student: SmpForSemanticSegmentation) -> None:
@@ -109,11 +106,15 @@ def _check_channels(student: SmpForSemanticSegmentation) -> None:
         )
 
 
+def image_count(dataset: TransformedDataset | StreamedDataset) -> int:
+    """Images of all processes; the length of a stream is that of this process's share."""
+    return dataset.rows if isinstance(dataset, StreamedDataset) else len(dataset)
+
+
 def _check_enough(dataset: TransformedDataset | StreamedDataset, run: RunArguments) -> None:
     """Refuse a training set of less than one batch: a short batch is dropped."""
     args = run.training
-    # The length of a stream is that of this process's share.
-    images = sum(dataset.lengths) if isinstance(dataset, StreamedDataset) else len(dataset)
+    images = image_count(dataset)
     needed = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and images < needed:
         raise ValueError(
@@ -156,4 +157,6 @@ def _evaluation_dataset(
         batch_size=args.per_device_eval_batch_size,
         rank=args.process_index,
         world_size=args.world_size,
+        padded=True,
+        ignore_index=run.data.ignore_index,
     )

@@ -20,7 +20,7 @@ from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.weights import load_strictly, read_weights
-from kd_trainer.workflows.assemble import Parts, assemble
+from kd_trainer.workflows.assemble import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.workflows.costs import picture_milliseconds
 from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_json
@@ -81,10 +81,13 @@ def train(run: RunArguments) -> dict[str, Any]:
     trainer.check_finite()
     trainer.save_state()  # trainer_state.json, with the logs that the report's curves are drawn of
     trainer.accelerator.wait_for_everyone()
+    # All processes take part: where the weights are split among them, each has a share.
+    weights = trainer.accelerator.get_state_dict(trainer.model)
     if not trainer.is_world_process_zero():
         return {}
     student_folder = output / "student"
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(student_folder)
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    student.save_pretrained(student_folder, state_dict=weights)
     parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
@@ -174,7 +177,7 @@ def _results(
         "train_seconds": trained["train_runtime"],
         "images_per_second": trained["train_samples_per_second"],
         "peak_memory_mib": peak_memory_mib(),
-        "train_images": len(parts.train_dataset),
+        "train_images": image_count(parts.train_dataset),
         "epochs": run.training.num_train_epochs,
         "image_size": run.data.image_size,
         "mixed_precision": run.training.mixed_precision,
@@ -185,11 +188,14 @@ def _results(
         results["teacher_parameters"] = network_size(parts.teacher.network)[0]
         results["teacher_file_mib"] = weight_file_mib(Path(run.model.teacher))
     if parts.eval_dataset is not None:
+        size, images = run.training.per_device_eval_batch_size, parts.eval_dataset
+        if isinstance(images, StreamedDataset):  # of which this process has only its share
+            images = evaluation_dataset(run.data, batch_size=size)
         evaluation = evaluate_model(
             student,
-            parts.eval_dataset,
+            images,
             teacher=parts.teacher,
-            batch_size=run.training.per_device_eval_batch_size,
+            batch_size=size,
             ignore_index=run.data.ignore_index,
             device=run.training.device,
         )

@@ -1,0 +1,127 @@
+"""One of several ranks, or the only one: trainings and evaluations whose results are compared.
+
+Usage: two_ranks.py FOLDER; writes `rank_<rank>.json` and, from the first rank, weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from tiny import Squares, arguments, tiny_student, tiny_teacher
+from transformers import TrainerCallback
+
+from kd_trainer.data import StreamedDataset
+from kd_trainer.data.streaming import with_lengths
+from kd_trainer.trainer import DistillationTrainer
+
+STAGED = {"num_train_epochs": 3, "unfreeze_start_epoch": 1, "unfreeze_every": 1}
+UNEVEN = 7  # images of the evaluations: four for one of two ranks, three for the other
+
+
+class Digest(TrainerCallback):
+    """Notes a digest of all parameters after each update, and how many units are free."""
+
+    def __init__(self) -> None:
+        self.digests: list[str] = []
+        self.free: list[int] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        model = kwargs["model"]
+        together = hashlib.sha256()
+        for parameter in model.parameters():
+            together.update(parameter.detach().numpy().tobytes())
+        self.digests.append(together.hexdigest())
+        self.free.append(model.free_units)
+
+
+def streamed_squares(count: int, rank: int, world: int) -> StreamedDataset:
+    """The samples of `Squares(count, offset=50)` as a stream."""
+    squares = Squares(count, offset=50)
+
+    def sample(row: Mapping[str, Any], *, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        assert int(row["image"]) == index
+        return squares[index]
+
+    columns = {"image": [str(i) for i in range(count)], "mask": ["x"] * count}
+    table = datasets.Dataset.from_dict(columns)
+    stream = with_lengths(table.to_iterable_dataset(num_shards=1), [count])
+    return StreamedDataset(
+        stream,
+        sample,
+        shuffle=False,
+        seed=0,
+        batch_size=2,
+        rank=rank,
+        world_size=world,
+        padded=True,
+    )
+
+
+def staged(folder: Path) -> dict[str, Any]:
+    """The real student with BatchNorm and DropPath, units freed on the way, measured at the end."""
+    spy = Digest()
+    args = arguments(folder, per_device_eval_batch_size=2, **STAGED)
+    student = tiny_student("timm-efficientnet-b0")
+    trainer = DistillationTrainer(
+        student,
+        args,
+        teacher=tiny_teacher(),
+        train_dataset=Squares(16),
+        eval_dataset=Squares(UNEVEN, offset=50),
+        callbacks=[spy],
+    )
+    trainer.train()
+    figures = trainer.evaluate()
+    if args.process_index == 0:
+        torch.save(student.state_dict(), folder / "staged.pt")
+    return {
+        "world": args.world_size,
+        "digests": spy.digests,
+        "free": spy.free,
+        "figures": figures,
+    }
+
+
+def plain(folder: Path, batch: int) -> dict[str, Any]:
+    """A net in which the images of a batch know nothing of each other: equal to one process."""
+    student = tiny_student(norm=False)
+    args = arguments(folder, per_device_train_batch_size=batch, **STAGED)
+    trainer = DistillationTrainer(student, args, teacher=tiny_teacher(), train_dataset=Squares(16))
+    trainer.train()
+    if args.process_index == 0:
+        torch.save(student.state_dict(), folder / "plain.pt")
+    return {"world": args.world_size, "logs": trainer.state.log_history}
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Figures of an untrained student, of a map-style data set and of a stream."""
+    args = arguments(folder, per_device_eval_batch_size=2)
+    trainer = DistillationTrainer(tiny_student(), args, teacher=tiny_teacher())
+    stream = streamed_squares(UNEVEN, args.process_index, args.world_size)
+    return {
+        "world": args.world_size,
+        "fixed": trainer.evaluate(Squares(UNEVEN, offset=50)),
+        "stream": trainer.evaluate(stream),
+    }
+
+
+def main(folder: Path, global_batch: int = 4) -> None:
+    """All of them, one after the other."""
+    args = arguments(folder)
+    results = {
+        "staged": staged(folder),
+        "plain": plain(folder, global_batch // args.world_size),
+        "measured": measured(folder),
+    }
+    (folder / f"rank_{args.process_index}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
