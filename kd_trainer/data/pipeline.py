@@ -10,7 +10,8 @@ import datasets
 import numpy as np
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.decoding import cell_name, decode_mask, image_shape
+from kd_trainer.data.cells import cell_name
+from kd_trainer.data.decoding import decode_mask, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule
 from kd_trainer.data.transform import SegmentationTransform, size_error
 
