@@ -10,6 +10,7 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import constants
 
 from kd_trainer.data.coco_files import file_for_split
 from kd_trainer.data.listing import did_you_mean, show_names
@@ -93,6 +94,13 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
             f"Expected the split {split!r} of {name} on the Hub, got: {str(error).splitlines()[0]} "
             "Name the splits with --train_split and --eval_split."
         ) from None
+
+
+def hub_places(name: str) -> list[Path | str]:
+    """Where the pictures of a data set on the Hub may lie: in its caches, or in its repository."""
+    cache = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    address = f"hf://datasets/{name}"
+    return [cache, Path(datasets.config.HF_DATASETS_CACHE), f"{address}@", f"{address}/"]
 
 
 def two_columns(loaded: Any, *, image_column: str, mask_column: str, name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -47,9 +48,18 @@ def missing_path(path: Path, what: str) -> FileNotFoundError:
 def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
     """The image files directly in `folder`, sorted by name (so that row numbers never change)."""
     allowed = frozenset(suffixes)
-    return sorted(
+    found = sorted(
         p for p in folder.iterdir() if p.suffix.lower() in allowed and not p.name.startswith(".")
     )
+    for path in found:
+        # A half of a surrogate pair stands for a byte that is no UTF-8, which no table can store.
+        odd = [c for c in path.name if unicodedata.category(c) in ("Cc", "Cs")]
+        if odd:
+            raise ValueError(
+                f"Expected file names in UTF-8 without control characters, got {path.name!a} in "
+                f"{folder}. Rename the file."
+            )
+    return found
 
 
 def show_names(names: Sequence[str]) -> str:

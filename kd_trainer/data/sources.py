@@ -14,11 +14,13 @@ from kd_trainer.data.coco import load_coco
 from kd_trainer.data.coco_files import is_coco_folder
 from kd_trainer.data.columns import (
     has_parquet,
+    hub_places,
     load_hub,
     load_parquet,
     parquet_files,
     two_columns,
 )
+from kd_trainer.data.foreign_paths import confined
 from kd_trainer.data.folders import load_pair_folder
 from kd_trainer.data.listing import (
     MAX_STREAM_SHARDS,
@@ -100,7 +102,8 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     columns = {"image_column": data.image_column, "mask_column": data.mask_column}
     if not data.dataset or not path.exists():
         rows = _from_hub(data, split)
-        return two_columns(rows, name=data.dataset, **columns), None
+        kept = two_columns(rows, name=data.dataset, **columns)
+        return confined(kept, hub_places(data.dataset), data.dataset), None
     paired = _is_pair_folder(data, path)
     splits = (data.train_split, data.eval_split)
     if path.suffix == ".json" or (path.is_dir() and not paired and is_coco_folder(path, splits)):
@@ -117,13 +120,15 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     if path.suffix == ".parquet" or (not paired and has_parquet(path)):
         files = parquet_files(path, split, others)
         rows, lengths = load_parquet(files, streaming=data.streaming)
-        return two_columns(rows, name=str(path), **columns), lengths
+        kept = two_columns(rows, name=str(path), **columns)
+        return confined(kept, [path.parent if path.is_file() else path], str(path)), lengths
     if path.is_file():
         raise ValueError(
             f"Expected a folder, a COCO json or a parquet file as --dataset, got {path}."
         )
     if (path / "dataset_dict.json").is_file():
-        return two_columns(_from_disk(path, split), name=str(path), **columns), None
+        kept = two_columns(_from_disk(path, split), name=str(path), **columns)
+        return confined(kept, [path], str(path)), None
     folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
     return load_pair_folder(path, split, **folders), None
 

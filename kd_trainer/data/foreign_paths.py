@@ -1,0 +1,91 @@
+"""Paths that stand in data: they lead into the folder of the data, or nowhere.
+
+A data set of a stranger may name any file of this machine, or any address, as a picture. Whoever
+trains on it and publishes a report, or a panel, would publish that picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import datasets
+
+Row = dict[str, Any]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays below the folder it is read from, by its text alone."""
+    parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
+    rooted = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
+    return not rooted and ".." not in parts and "\0" not in name
+
+
+def inside(path: str, roots: Sequence[str], name: str) -> str:
+    """A path that stands in a row, as one that can be read.
+
+    Symbolic links are followed: they are part of this machine's folders, not of the data.
+
+    Args:
+        path: of the row; a relative one begins at the first root.
+        roots: absolute folders, and beginnings of addresses.
+        name: of the data, for the message.
+
+    Raises:
+        ValueError: if the path leads out of all of them.
+    """
+    if "://" in path:
+        # `zip://a.png::hf://datasets/...` reads the last address first.
+        if any("://" in root and path.rpartition("::")[2].startswith(root) for root in roots):
+            return path
+    elif is_inside(path):
+        return str(Path(roots[0]) / path)
+    elif ".." not in Path(path).parts and any(Path(path).is_relative_to(root) for root in roots):
+        return path
+    raise ValueError(
+        f"Expected paths inside {roots[0]}, got {path} in {name}, which leads out of it. Store the "
+        "pictures themselves in the data, or copy them there and name them from there."
+    )
+
+
+def confined(rows: Any, roots: Sequence[Path | str], name: str) -> Any:
+    """A Dataset or IterableDataset of which every path leads into the data.
+
+    Args:
+        rows: with the columns `image` and `mask`, undecoded.
+        roots: see `inside`; the first is a folder.
+        name: of the data, for messages.
+
+    Raises:
+        ValueError: if a path leads elsewhere; for a stream, when its row comes.
+    """
+    if isinstance(rows, datasets.Dataset) and not _has_paths(rows):
+        return rows
+    places: dict[str, None] = {}  # in order, once
+    for root in roots:
+        if isinstance(root, Path):
+            places |= {str(root.absolute()): None, str(root.resolve()): None}
+        else:
+            places[root] = None
+    options = {"roots": list(places), "name": name}
+    return rows.map(_with_paths, fn_kwargs=options, features=rows.features)
+
+
+def _has_paths(rows: datasets.Dataset) -> bool:
+    """Whether a picture is stored as its path alone; looks at no picture."""
+    for column in ("image", "mask"):
+        for cells in rows.data.column(column).chunks:
+            stored, path = cells.field("bytes"), cells.field("path")
+            if (stored.is_null().to_numpy(False) & path.is_valid().to_numpy(False)).any():
+                return True
+    return False
+
+
+def _with_paths(row: Row, roots: Sequence[str], name: str) -> Row:
+    return {
+        column: {"path": inside(cell["path"], roots, name), "bytes": None}
+        if cell and cell.get("path") and not cell.get("bytes")
+        else cell
+        for column, cell in row.items()
+    }
