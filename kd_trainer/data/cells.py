@@ -53,7 +53,9 @@ def read_cell(cell: Cell | None, name: str) -> bytes:
         return bytes(cell["bytes"])
     path = cell.get("path")
     if not path:
-        raise BadSampleError(f"Expected an image with bytes or a path, got an empty cell at {name}.")
+        raise BadSampleError(
+            f"Expected an image with bytes or a path, got an empty cell at {name}."
+        )
     if "://" in path:
         with fsspec.open(path, "rb") as remote:
             return bytes(remote.read())
@@ -78,6 +80,8 @@ def _check_file(path: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
         raise BadSampleError(f"Expected a file, got {what} at {path}. Rename or remove it.")
+    if not status.st_size:
+        raise BadSampleError(f"Expected a picture, got an empty file: {path}. Replace or remove it.")
     if status.st_size > MAX_BYTES:
         raise BadSampleError(
             f"Expected a picture of at most {MAX_BYTES:,} bytes, got {status.st_size:,} in {path}. "

@@ -143,7 +143,7 @@ def _check_image(entry: dict[str, Any], path: Path) -> None:
         )
     height, width = entry["height"], entry["width"]
     whole = all(isinstance(side, int | float) and side == int(side) for side in (height, width))
-    if not (whole and 0 < height and 0 < width and height * width <= MAX_PIXELS):
+    if not (whole and height > 0 and width > 0 and height * width <= MAX_PIXELS):
         raise ValueError(
             f"Expected a height and a width of at most {MAX_PIXELS:,} pixels together, got "
             f"{height!r} and {width!r} for {entry['file_name']} in {path}. Correct the entry."

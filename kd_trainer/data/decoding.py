@@ -1,8 +1,8 @@
 """Image files to arrays: photographs as RGB, masks as the values that were stored.
 
 cv2 decodes JPEG and PNG photographs 1.4 times faster than PIL, to the same pixels; the rest (CMYK,
-transparency, other formats) is left to PIL. The size that a file claims is looked at before anything
-is decoded. Whatever is wrong with a file is a `BadSampleError` that names it.
+transparency, other formats) is left to PIL. The size that a file claims is looked at before it is
+decoded. Whatever is wrong with a file is a `BadSampleError` that names it.
 """
 
 from __future__ import annotations

@@ -81,12 +81,16 @@ def _cell(path: Path) -> dict[str, str | None]:
     return {"path": str(path), "bytes": None}
 
 
-def unlabelled_dataset(folder: str) -> datasets.Dataset:
+def unlabelled_dataset(folder: str, *, look: bool = True) -> datasets.Dataset:
     """The photographs of a folder, each with the mask None.
+
+    Args:
+        folder: that holds the files themselves.
+        look: read the first bytes of a sample spread over them.
 
     Raises:
         FileNotFoundError: if the folder is missing.
-        ValueError: if it holds no images, or one of a sample spread over them is none.
+        ValueError: if it holds no images, or one of the sample is none.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -98,7 +102,7 @@ def unlabelled_dataset(folder: str) -> datasets.Dataset:
             f"Expected photographs in {path} (--unlabelled), got none; its folders are: {inside}. "
             "Name the folder that holds the files."
         )
-    count = min(_SAMPLE, len(images))
+    count = min(_SAMPLE, len(images)) if look else 0
     for index in (len(images) * i // count for i in range(count)):
         image_shape(_cell(images[index]), index)
     return path_dataset(images, [None] * len(images))

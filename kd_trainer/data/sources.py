@@ -20,8 +20,8 @@ from kd_trainer.data.columns import (
     parquet_files,
     two_columns,
 )
-from kd_trainer.data.foreign_paths import confined
 from kd_trainer.data.folders import load_pair_folder
+from kd_trainer.data.foreign_paths import confined
 from kd_trainer.data.listing import (
     MAX_STREAM_SHARDS,
     did_you_mean,
@@ -83,7 +83,7 @@ def _load_split(data: DataArguments, split: str) -> Any:
     elif limit is not None:
         rows, lengths = _first_of_stream(rows, limit, lengths or stream_lengths(rows))
     if data.unlabelled is not None and split == data.train_split:
-        more = unlabelled_dataset(data.unlabelled)
+        more = unlabelled_dataset(data.unlabelled, look=data.on_bad_sample == "error")
         if data.streaming:
             more, more_lengths = _stream(more)
             known = lengths or stream_lengths(rows)

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_trainer.data.bad_samples import BadSample, StreamedBad
+from kd_trainer.data.cells import BadSampleError, cell_name
 from kd_trainer.data.dataset import SharedEpoch
 from kd_trainer.data.transform import SegmentationTransform
 
@@ -74,6 +76,9 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         world_size: number of shares.
         even: give all ranks the same number of rows, as training with DDP needs; at most
             `world_size - 1` rows stay out, others in each epoch if shuffled.
+        max_bad_share: leave out rows that cannot be used, up to this share of them; None: the
+            first one is an error.
+        name: of the split, in the list of these rows.
 
     Raises:
         ValueError: if the length is unknown, or a number is out of range; while iterating, if the
@@ -92,6 +97,8 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         rank: int = 0,
         world_size: int = 1,
         even: bool = False,
+        max_bad_share: float | None = None,
+        name: str = "stream",
     ) -> None:
         lengths = stream_lengths(dataset)
         if lengths is None:
@@ -117,6 +124,20 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         self.world_size = world_size
         self.even = even
         self._epoch = SharedEpoch()
+        self._bad: StreamedBad | None = None
+        if max_bad_share is not None:
+            if even and world_size > 1:
+                raise ValueError(
+                    f"Expected one process with --streaming and --on_bad_sample skip, got "
+                    f"{world_size}: the one that leaves a sample out would end its epoch before "
+                    "the others. Leave --streaming out."
+                )
+            self._bad = StreamedBad(name, sum(lengths), max_bad_share)
+
+    @property
+    def bad_samples(self) -> list[BadSample]:
+        """What has been left out so far, by all processes that read for this rank."""
+        return [] if self._bad is None else self._bad.found()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next draws; call it before the DataLoader's iterator is made."""
@@ -133,8 +154,16 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         for position, (index, row) in enumerate(self._rows(epoch)):
-            if position // self.batch_size % workers == number:
-                yield self.transform(row, epoch=epoch, index=index)
+            if position // self.batch_size % workers != number:
+                continue
+            try:
+                sample = self.transform(row, epoch=epoch, index=index)
+            except BadSampleError as error:
+                if self._bad is None:
+                    raise
+                self._bad.add(index, cell_name(row["image"], index), str(error))
+            else:
+                yield sample
 
     def _share(self) -> tuple[int, int]:
         total, world = sum(self.lengths), self.world_size

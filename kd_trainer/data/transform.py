@@ -21,7 +21,7 @@ from kd_trainer.image_processing import resize_image
 
 
 @cache
-def _one_thread_per_worker(process: int) -> None:
+def one_thread_per_worker(process: int) -> None:
     """Keep cv2 to one thread in a DataLoader worker: the workers are the parallelism there.
 
     Threads of cv2 do not survive the fork that makes a worker either. The number of the process
@@ -84,7 +84,7 @@ class SegmentationTransform:
             BadSampleError: if a file is unreadable, the sizes of photograph and mask differ, or the
                 mask holds values that the rule does not know. The message names the file.
         """
-        _one_thread_per_worker(os.getpid())
+        one_thread_per_worker(os.getpid())
         image = decode_photograph(row["image"], index)
         labels = self._labels(row, image.shape[:2], index)
         size = self.image_size
