@@ -131,13 +131,6 @@ def test_colours_of_sixteen_bits_keep_their_high_byte():
     assert (decode_photograph(cell(data), 0) == 0xAB).all()
 
 
-def test_a_colour_space_without_a_way_to_rgb_is_named():
-    """PIL raises an error there that names no file."""
-    data = encode(Image.new("LAB", (4, 4)), "TIFF")
-    with pytest.raises(ValueError, match=r"^Expected a readable image, got some.file"):
-        decode_photograph(cell(data), 0)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_mask_fits_the_photograph_that_exif_turns(orientation, tmp_path):
     """Eight ways to hold a camera; a mask made on the upright picture fits, a raw one is refused."""

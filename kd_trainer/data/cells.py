@@ -36,7 +36,7 @@ def cell_name(cell: Cell | None, index: int) -> str:
     """What to call a row's file in a message: its path, else the number of the row."""
     cell = cell or {}
     path = cell.get("path")
-    if path and not cell.get("bytes"):
+    if path and cell.get("bytes") is None:
         return str(path)
     return f"{path} (row {index})" if path else f"row {index}"
 
@@ -49,8 +49,11 @@ def read_cell(cell: Cell | None, name: str) -> bytes:
         BadSampleError: if the cell has neither bytes nor a path, or the file cannot be read.
     """
     cell = cell or {}
-    if cell.get("bytes"):
-        return bytes(cell["bytes"])
+    stored = cell.get("bytes")
+    if stored is not None:
+        if not stored:
+            raise BadSampleError(f"Expected a picture, got no bytes at {name}. Remove the row.")
+        return bytes(stored)
     path = cell.get("path")
     if not path:
         raise BadSampleError(

@@ -85,7 +85,7 @@ def _has_paths(rows: datasets.Dataset) -> bool:
 def _with_paths(row: Row, roots: Sequence[str], name: str) -> Row:
     return {
         column: {"path": inside(cell["path"], roots, name), "bytes": None}
-        if cell and cell.get("path") and not cell.get("bytes")
+        if cell and cell.get("path") and cell.get("bytes") is None
         else cell
         for column, cell in row.items()
     }
