@@ -70,7 +70,9 @@ def test_what_is_left_is_the_data_set_that_never_held_the_bad_rows(pairs):
 def test_by_default_the_first_bad_sample_is_an_error(pairs):
     """Skipping must be asked for: a data set that shrinks by itself is a silent substitute."""
     assert DataArguments().on_bad_sample == "error"
-    with pytest.raises(ValueError, match=r"^Expected a readable image, got .*p 0.png: image file is tru"):
+    with pytest.raises(
+        ValueError, match=r"^Expected a readable image, got .*p 0.png: image file is tru"
+    ):
         usable(settings(pairs[0], on_bad_sample="error", max_bad_share=0.01))
 
 

@@ -84,7 +84,9 @@ def _check_file(path: Path) -> None:
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
         raise BadSampleError(f"Expected a file, got {what} at {path}. Rename or remove it.")
     if not status.st_size:
-        raise BadSampleError(f"Expected a picture, got an empty file: {path}. Replace or remove it.")
+        raise BadSampleError(
+            f"Expected a picture, got an empty file: {path}. Replace or remove it."
+        )
     if status.st_size > MAX_BYTES:
         raise BadSampleError(
             f"Expected a picture of at most {MAX_BYTES:,} bytes, got {status.st_size:,} in {path}. "

@@ -14,6 +14,9 @@ import datasets
 
 Row = dict[str, Any]
 
+_IMAGE = datasets.Image(decode=False)
+_PLAIN = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+
 
 def is_inside(name: str) -> bool:
     """Whether a relative path stays below the folder it is read from, by its text alone."""
@@ -53,15 +56,25 @@ def confined(rows: Any, roots: Sequence[Path | str], name: str) -> Any:
     """A Dataset or IterableDataset of which every path leads into the data.
 
     Args:
-        rows: with the columns `image` and `mask`, undecoded.
+        rows: with the columns `image` and `mask`: pictures, or their bytes or paths.
         roots: see `inside`; the first is a folder.
         name: of the data, for messages.
+
+    Returns:
+        The same rows, both columns as undecoded images.
 
     Raises:
         ValueError: if a path leads elsewhere; for a stream, when its row comes.
     """
-    if isinstance(rows, datasets.Dataset) and not _has_paths(rows):
+    indexed = isinstance(rows, datasets.Dataset)
+    rows = _cast(rows, _IMAGE) if indexed else rows
+    if indexed and not _has_paths(rows):
         return rows
+    # As plain tables: `datasets` forgets the bytes of an image whose path is a file here, which
+    # would bring in a file that nobody has looked at.
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image | dict):
+            rows = rows.cast_column(column, _PLAIN)
     places: dict[str, None] = {}  # in order, once
     for root in roots:
         if isinstance(root, Path):
@@ -69,7 +82,14 @@ def confined(rows: Any, roots: Sequence[Path | str], name: str) -> Any:
         else:
             places[root] = None
     options = {"roots": list(places), "name": name}
-    return rows.map(_with_paths, fn_kwargs=options, features=rows.features)
+    plain = datasets.Features({"image": _PLAIN, "mask": _PLAIN})
+    return _cast(rows.map(_with_paths, fn_kwargs=options, features=plain), _IMAGE)
+
+
+def _cast(rows: Any, feature: Any) -> Any:
+    for column in ("image", "mask"):
+        rows = rows.cast_column(column, feature)
+    return rows
 
 
 def _has_paths(rows: datasets.Dataset) -> bool:
@@ -83,9 +103,14 @@ def _has_paths(rows: datasets.Dataset) -> bool:
 
 
 def _with_paths(row: Row, roots: Sequence[str], name: str) -> Row:
-    return {
-        column: {"path": inside(cell["path"], roots, name), "bytes": None}
-        if cell and cell.get("path") and cell.get("bytes") is None
-        else cell
-        for column, cell in row.items()
-    }
+    return {column: _cell(cell, roots, name) for column, cell in row.items()}
+
+
+def _cell(cell: Any, roots: Sequence[str], name: str) -> Row | None:
+    if cell is None or isinstance(cell, bytes | str):
+        kinds = (("bytes", bytes), ("path", str))
+        cell = {key: cell if isinstance(cell, kind) else None for key, kind in kinds}
+    stored, path = cell.get("bytes"), cell.get("path")
+    if stored is not None:  # the path is a name only, and is written so that it cannot be a file
+        return {"bytes": stored, "path": f"{Path(name).name}: {path}" if path else None}
+    return {"bytes": None, "path": inside(path, roots, name)} if path else None

@@ -21,7 +21,6 @@ from kd_trainer.data.columns import (
     two_columns,
 )
 from kd_trainer.data.folders import load_pair_folder
-from kd_trainer.data.foreign_paths import confined
 from kd_trainer.data.listing import (
     MAX_STREAM_SHARDS,
     did_you_mean,
@@ -99,11 +98,11 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         _check_no_category(data)
         return _synthetic(data, split), None
     path = Path(data.dataset).expanduser()
-    columns = {"image_column": data.image_column, "mask_column": data.mask_column}
+    columns: dict[str, Any] = {"image_column": data.image_column, "mask_column": data.mask_column}
     if not data.dataset or not path.exists():
         rows = _from_hub(data, split)
-        kept = two_columns(rows, name=data.dataset, **columns)
-        return confined(kept, hub_places(data.dataset), data.dataset), None
+        places = hub_places(data.dataset)
+        return two_columns(rows, name=data.dataset, places=places, **columns), None
     paired = _is_pair_folder(data, path)
     splits = (data.train_split, data.eval_split)
     if path.suffix == ".json" or (path.is_dir() and not paired and is_coco_folder(path, splits)):
@@ -120,15 +119,17 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     if path.suffix == ".parquet" or (not paired and has_parquet(path)):
         files = parquet_files(path, split, others)
         rows, lengths = load_parquet(files, streaming=data.streaming)
-        kept = two_columns(rows, name=str(path), **columns)
-        return confined(kept, [path.parent if path.is_file() else path], str(path)), lengths
+        root = path.parent if path.is_file() else path
+        return two_columns(rows, name=str(path), places=[root], **columns), lengths
     if path.is_file():
         raise ValueError(
             f"Expected a folder, a COCO json or a parquet file as --dataset, got {path}."
         )
     if (path / "dataset_dict.json").is_file():
-        kept = two_columns(_from_disk(path, split), name=str(path), **columns)
-        return confined(kept, [path], str(path)), None
+        rows, lengths = _first(_from_disk(path, split), limit, f"split {split!r} of {path}"), None
+        if data.streaming:  # before the paths are looked at, as a stream reads them in its own way
+            rows, lengths = _stream(rows)
+        return two_columns(rows, name=str(path), places=[path], **columns), lengths
     folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
     return load_pair_folder(path, split, **folders), None
 
