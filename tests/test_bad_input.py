@@ -20,8 +20,13 @@ from PIL import Image
 from small_runs import SIDE, write_pairs
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data import MaskRule, SegmentationTransform, TransformedDataset, load_splits
-from kd_trainer.data import transforms
+from kd_trainer.data import (
+    MaskRule,
+    SegmentationTransform,
+    TransformedDataset,
+    load_splits,
+    transforms,
+)
 from kd_trainer.data.cells import MAX_BYTES, read_cell
 from kd_trainer.data.decoding import MAX_PIXELS, decode_mask, decode_photograph, image_shape
 from kd_trainer.workflows.pictures import read_picture
