@@ -76,7 +76,7 @@ def bomb(kind: str, side: int) -> bytes:
 @pytest.mark.parametrize("decode", EVERY)
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
 def test_a_decompression_bomb_is_refused_by_its_head(kind, decode):
-    """A file of 1 kB that claims 50,000 x 50,000 pixels would take 7 GiB and the machine with it."""
+    """A file of 1 kB that claims 50,000 x 50,000 pixels would take 7 GiB to decode."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for side in (50_000, 10_000):  # PIL raises for the first, and only warns for the second
         data = bomb(kind, side)
@@ -138,7 +138,7 @@ def test_colours_of_sixteen_bits_keep_their_high_byte():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_mask_fits_the_photograph_that_exif_turns(orientation, tmp_path):
-    """Eight ways to hold a camera; a mask made on the upright picture fits, a raw one is refused."""
+    """A mask made on the upright picture fits; one of the picture as it is stored is refused."""
     draw = np.random.default_rng(orientation)
     coarse = draw.integers(0, 2, (3, 5), dtype=np.uint8) * 255
     stored = Image.fromarray(np.kron(coarse, np.ones((16, 16), np.uint8)))

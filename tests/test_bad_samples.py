@@ -1,4 +1,4 @@
-"""`--on_bad_sample skip`: bad rows are named, counted and left out, and nothing takes their place."""
+"""`--on_bad_sample skip`: bad rows are named, counted and left out, and nothing replaces them."""
 
 import json
 import subprocess

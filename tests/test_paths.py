@@ -1,4 +1,4 @@
-"""Paths in data lead into the folder of the data, or nowhere: a picture of this machine is private."""
+"""Paths in data lead into the folder of the data, or nowhere: other pictures are private."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What holds for any schedule, any counts and any mask: bounds, sums, and a plain second opinion."""
+"""What holds for any schedule, counts and mask: bounds, sums, and a plain second opinion."""
 
 import io
 import itertools

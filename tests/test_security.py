@@ -153,8 +153,7 @@ def test_weights_that_are_not_finite_are_named_before_a_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"in encoder.conv1.weight \(the teacher .*teach"):
         make_teacher(model, tiny_student(), image_size=32)
     with pytest.raises(FloatingPointError, match=r"\(encoder_weights .*encoder.pth\)"):
-        settings = {"student_encoder": "resnet18", "encoder_weights": f"{tmp_path}/encoder.pth"}
-        make_student(ModelArguments(**settings), DataArguments())
+        encoder_of(tmp_path / "encoder.pth")
 
 
 CODE = """
@@ -182,14 +181,15 @@ def test_code_of_a_model_runs_only_if_asked_for_and_is_announced(trusted, marker
     assert capfd.readouterr().err.count(announced) == trusted
 
 
-def test_code_that_lies_in_another_repository_is_announced_by_its_name(tmp_path, capfd):
+def test_code_that_lies_in_another_repository_is_announced_by_its_name(
+    tmp_path, capfd, monkeypatch
+):
     """config.json may point anywhere, and the name of the model says nothing about it."""
     config = {"model_type": "strange", "auto_map": {"AutoConfig": "eve/code--code.C"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = ModelArguments(teacher=str(tmp_path), trust_remote_code=True)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((ValueError, OSError)):
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises((ValueError, OSError)):
         make_teacher(model, tiny_student(), image_size=32)
     assert "Running Python code of eve/code, as" in capfd.readouterr().err
 
