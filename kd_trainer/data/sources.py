@@ -126,10 +126,11 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
             f"Expected a folder, a COCO json or a parquet file as --dataset, got {path}."
         )
     if (path / "dataset_dict.json").is_file():
-        rows, lengths = _first(_from_disk(path, split), limit, f"split {split!r} of {path}"), None
+        rows = _first(_from_disk(path, split), limit, f"split {split!r} of {path}")
+        known: list[int] | None = None
         if data.streaming:  # before the paths are looked at, as a stream reads them in its own way
-            rows, lengths = _stream(rows)
-        return two_columns(rows, name=str(path), places=[path], **columns), lengths
+            rows, known = _stream(rows)
+        return two_columns(rows, name=str(path), places=[path], **columns), known
     folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
     return load_pair_folder(path, split, **folders), None
 
