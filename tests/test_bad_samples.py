@@ -272,7 +272,7 @@ def test_two_processes_divide_the_files_and_agree(pairs, tmp_path):
         )
         for rank in range(2)
     ]
-    ended = [process.communicate(timeout=120) for process in started]
+    ended = [process.communicate(timeout=300) for process in started]
     assert [out.strip() for out, _ in ended] == [f"2 {BAD_ROWS} 7"] * 2, ended
     assert [err.count("left out") for _, err in ended] == [5, 0]
 
