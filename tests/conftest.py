@@ -24,11 +24,15 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hub_server import Hub, serving  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from kd_trainer.data.synthetic import synthetic_pair  # noqa: E402
 
 torch.set_num_threads(min(2, int(os.environ["OMP_NUM_THREADS"])))
 cv2.setNumThreads(1)
+# The same examples on every machine, however busy it is: a failure can be repeated.
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -181,7 +181,13 @@ def rows(text: str, heading: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("docs/data.md", 16), ("docs/training.md", 16), ("docs/publish.md", 5)]
+    ("page", "least"),
+    [
+        ("docs/data.md", 16),
+        ("docs/training.md", 16),
+        ("docs/publish.md", 5),
+        ("docs/bad_input.md", 2),
+    ],
 )
 def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
     """Defaults are looked up in tables, and a stale one decides somebody's run."""

@@ -8,6 +8,7 @@ from kd_trainer.fields import check_at_least, check_choice, help_field
 from kd_trainer.metrics import check_class_names
 
 AUGMENTATIONS = ("heavy", "light", "none")
+ON_BAD_SAMPLE = ("error", "skip")
 
 
 @dataclass
@@ -49,6 +50,15 @@ class DataArguments:
     synthetic_eval: int = help_field(120, "Pictures drawn for evaluation, likewise.")
     max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
     max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
+    on_bad_sample: str = help_field(
+        "error",
+        "What a photograph or mask that cannot be used does: `error` stops and names the file; "
+        "`skip` looks through all files first (streams: on the way), leaves the bad ones out and "
+        "lists them in bad_samples.txt. Nothing ever takes their place.",
+    )
+    max_bad_share: float = help_field(
+        0.01, "With --on_bad_sample skip: stop if more than this share of a split is bad."
+    )
 
     def __post_init__(self) -> None:
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
@@ -62,6 +72,17 @@ class DataArguments:
             raise ValueError(
                 f"Expected {self.num_labels} --class_names (one per label, background first), got "
                 f"{len(self.class_names)}: {' '.join(self.class_names)}."
+            )
+        check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(
+                f"Expected --max_bad_share between 0 and 1, got {self.max_bad_share}. 0.01 is one "
+                "sample in a hundred."
+            )
+        if self.on_bad_sample == "error" and self.max_bad_share != type(self).max_bad_share:
+            raise ValueError(
+                f"Expected --on_bad_sample skip with --max_bad_share {self.max_bad_share:g}, got "
+                "error, with which no bad sample is let through. Add it, or leave the share out."
             )
         check_class_names(list(self.id2label.values()))
         if not 0 <= self.brightness_contrast_probability <= 1:

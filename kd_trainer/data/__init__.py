@@ -1,14 +1,16 @@
 """From photographs and masks to batches: sources, rule of the mask values, transform, streams."""
 
+from kd_trainer.data.bad_samples import BadSample
 from kd_trainer.data.collate import collate
 from kd_trainer.data.dataset import TransformedDataset
 from kd_trainer.data.masks import MaskRule, find_mask_rule
-from kd_trainer.data.pipeline import mask_rule, transforms
+from kd_trainer.data.pipeline import mask_rule, transforms, usable_splits
 from kd_trainer.data.sources import load_splits
 from kd_trainer.data.streaming import StreamedDataset
 from kd_trainer.data.transform import SegmentationTransform
 
 __all__ = [
+    "BadSample",
     "MaskRule",
     "SegmentationTransform",
     "StreamedDataset",
@@ -18,4 +20,5 @@ __all__ = [
     "load_splits",
     "mask_rule",
     "transforms",
+    "usable_splits",
 ]

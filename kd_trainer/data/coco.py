@@ -27,6 +27,8 @@ from kd_trainer.data.listing import FEATURES, MAX_STREAM_SHARDS, did_you_mean, s
 DRAWING = 1
 """Counts up when the same annotations are drawn as other pixels: it invalidates cached masks."""
 
+_FARTHEST = 10  # sides of the picture that a polygon's corner may be away
+
 
 @dataclass(frozen=True)
 class CocoSplit:
@@ -215,6 +217,30 @@ def draw(
 
 
 def _pixels(shape: Any, height: int, width: int, where: str) -> npt.NDArray[np.bool_]:
+    try:
+        rle = _run_lengths(shape, height, width, where)
+        return np.zeros((height, width), np.bool_) if rle is None else _decoded(rle)
+    except (TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise _no_shape(where, type(error).__name__) from None
+    except ValueError as error:
+        if str(error).startswith("Expected"):
+            raise
+        raise _no_shape(where, str(error)) from None
+
+
+def _decoded(rle: Any) -> npt.NDArray[np.bool_]:
+    return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
+
+
+def _no_shape(where: str, reason: str) -> ValueError:
+    return ValueError(
+        f"Expected polygons or RLE as the segmentation, got something else ({reason}) in {where}. "
+        "Correct the annotation, or remove it."
+    )
+
+
+def _run_lengths(shape: Any, height: int, width: int, where: str) -> Any:
+    """What pycocotools decodes; None for polygons without any area."""
     if isinstance(shape, dict):
         if list(shape["size"]) != [height, width]:
             raise ValueError(
@@ -222,12 +248,15 @@ def _pixels(shape: Any, height: int, width: int, where: str) -> npt.NDArray[np.b
                 f"{where}."
             )
         is_list = isinstance(shape["counts"], list)
-        rle = coco_mask.frPyObjects(shape, height, width) if is_list else shape
-    else:
-        # pycocotools reads a "polygon" of four numbers as a box; fewer than three points hold no
-        # area.
-        polygons = [polygon for polygon in shape if len(polygon) >= 6]
-        if not polygons:
-            return np.zeros((height, width), np.bool_)
-        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-    return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
+        if is_list and sum(shape["counts"]) != height * width:
+            raise _no_shape(where, f"counts of {sum(shape['counts'])} pixels")
+        return coco_mask.frPyObjects(shape, height, width) if is_list else shape
+    # pycocotools reads a "polygon" of four numbers as a box; fewer than three points hold no area.
+    polygons = [polygon for polygon in shape if len(polygon) >= 6]
+    if not polygons:
+        return None
+    # It walks along every edge, so a corner far away takes hours, and one at infinity all memory.
+    corners = np.abs(np.concatenate([np.asarray(polygon, float) for polygon in polygons]))
+    if not (corners <= _FARTHEST * max(height, width)).all():
+        raise _no_shape(where, f"a corner at {corners.max():g}")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))

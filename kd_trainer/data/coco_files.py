@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_trainer.data.decoding import MAX_PIXELS
+from kd_trainer.data.foreign_paths import is_inside
 from kd_trainer.data.listing import missing_path, show_names
 
 _FIELDS = {
@@ -127,4 +129,22 @@ def read_annotations(path: Path) -> dict[str, Any]:
                     f"(from 0) of {path} without {', '.join(lacking)}: {json.dumps(entry)[:100]}. "
                     "Add what is missing, or remove the entry."
                 )
+    for entry in lists["images"]:
+        _check_image(entry, path)
     return lists
+
+
+def _check_image(entry: dict[str, Any], path: Path) -> None:
+    """Refuse an image outside the folder, or of a size that nobody can draw masks of."""
+    if not is_inside(str(entry["file_name"])):
+        raise ValueError(
+            f"Expected each file_name inside the folder of the images, got {entry['file_name']!r} "
+            f"in {path}, which leads out of it. Copy the file there, and name it from there."
+        )
+    height, width = entry["height"], entry["width"]
+    whole = all(isinstance(side, int | float) and side == int(side) for side in (height, width))
+    if not (whole and height > 0 and width > 0 and height * width <= MAX_PIXELS):
+        raise ValueError(
+            f"Expected a height and a width of at most {MAX_PIXELS:,} pixels together, got "
+            f"{height!r} and {width!r} for {entry['file_name']} in {path}. Correct the entry."
+        )

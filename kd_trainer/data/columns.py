@@ -10,8 +10,10 @@ import datasets
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import constants
 
 from kd_trainer.data.coco_files import file_for_split
+from kd_trainer.data.foreign_paths import confined
 from kd_trainer.data.listing import did_you_mean, show_names
 
 
@@ -95,11 +97,33 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
         ) from None
 
 
-def two_columns(loaded: Any, *, image_column: str, mask_column: str, name: str) -> Any:
+def hub_places(name: str) -> list[Path | str]:
+    """Where the pictures of a data set on the Hub may lie: in its caches, or in its repository."""
+    cache = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    address = f"hf://datasets/{name}"
+    return [cache, Path(datasets.config.HF_DATASETS_CACHE), f"{address}@", f"{address}/"]
+
+
+def two_columns(
+    loaded: Any,
+    *,
+    image_column: str,
+    mask_column: str,
+    name: str,
+    places: Sequence[Path | str] = (),
+) -> Any:
     """Keep the two columns, named `image` and `mask`, as undecoded images.
 
+    Args:
+        loaded: a Dataset or an IterableDataset.
+        image_column: of the photographs.
+        mask_column: of the masks.
+        name: of the data, for messages.
+        places: where pictures may lie that are stored as paths.
+
     Raises:
-        ValueError: if a column is missing or holds no images; lists the columns.
+        ValueError: if a column is missing or holds no images (lists the columns), or a path leads
+            out of the places.
     """
     features = loaded.features
     if features is None:  # a stream without a schema
@@ -121,9 +145,7 @@ def two_columns(loaded: Any, *, image_column: str, mask_column: str, name: str) 
     # In two steps, because the old names may be the new ones the other way round.
     kept = kept.rename_columns({image_column: "image_", mask_column: "mask_"})
     kept = kept.rename_columns({"image_": "image", "mask_": "mask"})
-    for column in ("image", "mask"):
-        kept = kept.cast_column(column, datasets.Image(decode=False))
-    return kept
+    return confined(kept, places, name)
 
 
 def _features_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kd_trainer.data.bad_samples import BadSample
 from kd_trainer.data.transform import SegmentationTransform
 
 
@@ -33,11 +35,15 @@ class TransformedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     Args:
         dataset: rows by number, and a length.
         transform: makes a sample of a row.
+        bad_samples: what was left out of it.
     """
 
-    def __init__(self, dataset: Any, transform: SegmentationTransform) -> None:
+    def __init__(
+        self, dataset: Any, transform: SegmentationTransform, bad_samples: Sequence[BadSample] = ()
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
+        self.bad_samples = list(bad_samples)
         self._epoch = SharedEpoch()
 
     def set_epoch(self, epoch: int) -> None:

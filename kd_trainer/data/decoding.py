@@ -1,64 +1,41 @@
 """Image files to arrays: photographs as RGB, masks as the values that were stored.
 
-A cell is what `datasets.Image(decode=False)` gives: a dict with `bytes` and `path`, either of
-which may be None. cv2 decodes JPEG and PNG photographs 1.4 times faster than PIL, to the same
-pixels; the rest (CMYK, transparency, other formats) is left to PIL.
+cv2 decodes JPEG and PNG photographs 1.4 times faster than PIL, to the same pixels; the rest (CMYK,
+transparency, other formats) is left to PIL. The size that a file claims is looked at before it is
+decoded. Whatever is wrong with a file is a `BadSampleError` that names it.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from pathlib import Path
+import warnings
 from typing import Any
 
 import cv2
-import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-Cell = Mapping[str, Any]
+from kd_trainer.data.cells import BadSampleError, Cell, cell_name, read_cell
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+"""What PIL may read. Its other readers are many, and one of them starts Ghostscript."""
+
+MAX_PIXELS = 89_478_485
+"""Largest picture that is decoded, about 9,460 x 9,460: 256 MiB as RGB.
+
+A file of a few bytes can claim any size. PIL has the same limit but only warns up to its double.
+"""
 
 # cv2 can fill the missing part of a cut-off file with grey and say nothing, where PIL raises; so it
 # gets only files that end as their format does.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-_OPAQUE = ("RGB", "L", "P", "1", "I;16")
+_OPAQUE = ("RGB", "L", "P", "1")
 _PNG_GREY = 0
 _FIRST_TURNED = 5  # EXIF orientations 5 to 8 exchange height and width
-
-
-def cell_name(cell: Cell | None, index: int) -> str:
-    """What to call a row's file in a message: its path, else the number of the row."""
-    cell = cell or {}
-    path = cell.get("path")
-    if path and not cell.get("bytes"):
-        return str(path)
-    return f"{path} (row {index})" if path else f"row {index}"
-
-
-def read_cell(cell: Cell, name: str) -> bytes:
-    """The encoded bytes of a cell, from memory, a local file or a remote address (hf://, ...).
-
-    Raises:
-        FileNotFoundError: if the file is gone.
-        ValueError: if the cell has neither bytes nor a path.
-    """
-    if cell.get("bytes"):
-        return bytes(cell["bytes"])
-    path = cell.get("path")
-    if not path:
-        raise ValueError(f"Expected an image with bytes or a path, got an empty cell at {name}.")
-    if "://" in path:
-        with fsspec.open(path, "rb") as remote:
-            return bytes(remote.read())
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"Expected the file {path}, got nothing there. Was it moved after the data was listed?"
-        ) from None
+# Phones keep a depth map or a preview behind the photograph: further pictures, but no animation.
+_OF_SEVERAL_PARTS = "MPO"
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
@@ -72,7 +49,7 @@ def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
         uint8 RGB (H, W, 3), turned as its EXIF orientation says.
 
     Raises:
-        ValueError: if the file is no readable image; names the file.
+        BadSampleError: if the file is no readable image; names the file.
     """
     name = cell_name(cell, index)
     data = read_cell(cell, name)
@@ -80,22 +57,33 @@ def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
     opaque = header.mode in _OPAQUE and "transparency" not in header.info
     ending = _ENDINGS.get(header.format or "")
     if opaque and ending and data.rstrip(b"\x00").endswith(ending):
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-        if image is not None:
-            return np.asarray(image, np.uint8)
+        image = _by_cv2(data)
+        if image is not None and sorted(image.shape[:2]) == sorted(header.size):
+            return image
     return np.array(_on_white(_open(data, name), name), np.uint8)  # a copy: torch needs to write
+
+
+def _by_cv2(data: bytes) -> npt.NDArray[np.uint8] | None:
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # PIL has the last word, and names the file
+        return None
+    return None if image is None else np.asarray(image, np.uint8)
 
 
 def _on_white(image: Image.Image, name: str) -> Image.Image:
     """Convert to RGB as image processors do: what is transparent shows white."""
     if image.mode.startswith(("I", "F")):
-        raise ValueError(
+        raise BadSampleError(
             f"Expected a photograph of 8 bits a channel, got mode {image.mode} in {name}. Scale "
             "its values to 0..255 first."
         )
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    image = image.convert("RGBA")
+    try:
+        image = image.convert("RGBA")
+    except (ValueError, OSError) as error:  # CIE LAB, and other spaces that PIL cannot leave
+        raise _unreadable(error, name) from None
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image).convert("RGB")
 
@@ -111,7 +99,7 @@ def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
         (H, W): bool for a 1-bit file, palette indices of a palette file, else uint8 or uint16.
 
     Raises:
-        ValueError: if the file is unreadable or its colour channels differ; names the file.
+        BadSampleError: if the file is unreadable or its colour channels differ; names the file.
     """
     name = cell_name(cell, index)
     data = read_cell(cell, name)
@@ -123,7 +111,7 @@ def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
         return _small(values, name, _grey_scale(data))
     if image.mode in ("LA", "RGB", "RGBA") and not (_is_png(data) and data[24] == 16):
         return _one_channel(values, image.mode, name)
-    raise ValueError(
+    raise BadSampleError(
         f"Expected a mask with one channel of whole numbers, got mode {image.mode} in {name}. "
         "Store class ids in a PNG with one channel of 8 or 16 bits."
     )
@@ -133,33 +121,69 @@ def image_shape(cell: Cell, index: int) -> tuple[int, int]:
     """Height and width of an image as it is decoded, from the head of the file.
 
     Raises:
-        ValueError: if the file is no image; names it.
+        BadSampleError: if the file is no image; names it.
     """
     name = cell_name(cell, index)
     image = _open(read_cell(cell, name), name, load=False)
     try:
         exif = image.getexif()  # which decodes the whole of a PNG
-    except _UNREADABLE as error:
+    except Exception as error:
         raise _unreadable(error, name) from None
-    turned = exif.get(ExifTags.Base.Orientation, 1) >= _FIRST_TURNED
+    turned = exif.get(ExifTags.Base.Orientation, 1) in range(_FIRST_TURNED, 9)
     turned &= image.format != "TIFF"  # whose size PIL has turned already
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _open(data: bytes, name: str, load: bool = True) -> Image.Image:
+    # PIL's readers raise whatever they stumble over in a broken file: struct.error, KeyError, ...
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:
+        raise _unreadable(error, name) from None
+    _check_header(image, name)
+    try:
         if not load:
             return image
         image.load()
         return ImageOps.exif_transpose(image)
-    except _UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise _unreadable(error, name) from None
 
 
-def _unreadable(error: Exception, name: str) -> ValueError:
-    reason = "it holds no image that cv2 or PIL can read" if "identify" in str(error) else error
-    return ValueError(
+def _check_header(image: Image.Image, name: str) -> None:
+    """Refuse what claims too many pixels, or holds more than one picture."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise _too_large(f"{width:,} x {height:,}", name)
+    if width < 1 or height < 1:
+        raise BadSampleError(f"Expected a picture, got {width} x {height} pixels in {name}.")
+    try:
+        frames = 1 if image.format == _OF_SEVERAL_PARTS else getattr(image, "n_frames", 1)
+    except Exception as error:
+        raise _unreadable(error, name) from None
+    if frames != 1:
+        raise BadSampleError(
+            f"Expected one picture, got {frames} (an animation, or pages) in {name}. Save the one "
+            "that is meant as a file of its own."
+        )
+
+
+def _too_large(size: str, name: str) -> BadSampleError:
+    return BadSampleError(
+        f"Expected a picture of at most {MAX_PIXELS:,} pixels, got {size} in {name}. Shrink it, "
+        "cut it into pieces, or remove it."
+    )
+
+
+def _unreadable(error: Exception, name: str) -> BadSampleError:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return _too_large(str(error).partition(" exceeds")[0], name)
+    reason = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = f"it is none of {', '.join(FORMATS)}, or its head is broken"
+    return BadSampleError(
         f"Expected a readable image, got {name}: {reason}. Replace or remove the file."
     )
 
@@ -179,7 +203,7 @@ def _small(values: npt.NDArray[Any], name: str, scale: int) -> npt.NDArray[Any]:
     if values.dtype == np.uint8:
         return values if scale == 1 else values // scale
     if values.min(initial=0) < 0 or values.max(initial=0) > np.iinfo(np.uint16).max:
-        raise ValueError(
+        raise BadSampleError(
             f"Expected mask values 0..65535, got {values.min()}..{values.max()} in {name}."
         )
     return values.astype(np.uint16)
@@ -188,12 +212,12 @@ def _small(values: npt.NDArray[Any], name: str, scale: int) -> npt.NDArray[Any]:
 def _one_channel(values: npt.NDArray[Any], mode: str, name: str) -> npt.NDArray[Any]:
     colours = values[..., : {"LA": 1, "RGB": 3, "RGBA": 3}[mode]]
     if mode.endswith("A") and (values[..., -1] != 255).any():
-        raise ValueError(
+        raise BadSampleError(
             f"Expected a mask without transparency, got {mode} with an alpha channel in {name}. "
             "Store the class ids in one channel."
         )
     if (colours != colours[..., :1]).any():
-        raise ValueError(
+        raise BadSampleError(
             f"Expected a mask with one channel (or equal ones), got different colours in {name}. "
             "Store class ids, or a palette PNG, instead of a coloured picture."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -75,12 +76,14 @@ def _found(folder: Path, folders: list[str]) -> str:
 def _by_stem(files: list[Path], folder: Path) -> dict[str, Path]:
     by_stem: dict[str, Path] = {}
     for file in files:
-        if file.stem in by_stem:
+        # A Mac writes é as two characters, others as one: to the eye it is the same name.
+        stem = unicodedata.normalize("NFC", file.stem)
+        if stem in by_stem:
             raise ValueError(
-                f"Expected one file for each name, got {by_stem[file.stem].name} and {file.name} "
-                f"in {folder}. Remove one."
+                f"Expected one file for each name, got {by_stem[stem].name} and {file.name} in "
+                f"{folder}. Remove one."
             )
-        by_stem[file.stem] = file
+        by_stem[stem] = file
     return by_stem
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -47,9 +48,18 @@ def missing_path(path: Path, what: str) -> FileNotFoundError:
 def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
     """The image files directly in `folder`, sorted by name (so that row numbers never change)."""
     allowed = frozenset(suffixes)
-    return sorted(
+    found = sorted(
         p for p in folder.iterdir() if p.suffix.lower() in allowed and not p.name.startswith(".")
     )
+    for path in found:
+        # A half of a surrogate pair stands for a byte that is no UTF-8, which no table can store.
+        odd = [c for c in path.name if unicodedata.category(c) in ("Cc", "Cs")]
+        if odd:
+            raise ValueError(
+                f"Expected file names in UTF-8 without control characters, got {path.name!a} in "
+                f"{folder}. Rename the file."
+            )
+    return found
 
 
 def show_names(names: Sequence[str]) -> str:
@@ -71,12 +81,16 @@ def _cell(path: Path) -> dict[str, str | None]:
     return {"path": str(path), "bytes": None}
 
 
-def unlabelled_dataset(folder: str) -> datasets.Dataset:
+def unlabelled_dataset(folder: str, *, look: bool = True) -> datasets.Dataset:
     """The photographs of a folder, each with the mask None.
+
+    Args:
+        folder: that holds the files themselves.
+        look: read the first bytes of a sample spread over them.
 
     Raises:
         FileNotFoundError: if the folder is missing.
-        ValueError: if it holds no images, or one of a sample spread over them is none.
+        ValueError: if it holds no images, or one of the sample is none.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -88,7 +102,7 @@ def unlabelled_dataset(folder: str) -> datasets.Dataset:
             f"Expected photographs in {path} (--unlabelled), got none; its folders are: {inside}. "
             "Name the folder that holds the files."
         )
-    count = min(_SAMPLE, len(images))
+    count = min(_SAMPLE, len(images)) if look else 0
     for index in (len(images) * i // count for i in range(count)):
         image_shape(_cell(images[index]), index)
     return path_dataset(images, [None] * len(images))

@@ -15,7 +15,7 @@ cannot read is an error when it comes, never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from kd_trainer.data.decoding import Cell, cell_name, decode_mask
+from kd_trainer.data.cells import BadSampleError, Cell, cell_name
+from kd_trainer.data.decoding import decode_mask
 
 _VALUES = 2**16
 _UNKNOWN = -1
@@ -107,42 +108,54 @@ class MaskRule:
             uint8 (H, W), 0..num_labels-1 and `ignore_index`.
 
         Raises:
-            ValueError: if the mask holds a value that the rule does not know.
+            BadSampleError: if the mask holds a value that the rule does not know.
         """
-        if mask.dtype == np.bool_:
-            return self._bit_labels(mask, name)
-        found = present_values(mask)
+        bits = mask.dtype == np.bool_
+        self.check(present_values(mask), name, bits=bits)
+        if bits:  # without a value for the set bit, no bit is set
+            values = mask.astype(np.uint8) * np.uint8(self._bit_value or 0)
+            return self._bytes[values]
+        if mask.dtype == np.uint8:
+            return np.asarray(cv2.LUT(mask, self._bytes[:256]), np.uint8)
+        return self._bytes[mask]
+
+    @property
+    def _bit_value(self) -> int | None:
+        # In a 1-bit file the set bit has no number of its own: it is 1 or 255, as the rule says.
+        return next((bit for bit in (1, 255) if set(self.values) == {0, bit}), None)
+
+    def check(self, found: Collection[int], name: str, *, bits: bool = False) -> None:
+        """Refuse a mask that the rule cannot read.
+
+        Args:
+            found: its distinct values.
+            name: what to call the file in a message.
+            bits: whether it is a 1-bit file, whose values say no more than set or not.
+
+        Raises:
+            BadSampleError: names the file and the values.
+        """
+        if bits and self._bit_value is not None:
+            return
+        if bits and 1 in found:
+            raise BadSampleError(
+                f"Expected the mask values {show_values(self.values)}, got a 1-bit file, which has "
+                f"none, in {name}. Store class ids, or use --num_labels 2."
+            )
         if any(self._table[v] == _UNKNOWN for v in found):
             raise _unknown_values(self, found, name)
         ignored = self.ignore_index in found and self.ignore_index not in self.values
         if ignored and not self.ignore_alone and self.values[1] not in found:
-            raise ValueError(
+            raise BadSampleError(
                 f"Expected mask values 0 and 1 as in the masks looked at first, got "
                 f"{show_values(found)} in {name}, where {self.ignore_index} may be foreground or "
                 f"ignored. Say which with --mask_values 0 1 (ignored) or --mask_values 0 "
                 f"{self.ignore_index} (foreground), and do not mix both kinds."
             )
-        if mask.dtype == np.uint8:
-            return np.asarray(cv2.LUT(mask, self._bytes[:256]), np.uint8)
-        return self._bytes[mask]
-
-    def _bit_labels(self, mask: npt.NDArray[np.bool_], name: str) -> npt.NDArray[np.uint8]:
-        # In a 1-bit file the set bit has no number of its own: it is 1 or 255, as the rule says.
-        for bit_value in (1, 255):
-            if set(self.values) == {0, bit_value}:
-                return self._bytes[mask.astype(np.uint8) * np.uint8(bit_value)]
-        if mask.any():
-            raise ValueError(
-                f"Expected the mask values {show_values(self.values)}, got a 1-bit file, which has "
-                f"none, in {name}. Store class ids, or use --num_labels 2."
-            )
-        if 0 not in self.values:
-            raise _unknown_values(self, (0,), name)
-        return np.full(mask.shape, self.values.index(0), np.uint8)
 
 
-def _unknown_values(rule: MaskRule, found: Iterable[int], where: str) -> ValueError:
-    return ValueError(
+def _unknown_values(rule: MaskRule, found: Iterable[int], where: str) -> BadSampleError:
+    return BadSampleError(
         f"Expected the mask values {show_values(rule.values)} (classes 0..{rule.num_labels - 1}) "
         f"or {rule.ignore_index} (ignored), got {show_values(found)} in {where}. Name the value of "
         "each class in order with --mask_values, or set --num_labels."

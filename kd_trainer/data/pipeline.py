@@ -10,7 +10,17 @@ import datasets
 import numpy as np
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.decoding import cell_name, decode_mask, image_shape
+from kd_trainer.data.bad_samples import (
+    BadSample,
+    Look,
+    announce,
+    check_share,
+    known_values,
+    look_at,
+    look_through,
+)
+from kd_trainer.data.cells import BadSampleError, cell_name
+from kd_trainer.data.decoding import decode_mask, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule
 from kd_trainer.data.transform import SegmentationTransform, size_error
 
@@ -36,6 +46,9 @@ def mask_rule(
         ValueError: if the masks looked at do not fit the rule, or fit none.
     """
     rows = [row for split in splits.values() for row in _sample(split)]
+    if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
+        known = known_values(data)
+        rows = [row for i, row in enumerate(rows) if look_at(row, i, known).reason is None]
     for index, row in enumerate(rows):
         check_sizes(row, index)
     masks = [row["mask"] for row in rows]
@@ -52,9 +65,93 @@ def mask_rule(
             f"{len(data.mask_values)}: {' '.join(map(str, data.mask_values))}."
         )
     rule = MaskRule(tuple(data.mask_values), data.ignore_index)
+    ignored = 0
     for index, cell in enumerate(masks):
-        rule.labels(decode_mask(cell, index), cell_name(cell, index))
+        labels = rule.labels(decode_mask(cell, index), cell_name(cell, index))
+        ignored += bool((labels == rule.ignore_index).all())
+    if masks and ignored == len(masks):
+        raise ValueError(
+            f"Expected masks with pixels that count, got only {rule.ignore_index} (--ignore_index) "
+            f"in all {ignored} that were looked at. Check the masks, or --mask_values."
+        )
     return rule
+
+
+def usable_splits(
+    splits: Mapping[str, Any],
+    data: DataArguments,
+    *,
+    every_class: bool = True,
+    workers: int = 0,
+    shared: bool = False,
+) -> tuple[dict[str, Any], dict[str, list[BadSample]]]:
+    """Leave out the rows that cannot be used, as `--on_bad_sample skip` asks for.
+
+    Args:
+        splits: what `load_splits` gave. Streams, and everything with `error`, stay as they are.
+        data: the settings.
+        every_class: as for `mask_rule`.
+        workers: processes that look through the files.
+        shared: divide the files among the processes of a run, each of which calls this.
+
+    Returns:
+        The splits, and for each what was left out, in the order of its rows.
+
+    Raises:
+        ValueError: if more than `data.max_bad_share` of a split is bad, or the rest has no rule.
+    """
+    bad: dict[str, list[BadSample]] = {name: [] for name in splits}
+    if data.on_bad_sample == "error" or data.streaming:
+        return dict(splits), bad
+    known = known_values(data)
+    looks = {
+        name: look_through(rows, known, name=name, workers=workers, shared=shared)
+        for name, rows in splits.items()
+    }
+    reasons = {name: {i: x.reason for i, x in enumerate(looks[name]) if x.reason} for name in looks}
+    kept = _without(splits, reasons, data)
+    rule = mask_rule(kept, data, every_class=every_class)
+    for name, rows in splits.items():
+        for index, look in enumerate(looks[name]):
+            reason = look.reason or _contradiction(rule, look, rows, index)
+            if reason:
+                reasons[name][index] = reason
+    return _without(splits, reasons, data), {n: _samples(splits[n], n, reasons[n]) for n in splits}
+
+
+def _contradiction(rule: MaskRule, look: Look, rows: Any, index: int) -> str | None:
+    """Why the rule cannot read a mask whose values alone could stand in a file of this data."""
+    try:
+        rule.check(look.values, "its mask", bits=look.bits)
+    except BadSampleError:
+        pass
+    else:
+        return None
+    try:  # again, with the file's name, which takes reading the row
+        rule.check(look.values, cell_name(rows[index]["mask"], index), bits=look.bits)
+    except BadSampleError as error:
+        return str(error)
+    return None
+
+
+def _samples(rows: Any, name: str, reasons: Mapping[int, str]) -> list[BadSample]:
+    return [
+        BadSample(name, index, cell_name(rows[index]["image"], index), reason)
+        for index, reason in sorted(reasons.items())
+    ]
+
+
+def _without(
+    splits: Mapping[str, Any], reasons: Mapping[str, Mapping[int, str]], data: DataArguments
+) -> dict[str, Any]:
+    kept = {}
+    for name, rows in splits.items():
+        bad = _samples(rows, name, reasons[name])
+        announce(bad)
+        check_share(bad, len(rows), data.max_bad_share)
+        good = [index for index in range(len(rows)) if index not in reasons[name]]
+        kept[name] = rows if len(good) == len(rows) else rows.select(good)
+    return kept
 
 
 def transforms(

@@ -14,6 +14,7 @@ from kd_trainer.data.coco import load_coco
 from kd_trainer.data.coco_files import is_coco_folder
 from kd_trainer.data.columns import (
     has_parquet,
+    hub_places,
     load_hub,
     load_parquet,
     parquet_files,
@@ -81,7 +82,7 @@ def _load_split(data: DataArguments, split: str) -> Any:
     elif limit is not None:
         rows, lengths = _first_of_stream(rows, limit, lengths or stream_lengths(rows))
     if data.unlabelled is not None and split == data.train_split:
-        more = unlabelled_dataset(data.unlabelled)
+        more = unlabelled_dataset(data.unlabelled, look=data.on_bad_sample == "error")
         if data.streaming:
             more, more_lengths = _stream(more)
             known = lengths or stream_lengths(rows)
@@ -97,10 +98,11 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         _check_no_category(data)
         return _synthetic(data, split), None
     path = Path(data.dataset).expanduser()
-    columns = {"image_column": data.image_column, "mask_column": data.mask_column}
+    columns: dict[str, Any] = {"image_column": data.image_column, "mask_column": data.mask_column}
     if not data.dataset or not path.exists():
         rows = _from_hub(data, split)
-        return two_columns(rows, name=data.dataset, **columns), None
+        places = hub_places(data.dataset)
+        return two_columns(rows, name=data.dataset, places=places, **columns), None
     paired = _is_pair_folder(data, path)
     splits = (data.train_split, data.eval_split)
     if path.suffix == ".json" or (path.is_dir() and not paired and is_coco_folder(path, splits)):
@@ -117,13 +119,18 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     if path.suffix == ".parquet" or (not paired and has_parquet(path)):
         files = parquet_files(path, split, others)
         rows, lengths = load_parquet(files, streaming=data.streaming)
-        return two_columns(rows, name=str(path), **columns), lengths
+        root = path.parent if path.is_file() else path
+        return two_columns(rows, name=str(path), places=[root], **columns), lengths
     if path.is_file():
         raise ValueError(
             f"Expected a folder, a COCO json or a parquet file as --dataset, got {path}."
         )
     if (path / "dataset_dict.json").is_file():
-        return two_columns(_from_disk(path, split), name=str(path), **columns), None
+        rows = _first(_from_disk(path, split), limit, f"split {split!r} of {path}")
+        known: list[int] | None = None
+        if data.streaming:  # before the paths are looked at, as a stream reads them in its own way
+            rows, known = _stream(rows)
+        return two_columns(rows, name=str(path), places=[path], **columns), known
     folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
     return load_pair_folder(path, split, **folders), None
 

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_trainer.data.bad_samples import BadSample, StreamedBad
+from kd_trainer.data.cells import BadSampleError, cell_name
 from kd_trainer.data.dataset import SharedEpoch
 from kd_trainer.data.transform import SegmentationTransform
 
@@ -78,6 +80,9 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             needs, and leave no row out: a rank that has one row less ends with a sample without
             a pixel that counts.
         ignore_index: label of the pixels of that sample.
+        max_bad_share: leave out rows that cannot be used, up to this share of them; None: the
+            first one is an error.
+        name: of the split, in the list of these rows.
 
     Raises:
         ValueError: if the length is unknown, or a number is out of range; while iterating, if the
@@ -98,6 +103,8 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         even: bool = False,
         padded: bool = False,
         ignore_index: int = 255,
+        max_bad_share: float | None = None,
+        name: str = "stream",
     ) -> None:
         lengths = stream_lengths(dataset)
         if lengths is None:
@@ -130,6 +137,20 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         self.padded = padded
         self.ignore_index = ignore_index
         self._epoch = SharedEpoch()
+        self._bad: StreamedBad | None = None
+        if max_bad_share is not None:
+            if even and world_size > 1:
+                raise ValueError(
+                    f"Expected one process with --streaming and --on_bad_sample skip, got "
+                    f"{world_size}: the one that leaves a sample out would end its epoch before "
+                    "the others. Leave --streaming out."
+                )
+            self._bad = StreamedBad(name, sum(lengths), max_bad_share)
+
+    @property
+    def bad_samples(self) -> list[BadSample]:
+        """What has been left out so far, by all processes that read for this rank."""
+        return [] if self._bad is None else self._bad.found()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next draws; call it before the DataLoader's iterator is made."""
@@ -149,8 +170,15 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         last: Row = (0, {})
         for position, row in enumerate(rows):
             last = row or last
-            if position // self.batch_size % workers == number:
+            if position // self.batch_size % workers != number:
+                continue
+            try:
                 sample = self.transform(last[1], epoch=epoch, index=last[0])
+            except BadSampleError as error:
+                if self._bad is None:
+                    raise
+                self._bad.add(last[0], cell_name(last[1]["image"], last[0]), str(error))
+            else:
                 yield sample if row else padding_like(sample, self.ignore_index)
 
     @property

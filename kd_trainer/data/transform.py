@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from kd_trainer.augmentation import OUTSIDE, Augmentation
-from kd_trainer.data.decoding import cell_name, decode_mask, decode_photograph
+from kd_trainer.data.cells import BadSampleError, cell_name
+from kd_trainer.data.decoding import decode_mask, decode_photograph
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.image_processing import resize_image
 
 
 @cache
-def _one_thread_per_worker(process: int) -> None:
+def one_thread_per_worker(process: int) -> None:
     """Keep cv2 to one thread in a DataLoader worker: the workers are the parallelism there.
 
     Threads of cv2 do not survive the fork that makes a worker either. The number of the process
@@ -80,10 +81,10 @@ class SegmentationTransform:
             photograph without a mask on every pixel that is not from outside of it.
 
         Raises:
-            ValueError: if a file is unreadable, the sizes of photograph and mask differ, or the
+            BadSampleError: if a file is unreadable, the sizes of photograph and mask differ, or the
                 mask holds values that the rule does not know. The message names the file.
         """
-        _one_thread_per_worker(os.getpid())
+        one_thread_per_worker(os.getpid())
         image = decode_photograph(row["image"], index)
         labels = self._labels(row, image.shape[:2], index)
         size = self.image_size
@@ -122,11 +123,11 @@ class SegmentationTransform:
 
 def size_error(
     mask: tuple[int, ...], image: tuple[int, ...], name: str, image_name: str
-) -> ValueError:
+) -> BadSampleError:
     """The error of a mask (H, W) whose size is not that of its image (H, W)."""
     turned = " The photograph is turned by its EXIF orientation; turn the mask too."
     hint = turned if mask == image[::-1] else " Make the mask again from this photograph."
-    return ValueError(
+    return BadSampleError(
         f"Expected a mask of {image[1]}x{image[0]} pixels like its image {image_name}, got "
         f"{mask[1]}x{mask[0]} in {name}.{hint}"
     )

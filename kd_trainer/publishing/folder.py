@@ -88,7 +88,11 @@ def settings_of(run: Path | None) -> dict[str, Any]:
     """The settings in a run's config.yaml; empty without one."""
     if run is None or not (run / "config.yaml").is_file():
         return {}
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    path = run / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected YAML in {path}, got: {' '.join(str(error).split())}.") from None
     return settings if isinstance(settings, dict) else {}
 
 

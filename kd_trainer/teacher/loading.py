@@ -1,5 +1,6 @@
 """Load a teacher: a folder, the Hub, or a bare state dict; always strictly."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,8 @@ def _from_folder(
 ) -> Any:
     if "_model_class" in config:
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
+    if trust_remote_code:
+        _announce_code(source, config)
     try:
         load = AutoModelForSemanticSegmentation.from_pretrained
         model, _ = load_pretrained(load, source, trust_remote_code=trust_remote_code, **hub)
@@ -176,6 +179,15 @@ def _from_folder(
             "trust_remote_code."
         ) from error
     return model
+
+
+def _announce_code(source: str, config: dict[str, Any]) -> None:
+    """Say whose code is about to run: that of the model, or of a repository that it points to."""
+    named = config.get("auto_map")
+    values = [str(v) for v in named.values()] if isinstance(named, dict) else []
+    owners = dict.fromkeys(v.split("--")[0] if "--" in v else source for v in values)
+    for owner in owners:
+        print(f"Running Python code of {owner}, as --trust_remote_code asks for.", file=sys.stderr)
 
 
 def _statistics(

@@ -10,11 +10,13 @@ from transformers import set_seed
 from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import (
+    BadSample,
     SegmentationTransform,
     StreamedDataset,
     TransformedDataset,
     load_splits,
     transforms,
+    usable_splits,
 )
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
@@ -35,17 +37,36 @@ class Parts:
     processor: SmpImageProcessor
     loss_weights: LossWeights
 
+    @property
+    def bad_samples(self) -> list[BadSample]:
+        """What `--on_bad_sample skip` has left out of both data sets."""
+        datasets = (self.train_dataset, self.eval_dataset)
+        return [bad for dataset in datasets if dataset is not None for bad in dataset.bad_samples]
+
 
 def evaluation_dataset(
-    data: DataArguments, *, batch_size: int
+    data: DataArguments, *, batch_size: int, workers: int = 0
 ) -> TransformedDataset | StreamedDataset:
-    """The evaluation split, without augmentation."""
-    splits = load_splits(data, [data.eval_split])
+    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out."""
+    name = data.eval_split
+    loaded = load_splits(data, [name])
+    splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
-    rows = splits[data.eval_split]
     if data.streaming:
-        return StreamedDataset(rows, transform, shuffle=False, seed=0, batch_size=batch_size)
-    return TransformedDataset(rows, transform)
+        return StreamedDataset(
+            splits[name],
+            transform,
+            shuffle=False,
+            seed=0,
+            batch_size=batch_size,
+            max_bad_share=_bad_share(data),
+            name=name,
+        )
+    return TransformedDataset(splits[name], transform, bad[name])
+
+
+def _bad_share(data: DataArguments) -> float | None:
+    return data.max_bad_share if data.on_bad_sample == "skip" else None
 
 
 def assemble(run: RunArguments) -> Parts:
@@ -59,7 +80,9 @@ def assemble(run: RunArguments) -> Parts:
     _check_together(run)
     check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
     names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
-    splits = load_splits(data, names)
+    workers, several = args.dataloader_num_workers, args.world_size > 1
+    loaded = load_splits(data, names)
+    splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
@@ -69,14 +92,18 @@ def assemble(run: RunArguments) -> Parts:
     teacher = make_teacher(run.model, student, image_size=data.image_size)
     if teacher is not None:
         _check_channels(student)
-    train_dataset = _training_dataset(splits[data.train_split], for_training, run)
+    train, evaluation = data.train_split, data.eval_split
+    train_dataset = _training_dataset(splits[train], for_training, run, bad[train])
+    eval_dataset = None
+    if evaluation in splits:
+        eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
     _check_enough(train_dataset, run)
     weights = args.loss_weights
     return Parts(
         student=student,
         teacher=teacher,
         train_dataset=train_dataset,
-        eval_dataset=_evaluation_dataset(splits.get(data.eval_split), for_evaluation, run),
+        eval_dataset=eval_dataset,
         processor=SmpImageProcessor.from_model_config(student.config),
         loss_weights=weights if teacher is not None else replace(weights, kl=0.0, mse=0.0),
     )
@@ -124,11 +151,11 @@ def _check_enough(dataset: TransformedDataset | StreamedDataset, run: RunArgumen
 
 
 def _training_dataset(
-    rows: Any, transform: SegmentationTransform, run: RunArguments
+    rows: Any, transform: SegmentationTransform, run: RunArguments, bad: list[BadSample]
 ) -> TransformedDataset | StreamedDataset:
     args = run.training
     if not run.data.streaming:
-        return TransformedDataset(rows, transform)
+        return TransformedDataset(rows, transform, bad)
     return StreamedDataset(
         rows,
         transform,
@@ -138,17 +165,17 @@ def _training_dataset(
         rank=args.process_index,
         world_size=args.world_size,
         even=True,
+        max_bad_share=_bad_share(run.data),
+        name=run.data.train_split,
     )
 
 
 def _evaluation_dataset(
-    rows: Any, transform: SegmentationTransform, run: RunArguments
-) -> TransformedDataset | StreamedDataset | None:
+    rows: Any, transform: SegmentationTransform, run: RunArguments, bad: list[BadSample]
+) -> TransformedDataset | StreamedDataset:
     args = run.training
-    if rows is None:
-        return None
     if not run.data.streaming:
-        return TransformedDataset(rows, transform)
+        return TransformedDataset(rows, transform, bad)
     return StreamedDataset(
         rows,
         transform,
@@ -159,4 +186,6 @@ def _evaluation_dataset(
         world_size=args.world_size,
         padded=True,
         ignore_index=run.data.ignore_index,
+        max_bad_share=_bad_share(run.data),
+        name=run.data.eval_split,
     )

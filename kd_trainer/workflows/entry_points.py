@@ -87,15 +87,18 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     data = DataArguments(**(told_by(measured) | data_settings))
     if isinstance(measured, SmpForSemanticSegmentation):
         check_image_size(data.image_size, measured)
+    dataset = evaluation_dataset(data, batch_size=args.batch_size, workers=args.workers)
     evaluation = evaluate_model(
         measured,
-        evaluation_dataset(data, batch_size=args.batch_size),
+        dataset,
         teacher=make_teacher(model, measured, image_size=data.image_size),
         batch_size=args.batch_size,
         ignore_index=data.ignore_index,
         device="cuda" if torch.cuda.is_available() else "cpu",
         workers=args.workers,
     )
+    if data.on_bad_sample == "skip":
+        evaluation.bad_samples = dataset.bad_samples
     folder = Path(args.output_dir)
     write_evaluation(evaluation, folder)
     print(f"\n{evaluation.markdown()}\nWritten to {folder}/eval_results.json and .md")

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from kd_trainer.data import StreamedDataset, TransformedDataset, collate
+from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset, collate
 from kd_trainer.evaluation import (
     Measured,
     classes_of,
@@ -22,18 +22,22 @@ from kd_trainer.evaluation import (
 )
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.teacher import Teacher
-from kd_trainer.workflows.files import write_json
+from kd_trainer.workflows.files import write_bad_samples, write_json
 from kd_trainer.workflows.plan import markdown_table
 
 
 @dataclass
 class Evaluation:
-    """Figures of one evaluation; `teacher` and `agreement` are empty without a teacher."""
+    """Figures of one evaluation; `teacher` and `agreement` are empty without a teacher.
+
+    `bad_samples` is what `--on_bad_sample skip` left out, None without it.
+    """
 
     student: dict[str, float]
     eval_images: int
     teacher: dict[str, float] = field(default_factory=dict)
     agreement: dict[str, float] = field(default_factory=dict)
+    bad_samples: list[BadSample] | None = None
 
     def results(self) -> dict[str, Any]:
         """One flat mapping: `student_miou`, `teacher_miou`, `agreement`, `eval_images`, ..."""
@@ -42,6 +46,7 @@ class Evaluation:
             **{f"teacher_{k}": v for k, v in self.teacher.items()},
             **self.agreement,
             "eval_images": self.eval_images,
+            **({} if self.bad_samples is None else {"bad_samples": len(self.bad_samples)}),
         }
 
     def markdown(self) -> str:
@@ -56,7 +61,8 @@ class Evaluation:
             table += (
                 f"\n\nAgreement with the teacher: {self.agreement['agreement']:.4f} of the pixels"
             )
-        return f"{table}\n\n{self.eval_images:,} images\n"
+        left_out = f", {len(self.bad_samples):,} bad ones left out" if self.bad_samples else ""
+        return f"{table}\n\n{self.eval_images:,} images{left_out}\n"
 
 
 @torch.no_grad()
@@ -120,3 +126,5 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write `eval_results.json` and `eval_results.md`."""
     write_json(folder / "eval_results.json", evaluation.results())
     (folder / "eval_results.md").write_text(evaluation.markdown(), encoding="utf-8")
+    if evaluation.bad_samples is not None:
+        write_bad_samples(folder, evaluation.bad_samples)

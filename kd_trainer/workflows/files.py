@@ -1,11 +1,24 @@
-"""The result files of a run: strict JSON, which has no NaN."""
+"""The result files of a run: strict JSON, which has no NaN, and the list of bad samples."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from kd_trainer.data import BadSample
+
+BAD_SAMPLES = "bad_samples.txt"
+
+
+def write_bad_samples(folder: Path, bad: Sequence[BadSample]) -> int:
+    """Write `bad_samples.txt`: split, row, file and reason of each, between tabs; how many."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ["split\trow\tfile\treason", *(sample.line() for sample in bad)]
+    (folder / BAD_SAMPLES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(bad)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

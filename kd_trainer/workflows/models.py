@@ -28,7 +28,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
     options = {}
     if model.decoder_channels is not None:
         options["decoder_channels"] = tuple(model.decoder_channels)
-    return SmpForSemanticSegmentation.create(
+    student = SmpForSemanticSegmentation.create(
         model.student_arch,
         model.student_encoder,
         encoder_weights=model.encoder_weights,
@@ -37,6 +37,8 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
         semantic_loss_ignore_index=data.ignore_index,
         **options,
     )
+    check_finite_weights(student, f"encoder_weights {model.encoder_weights}")
+    return student
 
 
 def load_student(
@@ -128,6 +130,7 @@ def make_teacher(model: ModelArguments, student: Measured, *, image_size: int) -
         id2label=labels_of(student),
         trust_remote_code=model.trust_remote_code,
     )
+    check_finite_weights(teacher.network, f"the teacher {model.teacher}")
     if isinstance(teacher.network, SmpForSemanticSegmentation):
         check_image_size(model.teacher_image_size or image_size, teacher.network)
     return teacher

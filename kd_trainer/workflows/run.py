@@ -37,7 +37,7 @@ def _message(error: BaseException) -> str | None:
     """
     text = str(error)
     if "DataLoader worker" in text:
-        text = re.split(r"^\w+Error: (?=Expected)", text, flags=re.MULTILINE)[-1]
+        text = re.split(r"^[\w.]+Error: (?=Expected)", text, flags=re.MULTILINE)[-1]
     if not (text.startswith("Expected") or isinstance(error, OSError)):
         return None
     return " ".join(text.split())

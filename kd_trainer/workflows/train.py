@@ -14,7 +14,7 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from kd_trainer.command_line import RunArguments
-from kd_trainer.data import StreamedDataset
+from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.hub import check_access
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
@@ -23,7 +23,7 @@ from kd_trainer.weights import load_strictly, read_weights
 from kd_trainer.workflows.assemble import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.workflows.costs import picture_milliseconds
 from kd_trainer.workflows.evaluate import evaluate_model
-from kd_trainer.workflows.files import write_json
+from kd_trainer.workflows.files import write_bad_samples, write_json
 from kd_trainer.workflows.models import load_student, network_size
 from kd_trainer.workflows.plan import describe, markdown_table
 from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
@@ -77,6 +77,8 @@ def train(run: RunArguments) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
         settings = yaml.safe_dump(run.resolved(), sort_keys=False)
         (output / "config.yaml").write_text(settings, encoding="utf-8")
+        if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
+            write_bad_samples(output, parts.bad_samples)
     trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.check_finite()
     trainer.save_state()  # trainer_state.json, with the logs that the report's curves are drawn of
@@ -91,6 +93,8 @@ def train(run: RunArguments) -> dict[str, Any]:
     parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
+    if run.data.on_bad_sample == "skip":
+        results["bad_samples"] = write_bad_samples(output, parts.bad_samples)
     write_json(output / "results.json", results)
     if run.training.report:
         _report(run, parts, output)
@@ -177,7 +181,7 @@ def _results(
         "train_seconds": trained["train_runtime"],
         "images_per_second": trained["train_samples_per_second"],
         "peak_memory_mib": peak_memory_mib(),
-        "train_images": image_count(parts.train_dataset),
+        "train_images": _train_images(parts.train_dataset),
         "epochs": run.training.num_train_epochs,
         "image_size": run.data.image_size,
         "mixed_precision": run.training.mixed_precision,
@@ -214,6 +218,12 @@ def _latencies(
         networks["teacher"] = parts.teacher.network
         sides["teacher"] = parts.teacher.image_size or run.data.image_size
     return picture_milliseconds(networks, sides)
+
+
+def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:
+    """Images in an epoch; a stream's length is announced, with the bad ones that it leaves out."""
+    left_out = len(dataset.bad_samples) if isinstance(dataset, StreamedDataset) else 0
+    return image_count(dataset) - left_out
 
 
 def weight_file_mib(source: Path) -> float | None:

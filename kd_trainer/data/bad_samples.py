@@ -1,0 +1,222 @@
+"""Samples that cannot be used, as `--on_bad_sample skip` leaves them out.
+
+No other sample ever takes the place of a bad one. Indexed data is looked through once before the
+run and its bad rows are dropped, so that batches, epochs, processes and a resumed run are those of
+a data set that never held them. A stream is not read twice: its bad rows are left out when they
+come, so that a batch is filled by the rows behind them and an epoch is that much shorter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import weakref
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from kd_trainer.arguments import DataArguments
+from kd_trainer.data.cells import BadSampleError, cell_name
+from kd_trainer.data.decoding import decode_mask, decode_photograph
+from kd_trainer.data.masks import present_values, show_values
+from kd_trainer.data.transform import one_thread_per_worker, size_error
+
+PRINTED = 20
+"""Bad samples of a split that are printed; all of them are in bad_samples.txt."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One row that was left out."""
+
+    split: str
+    row: int
+    file: str
+    reason: str
+
+    def line(self) -> str:
+        """All four between tabs, as in bad_samples.txt."""
+        return "\t".join(map(_plain, astuple(self)))
+
+    def __str__(self) -> str:
+        return _plain(f"{self.split} row {self.row}: {self.reason}")
+
+
+def _plain(value: object) -> str:
+    """Text without what a terminal would obey, or a table break at: names are a stranger's."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+
+
+class Look(NamedTuple):
+    """What a look at a row found: the values of its mask, or why it cannot be used."""
+
+    values: tuple[int, ...] = ()
+    bits: bool = False
+    reason: str | None = None
+
+
+def known_values(data: DataArguments) -> frozenset[int]:
+    """Every mask value that some rule for this data knows."""
+    if data.mask_values is not None:
+        return frozenset({*data.mask_values, data.ignore_index})
+    ids = range(data.num_labels) if data.num_labels > 2 else (0, 1, 255)
+    return frozenset({*ids, data.ignore_index})
+
+
+def look_at(row: Mapping[str, Any], index: int, known: Collection[int]) -> Look:
+    """Decode a row wholly, as a training does."""
+    try:
+        shape = decode_photograph(row["image"], index).shape[:2]
+        if row["mask"] is None:
+            return Look()
+        name = cell_name(row["mask"], index)
+        mask = decode_mask(row["mask"], index)
+        if mask.shape != shape:
+            raise size_error(mask.shape, shape, name, cell_name(row["image"], index))
+        found, bits = present_values(mask), mask.dtype == bool
+        if not bits and not set(found) <= set(known):
+            raise BadSampleError(
+                f"Expected mask values among {show_values(known)}, got {show_values(found)} in "
+                f"{name}. Correct the mask, or name the values with --mask_values."
+            )
+    except BadSampleError as error:
+        return Look(reason=str(error))
+    return Look(found, bits)
+
+
+class _Looks(torch.utils.data.Dataset[Look]):
+    def __init__(self, rows: Any, known: Collection[int]) -> None:
+        self.rows = rows
+        self.known = known
+
+    def __getitem__(self, index: int) -> Look:
+        one_thread_per_worker(os.getpid())
+        return look_at(self.rows[index], index, self.known)
+
+
+_LOOKED: dict[tuple[str, frozenset[int]], list[Look]] = {}  # a comparison asks many times
+_PRINTED: set[BadSample] = set()
+
+
+def look_through(
+    rows: Any, known: frozenset[int], *, name: str, workers: int = 0, shared: bool = False
+) -> list[Look]:
+    """A look at each row of a `datasets.Dataset`; the second time it is remembered.
+
+    Args:
+        rows: with the columns `image` and `mask`.
+        known: see `known_values`.
+        name: of the split, for the bar.
+        workers: processes that decode.
+        shared: divide the rows among the processes of a run, all of which have to call this; then
+            all know the same, even if a disk answers only one of them.
+    """
+    key = (rows._fingerprint, known)
+    if key in _LOOKED:
+        return _LOOKED[key]
+    rank, world = _place() if shared else (0, 1)
+    mine = range(rank, len(rows), world)
+    # A generator of its own: the training's random numbers must not depend on this look.
+    loader = DataLoader(
+        _Looks(rows, known),
+        batch_size=None,
+        sampler=mine,
+        num_workers=workers,
+        generator=torch.Generator(),
+    )
+    bar = tqdm(loader, f"check {name}", len(mine), unit="image", disable=True if rank else None)
+    found = list(zip(mine, bar, strict=True))
+    if world > 1:
+        shares: list[Any] = [None] * world
+        dist.all_gather_object(shares, found)
+        found = sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
+    _LOOKED[key] = [look for _, look in found]
+    return _LOOKED[key]
+
+
+def _place() -> tuple[int, int]:
+    """Number of this process, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def announce(bad: Iterable[BadSample]) -> None:
+    """Print samples that were not printed before, on the main process."""
+    new = [sample for sample in bad if sample not in _PRINTED]
+    _PRINTED.update(new)
+    if new and _place()[0] == 0:
+        for sample in new[:PRINTED]:
+            tqdm.write(f"left out: {sample}", file=sys.stderr)
+        if len(new) > PRINTED:
+            tqdm.write(f"left out: {len(new) - PRINTED:,} more", file=sys.stderr)
+
+
+def check_share(bad: Collection[BadSample], total: int, limit: float) -> None:
+    """Refuse a split with too many bad samples, or nothing else.
+
+    Raises:
+        ValueError: with the first one and its reason.
+    """
+    if bad and (len(bad) > limit * total or len(bad) == total):
+        first = next(iter(bad))
+        raise ValueError(
+            f"Expected at most {limit:.2%} bad samples in the split {first.split!r} "
+            f"(--max_bad_share), got {len(bad):,} of {total:,}. Mend or remove the files, or raise "
+            f"--max_bad_share. The first: {first.reason}"
+        )
+
+
+class StreamedBad:
+    """The bad rows of a stream, known to all processes that read it for one rank.
+
+    Args:
+        split: its name.
+        total: its rows.
+        limit: largest share of bad rows.
+    """
+
+    def __init__(self, split: str, total: int, limit: float) -> None:
+        self.split = split
+        self.total = total
+        self.limit = limit
+        self._seen = torch.zeros(total, dtype=torch.uint8).share_memory_()
+        handle, self._path = tempfile.mkstemp(prefix="kd_trainer-bad-")
+        os.close(handle)
+        weakref.finalize(self, _remove, self._path, os.getpid())
+
+    def add(self, row: int, file: str, reason: str) -> None:
+        """Note a row; the first time it is printed, and counted.
+
+        Raises:
+            ValueError: if there are too many.
+        """
+        if self._seen[row]:
+            return
+        self._seen[row] = 1
+        sample = BadSample(self.split, row, file, reason)
+        with Path(self._path).open("a", encoding="utf-8") as notes:
+            notes.write(json.dumps(asdict(sample)) + "\n")  # one write, so no other comes between
+        count = int(self._seen.sum())
+        if count <= PRINTED:
+            tqdm.write(f"left out: {sample}", file=sys.stderr)
+        if count > self.limit * self.total:
+            check_share(self.found(), self.total, self.limit)
+
+    def found(self) -> list[BadSample]:
+        """All rows so far, in the order of the stream."""
+        lines = Path(self._path).read_text(encoding="utf-8").splitlines()
+        return sorted((BadSample(**json.loads(line)) for line in lines), key=lambda s: s.row)
+
+
+def _remove(path: str, owner: int) -> None:
+    if os.getpid() == owner:  # not when a worker process ends
+        Path(path).unlink(missing_ok=True)

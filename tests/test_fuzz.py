@@ -1,0 +1,37 @@
+"""Mutated pictures and masks: each gives a sample or an error of ours, and nothing else."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).with_name("fuzz_images.py")
+PAIRS = 48  # sound pairs that the cases are made from; cases -48 to -1 are these themselves
+
+
+def fed(first: int, last: int, place: Path) -> dict:
+    """What became of the cases; a crash, a hang or a full memory fails here with its number."""
+    place.write_text(" ")
+    command = [sys.executable, "-X", "faulthandler", str(DRIVER), str(first), str(last), str(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
+    assert done.returncode == 0, f"case {place.read_text()}: {done.stderr[-3000:]}"
+    return json.loads(done.stdout)
+
+
+def test_a_few_hundred_mutated_files_give_samples_or_errors_of_ours(tmp_path):
+    """A reader that dies on one broken file takes a night's training with it."""
+    found = fed(-PAIRS, 400, tmp_path / "place")
+    assert found["faults"] == {}
+    assert found["sample"] + found["error"] == PAIRS + 400
+    assert found["sound"] == PAIRS, "pairs that do not fit would all end at the same early error"
+    assert found["sample"] > PAIRS + 20, "mutations that only break heads try nothing else"
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_files_give_samples_or_errors_of_ours(tmp_path):
+    found = fed(0, 10_000, tmp_path / "place")
+    assert found["faults"] == {}
+    assert found["sample"] + found["error"] == 10_000
+    assert found["sample"] > 500

@@ -1,0 +1,255 @@
+"""Paths in data lead into the folder of the data, or nowhere: other pictures are private."""
+
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from huggingface_hub import constants
+from pycocotools import mask as coco_mask
+from small_runs import write_pairs
+
+from kd_trainer.arguments import DataArguments
+from kd_trainer.data import load_splits
+from kd_trainer.data.decoding import decode_photograph
+from kd_trainer.data.foreign_paths import is_inside
+
+FEATURES = datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False)))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A data set, and beside its folder a picture that is none of its business."""
+    root = write_pairs(tmp_path / "data", train=2, validation=2)
+    shutil.copy(root / "train" / "images" / "p 0.png", tmp_path / "secret.png")
+    return root
+
+
+def table(image: str, root: Path) -> datasets.Dataset:
+    mask = {"path": None, "bytes": (root / "train" / "masks" / "p 0.png").read_bytes()}
+    rows = {"image": [{"path": image, "bytes": None}], "mask": [mask]}
+    return datasets.Dataset.from_dict(rows, features=FEATURES)
+
+
+def write(kind: str, root: Path, rows: datasets.Dataset) -> Path:
+    """Tables as others write them: `datasets` itself would put the pictures into them."""
+    if kind == "parquet":
+        for split in ("train", "validation"):
+            pyarrow.parquet.write_table(rows.data.table, root / f"{split}.parquet")
+        return root / "train.parquet"
+    plain = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    rows = rows.cast(datasets.Features(dict.fromkeys(("image", "mask"), plain)))
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(root / "saved")
+    return root / "saved"
+
+
+def read(path: Path | str, streaming: bool = False) -> list[dict]:
+    """The first row of both splits, decoded."""
+    splits = load_splits(DataArguments(dataset=str(path), streaming=streaming))
+    rows = [next(iter(splits[name])) for name in splits]
+    return [
+        {"path": row["image"]["path"], "picture": decode_photograph(row["image"], 0)}
+        for row in rows
+    ]
+
+
+OUTSIDE = {
+    "up": "../secret.png",
+    "up and down": "train/../../secret.png",
+    "absolute": "{root}/../secret.png",
+    "elsewhere": "{outside}/secret.png",
+    "file address": "file://{outside}/secret.png",
+    "web address": "https://example.invalid/secret.png",
+    "hub address": "hf://datasets/eve/other@main/secret.png",
+    "zip of a file": "zip://a.png::file://{outside}/secret.zip",
+}
+
+
+@pytest.mark.parametrize("how", OUTSIDE)
+@pytest.mark.parametrize(
+    ("kind", "streaming"),
+    [("parquet", False), ("parquet", True), ("saved", False), ("saved", True)],
+)
+def test_a_path_in_a_table_cannot_leave_the_data(kind, streaming, how, pictures):
+    """The picture would be drawn into the report and the panel, which are published."""
+    place = OUTSIDE[how].format(root=pictures, outside=pictures.parent)
+    path = write(kind, pictures, table(place, pictures))
+    with pytest.raises(
+        ValueError, match=r"^Expected paths inside .*, got .*secret.*leads out of it"
+    ):
+        read(path, streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("place", ["train/images/p 1.png", "{root}/train/images/p 1.png"])
+def test_a_path_inside_the_data_is_read_from_wherever_one_stands(
+    place, streaming, pictures, tmp_path, monkeypatch
+):
+    """A relative path begins at the data, not at the folder in which somebody starts the run."""
+    path = write("parquet", pictures, table(place.format(root=pictures), pictures))
+    monkeypatch.chdir(tmp_path)
+    for found in read(path, streaming):
+        assert Path(found["path"]) == pictures / "train" / "images" / "p 1.png"
+        assert found["picture"].shape == (64, 64, 3)
+
+
+def stored_table(cells: list[dict], root: Path) -> Path:
+    """Tables of cells as they are, which `datasets` would change while it makes a data set."""
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    mask = {"path": None, "bytes": (root / "train" / "masks" / "p 0.png").read_bytes()}
+    columns = {"image": cells, "mask": [mask] * len(cells)}
+    arrays = {name: pyarrow.array(column, kind) for name, column in columns.items()}
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(pyarrow.table(arrays), root / f"{split}.parquet")
+    return root / "train.parquet"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("further", [[], [{"bytes": None, "path": "train/images/p 0.png"}]])
+def test_bytes_do_not_let_a_path_through(streaming, further, pictures):
+    """`datasets` drops the bytes of an image whose path is a file here, and would read that."""
+    secret = str(pictures.parent / "secret.png")
+    path = stored_table([{"bytes": b"no picture", "path": secret}, *further], pictures)
+    with pytest.raises(ValueError, match=r"^Expected a readable image, got .*secret.png \(row 0"):
+        read(path, streaming)
+    path = stored_table([{"bytes": b"", "path": secret}, *further], pictures)
+    with pytest.raises(ValueError, match=r"^Expected a picture, got no bytes at .*secret.png"):
+        read(path, streaming)
+
+
+def test_stored_pictures_keep_their_names(pictures):
+    """With the bytes in the table the path is a name, whatever it looks like."""
+    stored = (pictures / "train" / "images" / "p 0.png").read_bytes()
+    path = stored_table([{"bytes": stored, "path": "/home/me/p 0.png"}], pictures)
+    assert [found["path"] for found in read(path)] == ["/home/me/p 0.png"] * 2
+    assert [found["path"] for found in read(path, True)] == ["train.parquet: /home/me/p 0.png"] * 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_bare_bytes_or_paths_are_pictures_too(streaming, pictures):
+    """Tables that `datasets` has not written have no struct of bytes and path."""
+    folder = pictures / "train"
+    columns = {
+        "image": ["train/images/p 0.png"],
+        "mask": [(folder / "masks" / "p 0.png").read_bytes()],
+    }
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(pyarrow.table(columns), pictures / f"{split}.parquet")
+    found = read(pictures / "train.parquet", streaming)
+    assert [Path(one["path"]) for one in found] == [folder / "images" / "p 0.png"] * 2
+
+
+def coco(root: Path, file_name: str) -> Path:
+    (root / "annotations").mkdir()
+    shape = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[0, 0, 9, 0, 9, 9]]}
+    content = {
+        "categories": [{"id": 1, "name": "box"}],
+        "images": [{"id": 1, "file_name": file_name, "height": 64, "width": 64}],
+        "annotations": [shape],
+    }
+    for split in ("train", "validation"):
+        (root / "annotations" / f"{split}.json").write_text(json.dumps(content))
+    return root / "annotations" / "train.json"
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "{outside}/secret.png", "a/../../secret.png", "..\\s"]
+)
+def test_a_file_name_in_coco_annotations_cannot_leave_the_images(name, pictures):
+    path = coco(pictures, name.format(outside=pictures.parent))
+    with pytest.raises(ValueError, match=r"^Expected each file_name inside the folder .*leads out"):
+        read(path)
+
+
+def test_a_file_name_in_a_folder_below_is_what_many_annotations_hold(pictures):
+    assert read(coco(pictures, "train/images/p 1.png"))[0]["picture"].shape == (64, 64, 3)
+
+
+# Runs of 9^9 pixels as COCO compresses them: valid, but for the size of the picture.
+RUNS = coco_mask.frPyObjects({"size": [64, 64], "counts": [0, 9**9]}, 64, 64)["counts"].decode()
+ODD = {
+    "bomb": ({"height": 50_000, "width": 50_000}, {}, "at most 89,478,485 pixels"),
+    "no number": ({"height": "64"}, {}, "got '64' and 64"),
+    "negative": ({"height": -64, "width": -64}, {}, "got -64 and -64"),
+    "far corner": ({}, {"segmentation": [[0, 0, 1e9, 0, 9, 9]]}, "a corner at 1e\\+09"),
+    "corner nowhere": ({}, {"segmentation": [[0, 0, float("nan"), 0, 9, 9]]}, "a corner at nan"),
+    "words": ({}, {"segmentation": [["a", "b", "c", "d", "e", "f"]]}, "polygons or RLE"),
+    "long runs": ({}, {"segmentation": {"size": [64, 64], "counts": [0, 9**9]}}, "387420489 pix"),
+    "garbled runs": ({}, {"segmentation": {"size": [64, 64], "counts": RUNS}}, "polygons or RLE"),
+    "no runs": ({}, {"segmentation": {"size": [64, 64]}}, "polygons or RLE"),
+}
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_annotations_that_cannot_be_drawn_are_named(how, pictures):
+    """A number in a json may ask for all memory, or for hours, as well as a picture's head may."""
+    image, annotation, message = ODD[how]
+    path = coco(pictures, "train/images/p 1.png")
+    for file in path.parent.iterdir():
+        content = json.loads(file.read_text())
+        content["images"][0] |= image
+        content["annotations"][0] |= annotation
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"^Expected .*{message}.*json"):
+        read(path)
+
+
+def test_a_data_folder_and_files_in_it_may_be_links(pictures, tmp_path):
+    """Subsets of large collections are often folders of links; these are the user's own."""
+    link = tmp_path / "link"
+    link.symlink_to(pictures, target_is_directory=True)
+    image = pictures / "train" / "images" / "p 0.png"
+    shutil.move(image, tmp_path / "moved.png")
+    image.symlink_to(tmp_path / "moved.png")
+    assert read(link)[0]["picture"].shape == (64, 64, 3)
+    for place in ("train/images/p 0.png", str(link / "train/images/p 0.png")):
+        assert read(write("parquet", link, table(place, pictures)))[0]["picture"].ndim == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp_path, monkeypatch):
+    """Files of the Hub lie in the cache, under absolute paths, or are addresses."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    own = tmp_path / "cache" / "datasets--me--people" / "snapshots" / "a.png"
+    own.parent.mkdir(parents=True)
+    shutil.copy(tmp_path / "secret.png", own)
+
+    def answer(place: str):
+        def load(name, *, split, streaming):
+            rows = table(place, pictures)
+            return rows.to_iterable_dataset() if streaming else rows
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+
+    answer(str(own))
+    assert read("me/people", streaming)[0]["path"] == str(own)
+    for place in (str(tmp_path / "secret.png"), str(own.parents[3] / "datasets--me--x" / "a.png")):
+        answer(place)
+        with pytest.raises(ValueError, match=r"^Expected paths inside .*in me/people"):
+            read("me/people", streaming)
+    answer("hf://datasets/me/people@0a1b/a.png")  # its own, which nobody serves here
+    splits = load_splits(DataArguments(dataset="me/people", streaming=streaming))
+    assert next(iter(splits["train"]))["image"]["path"].startswith("hf://datasets/me/people@")
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [
+        ("a.png", True),
+        ("b/写真 1.png", True),
+        ("b/..c/a.png", True),
+        ("../a.png", False),
+        ("b/../a.png", False),
+        ("/a.png", False),
+        ("\\\\server\\a.png", False),
+        ("C:\\a.png", False),
+        ("b\\..\\..\\a.png", False),
+        ("a\0.png", False),
+    ],
+)
+def test_is_inside_reads_paths_of_both_kinds(name, inside):
+    """Annotations made on Windows are read here, and the other way round."""
+    assert is_inside(name) is inside
