@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.command_line import RunArguments, build
+from kd_trainer.preflight.finding import several
 from kd_trainer.workflows.assemble import Parts, assemble
 from kd_trainer.workflows.compare_arguments import Comparison
 from kd_trainer.workflows.compare_budget import KINDS, Budget, alone, total_updates
@@ -18,7 +19,6 @@ from kd_trainer.workflows.estimate import (
     finished_speed,
     measure_speed,
     seconds_left,
-    several,
 )
 from kd_trainer.workflows.plan import describe, updates_per_epoch
 
