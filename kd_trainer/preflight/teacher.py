@@ -1,4 +1,4 @@
-"""Checks of the teacher: what it gives, whether it is any good, and whether it is fed rightly."""
+"""Checks of the teacher: what it gives, whether it is any good, and what it means by a class."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_trainer.preflight.counts import (
-    ENOUGH,
-    Rows,
-    clearly_better,
-    confusion,
-    knows_something,
-    miou,
-)
+from kd_trainer.preflight.counts import Rows, confusion, knows_something
 from kd_trainer.preflight.finding import Finding, fault, note, ok, several
 
 _SUM_TOLERANCE = 1e-3  # probabilities of half precision add up to one only so nearly
@@ -111,76 +104,6 @@ def student_finding(teacher: float, student: float) -> Finding:
             "Take a better teacher, or lower --kl_weight and --mse_weight.",
         )
     return ok("student", f"starts at mIoU {student:.3f}, its teacher has {teacher:.3f}")
-
-
-@dataclass(frozen=True)
-class Feeding:
-    """A way to normalise pictures for a network.
-
-    Attributes:
-        mean: per channel, of values in 0..1.
-        std: likewise.
-        bgr: whether the channels come in the order blue, green, red.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    bgr: bool = False
-
-    def flags(self) -> str:
-        """How to say so."""
-        mean, std = (" ".join(f"{v:.6g}" for v in values) for values in (self.mean, self.std))
-        return f"--teacher_mean {mean} --teacher_std {std}"
-
-
-USUAL = {
-    "ImageNet's": Feeding((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "mean and std 0.5": Feeding((0.5,) * 3, (0.5,) * 3),
-    "values 0..1": Feeding((0.0,) * 3, (1.0,) * 3),
-    "values 0..255": Feeding((0.0,) * 3, (1 / 255,) * 3),
-}
-"""Normalisations that networks are commonly trained with."""
-
-
-def alternatives(present: Feeding) -> dict[str, Feeding]:
-    """The usual ways that differ from the present one, and the present one with swapped colours."""
-    others = {
-        name: way
-        for name, way in USUAL.items()
-        if not np.allclose([way.mean, way.std], [present.mean, present.std], atol=1e-4)
-    }
-    return others | {"the order BGR": Feeding(present.mean, present.std, bgr=True)}
-
-
-def normalisation_finding(
-    now: Rows, others: Mapping[str, Rows], ways: Mapping[str, Feeding], num_labels: int
-) -> Finding:
-    """Whether the teacher does clearly better when it is fed in another usual way.
-
-    Args:
-        now: counts of the teacher as it is fed.
-        others: of the same images, fed in other ways.
-        ways: what these are.
-        num_labels: classes.
-    """
-    check = "normalisation"
-    figures = {name: miou(rows, num_labels) for name, rows in others.items()}
-    here, images = miou(now, num_labels), len(now)
-    best = max(figures, key=lambda name: figures[name])
-    if not clearly_better(others[best], now, num_labels):
-        near = f"{best} gives {figures[best]:.3f}"
-        return ok(check, f"no usual one is clearly better: mIoU {here:.3f}, {near}")
-    if ways[best].bgr:
-        cure = "Swap the input channels of the teacher's first convolution and save it."
-    else:
-        cure = f"Give {ways[best].flags()}."
-    grade = fault if images >= ENOUGH else note
-    return grade(
-        check,
-        f"Expected the teacher's own normalisation, got one with mIoU {here:.3f} where {best} "
-        f"gives {figures[best]:.3f} ({several(images, 'image')})",
-        cure,
-    )
 
 
 def classes_finding(

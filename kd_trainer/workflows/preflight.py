@@ -7,16 +7,12 @@ state is put back, so that a training goes the same way with and without its pre
 from __future__ import annotations
 
 import copy
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,52 +21,41 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.evaluation import labels_of, pixel_statistics
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.preflight.counts import MARGIN, constant_miou, miou
-from kd_trainer.preflight.finding import Finding, ok
+from kd_trainer.preflight.finding import Finding, Grade, ok
 from kd_trainer.preflight.loss import degenerate_finding, parameter_finding, share_finding
 from kd_trainer.preflight.masks import inverted_finding, mask_finding, occurrence_finding
+from kd_trainer.preflight.normalisation import (
+    PRESENT,
+    Trials,
+    alternatives,
+    normalisation_finding,
+)
 from kd_trainer.preflight.position import position_finding
 from kd_trainer.preflight.resources import disk_finding
 from kd_trainer.preflight.sharing import sharing_finding
 from kd_trainer.preflight.teacher import (
-    alternatives,
     classes_finding,
     input_size_finding,
-    normalisation_finding,
     output_finding,
     quality_finding,
     student_finding,
 )
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.disk import disk_need
+from kd_trainer.workflows.preflight_feeding import fed_otherwise, misfits, present_feeding
 from kd_trainer.workflows.preflight_images import (
     GRADIENT_IMAGES,
     Seen,
     SplitMasks,
     choose,
-    fed_otherwise,
     look,
-    present_feeding,
     shared_images,
     split_masks,
 )
+from kd_trainer.workflows.preflight_limits import Limits, untouched_random_state
 from kd_trainer.workflows.preflight_loss import backward, terms_of_run
 
 _BACKWARD = 3  # a training step is about three forward passes
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Images of each split, and seconds for each of the longer stages."""
-
-    images: int
-    masks: float
-    networks: float
-    normalisation: float
-    hashing: float
-
-
-QUICK = Limits(images=8, masks=0.5, networks=4.0, normalisation=2.5, hashing=1.0)
-THOROUGH = Limits(images=16, masks=2.0, networks=12.0, normalisation=12.0, hashing=5.0)
 
 
 class Preflight:
@@ -96,6 +81,7 @@ class Preflight:
         self.samples: list[dict[str, Tensor]] = []
         self.student = self._copy()
         self.constant = 0.0
+        self.mixed_up = False
         self.step_seconds = self.eval_seconds = 0.0
 
     @property
@@ -164,17 +150,14 @@ class Preflight:
         )
         if teacher is not None:
             yield output_finding(self.seen.output)
-            yield quality_finding(
-                self._miou(self.seen.teacher),
-                self.constant,
-                self.names[label],
-                len(self.seen.teacher),
-            )
             yield from self._sizes()
-        if teacher is not None and student is not None:
-            yield student_finding(self._miou(self.seen.teacher), self._miou(self.seen.student))
         if self._has_guide:
             yield from self._against_masks()
+        if teacher is not None and not self.mixed_up:
+            figure, images = self._miou(self.seen.teacher), len(self.seen.teacher)
+            yield quality_finding(figure, self.constant, self.names[label], images)
+            if student is not None:
+                yield student_finding(figure, self._miou(self.seen.student))
 
     def _copy(self) -> SmpForSemanticSegmentation:
         student = copy.deepcopy(self.parts.student)
@@ -190,7 +173,11 @@ class Preflight:
         seen = self.seen
         guide = seen.teacher or seen.student
         whose = "the teacher" if seen.teacher else "the student"
-        yield classes_finding(seen.rows(guide), self.names, constant=self.constant, whose=whose)
+        classes = classes_finding(seen.rows(guide), self.names, constant=self.constant, whose=whose)
+        yield classes
+        self.mixed_up = classes.grade == Grade.FAULT
+        if self.mixed_up:
+            return  # what else could be said is but its consequence
         yield position_finding(
             torch.stack(guide),
             seen.labels(),
@@ -213,18 +200,19 @@ class Preflight:
             yield input_size_finding(int(network.config.image_size), given)
 
     def _normalisation(self) -> Iterator[Finding]:
-        teacher, seen = self.parts.teacher, self.seen
-        if teacher is None or not seen.teacher:
+        teacher, seen, limit = self.parts.teacher, self.seen, self.limits.normalisation
+        if teacher is None or not seen.teacher or self.mixed_up:
             return
-        here = self._miou(seen.teacher)
-        if here > 1 - MARGIN:
-            yield ok("normalisation", f"at mIoU {here:.3f} no other one can be clearly better")
-            return
-        ways = alternatives(present_feeding(teacher))
-        others = fed_otherwise(seen, teacher, ways, self.limits.normalisation)
-        images = len(next(iter(others.values())))
-        now = seen.rows(seen.teacher[:images])
-        yield normalisation_finding(now, others, ways, seen.num_labels)
+        present = present_feeding(teacher)
+        ways = alternatives(present)
+        straight = {name: way for name, way in ways.items() if not way.bgr}
+        fits = misfits(seen, teacher, straight | {PRESENT: present}, limit / 4)
+        others = {}
+        if self._miou(seen.teacher) <= 1 - MARGIN:  # else none can be clearly better
+            others = fed_otherwise(seen, teacher, ways, limit)
+        images = len(next(iter(others.values()), seen.teacher))
+        trials = Trials(ways, seen.rows(seen.teacher[:images]), others, fits)
+        yield normalisation_finding(trials, seen.num_labels, constant=self.constant)
 
     def _shared(self) -> Iterator[Finding]:
         if self.parts.eval_dataset is None:
@@ -264,16 +252,3 @@ class Preflight:
         yield disk_finding(
             disk_need(self.run, self.parts), shutil.disk_usage(there).free, str(there)
         )
-
-
-@contextmanager
-def untouched_random_state(device: torch.device) -> Iterator[None]:
-    """Put the generators of Python, numpy and torch back afterwards."""
-    python, numbers = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)

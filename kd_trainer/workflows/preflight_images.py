@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.preflight.counts import Rows, rows_of
 from kd_trainer.preflight.masks import MaskFacts, mask_facts
 from kd_trainer.preflight.sharing import Shared, find_shared
-from kd_trainer.preflight.teacher import Feeding, OutputRange
+from kd_trainer.preflight.teacher import OutputRange
 from kd_trainer.teacher import Teacher
 
 DataSet = TransformedDataset | StreamedDataset
@@ -177,42 +177,6 @@ def _watched(teacher: Teacher, pixels: Tensor, before: OutputRange) -> tuple[Ten
         return teacher(pixels), found[-1]
     finally:
         handle.remove()
-
-
-def present_feeding(teacher: Teacher) -> Feeding:
-    """Mean and std with which the teacher's pictures are normalised now."""
-    std = [i / float(s) for i, s in zip(teacher.input_std, teacher.scale.flatten(), strict=True)]
-    shift = teacher.shift.flatten()
-    mean = [m - float(b) * s for m, b, s in zip(teacher.input_mean, shift, std, strict=True)]
-    return Feeding(tuple(mean), tuple(std))
-
-
-@torch.no_grad()
-def fed_otherwise(
-    seen: Seen, teacher: Teacher, ways: Mapping[str, Feeding], seconds: float
-) -> dict[str, Rows]:
-    """Counts of the teacher when its pictures are normalised in other ways.
-
-    Args:
-        seen: the images; all ways are tried on the first ones, until time is up.
-        teacher: on its device.
-        ways: to try.
-        seconds: that this may take; two images are looked at in any case.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in ways}
-    device = teacher.scale.device
-    for sample in within(seconds, seen.samples, least=2):
-        values = sample["pixel_values"][None].to(device).float() / 255
-        for name, way in ways.items():
-            mean, std = (
-                torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (way.mean, way.std)
-            )
-            own = ((values.flip(1) if way.bgr else values) - mean) / std
-            # Backwards through what the teacher does to the student's input.
-            pixels = (own - teacher.shift) / teacher.scale
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            found[name].append(classes_of(teacher(pixels))[0].cpu())
-    return {name: seen.rows(maps) for name, maps in found.items()}
 
 
 def shared_images(training: DataSet, evaluation: DataSet, seconds: float) -> Shared | None:
