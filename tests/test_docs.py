@@ -23,6 +23,7 @@ from kd_trainer.workflows.compare_arguments import (
     compare_parser,
     parse_comparison,
 )
+from kd_trainer.workflows.doctor import doctor_parser, parse_doctor
 from kd_trainer.workflows.plan import markdown_table, timeline
 from kd_trainer.workflows.train import train
 
@@ -68,7 +69,11 @@ def parsers():
     def catch(made, arguments):
         raise CaughtError(made)
 
-    found = {"train.py": parser(), "compare.py": compare_parser()}
+    found = {
+        "train.py": parser(),
+        "compare.py": compare_parser(),
+        "doctor.py": doctor_parser(),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry_points, "given_flags", catch)
         patch.setattr(push, "given_flags", catch)
@@ -133,8 +138,8 @@ def test_documented_commands_parse(script: str, arguments: list[str], parsers, t
     """A flag that was renamed would stay in the documentation."""
     if "--help" in arguments:
         return
-    if script == "compare.py":
-        parse_comparison(arguments)
+    if script in ("compare.py", "doctor.py"):
+        (parse_comparison if script == "compare.py" else parse_doctor)(arguments)
         return
     if script != "train.py":
         given = vars(parsers[script].parse_args(arguments))

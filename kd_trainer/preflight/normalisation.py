@@ -88,7 +88,7 @@ def misfit(features: Tensor, norm: nn.BatchNorm2d) -> float:
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    features = features.float()
+    features = features.detach().float()
     mean, variance = features.mean(dim=(0, 2, 3)), features.var(dim=(0, 2, 3)) + norm.eps
     own = norm.running_var.float() + norm.eps
     difference = mean - norm.running_mean.float()
