@@ -155,6 +155,16 @@ def test_a_saved_student_judges_where_there_is_no_teacher(data: Path, tmp_path: 
     assert bad(found) == {}
 
 
+def test_a_teacher_is_not_judged_by_masks_of_one_class(spoiled, tmp_path: Path, taught):
+    """Of rare objects a few masks may all be empty; beside them no teacher beats a constant."""
+    taught(knowing(Green()))
+    more = ("--mask_values", "0", "255")
+    found = looked(parse(flags(spoiled(lambda m: 0 * m), tmp_path / "out", *more, teacher="one")))
+    assert bad(found) == {"masks, train": "fault", "masks, validation": "fault"}
+    assert "teacher output" in found
+    assert "teacher quality" not in found
+
+
 def test_images_of_both_splits_are_found(data: Path, tmp_path: Path):
     """Figures of images that were trained on are the commonest too good result."""
     copy = shutil.copytree(data, tmp_path / "shared")
@@ -181,6 +191,7 @@ def test_a_loss_without_terms_is_found_before_the_first_step(data: Path, tmp_pat
     more = ("--bce_weight", "0", "--dice_weight", "0")
     found = looked(parse(flags(data, tmp_path / "out", *more)))
     assert bad(found) == {"loss": "fault"}
+    assert "time" not in {f.check for f in examine(parse(flags(data, tmp_path / "out", *more)))}
 
 
 def test_nothing_of_the_run_is_changed(data: Path, tmp_path: Path, taught):

@@ -62,12 +62,13 @@ def examine(run: RunArguments) -> Iterator[Finding]:
         yield ok("settings", "data, masks, teacher and student fit together")
         preflight = Preflight(run, parts, THOROUGH)
         yield from preflight.findings()
-        yield from cost_findings(
-            run,
-            parts,
-            step_seconds=preflight.step_seconds,
-            eval_seconds=preflight.eval_seconds,
-        )
+        if preflight.step_seconds:  # else there is no step to measure
+            yield from cost_findings(
+                run,
+                parts,
+                step_seconds=preflight.step_seconds,
+                eval_seconds=preflight.eval_seconds,
+            )
     except USER_ERRORS as error:
         message = user_message(error)
         if message is None:

@@ -69,6 +69,7 @@ class Preflight:
     Attributes:
         step_seconds: about what a training image took with its backward pass.
         eval_seconds: about what an evaluation image takes.
+        judged: whether the networks can be compared with the masks.
     """
 
     def __init__(self, run: RunArguments, parts: Parts, limits: Limits) -> None:
@@ -81,7 +82,7 @@ class Preflight:
         self.samples: list[dict[str, Tensor]] = []
         self.student = self._copy()
         self.constant = 0.0
-        self.mixed_up = False
+        self.judged = False
         self.step_seconds = self.eval_seconds = 0.0
 
     @property
@@ -151,9 +152,11 @@ class Preflight:
         if teacher is not None:
             yield output_finding(self.seen.output)
             yield from self._sizes()
-        if self._has_guide:
+        # Where masks hold one class, nothing is better than a constant.
+        self.judged = self.constant < 1
+        if self._has_guide and self.judged:
             yield from self._against_masks()
-        if teacher is not None and not self.mixed_up:
+        if teacher is not None and self.judged:
             figure, images = self._miou(self.seen.teacher), len(self.seen.teacher)
             yield quality_finding(figure, self.constant, self.names[label], images)
             if student is not None:
@@ -175,9 +178,9 @@ class Preflight:
         whose = "the teacher" if seen.teacher else "the student"
         classes = classes_finding(seen.rows(guide), self.names, constant=self.constant, whose=whose)
         yield classes
-        self.mixed_up = classes.grade == Grade.FAULT
-        if self.mixed_up:
-            return  # what else could be said is but its consequence
+        if classes.grade == Grade.FAULT:
+            self.judged = False  # what else could be said is but its consequence
+            return
         yield position_finding(
             torch.stack(guide),
             seen.labels(),
@@ -201,7 +204,7 @@ class Preflight:
 
     def _normalisation(self) -> Iterator[Finding]:
         teacher, seen, limit = self.parts.teacher, self.seen, self.limits.normalisation
-        if teacher is None or not seen.teacher or self.mixed_up:
+        if teacher is None or not self.judged:
             return
         present = present_feeding(teacher)
         ways = alternatives(present)
