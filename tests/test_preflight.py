@@ -222,6 +222,18 @@ def test_nothing_of_the_run_is_changed(data: Path, tmp_path: Path, taught):
     assert all(torch.equal(now[name], value) for name, value in weights.items())
 
 
+def test_synchronised_batchnorm_waits_for_nobody(data: Path, tmp_path: Path):
+    """The other processes do not look, so that the first would wait for them for half an hour."""
+    run = parse(flags(data, tmp_path / "out"))
+    parts = assemble(run)
+    parts.student.synchronise_batchnorm()
+    preflight = Preflight(run, parts, QUICK)
+    assert bad({f.check: f for f in preflight.findings()}) == {}
+    modes = {m.training for m in preflight.student.modules() if isinstance(m, nn.SyncBatchNorm)}
+    assert modes == {False}
+    assert preflight.student.training
+
+
 def test_a_training_is_the_same_with_and_without(data: Path, tmp_path: Path, taught, capsys):
     """A look that changes what it looks at would make two different runs of one command."""
     taught(knowing(Green()))

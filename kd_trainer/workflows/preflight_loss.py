@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import collate
@@ -60,6 +60,9 @@ def backward(
     """
     student.set_free_units(None)
     student.train()
+    for module in student.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.eval()  # it would wait for the other processes, which do not look
     batch = collate(seen.samples[:GRADIENT_IMAGES])
     pixels = normalise(batch["pixel_values"].to(statistics[0].device), statistics)
     logits = student(pixel_values=pixels)["raw_logits"]

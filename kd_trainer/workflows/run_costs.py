@@ -12,7 +12,7 @@ import torch
 from kd_trainer.command_line import RunArguments
 from kd_trainer.preflight.finding import Finding, ok
 from kd_trainer.preflight.resources import memory_finding
-from kd_trainer.workflows.assemble import Parts
+from kd_trainer.workflows.assemble import Parts, image_count
 from kd_trainer.workflows.compare_budget import total_updates
 from kd_trainer.workflows.compare_runs import reset_peak_memory
 from kd_trainer.workflows.estimate import (
@@ -74,9 +74,9 @@ def cost_findings(
         expected = before + (peak_memory_mib() - before) * scale
         yield memory_finding(expected * _MIB, *_memory(args.device))
     update = seconds * scale * args.gradient_accumulation_steps
-    per_epoch = updates_per_epoch(len(parts.train_dataset), args)
+    per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
     total = total_updates(args, per_epoch)
-    images = 0 if parts.eval_dataset is None else len(parts.eval_dataset)
+    images = 0 if parts.eval_dataset is None else image_count(parts.eval_dataset)
     took = training_seconds(args, total, per_epoch, Speed(update, eval_seconds), images)
     scaled = "" if scale == 1 else f", measured with {batch} images"
     yield ok(
