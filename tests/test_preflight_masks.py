@@ -127,7 +127,9 @@ def test_a_search_that_ran_out_of_time_says_so(tmp_path: Path):
     shared = find_shared(evaluation, evaluation, evaluation.__getitem__, lambda: False)
     assert not shared.complete
     assert (shared.evaluation, shared.training) == (1, 1)
-    assert "that were looked at" in sharing_finding(shared).text
+    finding = sharing_finding(shared)
+    assert "that were looked at" in finding.text
+    assert finding.grade == Grade.FAULT  # of one training image looked at, one
 
 
 def gradients(norms: dict[str, float], **changed) -> Gradients:

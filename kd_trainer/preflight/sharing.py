@@ -14,7 +14,7 @@ from kd_trainer.preflight.finding import Finding, fault, note, ok, several
 Cell = Mapping[str, Any]
 
 _SHOWN = 3
-_MOST = 0.5  # of the evaluation images: from here its figures say nothing
+_MOST = 0.5  # of a split: from here the figures of an evaluation say nothing
 
 
 @dataclass
@@ -100,7 +100,9 @@ def sharing_finding(shared: Shared) -> Finding:
         return ok(check, f"none among {looked}")
     names = [a if a == b else f"{a} = {b}" for a, b in shared.pairs.items()]
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-    grade = fault if len(names) > _MOST * shared.evaluation else note
+    # Where time was too short for all training images, most of those looked at are as telling.
+    fewest = min(shared.evaluation, shared.training)
+    grade = fault if len(names) > _MOST * fewest else note
     return grade(
         check,
         f"Expected evaluation images that are not trained on, got {several(len(names), 'image')} "
