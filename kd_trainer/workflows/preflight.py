@@ -112,13 +112,13 @@ class Preflight:
     def _masks(self) -> Iterator[Finding]:
         data, parts = self.run.data, self.parts
         named = {data.train_split: parts.train_dataset, data.eval_split: parts.eval_dataset}
-        chosen = []
+        skip, chosen = data.on_bad_sample == "skip", []
         for split, dataset in named.items():
             if dataset is None:
                 continue
-            found = self.masks[split] = split_masks(dataset, self.limits.masks)
+            found = self.masks[split] = split_masks(dataset, self.limits.masks, skip_bad=skip)
             yield mask_finding(split, found.facts, complete=found.complete)
-            chosen.append(choose(dataset, found, self.limits.images))
+            chosen.append(choose(dataset, found, self.limits.images, skip_bad=skip))
         # In turn, so that few images are of both splits too.
         longest = max(map(len, chosen))
         self.samples = [own[i] for i in range(longest) for own in chosen if i < len(own)]

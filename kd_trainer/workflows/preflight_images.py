@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ DataSet = TransformedDataset | StreamedDataset
 Item = TypeVar("Item")
 
 MASKS = 200
+_UNREADABLE = MaskFacts(0.0, 0.0, 0.0, frozenset())
 GRADIENT_IMAGES = 2  # of one backward pass: BatchNorm needs two where it pools to one pixel
 
 
@@ -56,8 +58,12 @@ class SplitMasks:
     complete: bool
 
 
-def split_masks(dataset: DataSet, seconds: float) -> SplitMasks:
-    """Look at up to `MASKS` masks, in their own size."""
+def split_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> SplitMasks:
+    """Look at up to `MASKS` masks, in their own size.
+
+    With `skip_bad` one that cannot be read counts as one without valid pixels: a stream still has
+    the rows that its reader will leave out.
+    """
     rule, facts = dataset.transform.rule, []
     rows = dataset.dataset
     rows = rows.select_columns("mask") if isinstance(rows, datasets.Dataset) else rows
@@ -67,8 +73,14 @@ def split_masks(dataset: DataSet, seconds: float) -> SplitMasks:
             timed_out = False
             break
         cell = row["mask"]
-        labels = rule.labels(decode_mask(cell, number), cell_name(cell, number))
-        facts.append(mask_facts(labels, rule.ignore_index))
+        try:
+            labels = rule.labels(decode_mask(cell, number), cell_name(cell, number))
+        except (ValueError, OSError):
+            if not skip_bad:
+                raise
+            facts.append(_UNREADABLE)
+        else:
+            facts.append(mask_facts(labels, rule.ignore_index))
     return SplitMasks(facts, complete=not timed_out and len(facts) < MASKS)
 
 
@@ -77,7 +89,9 @@ def _and_end(rows: Iterable[Any]) -> Iterator[Any | None]:
     yield None
 
 
-def choose(dataset: DataSet, masks: SplitMasks, most: int) -> list[dict[str, Tensor]]:
+def choose(
+    dataset: DataSet, masks: SplitMasks, most: int, *, skip_bad: bool = False
+) -> list[dict[str, Tensor]]:
     """Up to `most` samples without augmentation, evenly spread over masks that mark something."""
     numbers = [i for i, f in enumerate(masks.facts) if f.classes - {0}]
     numbers = numbers or [i for i, f in enumerate(masks.facts) if f.valid]
@@ -93,7 +107,11 @@ def choose(dataset: DataSet, masks: SplitMasks, most: int) -> list[dict[str, Ten
     )
     last = max(chosen, default=-1)
     rows = islice(enumerate(sample_rows(dataset.dataset, MASKS)), last + 1)
-    return [plain(row, epoch=0, index=number) for number, row in rows if number in chosen]
+    samples = []
+    for number, row in rows:
+        with suppress(*((ValueError, OSError) if skip_bad else ())):
+            samples += [plain(row, epoch=0, index=number)] if number in chosen else []
+    return samples
 
 
 @dataclass
