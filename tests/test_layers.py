@@ -19,7 +19,7 @@ LAYERS = (
     ("arguments",),
     ("command_line", "timetable", "data", "teacher", "checkpoints", "hub", "teacher_cache"),
     ("evaluation", "tracking", "optim", "export", "model_card", "reports"),
-    ("callbacks", "console", "inference", "publishing"),
+    ("callbacks", "console", "inference", "preflight", "publishing"),
     ("trainer",),
     ("workflows",),
     ("__init__",),

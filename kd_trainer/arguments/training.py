@@ -70,6 +70,9 @@ class DistillationArguments(TrainingArguments):
     resume: str | None = help_field(
         None, "Go on from a checkpoint; without a value from the newest one in the output folder."
     )
+    no_preflight: bool = help_field(
+        False, "Start without the checks of scripts/doctor.py, which take seconds."
+    )
     panel_images: int = help_field(4, "Pictures in the panel drawn at each evaluation; 0 = none.")
     report: bool = help_field(True, "Write report.html at the end: curves, images, reliability.")
     eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")

@@ -140,6 +140,7 @@ class PlannedRun:
 
     def _train(self) -> None:
         self.run.training.resume = "latest" if self.checkpoint() else None
+        self.run.training.no_preflight = True  # the comparison has looked once for all runs
         starts = read_json(self.folder / NOTE).get("starts", 0) + 1
         self._write_note(starts=starts, memory_is_its_own=reset_peak_memory())
         train(self.run)

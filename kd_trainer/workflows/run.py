@@ -19,7 +19,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except USER_ERRORS as error:
-        message = _message(error)
+        message = user_message(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
@@ -29,7 +29,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _message(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The message on one line, or None if the error is no fault of the user's.
 
     Messages of the house start with `Expected`; those of the operating system name a path. An error

@@ -26,6 +26,7 @@ from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_bad_samples, write_json
 from kd_trainer.workflows.models import load_student, network_size
 from kd_trainer.workflows.plan import describe, markdown_table
+from kd_trainer.workflows.preflight_start import check_before_training
 from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
 
 LIBRARIES = (
@@ -63,6 +64,8 @@ def train(run: RunArguments) -> dict[str, Any]:
     parts = assemble(run)
     if checkpoint is not None:
         _check_weights(checkpoint, parts)
+    elif not run.training.no_preflight:  # a run that goes on was looked at when it started
+        check_before_training(run, parts)
     output = Path(str(run.training.output_dir))
     trainer = DistillationTrainer(
         parts.student,
