@@ -122,6 +122,15 @@ class TermSums:
         self.sums, self.shares, self.count = {}, {}, 0
         return result
 
+    def saved(self) -> dict[str, Any]:
+        """The sums as they stand, for a checkpoint between two logs; no host sync."""
+        return {"sums": self.sums, "shares": self.shares, "count": self.count}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on summing where `saved` left off."""
+        self.sums, self.shares = dict(saved["sums"]), dict(saved["shares"])
+        self.count = saved["count"]
+
     @staticmethod
     def _host(values: list[Tensor]) -> list[float]:
         return TermSums._host_list(torch.stack(values)) if values else []
