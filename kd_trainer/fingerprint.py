@@ -42,6 +42,7 @@ _OF_THE_TRAINER = frozenset(
 # How often it is saved decides which students can be chosen as the best, and nothing else.
 _OF_SAVES = frozenset({"save_strategy", "save_steps"})
 _FLAGS = {field: alias for alias, field in ALIASES.items()}
+_SHOWN = 8
 # What to say beside the two values.
 _REASONS = {
     "num_train_epochs": "learning rates and temperature are curves over all epochs, so more or "
@@ -94,9 +95,14 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
     found = differences(before, now)
     if not found:
         return
-    told = ", ".join(f"{_FLAGS.get(d.name, d.name)} {_shown(d.before)}" for d in found)
-    got = ", ".join(f"{_FLAGS.get(d.name, d.name)} {_shown(d.now)}" for d in found)
-    reasons = [_REASONS[d.name] for d in found if d.name in _REASONS]
+    shown = found[:_SHOWN]
+    names = [f"{_FLAGS.get(d.name, d.name)} " for d in shown]
+    told = ", ".join(name + _text(d.before) for name, d in zip(names, shown, strict=True))
+    names = names if len(found) > 1 else [""]
+    got = ", ".join(name + _text(d.now) for name, d in zip(names, shown, strict=True))
+    if len(found) > _SHOWN:
+        told += f" (and {len(found) - _SHOWN} more)"
+    reasons = [_REASONS[d.name] for d in shown if d.name in _REASONS]
     because = f" ({'; '.join(reasons)})" if reasons else ""
     raise ValueError(
         f"Expected the run's {told}, got {got}{because}. Go on with what {where} was trained with, "
@@ -104,7 +110,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
     )
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
