@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from same_run import assert_same_tensors
@@ -54,6 +55,14 @@ def when_saved(process: subprocess.Popen[str], out: Path) -> None:
         time.sleep(0.05)
     process.kill()
     raise AssertionError(process.communicate()[0][-3000:])
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the ranks first: their launcher would tell them to stop in time."""
+    launcher = psutil.Process(process.pid)
+    for one in [*launcher.children(recursive=True), launcher]:
+        one.kill()
+    process.communicate()
 
 
 def finish(launcher: str, data: Path, out: Path, *more: str) -> str:
@@ -120,8 +129,8 @@ def test_two_processes_stopped_and_killed_go_on_to_the_same_student(tmp_path: Pa
         if saved_update(out) > stopped or process.poll() is not None:
             break
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    assert process.poll() is None, process.communicate()[0][-3000:]
+    kill_all(process)
     assert stopped < saved_update(out) < UPDATES
     refused = start("python", data, out, *resumed)
     assert "Expected the run's" in (told := refused.communicate(timeout=300)[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,9 @@ def stoppable(trainer: Any) -> Iterator[None]:
     Args:
         trainer: gets the `StopRequest`.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python gives signals to the main thread alone
+        return
     request = StopRequest()
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.signal(number, request.receive) for number in numbers}
@@ -107,14 +111,14 @@ def stoppable(trainer: Any) -> Iterator[None]:
 
 
 def _outlive_launcher() -> None:
-    """Be told by a SIGTERM if `accelerate launch` dies, which passes no signal on to one process.
+    """Be told by a SIGTERM if the launcher dies: `accelerate launch` passes no signal on to one.
 
-    Without that a SIGTERM to the launcher would leave the training running on its own. On Linux
-    alone: elsewhere send the signal to the training itself.
+    Without that a SIGTERM to it would leave the training running on its own. On Linux alone:
+    elsewhere send the signal to the training itself.
     """
     try:
         launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
     except OSError:
         return
-    if b"accelerate" in launcher:
+    if b"accelerate" in launcher or b"torch" in launcher:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging as hf_logging
 
 from kd_trainer.checkpoints import (
     Newest,
@@ -35,7 +36,7 @@ from kd_trainer.checkpoints import (
 from kd_trainer.disk import writing
 from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
 from kd_trainer.resuming.keeper import Keeper
-from kd_trainer.resuming.stopping import StopRequest
+from kd_trainer.resuming.stopping import Stopped, StopRequest
 from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums
 
@@ -59,6 +60,7 @@ class ResumableTrainer(Trainer):
     _earlier: tuple[float, int] = (0.0, 0)
     _began = 0.0
     _resumed: Path | None = None
+    _checked: Path | None = None
     _fingerprint: dict[str, Any] | None = None
 
     def fingerprint(self) -> dict[str, Any]:
@@ -86,18 +88,21 @@ class ResumableTrainer(Trainer):
             FileNotFoundError: if there is no such folder, or the best checkpoint is gone.
             ValueError: names the damaged file, or shows what differs between the runs.
         """
+        if self._checked == checkpoint:
+            return
         check_complete(checkpoint)
         self._fingerprint = self.fingerprint()
         check_same_run(read_marker(checkpoint)["run"], self._fingerprint, str(checkpoint))
         best = self._best_of(checkpoint)
-        if not self.args.load_best_model_at_end or best is None or best == checkpoint:
-            return
-        wrong = fault(best) if best.is_dir() else "it is not there"
+        wrong = None
+        if self.args.load_best_model_at_end and best not in (None, checkpoint):
+            wrong = fault(best) if best.is_dir() else "it is not there"
         if wrong is not None:
             raise FileNotFoundError(
                 f"Expected the best student so far in {best}, got none: {wrong}. Put it back "
                 f"beside {checkpoint.name}, or go on from another checkpoint with --resume FOLDER."
             )
+        self._checked = checkpoint
 
     @staticmethod
     def _best_of(checkpoint: Path) -> Path | None:
@@ -134,8 +139,20 @@ class ResumableTrainer(Trainer):
         try:
             resumed = None if self._resumed is None else str(self._resumed)
             return super().train(resumed, trial, ignore_keys_for_eval)
+        except Stopped:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # boards, bars
+            raise
         finally:
             self.remove_callback(keeper)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Without two warnings: `restore` finds a best checkpoint that moved, takes new logs."""
+        before = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()
+        try:
+            return super()._init_training_state(*args, **kwargs)
+        finally:
+            hf_logging.set_verbosity(before)
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any
