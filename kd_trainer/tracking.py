@@ -126,9 +126,10 @@ class TermSums:
         """The sums as they stand, for a checkpoint between two logs; no host sync."""
         return {"sums": self.sums, "shares": self.shares, "count": self.count}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on summing where `saved` left off."""
-        self.sums, self.shares = dict(saved["sums"]), dict(saved["shares"])
+    def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        """Go on summing on a device where `saved` left off."""
+        self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
+        self.shares = {name: value.to(device) for name, value in saved["shares"].items()}
         self.count = saved["count"]
 
     @staticmethod

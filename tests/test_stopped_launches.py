@@ -27,12 +27,12 @@ LAUNCHERS = {
         *("--standalone", "--nproc_per_node", "2"),
     ],
 }
-UPDATES = 40
+UPDATES = 24
 
 
 def start(launcher: str, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    """A run of 20 epochs of two updates in a group of its own, as a terminal starts it."""
-    flags = train_flags(data, out, "--epochs", "20", "--save_total_limit", "2", *more)
+    """A run of 12 epochs of two updates in a group of its own, as a terminal starts it."""
+    flags = train_flags(data, out, "--epochs", "12", "--save_total_limit", "2", *more)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
@@ -100,7 +100,7 @@ def test_signal_to_the_launcher_reaches_the_training(
     (os.killpg if group else os.kill)(process.pid, number)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == code, said[-3000:]
-    found = re.search(r"^stopped by SIG\w+ after update (\d+) of 40, saved as", said, re.MULTILINE)
+    found = re.search(r"^stopped by SIG\w+ after update (\d+) of 24, saved as", said, re.MULTILINE)
     assert found, said[-3000:]
     assert "Go on with the same command and --resume." in said
     assert saved_update(out) == int(found[1]) < UPDATES

@@ -171,13 +171,14 @@ class ResumableTrainer(Trainer):
         self.state.best_model_checkpoint = None if best is None else str(best)
         self.args.eval_on_start = False  # the log of it is in the checkpoint
         file = self._resumed / self._progress_file()
-        saved = torch.load(file, map_location=self.args.device, weights_only=True)
+        # Not straight to the device: torch does not know the cpu:0 of several processes.
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         self._earlier = (saved["seconds"], saved["resumes"] + 1)
-        self._tr_loss = saved["loss"]
+        self._tr_loss = saved["loss"].to(self.args.device)
         self._total_loss_scalar = saved["total_loss"]
         self._globalstep_last_logged = saved["last_logged"]
         self._initial_global_step = 0  # so that means and speeds are those of the whole run
-        self.tracked.restore(saved["terms"])
+        self.tracked.restore(saved["terms"], self.args.device)
 
     def _progress_file(self) -> str:
         return f"progress_{self.args.process_index}.pt"
