@@ -335,7 +335,7 @@ def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Pat
     summary, printed = compared(*run)
     assert steps[4:] == [2, 3]
     assert "goes on after update 2 of 4" in printed
-    assert ", resumed 1 time" in printed
+    assert ", started 2 times" in printed
     assert summary["baseline"]["train_seconds"] is not None
     # The peak of the first part is not known.
     assert summary["baseline"]["peak_memory_mib"] is None

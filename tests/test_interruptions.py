@@ -89,7 +89,6 @@ def test_stopped_run_goes_on_to_the_same_student(ground: Path, cut: Any, tmp_pat
     results = train(parse(cut("--dataloader_num_workers", "1", "--logging_steps", "3")))
     assert_same_tensors(student(ground / "whole"), student(tmp_path / "out"))
     assert [entry["epoch"] for entry in results["eval_history"]] == [1, 2, 3, 4]
-    assert results["resumes"] == 1
     assert results["train_seconds"] > first > 0
     expected = 16 / results["train_seconds"]
     assert results["images_per_second"] == pytest.approx(expected, abs=2e-3)

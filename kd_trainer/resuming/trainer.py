@@ -56,8 +56,7 @@ class ResumableTrainer(Trainer):
     stop: StopRequest | None = None
     teacher: Teacher | None
     tracked: TermSums
-    # Of this run before this process: seconds of training, and how often it has been resumed.
-    _earlier: tuple[float, int] = (0.0, 0)
+    _earlier = 0.0  # seconds of training before this process
     _began = 0.0
     _resumed: Path | None = None
     _checked: Path | None = None
@@ -162,7 +161,7 @@ class ResumableTrainer(Trainer):
 
     def restore(self) -> None:
         """Set what the Trainer starts at zero to what it was in the checkpoint."""
-        self._began, self._earlier = time.time(), (0.0, 0)
+        self._began, self._earlier = time.time(), 0.0
         if self._resumed is None:
             return
         # Steps between logs and evaluations are the old run's in the file; a new logging counts.
@@ -173,7 +172,7 @@ class ResumableTrainer(Trainer):
         file = self._resumed / self._progress_file()
         # Not straight to the device: torch does not know the cpu:0 of several processes.
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        self._earlier = (saved["seconds"], saved["resumes"] + 1)
+        self._earlier = saved["seconds"]
         self._tr_loss = saved["loss"].to(self.args.device)
         self._total_loss_scalar = saved["total_loss"]
         self._globalstep_last_logged = saved["last_logged"]
@@ -183,17 +182,11 @@ class ResumableTrainer(Trainer):
     def _progress_file(self) -> str:
         return f"progress_{self.args.process_index}.pt"
 
-    @property
-    def resumes(self) -> int:
-        """How often this run has been resumed."""
-        return self._earlier[1]
-
     def _save_rng_state(self, output_dir: str) -> None:
         """The state of the random generators, and beside it what each process has summed up."""
         super()._save_rng_state(output_dir)
         progress = {
-            "seconds": self._earlier[0] + time.time() - self._began,
-            "resumes": self._earlier[1],
+            "seconds": self._earlier + time.time() - self._began,
             "loss": self._tr_loss,
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
@@ -235,7 +228,7 @@ class ResumableTrainer(Trainer):
         """Count the seconds of the parts before as well."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:  # with a limit of 1 the Trainer would delete the newest checkpoint here
-            started = start_time - self._earlier[0]
+            started = start_time - self._earlier
             return super()._finalize_training(trial, num_train_samples, started)
         finally:
             self.args.save_total_limit = limit

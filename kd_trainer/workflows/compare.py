@@ -11,7 +11,7 @@ from kd_trainer.workflows.compare_arguments import Comparison
 from kd_trainer.workflows.compare_budget import KINDS, Budget, alone, total_updates
 from kd_trainer.workflows.compare_report import write_report
 from kd_trainer.workflows.compare_results import read_runs
-from kd_trainer.workflows.compare_runs import PlannedRun, plan_runs, read_json
+from kd_trainer.workflows.compare_runs import NOTE, PlannedRun, plan_runs, read_json
 from kd_trainer.workflows.estimate import (
     Speed,
     duration,
@@ -151,6 +151,7 @@ def _execute(one: PlannedRun, prefix: str) -> None:
         return
     one.execute()
     results = read_json(one.folder / "results.json")
-    parts = f", resumed {several(results['resumes'], 'time')}" if results.get("resumes") else ""
+    starts = read_json(one.folder / NOTE).get("starts", 1)
+    parts = f", started {several(starts, 'time')}" if starts > 1 else ""
     took = f"trained in {duration(results['train_seconds'])}{parts}"
     print(f"{prefix} mIoU {results['student_miou']:.4f}, {took}", flush=True)

@@ -73,7 +73,7 @@ class FinishedRun:
     @property
     def train_seconds(self) -> float | None:
         """Time of the training; None if only its last part was measured."""
-        whole = self.note.get("starts") == 1 or "resumes" in self.results
+        whole = self.note.get("starts") == 1 or self.note.get("whole_time", False)
         return self.results.get("train_seconds") if whole else None
 
     @property

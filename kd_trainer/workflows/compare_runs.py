@@ -147,6 +147,7 @@ class PlannedRun:
             "kind": self.kind,
             "seed": self.seed,
             "starts": starts,
+            "whole_time": starts > 0,  # results.json counts the seconds of all starts
             "memory_is_its_own": memory_is_its_own,
             "updates": self.budget.updates,
             "left_out": self.budget.left_out if self.kind == "baseline" else 0,

@@ -119,7 +119,8 @@ def seconds_left(planned: PlannedRun, speed: Speed, eval_images: int) -> float:
 def finished_speed(planned: PlannedRun) -> Speed | None:
     """Speed of a run whose whole training was measured, evaluations spread over it."""
     results = read_json(planned.folder / "results.json")
-    whole = "resumes" in results or read_json(planned.folder / NOTE).get("starts") == 1
+    note = read_json(planned.folder / NOTE)
+    whole = note.get("starts") == 1 or note.get("whole_time", False)
     if not (planned.trained and whole):
         return None
     return Speed(results["train_seconds"] / planned.budget.updates, 0.0)

@@ -102,7 +102,6 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
         student.save_pretrained(student_folder, state_dict=weights)
         parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
-    results["resumes"] = trainer.resumes
     results["eval_history"] = eval_history(trainer.state.log_history)
     if run.data.on_bad_sample == "skip":
         results["bad_samples"] = write_bad_samples(output, parts.bad_samples)
