@@ -87,8 +87,7 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
         if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
             write_bad_samples(output, parts.bad_samples)
     with stoppable(trainer) if stops else nullcontext():
-        resumed = None if checkpoint is None else str(checkpoint)
-        trained = trainer.train(resume_from_checkpoint=resumed).metrics
+        trained = trainer.train(str(checkpoint) if checkpoint else None).metrics
     trainer.check_finite()
     trainer.save_state()  # trainer_state.json, with the logs that the report's curves are drawn of
     trainer.accelerator.wait_for_everyone()
