@@ -160,6 +160,7 @@ def _execute(one: PlannedRun, prefix: str) -> None:
         return
     one.execute()
     results = read_json(one.folder / "results.json")
-    last = " since the interruption" if read_json(one.folder / NOTE).get("starts") != 1 else ""
-    took = f"trained in {duration(results['train_seconds'])}{last}"
+    starts = read_json(one.folder / NOTE).get("starts", 1)
+    parts = f", started {several(starts, 'time')}" if starts > 1 else ""
+    took = f"trained in {duration(results['train_seconds'])}{parts}"
     print(f"{prefix} mIoU {results['student_miou']:.4f}, {took}", flush=True)

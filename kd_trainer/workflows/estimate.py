@@ -139,9 +139,11 @@ def training_seconds(
 
 
 def finished_speed(planned: PlannedRun) -> Speed | None:
-    """Speed of a run that was trained without an interruption, evaluations spread over it."""
+    """Speed of a run whose whole training was measured, evaluations spread over it."""
     results = read_json(planned.folder / "results.json")
-    if not planned.trained or read_json(planned.folder / NOTE).get("starts") != 1:
+    note = read_json(planned.folder / NOTE)
+    whole = note.get("starts") == 1 or note.get("whole_time", False)
+    if not (planned.trained and whole):
         return None
     return Speed(results["train_seconds"] / planned.budget.updates, 0.0)
 
