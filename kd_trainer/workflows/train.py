@@ -84,11 +84,7 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
     if checkpoint is not None:
         trainer.check_resume(checkpoint)
     if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        settings = yaml.safe_dump(run.resolved(), sort_keys=False)
-        (output / "config.yaml").write_text(settings, encoding="utf-8")
-        if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
-            write_bad_samples(output, parts.bad_samples)
+        _write_settings(run, parts, output)
     with stoppable(trainer) if stops else nullcontext():
         trained = trainer.train(str(checkpoint) if checkpoint else None).metrics
     trainer.check_finite()
@@ -114,6 +110,15 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
         pushed = publish(output, output / HUB_FOLDER, trainer.publication())
         print(f"\nPushed: {pushed.url}")
     return results
+
+
+def _write_settings(run: RunArguments, parts: Parts, output: Path) -> None:
+    """What is known before the training."""
+    output.mkdir(parents=True, exist_ok=True)
+    settings = yaml.safe_dump(run.resolved(), sort_keys=False)
+    (output / "config.yaml").write_text(settings, encoding="utf-8")
+    if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
+        write_bad_samples(output, parts.bad_samples)
 
 
 def _report(run: RunArguments, parts: Parts, output: Path) -> None:
