@@ -194,8 +194,9 @@ def check_sizes(row: Mapping[str, Any], index: int) -> None:
         raise size_error(shapes[1], shapes[0], names[1], names[0])
 
 
-def sample_rows(rows: Any, most: int = SAMPLE) -> Iterator[dict[str, Any]]:
+def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
     """Up to `most` rows with masks, evenly spread over a data set, the first ones of a stream."""
+    most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
         return (row for row in islice(rows, most) if row["mask"] is not None)
     # As an arrow column: 100,000 rows are looked through without reading any picture.
