@@ -31,6 +31,14 @@ _UNUSABLE = {
     "the soft labels are those of the teacher (--kl_weight)",
     "lr_scheduler_kwargs": "the cosine takes none. Use --min_learning_rate and --warmup_epochs",
     "optim_target_modules": "the groups of the optimizer are the encoder's units. Leave it out",
+    "save_only_model": "no run could go on from such a checkpoint. Leave it out; fewer of them are "
+    "kept with --save_total_limit",
+    "ignore_data_skip": "a resumed run would see the first images of its epoch again. Leave it out",
+    "restore_callback_states_from_checkpoint": "what our callbacks do follows from the epoch. "
+    "Leave it out",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint here anyway. Leave it out",
+    "auto_find_batch_size": "another batch size is another run, which could not be resumed. Say "
+    "how many images fit with --batch_size",
     "resume_from_checkpoint": "it has another name here. Use --resume",
 }
 

@@ -40,7 +40,7 @@ SHOWN = frozenset(
 _CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 # Not written down: a secret, and where a run goes on, which is no setting of the next one.
 _LEFT_OUT = frozenset(
-    {"hub_token", "resume", "bf16", "fp16", "do_eval", "debug", "disable_tqdm"}
+    {"hub_token", "resume", "no_preflight", "bf16", "fp16", "do_eval", "debug", "disable_tqdm"}
     | {"include_for_metrics", "activation_checkpointing", "gradient_checkpointing"}
 )
 # Set from other fields or from this machine, so written only as they were asked for: a

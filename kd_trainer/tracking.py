@@ -122,6 +122,16 @@ class TermSums:
         self.sums, self.shares, self.count = {}, {}, 0
         return result
 
+    def saved(self) -> dict[str, Any]:
+        """The sums as they stand, for a checkpoint between two logs; no host sync."""
+        return {"sums": self.sums, "shares": self.shares, "count": self.count}
+
+    def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
+        """Go on summing on a device where `saved` left off."""
+        self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
+        self.shares = {name: value.to(device) for name, value in saved["shares"].items()}
+        self.count = saved["count"]
+
     @staticmethod
     def _host(values: list[Tensor]) -> list[float]:
         return TermSums._host_list(torch.stack(values)) if values else []

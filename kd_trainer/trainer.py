@@ -42,6 +42,7 @@ from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
+from kd_trainer.resuming import ResumableTrainer, own_generator
 from kd_trainer.teacher import Teacher
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
@@ -49,7 +50,7 @@ from kd_trainer.tracking import TermSums, check_finite_weights, watched
 Batch = dict[str, Any]
 
 
-class DistillationTrainer(PublishingTrainer):
+class DistillationTrainer(ResumableTrainer, PublishingTrainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
@@ -137,7 +138,7 @@ class DistillationTrainer(PublishingTrainer):
         args, is_training = self.args, options.get("is_training", False)
         if isinstance(dataset, IterableDataset):
             workers = args.dataloader_num_workers
-            return DataLoader(
+            loader = DataLoader(
                 dataset,
                 batch_size=batch_size,
                 collate_fn=self.data_collator,
@@ -145,6 +146,7 @@ class DistillationTrainer(PublishingTrainer):
                 persistent_workers=args.dataloader_persistent_workers and workers > 0,
                 drop_last=args.dataloader_drop_last and is_training,
             )
+            return own_generator(loader, args)
         drop_last = args.dataloader_drop_last
         args.dataloader_drop_last = drop_last and is_training
         try:

@@ -5,4 +5,7 @@ from kd_trainer.workflows.compare_arguments import parse_comparison
 from kd_trainer.workflows.run import run_script
 
 if __name__ == "__main__":
-    run_script(lambda: run_compare(parse_comparison()))
+    run_script(
+        lambda: run_compare(parse_comparison()),
+        go_on="Go on with the same command: finished runs are not repeated.",
+    )

@@ -78,4 +78,5 @@ def train_flags(
         channels = []
         del flags["student_encoder"], flags["encoder_weights"]
     named = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    return [*named, "--use_cpu", "--disable_tqdm", *channels, *more]
+    # Teachers of random weights are no better than a constant, which a preflight refuses.
+    return [*named, "--use_cpu", "--disable_tqdm", "--no_preflight", *channels, *more]

@@ -23,6 +23,7 @@ from kd_trainer.workflows.compare_arguments import (
     compare_parser,
     parse_comparison,
 )
+from kd_trainer.workflows.doctor import doctor_parser, parse_doctor
 from kd_trainer.workflows.plan import markdown_table, timeline
 from kd_trainer.workflows.train import train
 
@@ -68,7 +69,11 @@ def parsers():
     def catch(made, arguments):
         raise CaughtError(made)
 
-    found = {"train.py": parser(), "compare.py": compare_parser()}
+    found = {
+        "train.py": parser(),
+        "compare.py": compare_parser(),
+        "doctor.py": doctor_parser(),
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry_points, "given_flags", catch)
         patch.setattr(push, "given_flags", catch)
@@ -136,7 +141,7 @@ def test_documented_commands_parse(script: str, arguments: list[str], parsers, t
     if script == "compare.py":
         parse_comparison(arguments)
         return
-    if script != "train.py":
+    if script not in ("train.py", "doctor.py"):
         given = vars(parsers[script].parse_args(arguments))
         hints = hints_of(SCRIPTS[script])
         for name, value in given.items():
@@ -149,7 +154,7 @@ def test_documented_commands_parse(script: str, arguments: list[str], parsers, t
             own = tmp_path / "own.yaml"
             own.write_text("num_train_epochs: 3\n")
             arguments = [*arguments[:place], str(own), *arguments[place + 1 :]]
-    parse(arguments)
+    (parse if script == "train.py" else parse_doctor)(arguments)
 
 
 @pytest.mark.parametrize("page", TEXTS)

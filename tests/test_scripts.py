@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_runs import ENCODER, save_network, train_flags, write_pairs
 
+from kd_trainer.checkpoints import complete
 from kd_trainer.command_line import DEFAULT_RECIPE
 
 ROOT = Path(__file__).parents[1]
@@ -197,27 +198,28 @@ def test_dry_run_finds_what_the_run_would_find(good: Path, used: Used, tmp_path:
 
 @pytest.mark.parametrize("how", ["newest", "named"])
 @pytest.mark.parametrize(
-    ("saved", "flags", "expected"),
+    ("run", "expected"),
     [
-        ("two", "--student_encoder resnet18", "missing: encoder.conv1.weight"),
-        ("wide", "--decoder_channels 32 8 8 8 8", "(16, 1376, 3, 3) for (32, 1376, 3, 3)"),
-        ("cut", "", "checkpoint-3/model.safetensors"),
-        ("bare", "", "checkpoint-3/model.safetensors"),
+        (None, "checkpoint-3: no COMPLETE.json"),
+        ({"teacher": "another"}, "Expected the run's activation_checkpointing None, "),
+        ({"seed": 5}, "more), got "),
     ],
 )
 def test_checkpoint_that_does_not_fit_is_one_line(
-    how: str, saved: str, flags: str, expected: str, good: Path, used: Used, tmp_path: Path
+    how: str, run: dict | None, expected: str, good: Path, used: Used, tmp_path: Path
 ):
     """The Trainer would fail with a line for each tensor, or train on from what happens to fit."""
     checkpoint = tmp_path / "out" / "checkpoint-3"
-    shutil.copytree(good / saved, checkpoint)
+    shutil.copytree(good / "two", checkpoint)
     (checkpoint / "trainer_state.json").write_text("{}")
+    if run is not None:
+        complete(checkpoint, run)
     resume = ["--resume", *([str(checkpoint)] if how == "named" else [])]
     out = tmp_path / ("out" if how == "newest" else "else")
-    line = used.error("train.py", *train_flags(good / "data", out, *flags.split(), *resume))
+    line = used.error("train.py", *train_flags(good / "data", out, *resume))
     assert expected in line
-    assert "--resume FOLDER" in line
-    assert sorted(p.name for p in tmp_path.glob("*/*")) == ["checkpoint-3"]
+    assert len(line) < 1000
+    assert [p.name for p in tmp_path.glob("*/*")] == ["checkpoint-3"]
 
 
 def test_missing_dataset_is_asked_for(used: Used):

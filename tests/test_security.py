@@ -16,6 +16,7 @@ from tiny import Squares, arguments, tiny_student
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.checkpoints import complete, read_marker
 from kd_trainer.command_line import load_recipe
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing.folder import settings_of
@@ -117,7 +118,7 @@ def trained(tmp_path_factory) -> Path:
     return folder / "checkpoint-2"
 
 
-PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+PICKLED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "progress_0.pt", "training_args.bin")
 
 
 def test_every_pickle_of_a_checkpoint_is_among_those_tried(trained):
@@ -130,9 +131,13 @@ def test_every_pickle_of_a_checkpoint_is_among_those_tried(trained):
 @pytest.mark.parametrize("how", ["zip", "bare"])
 @pytest.mark.parametrize("name", PICKLED)
 def test_a_checkpoint_that_would_run_code_does_not(name, how, trained, marker, tmp_path):
-    """Checkpoints are passed on to colleagues, and resumed from."""
+    """Checkpoints are passed on to colleagues, and resumed from.
+
+    Whoever puts code into one can declare it complete as well.
+    """
     checkpoint = shutil.copytree(trained, tmp_path / "run" / "checkpoint-2")
     poison(checkpoint / name, marker, how)
+    complete(checkpoint, read_marker(trained)["run"])
     goes_on = contextlib.nullcontext() if name == "training_args.bin" else pytest.raises(Exception)  # noqa: PT011
     with goes_on:  # nobody reads training_args.bin
         trainer_in(tmp_path / "run").train(resume_from_checkpoint=str(checkpoint))

@@ -11,8 +11,6 @@ from tiny import Squares, arguments, tiny_student, tiny_teacher
 from torch import Tensor
 from transformers import TrainerCallback
 
-from kd_trainer.arguments import DataArguments
-from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.evaluation import classes_of
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.modeling import encoder_units
@@ -405,77 +403,6 @@ def test_teacher_figures_are_computed_once(tmp_path: Path):
     seen = [h["eval_teacher_miou"] for h in trainer.state.log_history if "eval_miou" in h]
     assert len(seen) == 3
     assert len(set(seen)) == 1
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, update: int) -> None:
-        self.update = update
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.update:
-            control.should_save = True
-            control.should_training_stop = True
-
-
-@pytest.mark.parametrize("update", [3, 4, 7, 8])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, update: int):
-    """In the middle of an epoch, at an epoch's end, where a unit is freed, with DropPath on.
-
-    With augmentation, whose draws of a resumed epoch would be those of the first one if nobody
-    told the data set which epoch it is.
-    """
-    data = DataArguments(
-        dataset="synthetic",
-        image_size=32,
-        synthetic_train=8,
-        synthetic_eval=3,
-        augmentation="heavy",
-    )
-    splits = load_splits(data)
-    augmented, clean = transforms(splits, data, seed=0)
-
-    def trainer(folder: Path, *callbacks: TrainerCallback) -> DistillationTrainer:
-        return DistillationTrainer(
-            tiny_student("timm-efficientnet-b0"),
-            arguments(
-                folder,
-                num_train_epochs=3,
-                unfreeze_start_epoch=1,
-                unfreeze_every=1,
-                warmup_epochs=1,
-                eval_strategy="epoch",
-                save_strategy="epoch",
-                load_best_model_at_end=False,
-                temperature_per="step",
-            ),
-            teacher=tiny_teacher(),
-            train_dataset=TransformedDataset(splits["train"], augmented),
-            eval_dataset=TransformedDataset(splits["validation"], clean),
-            callbacks=list(callbacks),
-        )
-
-    whole = trainer(tmp_path / "whole")
-    whole.train()
-    trainer(tmp_path / "parts", StopAt(update)).train()
-    resumed = trainer(tmp_path / "parts")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{update}"))
-    assert_same(state_of(whole.model), state_of(resumed.model))
-    left, right = whole.optimizer.state_dict(), resumed.optimizer.state_dict()
-    assert left["state"].keys() == right["state"].keys()
-    for index, moments in left["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, right["state"][index][name])
-    rates = [group["lr"] for group in whole.optimizer.param_groups]
-    assert rates == [group["lr"] for group in resumed.optimizer.param_groups]
-    last = [
-        {
-            k: v
-            for k, v in t.state.log_history[-2].items()
-            if "second" not in k and "runtime" not in k
-        }
-        for t in (whole, resumed)
-    ]
-    assert last[0] == last[1]
 
 
 def test_best_student_is_the_one_of_the_highest_miou(tmp_path: Path):

@@ -68,7 +68,13 @@ class DistillationArguments(TrainingArguments):
         "", "bf16, fp16 or no; without a value (auto) bf16 where it runs, else fp16."
     )
     resume: str | None = help_field(
-        None, "Go on from a checkpoint; without a value from the newest one in the output folder."
+        None,
+        "Go on after an interruption: without a value from the newest complete checkpoint in the "
+        "output folder, else from this checkpoint-N folder. Give the settings of the run again "
+        "(--config OUTPUT/config.yaml); other ones that change what is learned are refused.",
+    )
+    no_preflight: bool = help_field(
+        False, "Start without the checks of scripts/doctor.py, which take seconds."
     )
     panel_images: int = help_field(4, "Pictures in the panel drawn at each evaluation; 0 = none.")
     report: bool = help_field(True, "Write report.html at the end: curves, images, reliability.")

@@ -4,7 +4,7 @@ from kd_trainer.data.bad_samples import BadSample
 from kd_trainer.data.collate import collate
 from kd_trainer.data.dataset import TransformedDataset
 from kd_trainer.data.masks import MaskRule, find_mask_rule
-from kd_trainer.data.pipeline import mask_rule, transforms, usable_splits
+from kd_trainer.data.pipeline import mask_rule, sample_rows, transforms, usable_splits
 from kd_trainer.data.sources import load_splits
 from kd_trainer.data.streaming import StreamedDataset
 from kd_trainer.data.transform import SegmentationTransform
@@ -19,6 +19,7 @@ __all__ = [
     "find_mask_rule",
     "load_splits",
     "mask_rule",
+    "sample_rows",
     "transforms",
     "usable_splits",
 ]

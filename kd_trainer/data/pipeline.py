@@ -45,7 +45,7 @@ def mask_rule(
     Raises:
         ValueError: if the masks looked at do not fit the rule, or fit none.
     """
-    rows = [row for split in splits.values() for row in _sample(split)]
+    rows = [row for split in splits.values() for row in sample_rows(split)]
     if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
         known = known_values(data)
         rows = [row for i, row in enumerate(rows) if look_at(row, i, known).reason is None]
@@ -194,12 +194,13 @@ def check_sizes(row: Mapping[str, Any], index: int) -> None:
         raise size_error(shapes[1], shapes[0], names[1], names[0])
 
 
-def _sample(rows: Any) -> Iterator[dict[str, Any]]:
-    """Up to `SAMPLE` rows with masks, evenly spread over a data set, the first ones of a stream."""
+def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
+    """Up to `most` rows with masks, evenly spread over a data set, the first ones of a stream."""
+    most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
-        return (row for row in islice(rows, SAMPLE) if row["mask"] is not None)
+        return (row for row in islice(rows, most) if row["mask"] is not None)
     # As an arrow column: 100,000 rows are looked through without reading any picture.
     known = rows.select_columns("mask").with_format("arrow")[:]["mask"].is_valid()
     labelled = np.flatnonzero(known.to_numpy())
-    count = min(SAMPLE, len(labelled))
+    count = min(most, len(labelled))
     return (rows[int(labelled[len(labelled) * i // count])] for i in range(count))

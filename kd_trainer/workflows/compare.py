@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.command_line import RunArguments, build
+from kd_trainer.preflight.finding import several
 from kd_trainer.workflows.assemble import Parts, assemble
 from kd_trainer.workflows.compare_arguments import Comparison
 from kd_trainer.workflows.compare_budget import KINDS, Budget, alone, total_updates
@@ -18,9 +19,9 @@ from kd_trainer.workflows.estimate import (
     finished_speed,
     measure_speed,
     seconds_left,
-    several,
 )
 from kd_trainer.workflows.plan import describe, updates_per_epoch
+from kd_trainer.workflows.preflight_start import check_before_training
 
 
 def run_compare(comparison: Comparison) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
         return {}
     guide = parts["distilled"]
     assert guide.eval_dataset is not None
+    _check_once(comparison, planned, guide)
     images = len(guide.eval_dataset)
     speeds = _speeds(planned, parts)
     _print_estimate(planned, speeds, images)
@@ -87,6 +89,13 @@ def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:
             f"{' '.join(missing)}. Finish that comparison first, or leave --baselines out."
         )
     return folder
+
+
+def _check_once(comparison: Comparison, planned: list[PlannedRun], parts: Parts) -> None:
+    """The preflight of all runs, which differ in nothing that it looks at."""
+    run = build(comparison.settings | {"output_dir": str(comparison.output)})
+    if not run.training.no_preflight and not all(one.trained for one in planned):
+        check_before_training(run, parts)
 
 
 def _check(run: RunArguments) -> None:
@@ -151,6 +160,7 @@ def _execute(one: PlannedRun, prefix: str) -> None:
         return
     one.execute()
     results = read_json(one.folder / "results.json")
-    last = " since the interruption" if read_json(one.folder / NOTE).get("starts") != 1 else ""
-    took = f"trained in {duration(results['train_seconds'])}{last}"
+    starts = read_json(one.folder / NOTE).get("starts", 1)
+    parts = f", started {several(starts, 'time')}" if starts > 1 else ""
+    took = f"trained in {duration(results['train_seconds'])}{parts}"
     print(f"{prefix} mIoU {results['student_miou']:.4f}, {took}", flush=True)

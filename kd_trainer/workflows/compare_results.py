@@ -13,13 +13,12 @@ import numpy as np
 import yaml
 
 from kd_trainer.arguments import DataArguments
+from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.workflows.compare_budget import KINDS
 from kd_trainer.workflows.compare_runs import (
     COUNTS,
     NOTE,
     OF_THE_DISTILLATION,
-    WITHOUT_EFFECT,
-    differences,
     read_json,
 )
 from kd_trainer.workflows.image_counts import ImageCounts, load_counts
@@ -73,8 +72,9 @@ class FinishedRun:
 
     @property
     def train_seconds(self) -> float | None:
-        """Time of the training; None if it was interrupted, as only its last part was measured."""
-        return self.results.get("train_seconds") if self.note.get("starts") == 1 else None
+        """Time of the training; None if only its last part was measured."""
+        whole = self.note.get("starts") == 1 or self.note.get("whole_time", False)
+        return self.results.get("train_seconds") if whole else None
 
     @property
     def peak_memory_mib(self) -> float | None:
@@ -165,7 +165,8 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
 
 
 def _check_settings(one: FinishedRun, other: FinishedRun, ignored: frozenset[str]) -> None:
-    found = differences(_portable(one.config), _portable(other.config), ignored)
+    settings = _portable(one.config), _portable(other.config)
+    found = [str(difference) for difference in differences(*settings, ignored)]
     for key in ("updates", "teacher_weights"):
         values = one.note.get(key), other.note.get(key)
         if values[0] != values[1]:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import yaml
 
+from kd_trainer.checkpoints import checkpoint_folders, fault, update_of
 from kd_trainer.command_line import RunArguments, build
+from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.compare_budget import Budget, baseline_settings
 from kd_trainer.workflows.files import write_json
@@ -21,12 +23,6 @@ from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.train import train
 
 COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
-# Where a run lies and what it shows while it goes do not change what it learns.
-WITHOUT_EFFECT = frozenset(
-    {"output_dir", "panel_images", "report_to", "logging_steps", "dataloader_num_workers"}
-    | {"report", "disable_tqdm", "save_total_limit"}
-    | {"push_to_hub", "hub_model_id", "hub_license", "hub_strategy", "hub_private_repo"}
-)
 
 
 # Read by the distillation alone: a baseline is the same with any of them.
@@ -89,9 +85,9 @@ class PlannedRun:
         return self.trained and all((self.folder / name).is_file() for name in (COUNTS, NOTE))
 
     def checkpoint(self) -> int:
-        """Update of the newest checkpoint; 0 without one."""
-        numbers = [p.name.rpartition("-")[2] for p in self.folder.glob("checkpoint-*")]
-        return max((int(n) for n in numbers if n.isdigit()), default=0)
+        """Update of the newest complete checkpoint; 0 without one."""
+        found = checkpoint_folders(self.folder)
+        return max((update_of(p) for p in found if fault(p, contents=False) is None), default=0)
 
     def check(self) -> None:
         """Refuse a folder that holds a run of other settings.
@@ -105,7 +101,7 @@ class PlannedRun:
         before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
         unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
-        found = differences(before, now, WITHOUT_EFFECT | unread)
+        found = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
         note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
         note |= read_json(self.folder / NOTE)
         if note["teacher_weights"] != self.teacher_weights:
@@ -139,17 +135,20 @@ class PlannedRun:
         ).save(self.folder / COUNTS)
 
     def _train(self) -> None:
-        self.run.training.resume = "latest" if self.checkpoint() else None
+        # With nothing but incomplete ones the training says so: that is not to start anew.
+        self.run.training.resume = "latest" if checkpoint_folders(self.folder) else None
+        self.run.training.no_preflight = True  # the comparison has looked once for all runs
         starts = read_json(self.folder / NOTE).get("starts", 0) + 1
         self._write_note(starts=starts, memory_is_its_own=reset_peak_memory())
         train(self.run)
 
     def _write_note(self, *, starts: int, memory_is_its_own: bool) -> None:
-        """What results.json does not say: a run of several starts has only its last part there."""
+        """What results.json does not say."""
         note = {
             "kind": self.kind,
             "seed": self.seed,
             "starts": starts,
+            "whole_time": starts > 0,  # results.json counts the seconds of all starts
             "memory_is_its_own": memory_is_its_own,
             "updates": self.budget.updates,
             "left_out": self.budget.left_out if self.kind == "baseline" else 0,
@@ -176,18 +175,6 @@ def plan_runs(
             one.check()
             planned.append(one)
     return planned
-
-
-def differences(
-    before: dict[str, Any], now: dict[str, Any], ignored: frozenset[str] = frozenset()
-) -> list[str]:
-    """What differs between two configurations, `name old → new`; a missing name counts as none."""
-    names = sorted((before.keys() | now.keys()) - ignored)
-    return [
-        f"{name} {before.get(name)} → {now.get(name)}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -72,11 +72,11 @@ def demo(output: Path = OUTPUT) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
     print("1/2 teacher: draws the pictures and trains a large network without a teacher")
     teacher_settings = load_recipe("demo_teacher") | {"output_dir": str(output / "teacher")}
-    train(build(teacher_settings))
+    train(build(teacher_settings), stops=False)  # Ctrl-C ends a demo at once
     print("\n2/2 student: distils the teacher into a small network, unit by unit")
     settings = load_recipe("demo") | {"output_dir": str(output)}
     run = build(settings)
-    results = train(run)
+    results = train(run, stops=False)
     evaluated = assemble(run).eval_dataset
     assert isinstance(evaluated, TransformedDataset)
     results["constant_miou"] = constant_miou(evaluated)

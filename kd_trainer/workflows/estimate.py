@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts
@@ -46,16 +47,30 @@ class _Clock(TrainerCallback):
 def measure_speed(run: RunArguments, parts: Parts, guide: Parts) -> Speed:
     """Time a few updates and evaluation images of a run.
 
-    All units of the encoder are free, which is the slowest that the run gets. The first update and
-    the first batch only warm up.
-
     Args:
         run: its settings; nothing is written to its folder.
         parts: its objects, used up.
         guide: objects with a teacher and evaluation data.
     """
+    return Speed(measure_update(run, parts), _seconds_an_image(run, parts, guide))
+
+
+def measure_update(
+    run: RunArguments, parts: Parts, *, updates: int = MEASURED_UPDATES, **changed: Any
+) -> float:
+    """Seconds of one update of a run.
+
+    All units of the encoder are free, which is the slowest that the run gets. The first update
+    only warms up.
+
+    Args:
+        run: its settings; nothing is written to its folder.
+        parts: its objects, used up.
+        updates: how many to time.
+        changed: settings of the training that are to differ from the run's.
+    """
     quiet = {
-        "max_steps": MEASURED_UPDATES + 1,
+        "max_steps": updates + 1,
         "eval_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
@@ -67,7 +82,7 @@ def measure_speed(run: RunArguments, parts: Parts, guide: Parts) -> Speed:
     }
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        args = build(run.given | quiet | {"output_dir": folder}).training
+        args = build(run.given | quiet | changed | {"output_dir": folder}).training
         trainer = DistillationTrainer(
             parts.student,
             args,
@@ -78,8 +93,7 @@ def measure_speed(run: RunArguments, parts: Parts, guide: Parts) -> Speed:
             callbacks=[clock],
         )
         trainer.train()
-    update = (clock.ends[-1] - clock.ends[0]) / MEASURED_UPDATES
-    return Speed(update, _seconds_an_image(run, parts, guide))
+    return (clock.ends[-1] - clock.ends[0]) / updates
 
 
 def _seconds_an_image(run: RunArguments, parts: Parts, guide: Parts) -> float:
@@ -109,17 +123,27 @@ def seconds_left(planned: PlannedRun, speed: Speed, eval_images: int) -> float:
     updates = planned.budget.updates
     share = 1 - min(planned.checkpoint(), updates) / updates
     args, per_epoch = planned.run.training, planned.budget.per_epoch[planned.kind]
-    every = {"no": math.inf, "epoch": per_epoch}.get(args.eval_strategy, args.eval_steps or 0)
-    evaluations = updates / every if every >= 1 else 1 / every
     return (
-        share * (updates * speed.update + evaluations * evaluation) + (2 + args.report) * evaluation
+        share * training_seconds(args, updates, per_epoch, speed, eval_images)
+        + (2 + args.report) * evaluation
     )
 
 
+def training_seconds(
+    args: DistillationArguments, updates: int, per_epoch: int, speed: Speed, eval_images: int
+) -> float:
+    """Seconds of so many updates with the evaluations between them."""
+    every = {"no": math.inf, "epoch": per_epoch}.get(args.eval_strategy, args.eval_steps or 0)
+    evaluations = updates / every if every >= 1 else 1 / every
+    return updates * speed.update + evaluations * speed.image * eval_images
+
+
 def finished_speed(planned: PlannedRun) -> Speed | None:
-    """Speed of a run that was trained without an interruption, evaluations spread over it."""
+    """Speed of a run whose whole training was measured, evaluations spread over it."""
     results = read_json(planned.folder / "results.json")
-    if not planned.trained or read_json(planned.folder / NOTE).get("starts") != 1:
+    note = read_json(planned.folder / NOTE)
+    whole = note.get("starts") == 1 or note.get("whole_time", False)
+    if not (planned.trained and whole):
         return None
     return Speed(results["train_seconds"] / planned.budget.updates, 0.0)
 
@@ -130,8 +154,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def several(count: int, word: str) -> str:
-    """A number of things: `1 run`, `6 runs`."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"

@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
 
 from transformers.utils.logging import disable_progress_bar
 
+from kd_trainer.resuming import Stopped
+
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; print an error that the user can mend as one line and exit with 1."""
+GO_ON = "Go on with the same command and --resume."
+
+
+def run_script(main: Callable[[], None], *, go_on: str = GO_ON) -> None:
+    """Call `main`; print an error that the user can mend as one line and exit with 1.
+
+    A training that was told to stop, and has saved itself, ends with 128 and the signal's number,
+    and with the line `go_on`.
+    """
     # One short file of weights needs no bar of its own beside those of the run.
     disable_progress_bar()
     try:
         main()
     except USER_ERRORS as error:
-        message = _message(error)
+        message = user_message(error)
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stop} {go_on}", file=sys.stderr)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def _message(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """The message on one line, or None if the error is no fault of the user's.
 
     Messages of the house start with `Expected`; those of the operating system name a path. An error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,24 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
+from kd_trainer.disk import writing
 from kd_trainer.hub import check_access
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
+from kd_trainer.resuming import stoppable
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.weights import load_strictly, read_weights
 from kd_trainer.workflows.assemble import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.workflows.costs import picture_milliseconds
 from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_bad_samples, write_json
 from kd_trainer.workflows.models import load_student, network_size
 from kd_trainer.workflows.plan import describe, markdown_table
+from kd_trainer.workflows.preflight_start import check_before_training
 from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
+from kd_trainer.workflows.resume import facts_of, find_checkpoint
 
 LIBRARIES = (
     "torch",
@@ -49,20 +52,24 @@ def peak_memory_mib() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def train(run: RunArguments) -> dict[str, Any]:
+def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
     """Run the settings; returns what `results.json` holds.
 
     Leaves in the output folder: `student/` (best student by mIoU, readable by transformers and
     smp), `checkpoint-*/`, `runs/` (TensorBoard), `panels/`, `config.yaml`, `trainer_state.json`,
     `results.json` and `report.html`.
+
+    Args:
+        run: the settings.
+        stops: let SIGTERM and Ctrl-C save a checkpoint and raise `Stopped`.
     """
-    checkpoint = _checkpoint(run)  # before anything is written or takes long
+    checkpoint = find_checkpoint(run)  # before anything is written or takes long
     if run.training.push_to_hub and run.training.process_index == 0:
         private = bool(run.training.hub_private_repo)
         check_access(str(run.training.hub_model_id), private=private)
     parts = assemble(run)
-    if checkpoint is not None:
-        _check_weights(checkpoint, parts)
+    if checkpoint is None and not run.training.no_preflight:
+        check_before_training(run, parts)  # a run that goes on was looked at when it started
     output = Path(str(run.training.output_dir))
     trainer = DistillationTrainer(
         parts.student,
@@ -73,13 +80,13 @@ def train(run: RunArguments) -> dict[str, Any]:
         ignore_index=run.data.ignore_index,
         processing_class=parts.processor,
     )
+    trainer.facts = facts_of(run, parts)
+    if checkpoint is not None:
+        trainer.check_resume(checkpoint)
     if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        settings = yaml.safe_dump(run.resolved(), sort_keys=False)
-        (output / "config.yaml").write_text(settings, encoding="utf-8")
-        if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
-            write_bad_samples(output, parts.bad_samples)
-    trained = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        _write_settings(run, parts, output)
+    with stoppable(trainer) if stops else nullcontext():
+        trained = trainer.train(str(checkpoint) if checkpoint else None).metrics
     trainer.check_finite()
     trainer.save_state()  # trainer_state.json, with the logs that the report's curves are drawn of
     trainer.accelerator.wait_for_everyone()
@@ -89,8 +96,9 @@ def train(run: RunArguments) -> dict[str, Any]:
         return {}
     student_folder = output / "student"
     student = trainer.accelerator.unwrap_model(trainer.model)
-    student.save_pretrained(student_folder, state_dict=weights)
-    parts.processor.save_pretrained(student_folder)
+    with writing("the student", student_folder):
+        student.save_pretrained(student_folder, state_dict=weights)
+        parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
     if run.data.on_bad_sample == "skip":
@@ -102,6 +110,15 @@ def train(run: RunArguments) -> dict[str, Any]:
         pushed = publish(output, output / HUB_FOLDER, trainer.publication())
         print(f"\nPushed: {pushed.url}")
     return results
+
+
+def _write_settings(run: RunArguments, parts: Parts, output: Path) -> None:
+    """What is known before the training."""
+    output.mkdir(parents=True, exist_ok=True)
+    settings = yaml.safe_dump(run.resolved(), sort_keys=False)
+    (output / "config.yaml").write_text(settings, encoding="utf-8")
+    if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
+        write_bad_samples(output, parts.bad_samples)
 
 
 def _report(run: RunArguments, parts: Parts, output: Path) -> None:
@@ -126,48 +143,6 @@ def eval_history(logs: list[dict[str, Any]]) -> list[dict[str, float]]:
         for log in logs
         if "eval_miou" in log
     ]
-
-
-def _check_weights(checkpoint: str, parts: Parts) -> None:
-    """Refuse a checkpoint whose weights cannot be read or are not the student's.
-
-    The Trainer would load what fits, or fail with a line for each tensor.
-    """
-    file = str(Path(checkpoint) / "model.safetensors")
-    try:
-        load_strictly(parts.student, read_weights(file), source=file)
-    except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{error} Or go on from another checkpoint: --resume FOLDER.") from error
-
-
-def _checkpoint(run: RunArguments) -> str | None:
-    """What `--resume` names.
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        ValueError: if there are checkpoints of an earlier run that nobody mentioned.
-    """
-    resume, output = run.training.resume, Path(str(run.training.output_dir))
-    if resume is None:
-        if any(output.glob("checkpoint-*")):
-            raise ValueError(
-                f"Expected --resume or an output folder without checkpoints, got {output}, which "
-                "has some. Add --resume to go on, name another --output_dir, or delete it."
-            )
-        return None
-    if resume == "latest":
-        newest = get_last_checkpoint(str(output)) if output.is_dir() else None
-        if newest is None:
-            raise FileNotFoundError(
-                f"Expected a checkpoint in {output}, got none. Leave --resume out to start anew, "
-                "or name the checkpoint's folder."
-            )
-        return str(newest)
-    if not (Path(resume) / "trainer_state.json").is_file():
-        raise FileNotFoundError(
-            f"Expected a checkpoint folder with a trainer_state.json, got {resume}."
-        )
-    return resume
 
 
 def _results(

@@ -1,0 +1,72 @@
+"""Disks that are full or closed to us: found before a run where possible, else named."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+# How torch.save says that a write failed: its archive writer passes no reason on.
+_OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    place = folder.expanduser().absolute()
+    return next(p for p in (place, *place.parents) if p.exists())
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written to; leaves nothing behind.
+
+    Raises:
+        OSError: says why not.
+    """
+    place = existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Expected an --output_dir that can be written to, got {folder}: {error.strerror} in "
+            f"{place}. Name another folder, or make room or change the rights there."
+        ) from None
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Turn what libraries raise when a write fails into one error that names the place.
+
+    Raises:
+        OSError: says what could not be written, where and why.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        free = shutil.disk_usage(existing(folder)).free / 2**20
+        raise OSError(
+            f"Expected to write {what} into {folder}, got: {reason} ({free:,.0f} MiB are free "
+            "there). Make room or mend the disk, then go on from the last complete checkpoint, if "
+            "there is one, with --resume."
+        ) from error
+
+
+def _reason(error: BaseException) -> str | None:
+    """Why the disk did not take it; None if the error is not of the disk."""
+    text = " ".join(str(error).split())
+    if text.startswith("Expected"):
+        return None  # says it already
+    if isinstance(error, SafetensorError):
+        _, found, reason = text.partition("I/O error: ")
+        return reason if found else None
+    if isinstance(error, OSError):
+        return error.strerror or text
+    return "a file could not be written to its end" if _OF_TORCH.search(text) else None

@@ -1,0 +1,141 @@
+"""What makes a run the run it is: compared before it goes on, or before its results are used again.
+
+The rule: every setting counts, but for those in `WITHOUT_EFFECT`, which say where things go, what
+is shown, and how fast the data is read. A new setting therefore counts until somebody says here
+that it does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.command_line import ALIASES
+
+# Where a run lies and what it shows while it goes do not change what it learns.
+WITHOUT_EFFECT = frozenset(
+    {"output_dir", "panel_images", "report_to", "logging_steps", "dataloader_num_workers"}
+    | {"report", "disable_tqdm", "save_total_limit", "no_preflight"}
+    | {"push_to_hub", "hub_model_id", "hub_license", "hub_strategy", "hub_private_repo"}
+)
+# The same among the fields of the Trainer that a configuration holds only where they were changed.
+_OF_THE_TRAINER = frozenset(
+    {"resume", "resume_from_checkpoint", "run_name", "project", "trackio_space_id"}
+    | {"trackio_bucket_id", "trackio_static_space_id", "log_level", "log_level_replica"}
+    | {"log_on_each_node", "logging_first_step", "logging_strategy", "skip_memory_metrics"}
+    | {"include_num_input_tokens_seen", "include_for_metrics", "debug", "hub_token"}
+    | {"hub_always_push", "hub_revision", "save_on_each_node", "eval_on_start"}
+    | {"dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_pin_memory"}
+    | {"dataloader_multiprocessing_context", "dataloader_in_order", "ddp_timeout", "ddp_backend"}
+    | {"torch_empty_cache_steps", "eval_accumulation_steps", "eval_use_gather_object"}
+    | {"do_train", "do_eval", "do_predict", "local_rank", "label_names"}
+    # said by `mixed_precision` and `device`
+    | {"bf16", "fp16", "use_cpu"}
+)
+# How often it is saved decides which students can be chosen as the best, and nothing else.
+_OF_SAVES = frozenset({"save_strategy", "save_steps"})
+_FLAGS = {field: alias for alias, field in ALIASES.items()}
+_SHOWN = 8
+# What to say beside the two values.
+_REASONS = {
+    "num_train_epochs": "learning rates and temperature are curves over all epochs, so more or "
+    "fewer of them are another run",
+    "max_steps": "learning rates and temperature are curves over all updates, so more or fewer of "
+    "them are another run",
+    "world_size": "with another number of processes each update sees other images",
+    "per_device_train_batch_size": "each update would see other images",
+    "train_content": "the training images or masks are not those it was trained on",
+    "eval_content": "the evaluation images or masks are others, and its best student was chosen "
+    "by them",
+    "teacher_weights": "the teacher is another one",
+    "student_tensors": "the student has another architecture",
+}
+
+
+class Difference(NamedTuple):
+    """A setting with two values; as text `name before → now`."""
+
+    name: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.before} → {self.now}"
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], ignored: frozenset[str] = frozenset()
+) -> list[Difference]:
+    """What differs between two runs, by name; a missing name counts as None."""
+    return [
+        Difference(name, before.get(name), now.get(name))
+        for name in sorted((before.keys() | now.keys()) - ignored)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Refuse to go on with a run as another one.
+
+    Args:
+        before: the run that was saved.
+        now: the run that is to go on.
+        where: the checkpoint lies, for the message.
+
+    Raises:
+        ValueError: shows both values of everything that differs.
+    """
+    found = differences(before, now)
+    if not found:
+        return
+    shown = found[:_SHOWN]
+    names = [f"{_FLAGS.get(d.name, d.name)} " for d in shown]
+    told = ", ".join(name + _text(d.before) for name, d in zip(names, shown, strict=True))
+    names = names if len(found) > 1 else [""]
+    got = ", ".join(name + _text(d.now) for name, d in zip(names, shown, strict=True))
+    if len(found) > _SHOWN:
+        told += f" (and {len(found) - _SHOWN} more)"
+    reasons = [_REASONS[d.name] for d in shown if d.name in _REASONS]
+    because = f" ({'; '.join(reasons)})" if reasons else ""
+    raise ValueError(
+        f"Expected the run's {told}, got {got}{because}. Go on with what {where} was trained with, "
+        "or start another run: leave --resume out, with another --output_dir."
+    )
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def settings_of(args: DistillationArguments) -> dict[str, Any]:
+    """The training settings that count, with what they come to on this machine."""
+    ignored = WITHOUT_EFFECT | _OF_THE_TRAINER
+    if not args.load_best_model_at_end:
+        ignored |= _OF_SAVES
+    values: dict[str, Any] = {"world_size": args.world_size, "device": args.device.type}
+    for field in fields(args):
+        value = getattr(args, field.name)
+        value = value.value if isinstance(value, Enum) else value
+        plain = value is None or isinstance(value, bool | int | float | str | list | dict)
+        if plain and field.init and field.name not in ignored:
+            values[field.name] = value
+    return values
+
+
+def tensors_digest(state: Mapping[str, Tensor], *, values: bool) -> str:
+    """A short hash of the names, shapes and types of tensors, and of their values if asked for."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        if values:
+            raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(raw.numpy().data)
+    return digest.hexdigest()[:16]

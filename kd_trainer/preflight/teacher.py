@@ -1,0 +1,163 @@
+"""Checks of the teacher: what it gives, whether it is any good, and what it means by a class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_trainer.preflight.counts import Rows, confusion, knows_something
+from kd_trainer.preflight.finding import Finding, fault, note, ok, several
+
+_SUM_TOLERANCE = 1e-3  # probabilities of half precision add up to one only so nearly
+_TWICE = 2.0
+_SURE = 0.2  # of IoU: by how much another class has to fit better before ids are called mixed up
+_WORSE = 0.02  # of mIoU
+
+
+@dataclass(frozen=True)
+class OutputRange:
+    """What the channels of a network's raw output hold, over some images.
+
+    Attributes:
+        low: smallest value.
+        high: largest value.
+        sums_to_one: whether several channels add up to 1 at every pixel.
+        finite: whether nothing was NaN or infinite.
+    """
+
+    low: float = math.inf
+    high: float = -math.inf
+    sums_to_one: bool = True
+    finite: bool = True
+
+    def add(self, output: Tensor) -> OutputRange:
+        """With another batch of raw output (B, K, H, W)."""
+        values = output.detach().float()
+        one = values.shape[1] > 1
+        if one:
+            one = bool(((values.sum(dim=1) - 1).abs() < _SUM_TOLERANCE).all())
+        return OutputRange(
+            min(self.low, float(values.min())),
+            max(self.high, float(values.max())),
+            self.sums_to_one and one,
+            self.finite and bool(torch.isfinite(values).all()),
+        )
+
+
+def output_finding(found: OutputRange) -> Finding:
+    """Whether the teacher gives logits.
+
+    Logits are of both signs and unbounded. Values between 0 and 1 at every pixel of every image
+    are the output of a sigmoid or a softmax, which the losses would apply once more.
+    """
+    check = "teacher output"
+    shown = f"{found.low:.4g} to {found.high:.4g}"
+    if not found.finite:
+        return fault(
+            check,
+            "Expected finite logits from the teacher, got NaN or infinity",
+            "Take another checkpoint of the teacher, or check what it is fed with.",
+        )
+    if found.low >= 0 and found.high <= 1 + _SUM_TOLERANCE:
+        kind = "a softmax" if found.sums_to_one else "a sigmoid"
+        return fault(
+            check,
+            f"Expected logits from the teacher, got values from {shown} only, as {kind} gives",
+            "Save the teacher without its last activation (smp: activation=None).",
+        )
+    return ok(check, f"logits from {shown}")
+
+
+def quality_finding(figure: float, constant: float, name: str, images: int) -> Finding:
+    """Whether the teacher is better than the same class everywhere.
+
+    Args:
+        figure: the teacher's mIoU.
+        constant: of the best constant prediction, on the same images.
+        name: of the class that this is.
+        images: how many there were.
+    """
+    check = "teacher quality"
+    where = f"on {several(images, 'image')}"
+    if not figure > constant:
+        return fault(
+            check,
+            f"Expected a teacher better than {name} everywhere (mIoU {constant:.3f}), got mIoU "
+            f"{figure:.3f} {where}",
+            "Check that it is the right checkpoint, trained for these classes and masks, and that "
+            "it is fed with its own normalisation.",
+        )
+    return ok(check, f"mIoU {figure:.3f} {where} ({name} everywhere: {constant:.3f})")
+
+
+def student_finding(teacher: float, student: float) -> Finding:
+    """Whether a saved student is ahead of its teacher already (mIoU on the same images)."""
+    if student > teacher + _WORSE:
+        return note(
+            "student",
+            f"the student is at mIoU {student:.3f} before it starts, its teacher at {teacher:.3f}",
+            "Take a better teacher, or lower --kl_weight and --mse_weight.",
+        )
+    return ok("student", f"starts at mIoU {student:.3f}, its teacher has {teacher:.3f}")
+
+
+def classes_finding(
+    rows: Rows, names: Mapping[int, str], *, constant: float, whose: str = "the teacher"
+) -> Finding:
+    """Whether a network and the masks mean the same by each class.
+
+    Of a binary task this finds inverted masks. Classes are called mixed up where each of at least
+    two (of a binary task both) fits another one clearly better, no two the same.
+
+    Args:
+        rows: counts of the network against the masks.
+        names: of the classes.
+        constant: mIoU of a constant prediction: a network near it says nothing.
+        whose: prediction it is.
+    """
+    check = "classes"
+    table = confusion(rows, len(names)).astype(float)
+    truth, guess = table.sum(axis=1, keepdims=True), table.sum(axis=0, keepdims=True)
+    iou = table / np.maximum(truth + guess - table, 1)
+    occurs = [c for c in names if truth[c] > 0]
+    match = {c: int(iou[c].argmax()) for c in occurs}
+    mixed = {c: m for c, m in match.items() if m != c and iou[c, m] >= iou[c, c] + _SURE}
+    trusted = knows_something(float(np.mean([iou[c, match[c]] for c in occurs])), constant)
+    if len(mixed) < 2 or len(set(match.values())) < len(match) or not trusted:
+        return ok(check, f"{whose} and the masks mean the same by each class")
+    if len(names) == 2:
+        return fault(
+            check,
+            f"Expected masks that mark what {whose} finds, got inverted ones: the foreground of "
+            f"{whose} fits the background of the masks with IoU {iou[0, 1]:.2f}",
+            "Invert the masks with --mask_values (background first), or take a teacher of the "
+            "same foreground.",
+        )
+    pairs = [f"{names[c]} → {names[m]}" for c, m in list(mixed.items())[:4]]
+    more = ", ..." if len(mixed) > len(pairs) else ""
+    return fault(
+        check,
+        f"Expected the same class ids in {whose} and the masks, got others (mask → {whose}): "
+        f"{', '.join(pairs)}{more}",
+        "Name the value of each class in the teacher's order with --mask_values, or its classes "
+        "in the right order with --class_names.",
+    )
+
+
+def input_size_finding(trained: int, given: int) -> Finding:
+    """Whether the teacher sees pictures of about the size that it was trained with, in pixels."""
+    check = "teacher size"
+    if max(trained, given) > _TWICE * min(trained, given):
+        return note(
+            check,
+            f"the teacher was made for {trained} px and gets {given} px",
+            f"Try --teacher_image_size {trained}, or a larger --image_size."
+            if trained > given
+            else f"Try --teacher_image_size {trained}.",
+        )
+    return ok(check, f"made for {trained} px, gets {given} px")

@@ -1,0 +1,13 @@
+"""Runs that can be interrupted: complete checkpoints, exact resume, an end on request."""
+
+from kd_trainer.resuming.stopping import Stopped, StopRequest, stoppable
+from kd_trainer.resuming.trainer import ResumableTrainer, newest_checkpoint, own_generator
+
+__all__ = [
+    "ResumableTrainer",
+    "StopRequest",
+    "Stopped",
+    "newest_checkpoint",
+    "own_generator",
+    "stoppable",
+]

@@ -1,0 +1,124 @@
+"""SIGTERM and Ctrl-C: the update is finished, a checkpoint saved, and the process ends.
+
+A signal only sets a flag here; the trainer looks at it after each update.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# torchrun passes a Ctrl-C on to processes that the terminal has told already.
+_ONE_PRESS = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(Exception):  # noqa: N818 (no error: it was asked for)
+    """A run that was told to stop and has saved itself.
+
+    Attributes:
+        code: with which a shell expects the process to end: 128 and the number of the signal.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StopRequest:
+    """Whether somebody asked this run to stop."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.agreed = False
+        self._at = 0.0
+        self._owner = os.getpid()
+
+    def receive(self, number: int, _frame: FrameType | None) -> None:
+        """Handle SIGTERM or SIGINT; a second Ctrl-C stops at once."""
+        if os.getpid() != self._owner:
+            return  # a process that reads data: Ctrl-C reaches it too, and it is needed to the end
+        again = number == signal.SIGINT and self.signal == signal.SIGINT
+        if again and time.monotonic() - self._at > _ONE_PRESS:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        if self.signal:
+            return
+        self.signal, self._at = number, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":
+            name = signal.Signals(number).name
+            more = " (Ctrl-C again stops at once and saves nothing)"
+            # Not print(): a handler may run inside one, which cannot be entered twice.
+            text = f"\n{name}: finishing the update and saving{more if number == 2 else ''}\n"
+            os.write(2, text.encode())
+
+    def agree(self, device: torch.device) -> bool:
+        """Whether to stop after this update: one process that was asked stops all of them."""
+        number = self.signal
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            told = torch.tensor(number, device=device)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+            number = int(told)
+        self.signal = self.signal or number
+        self.agreed = self.agreed or number != 0
+        return self.agreed
+
+    def stopped(self, checkpoint: Path, update: int, updates: int) -> Stopped:
+        """What to raise once the checkpoint is complete."""
+        return Stopped(
+            f"stopped by {signal.Signals(self.signal).name} after update {update:,} of "
+            f"{updates:,}, saved as {checkpoint}.",
+            128 + self.signal,
+        )
+
+
+@contextmanager
+def stoppable(trainer: Any) -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C stop the training of a `ResumableTrainer` after an update.
+
+    One that arrives too late for that acts as usual at the end of the block.
+
+    Args:
+        trainer: gets the `StopRequest`.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python gives signals to the main thread alone
+        return
+    request = StopRequest()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, request.receive) for number in numbers}
+    _outlive_launcher()
+    trainer.stop = request
+    try:
+        yield
+    finally:
+        trainer.stop = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if request.signal:
+        signal.raise_signal(request.signal)
+
+
+def _outlive_launcher() -> None:
+    """Be told by a SIGTERM if the launcher dies: `accelerate launch` passes no signal on to one.
+
+    Without that a SIGTERM to it would leave the training running on its own. On Linux alone:
+    elsewhere send the signal to the training itself.
+    """
+    try:
+        launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"accelerate" in launcher or b"torch" in launcher:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

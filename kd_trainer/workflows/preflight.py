@@ -1,0 +1,257 @@
+"""The checks of a run before it starts: quickly before each training, at length in doctor.py.
+
+Nothing of the run is changed: the student is copied, no data set is told an epoch, and the random
+state is put back, so that a training goes the same way with and without its preflight.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kd_trainer.command_line import RunArguments
+from kd_trainer.evaluation import labels_of, pixel_statistics
+from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.preflight.counts import MARGIN, constant_miou, miou
+from kd_trainer.preflight.finding import Finding, Grade, ok
+from kd_trainer.preflight.loss import degenerate_finding, parameter_finding, share_finding
+from kd_trainer.preflight.masks import inverted_finding, mask_finding, occurrence_finding
+from kd_trainer.preflight.normalisation import (
+    PRESENT,
+    Trials,
+    alternatives,
+    normalisation_finding,
+)
+from kd_trainer.preflight.position import position_finding
+from kd_trainer.preflight.resources import disk_finding
+from kd_trainer.preflight.sharing import sharing_finding
+from kd_trainer.preflight.teacher import (
+    classes_finding,
+    input_size_finding,
+    output_finding,
+    quality_finding,
+    student_finding,
+)
+from kd_trainer.workflows.assemble import Parts
+from kd_trainer.workflows.disk import disk_need
+from kd_trainer.workflows.preflight_feeding import fed_otherwise, misfits, present_feeding
+from kd_trainer.workflows.preflight_images import (
+    GRADIENT_IMAGES,
+    Seen,
+    SplitMasks,
+    choose,
+    look,
+    shared_images,
+    split_masks,
+)
+from kd_trainer.workflows.preflight_limits import Limits, untouched_random_state
+from kd_trainer.workflows.preflight_loss import backward, terms_of_run
+
+_BACKWARD = 3  # a training step is about three forward passes
+
+
+class Preflight:
+    """The checks of one run.
+
+    Args:
+        run: its settings.
+        parts: its objects; they stay as they are, but for the teacher's device.
+        limits: how much to look at.
+
+    Attributes:
+        step_seconds: about what a training image took with its backward pass.
+        eval_seconds: about what an evaluation image takes.
+        judged: whether the networks can be compared with the masks.
+    """
+
+    def __init__(self, run: RunArguments, parts: Parts, limits: Limits) -> None:
+        self.run, self.parts, self.limits = run, parts, limits
+        self.names = labels_of(parts.student)
+        self.device = run.training.device
+        self.statistics = pixel_statistics(parts.student, self.device)
+        self.seen = Seen(len(self.names), run.data.ignore_index)
+        self.masks: dict[str, SplitMasks] = {}
+        self.samples: list[dict[str, Tensor]] = []
+        self.student = self._copy()
+        self.constant = 0.0
+        self.judged = False
+        self.step_seconds = self.eval_seconds = 0.0
+
+    @property
+    def stages(self) -> dict[str, Callable[[], Iterator[Finding]]]:
+        """What is done one after the other, by what a progress bar calls it."""
+        return {
+            "masks": self._masks,
+            "networks": self._networks,
+            "normalisation": self._normalisation,
+            "shared images": self._shared,
+            "loss": self._loss,
+            "disk": self._disk,
+        }
+
+    def findings(self) -> Iterator[Finding]:
+        """All of them, stage by stage; the random state is left as it was found."""
+        bar = tqdm(self.stages.items(), "preflight", unit="stage", leave=False, disable=self._quiet)
+        with untouched_random_state(self.device):
+            for name, stage in bar:
+                bar.set_postfix_str(name)
+                yield from stage()
+
+    @property
+    def _quiet(self) -> bool | None:
+        return True if self.run.training.disable_tqdm else None
+
+    def _masks(self) -> Iterator[Finding]:
+        data, parts = self.run.data, self.parts
+        named = {data.train_split: parts.train_dataset, data.eval_split: parts.eval_dataset}
+        skip, chosen = data.on_bad_sample == "skip", []
+        for split, dataset in named.items():
+            if dataset is None:
+                continue
+            found = self.masks[split] = split_masks(dataset, self.limits.masks, skip_bad=skip)
+            yield mask_finding(split, found.facts, complete=found.complete)
+            chosen.append(choose(dataset, found, self.limits.images, skip_bad=skip))
+        # In turn, so that few images are of both splits too.
+        longest = max(map(len, chosen))
+        self.samples = [own[i] for i in range(longest) for own in chosen if i < len(own)]
+        facts = [f for found in self.masks.values() for f in found.facts]
+        if len(self.names) == 2 and not self._has_guide:
+            yield inverted_finding(facts)
+        if len(self.names) > 2:
+            yield occurrence_finding(facts, self.names)
+
+    @property
+    def _has_guide(self) -> bool:
+        """Whether there is a network that has seen such pictures: a teacher or a saved student."""
+        return self.parts.teacher is not None or self.run.model.student is not None
+
+    def _networks(self) -> Iterator[Finding]:
+        teacher = None if self.parts.teacher is None else self.parts.teacher.to(self.device)
+        student = self.student if self.run.model.student is not None else None
+        if not self.samples:
+            return
+        look(
+            self.seen,
+            self.samples,
+            teacher,
+            student,
+            statistics=self.statistics,
+            seconds=self.limits.networks,
+        )
+        self.constant, label = constant_miou(
+            self.seen.labels(), self.seen.num_labels, self.seen.ignore_index
+        )
+        if teacher is not None:
+            yield output_finding(self.seen.output)
+            yield from self._sizes()
+        # Where masks hold one class, nothing is better than a constant.
+        self.judged = self.constant < 1
+        if self._has_guide and self.judged:
+            yield from self._against_masks()
+        if teacher is not None and self.judged:
+            figure, images = self._miou(self.seen.teacher), len(self.seen.teacher)
+            yield quality_finding(figure, self.constant, self.names[label], images)
+            if student is not None:
+                yield student_finding(figure, self._miou(self.seen.student))
+
+    def _copy(self) -> SmpForSemanticSegmentation:
+        student = copy.deepcopy(self.parts.student)
+        network: nn.Module = student
+        network.to(self.device).eval().to(memory_format=torch.channels_last)
+        return student
+
+    def _miou(self, classes: list[Tensor]) -> float:
+        return miou(self.seen.rows(classes), self.seen.num_labels)
+
+    def _against_masks(self) -> Iterator[Finding]:
+        """Masks that are inverted, mixed up or elsewhere, as a network sees it."""
+        seen = self.seen
+        guide = seen.teacher or seen.student
+        whose = "the teacher" if seen.teacher else "the student"
+        classes = classes_finding(seen.rows(guide), self.names, constant=self.constant, whose=whose)
+        yield classes
+        if classes.grade == Grade.FAULT:
+            self.judged = False  # what else could be said is but its consequence
+            return
+        yield position_finding(
+            torch.stack(guide),
+            seen.labels(),
+            seen.num_labels,
+            ignore_index=seen.ignore_index,
+            constant=self.constant,
+            whose=whose,
+        )
+
+    def _sizes(self) -> Iterator[Finding]:
+        teacher = self.parts.teacher
+        assert teacher is not None
+        network = teacher.network
+        # A bare state dict does not say what it was trained with.
+        if (
+            isinstance(network, SmpForSemanticSegmentation)
+            and Path(self.run.model.teacher).is_dir()
+        ):
+            given = teacher.image_size or self.run.data.image_size
+            yield input_size_finding(int(network.config.image_size), given)
+
+    def _normalisation(self) -> Iterator[Finding]:
+        teacher, seen, limit = self.parts.teacher, self.seen, self.limits.normalisation
+        if teacher is None or not self.judged:
+            return
+        present = present_feeding(teacher)
+        ways = alternatives(present)
+        straight = {name: way for name, way in ways.items() if not way.bgr}
+        fits = misfits(seen, teacher, straight | {PRESENT: present}, limit / 4)
+        others = {}
+        if self._miou(seen.teacher) <= 1 - MARGIN:  # else none can be clearly better
+            others = fed_otherwise(seen, teacher, ways, limit)
+        images = len(next(iter(others.values()), seen.teacher))
+        trials = Trials(ways, seen.rows(seen.teacher[:images]), others, fits)
+        yield normalisation_finding(trials, seen.num_labels, constant=self.constant)
+
+    def _shared(self) -> Iterator[Finding]:
+        if self.parts.eval_dataset is None:
+            return
+        shared = shared_images(
+            self.parts.train_dataset, self.parts.eval_dataset, self.limits.hashing
+        )
+        if shared is None:
+            yield ok("shared images", "not looked for in streams and remote files")
+        else:
+            yield sharing_finding(shared)
+
+    def _loss(self) -> Iterator[Finding]:
+        taught = self.parts.teacher is not None
+
+        def compute(student: Tensor, teacher: Tensor, labels: Tensor) -> Any:
+            guide = teacher if taught else None
+            return terms_of_run(self.run, self.parts, student, guide, {"labels": labels})
+
+        config = self.parts.student.config
+        yield degenerate_finding(int(config.classes), compute)
+        if not self.seen.samples or not any(self.parts.loss_weights.effective().values()):
+            return
+        start = time.monotonic()
+        gradients = backward(
+            self.run, self.parts, self.student, self.seen, statistics=self.statistics
+        )
+        own = (time.monotonic() - start) / min(GRADIENT_IMAGES, len(self.seen.samples))
+        self.step_seconds = self.seen.seconds + own
+        self.eval_seconds = self.seen.seconds + own / _BACKWARD
+        yield share_finding(gradients)
+        yield parameter_finding(gradients)
+
+    def _disk(self) -> Iterator[Finding]:
+        folder = Path(str(self.run.training.output_dir)).absolute()
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        yield disk_finding(
+            disk_need(self.run, self.parts), shutil.disk_usage(there).free, str(there)
+        )

@@ -1,0 +1,140 @@
+"""What makes a run the one it is: every setting, the networks and the data, not where they lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import write_pairs
+from tiny import arguments
+
+from kd_trainer import fingerprint
+from kd_trainer.arguments import DataArguments, DistillationArguments
+from kd_trainer.data import load_splits
+from kd_trainer.data.content import content_digest
+from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
+
+FREE = {
+    "output_dir": "elsewhere",
+    "logging_steps": 7,
+    "panel_images": 2,
+    "report": False,
+    "save_total_limit": 9,
+    "dataloader_num_workers": 2,
+    "disable_tqdm": False,
+    "save_strategy": "epoch",
+    "hub_private_repo": True,
+}
+BINDING = {
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 5,
+    "max_steps": 7,
+    "learning_rate": 2e-3,
+    "min_learning_rate": 2e-6,
+    "warmup_epochs": 1.0,
+    "weight_decay": 0.5,
+    "adam_beta2": 0.9,
+    "kl_weight": 0.9,
+    "pos_weight": 2.0,
+    "temperature_start": 5.0,
+    "unfreeze_start_epoch": 1,
+    "encoder_lr_scale": 0.5,
+    "seed": 1,
+    "mixed_precision": "bf16",
+    "dataloader_drop_last": False,
+    "train_sampling_strategy": "sequential",
+    "optim": "adamw_torch",
+    "eval_steps": 3,
+}
+
+
+def changed(folder: Path, **options: Any) -> set[str]:
+    before = settings_of(arguments(folder))
+    now = settings_of(arguments(options.pop("output_dir", folder), **options))
+    assert json.loads(json.dumps(now)) == now  # it is written down as JSON
+    return {d.name for d in fingerprint.differences(before, now)}
+
+
+@pytest.mark.parametrize("name", BINDING)
+def test_what_is_learned_depends_on_it(name: str, tmp_path: Path):
+    """One that is forgotten lets a run go on as another."""
+    assert name in changed(tmp_path, **{name: BINDING[name]})
+
+
+def test_the_rest_is_free(tmp_path: Path):
+    """A run must go on where disks, screens and numbers of cores are other ones."""
+    assert changed(tmp_path, **FREE) == set()
+
+
+def test_saves_count_where_the_best_is_chosen_among_them(tmp_path: Path):
+    """With fewer saves another student may be kept."""
+    best = {"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+    args = [arguments(tmp_path, **best, eval_steps=2, save_steps=n) for n in (2, 4)]
+    assert settings_of(args[0]) != settings_of(args[1])
+
+
+def test_every_name_that_is_left_out_is_a_setting():
+    """A misspelt name leaves nothing out, or a renamed field comes in unseen."""
+    known = {field.name for field in dataclasses.fields(DistillationArguments)}
+    assert known >= fingerprint.WITHOUT_EFFECT | fingerprint._OF_THE_TRAINER
+
+
+def test_both_values_are_shown_with_the_reason():
+    """ "Other settings" sends a user to compare two files of a hundred lines."""
+    before, now = {"world_size": 2, "seed": 4}, {"world_size": 1, "seed": 4}
+    with pytest.raises(ValueError, match=r"^Expected the run's world_size 2, got 1 \(with another"):
+        check_same_run(before, now, "checkpoint-3")
+    before |= {"per_device_train_batch_size": 4}
+    with pytest.raises(ValueError, match=r"batch_size 4, world_size 2, got batch_size None, world"):
+        check_same_run(before, now, "checkpoint-3")
+    check_same_run(now, dict(now), "checkpoint-3")
+
+
+def test_tensors_are_told_apart_by_names_shapes_and_values():
+    """A teacher that was trained on has the same names and shapes."""
+    one = {"a": torch.zeros(2, 3), "b": torch.ones((), dtype=torch.int64)}
+    assert tensors_digest(one, values=True) == tensors_digest(dict(reversed(one.items())), values=1)
+    other = one | {"a": one["a"] + 1e-7}
+    assert tensors_digest(one, values=True) != tensors_digest(other, values=True)
+    assert tensors_digest(one, values=False) == tensors_digest(other, values=False)
+    for wrong in ({"a": torch.zeros(3, 2)}, {"a": one["a"].half()}, {"c": one["a"]}):
+        assert tensors_digest(one, values=False) != tensors_digest(one | wrong, values=False)
+
+
+def digest(root: Path, *, streaming: bool = False) -> str:
+    data = DataArguments(dataset=str(root), streaming=streaming)
+    return content_digest(load_splits(data, ["train"])["train"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_moved_data_is_the_same_and_changed_data_is_not(tmp_path: Path, streaming: bool):
+    """A path says nothing about what lies there."""
+    root = write_pairs(tmp_path / "one", train=6)
+    first = digest(root, streaming=streaming)
+    assert digest(shutil.copytree(root, tmp_path / "two"), streaming=streaming) == first
+    mask = root / "train" / "masks" / "p 3.png"
+    content = bytearray(mask.read_bytes())
+    content[-20] ^= 1
+    mask.write_bytes(content)
+    assert digest(root, streaming=streaming) != first
+
+
+def test_each_file_of_a_large_data_set_counts_by_name_and_size(tmp_path: Path):
+    """Only some are read; one that was added, renamed or replaced has to show all the same."""
+    root = write_pairs(tmp_path / "one", train=60)
+    first = digest(root)
+    image = root / "train" / "images" / "p 31.png"
+    content = image.read_bytes()
+    image.write_bytes(content + b"\0")
+    assert digest(root) != first
+    image.write_bytes(content)
+    assert digest(root) == first
+    for kind in ("images", "masks"):
+        (root / "train" / kind / "p 31.png").rename(root / "train" / kind / "p 310.png")
+    assert digest(root) != first
