@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install demo test test-all lint types check clean FORCE
+.PHONY: help venv install demo test test-slow test-all lint types check clean FORCE
 
 help: ## list the targets
 	@echo "Targets (PYTHON=$(PYTHON) makes .venv; ARGS=... is passed on by demo, test and test-all):"
@@ -23,6 +23,9 @@ demo: $(STAMP) ## train a small teacher and distil it into a student on syntheti
 
 test: $(STAMP) ## run the quick tests
 	$(RUN) -m pytest -m "not slow and not distributed and not browser" $(ARGS)
+
+test-slow: $(STAMP) ## run the others: long ones, several processes, browser
+	$(RUN) -m pytest -m "slow or distributed or browser" $(ARGS)
 
 test-all: $(STAMP) ## run all tests
 	$(RUN) -m pytest $(ARGS)
