@@ -85,6 +85,7 @@ def test_cutouts_keep_the_picture_and_hide_the_background(student: str, tmp_path
     assert (cutout[..., :3] == picture).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_labels", "inside"), [(2, True), (3, False)])
 def test_an_onnx_file_gives_the_masks_of_its_student(num_labels: int, inside: bool, tmp_path: Path):
     """Normalised twice, or not at all, it would still give masks."""

@@ -90,6 +90,7 @@ def test_with_accumulation_and_bf16(tmp_path: Path):
     assert_resumes_exactly(make, tmp_path, [1, 3, 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("persistent", [False, True])
 def test_with_workers(tmp_path: Path, splits: Any, persistent: bool):
     """The seed of the workers is drawn once a run or once an epoch: never from DropPath's draws."""
@@ -104,6 +105,7 @@ def test_with_workers(tmp_path: Path, splits: Any, persistent: bool):
     assert_resumes_exactly(make, tmp_path, [3, 4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_with_a_stream(tmp_path: Path, shuffle: bool):
     """A buffer of shuffled rows is not saved: it is filled again from the epoch's first row."""
