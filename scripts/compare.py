@@ -1,7 +1,7 @@
 """Whether distillation helped, over several seeds: `python scripts/compare.py --help`."""
 
-from kd_trainer.workflows.compare import run_compare
-from kd_trainer.workflows.compare_arguments import parse_comparison
+from kd_trainer.workflows.compare.arguments import parse_comparison
+from kd_trainer.workflows.compare.main import run_compare
 from kd_trainer.workflows.run import run_script
 
 if __name__ == "__main__":

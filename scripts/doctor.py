@@ -1,6 +1,6 @@
 """What is wrong with a run before it starts: `python scripts/doctor.py --help`."""
 
-from kd_trainer.workflows.doctor import doctor_main
+from kd_trainer.workflows.preflight.doctor import doctor_main
 from kd_trainer.workflows.run import run_script
 
 if __name__ == "__main__":

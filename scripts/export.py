@@ -1,6 +1,6 @@
 """A student as ONNX, torch.export or smp, checked: `python scripts/export.py MODEL --help`."""
 
-from kd_trainer.workflows.export_main import export_main
+from kd_trainer.workflows.export.main import export_main
 from kd_trainer.workflows.run import run_script
 
 if __name__ == "__main__":

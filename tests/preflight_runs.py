@@ -14,8 +14,8 @@ from kd_trainer.preflight.finding import Finding, Grade
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows import assemble as assembling
 from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.preflight import Preflight
-from kd_trainer.workflows.preflight_limits import QUICK
+from kd_trainer.workflows.preflight.checks import Preflight
+from kd_trainer.workflows.preflight.limits import QUICK
 
 
 class Green(nn.Module):

@@ -26,15 +26,17 @@ from kd_trainer.hub import find_source
 from kd_trainer.publishing import Publication, write_folder
 from kd_trainer.timetable import Timetable
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows import compare, compare_runs, estimate
-from kd_trainer.workflows.compare import run_compare
-from kd_trainer.workflows.compare_arguments import parse_comparison
-from kd_trainer.workflows.compare_budget import Budget, baseline_settings
-from kd_trainer.workflows.compare_report import METRICS, summarise
-from kd_trainer.workflows.compare_results import FILES, FinishedRun, check_comparable, read_runs
-from kd_trainer.workflows.compare_runs import COUNTS, NOTE, PlannedRun, reset_peak_memory
-from kd_trainer.workflows.compare_tables import markdown
-from kd_trainer.workflows.estimate import Speed, duration, finished_speed, seconds_left
+from kd_trainer.workflows.compare import estimate
+from kd_trainer.workflows.compare import main as compare
+from kd_trainer.workflows.compare import runs as compare_runs
+from kd_trainer.workflows.compare.arguments import parse_comparison
+from kd_trainer.workflows.compare.budget import Budget, baseline_settings
+from kd_trainer.workflows.compare.estimate import Speed, duration, finished_speed, seconds_left
+from kd_trainer.workflows.compare.main import run_compare
+from kd_trainer.workflows.compare.report import METRICS, summarise
+from kd_trainer.workflows.compare.results import FILES, FinishedRun, check_comparable, read_runs
+from kd_trainer.workflows.compare.runs import COUNTS, NOTE, PlannedRun, reset_peak_memory
+from kd_trainer.workflows.compare.tables import markdown
 from kd_trainer.workflows.image_counts import ImageCounts, load_counts
 from kd_trainer.workflows.report import ReportArguments, build_report
 from kd_trainer.workflows.train import peak_memory_mib

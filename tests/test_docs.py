@@ -17,15 +17,17 @@ from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArgu
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.workflows import entry_points, export_main, push, web_demo
-from kd_trainer.workflows.compare_arguments import (
+from kd_trainer.workflows import entry_points, push
+from kd_trainer.workflows.compare.arguments import (
     CompareArguments,
     compare_parser,
     parse_comparison,
 )
-from kd_trainer.workflows.doctor import doctor_parser, parse_doctor
+from kd_trainer.workflows.export import main as export_main
 from kd_trainer.workflows.plan import markdown_table, timeline
+from kd_trainer.workflows.preflight.doctor import doctor_parser, parse_doctor
 from kd_trainer.workflows.train import train
+from kd_trainer.workflows.web_demo import main as web_demo
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]

@@ -13,13 +13,14 @@ from small_runs import SIDE, save_network, write_pairs
 
 from kd_trainer.command_line import parse
 from kd_trainer.preflight.finding import Grade, graded
-from kd_trainer.workflows import compare, preflight_start
 from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.compare_arguments import parse_comparison
+from kd_trainer.workflows.compare import main as compare
+from kd_trainer.workflows.compare.arguments import parse_comparison
 from kd_trainer.workflows.disk import disk_need
-from kd_trainer.workflows.doctor import doctor, doctor_main, examine, parse_doctor
-from kd_trainer.workflows.preflight_limits import QUICK, THOROUGH
-from kd_trainer.workflows.run_costs import affordable
+from kd_trainer.workflows.preflight import start as preflight_start
+from kd_trainer.workflows.preflight.doctor import doctor, doctor_main, examine, parse_doctor
+from kd_trainer.workflows.preflight.limits import QUICK, THOROUGH
+from kd_trainer.workflows.preflight.run_costs import affordable
 from kd_trainer.workflows.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -28,11 +28,11 @@ from kd_trainer.export.quantize import Quantiser, part_name, parts_of
 from kd_trainer.export.session import OnnxStudent, load_onnx
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.workflows import export as export_module
-from kd_trainer.workflows.export import ExportArguments, Exporter, int8_fault, versions
-from kd_trainer.workflows.export_images import from_pictures, spread
-from kd_trainer.workflows.export_main import RESULTS, export_main, export_student
-from kd_trainer.workflows.parity import Parity, Reference, compare
+from kd_trainer.workflows.export import exporter as export_module
+from kd_trainer.workflows.export.exporter import ExportArguments, Exporter, int8_fault, versions
+from kd_trainer.workflows.export.images import from_pictures, spread
+from kd_trainer.workflows.export.main import RESULTS, export_main, export_student
+from kd_trainer.workflows.export.parity import Parity, Reference, compare
 
 ROOT = Path(__file__).parents[1]
 FOUR = {0: "background", 1: "skin", 2: "hair", 3: "clothes"}

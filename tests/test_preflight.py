@@ -15,9 +15,9 @@ from torch import nn
 from kd_trainer.command_line import parse
 from kd_trainer.preflight.finding import Grade
 from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.doctor import examine
-from kd_trainer.workflows.preflight import Preflight
-from kd_trainer.workflows.preflight_limits import QUICK
+from kd_trainer.workflows.preflight.checks import Preflight
+from kd_trainer.workflows.preflight.doctor import examine
+from kd_trainer.workflows.preflight.limits import QUICK
 
 
 @pytest.fixture(scope="module")

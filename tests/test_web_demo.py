@@ -16,13 +16,19 @@ from small_runs import SIDE, save_network
 from kd_trainer.arguments import ModelArguments
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
-from kd_trainer.workflows import web_demo
 from kd_trainer.workflows.entry_points import predict_main
 from kd_trainer.workflows.latency import Latency
 from kd_trainer.workflows.models import load_student
-from kd_trainer.workflows.web_demo import WebDemoArguments, load_models, web_demo_main
-from kd_trainer.workflows.web_result import LONGEST, drawings, examine, milliseconds, read_upload
-from kd_trainer.workflows.web_words import differences, figures, found
+from kd_trainer.workflows.web_demo import main as web_demo
+from kd_trainer.workflows.web_demo.main import WebDemoArguments, load_models, web_demo_main
+from kd_trainer.workflows.web_demo.result import (
+    LONGEST,
+    drawings,
+    examine,
+    milliseconds,
+    read_upload,
+)
+from kd_trainer.workflows.web_demo.words import differences, figures, found
 
 ROOT = Path(__file__).parents[1]
 

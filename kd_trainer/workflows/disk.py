@@ -6,7 +6,7 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.optim import unit_parameters
 from kd_trainer.preflight.resources import DiskNeed
 from kd_trainer.workflows.assemble import Parts, image_count
-from kd_trainer.workflows.compare_budget import total_updates
+from kd_trainer.workflows.compare.budget import total_updates
 from kd_trainer.workflows.plan import updates_per_epoch
 
 

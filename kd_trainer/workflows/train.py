@@ -27,7 +27,7 @@ from kd_trainer.workflows.evaluate import evaluate_model
 from kd_trainer.workflows.files import write_bad_samples, write_json
 from kd_trainer.workflows.models import load_student, network_size
 from kd_trainer.workflows.plan import describe, markdown_table
-from kd_trainer.workflows.preflight_start import check_before_training
+from kd_trainer.workflows.preflight.start import check_before_training
 from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
 from kd_trainer.workflows.resume import facts_of, find_checkpoint
 

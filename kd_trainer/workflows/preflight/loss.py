@@ -16,7 +16,7 @@ from kd_trainer.preflight.loss import Gradients
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums
 from kd_trainer.workflows.assemble import Parts
-from kd_trainer.workflows.preflight_images import GRADIENT_IMAGES, Seen
+from kd_trainer.workflows.preflight.images import GRADIENT_IMAGES, Seen
 
 
 def terms_of_run(

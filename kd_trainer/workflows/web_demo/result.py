@@ -23,7 +23,7 @@ from kd_trainer.reports.panels import overlay
 from kd_trainer.workflows.latency import Latency, interleaved
 from kd_trainer.workflows.pictures import read_picture
 from kd_trainer.workflows.predict import drawn
-from kd_trainer.workflows.web_models import DemoModel
+from kd_trainer.workflows.web_demo.models import DemoModel
 
 # Longer side of what is shown and predicted. More than any screen shows, and the logits of nine
 # classes at the 100 megapixels of a large camera are 3.6 GB.

@@ -16,18 +16,18 @@ from kd_trainer.command_line import given_flags
 from kd_trainer.fields import add_fields
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.workflows.entry_points import told_by
-from kd_trainer.workflows.export import ExportArguments, Exporter, check
-from kd_trainer.workflows.export_images import (
+from kd_trainer.workflows.export.exporter import ExportArguments, Exporter, check
+from kd_trainer.workflows.export.images import (
     Sample,
     at_another_size,
     batches_of,
     from_dataset,
     from_pictures,
 )
+from kd_trainer.workflows.export.parity import Parity
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.flags import EVALUATION_DATA, command_parser, given_settings
 from kd_trainer.workflows.models import load_student
-from kd_trainer.workflows.parity import Parity
 from kd_trainer.workflows.plan import markdown_table
 
 RESULTS = "export.json"

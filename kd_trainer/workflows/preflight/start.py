@@ -9,8 +9,8 @@ from accelerate.utils import broadcast_object_list
 from kd_trainer.command_line import RunArguments
 from kd_trainer.preflight.finding import error_message, summary
 from kd_trainer.workflows.assemble import Parts
-from kd_trainer.workflows.preflight import Preflight
-from kd_trainer.workflows.preflight_limits import QUICK
+from kd_trainer.workflows.preflight.checks import Preflight
+from kd_trainer.workflows.preflight.limits import QUICK
 
 
 def check_before_training(run: RunArguments, parts: Parts) -> None:

@@ -8,20 +8,20 @@ from typing import Any
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.preflight.finding import several
 from kd_trainer.workflows.assemble import Parts, assemble
-from kd_trainer.workflows.compare_arguments import Comparison
-from kd_trainer.workflows.compare_budget import KINDS, Budget, alone, total_updates
-from kd_trainer.workflows.compare_report import write_report
-from kd_trainer.workflows.compare_results import read_runs
-from kd_trainer.workflows.compare_runs import NOTE, PlannedRun, plan_runs, read_json
-from kd_trainer.workflows.estimate import (
+from kd_trainer.workflows.compare.arguments import Comparison
+from kd_trainer.workflows.compare.budget import KINDS, Budget, alone, total_updates
+from kd_trainer.workflows.compare.estimate import (
     Speed,
     duration,
     finished_speed,
     measure_speed,
     seconds_left,
 )
+from kd_trainer.workflows.compare.report import write_report
+from kd_trainer.workflows.compare.results import read_runs
+from kd_trainer.workflows.compare.runs import NOTE, PlannedRun, plan_runs, read_json
 from kd_trainer.workflows.plan import describe, updates_per_epoch
-from kd_trainer.workflows.preflight_start import check_before_training
+from kd_trainer.workflows.preflight.start import check_before_training
 
 
 def run_compare(comparison: Comparison) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts
-from kd_trainer.workflows.compare_runs import NOTE, PlannedRun, read_json
+from kd_trainer.workflows.compare.runs import NOTE, PlannedRun, read_json
 from kd_trainer.workflows.image_counts import count_images
 
 MEASURED_UPDATES = 3

@@ -16,7 +16,7 @@ from kd_trainer.checkpoints import checkpoint_folders, fault, update_of
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.compare_budget import Budget, baseline_settings
+from kd_trainer.workflows.compare.budget import Budget, baseline_settings
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.image_counts import count_images
 from kd_trainer.workflows.models import load_student

@@ -13,15 +13,15 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.preflight.finding import Finding, ok
 from kd_trainer.preflight.resources import memory_finding
 from kd_trainer.workflows.assemble import Parts, image_count
-from kd_trainer.workflows.compare_budget import total_updates
-from kd_trainer.workflows.compare_runs import reset_peak_memory
-from kd_trainer.workflows.estimate import (
+from kd_trainer.workflows.compare.budget import total_updates
+from kd_trainer.workflows.compare.estimate import (
     MEASURED_UPDATES,
     Speed,
     duration,
     measure_update,
     training_seconds,
 )
+from kd_trainer.workflows.compare.runs import reset_peak_memory
 from kd_trainer.workflows.plan import updates_per_epoch
 from kd_trainer.workflows.train import peak_memory_mib
 

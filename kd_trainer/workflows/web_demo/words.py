@@ -11,8 +11,8 @@ from kd_trainer.reports.page import legend, table, text
 from kd_trainer.reports.panels import class_colours
 from kd_trainer.reports.sections import rgb
 from kd_trainer.workflows.latency import Latency
-from kd_trainer.workflows.web_models import DemoModel
-from kd_trainer.workflows.web_result import LONGEST, Models, Result
+from kd_trainer.workflows.web_demo.models import DemoModel
+from kd_trainer.workflows.web_demo.result import LONGEST, Models, Result
 
 
 def introduction(models: Models) -> str:

@@ -23,9 +23,9 @@ from kd_trainer.statistics import (
     mean_of,
 )
 from kd_trainer.teacher import Teacher
-from kd_trainer.workflows.compare_budget import KINDS
-from kd_trainer.workflows.compare_results import FinishedRun
-from kd_trainer.workflows.compare_tables import markdown
+from kd_trainer.workflows.compare.budget import KINDS
+from kd_trainer.workflows.compare.results import FinishedRun
+from kd_trainer.workflows.compare.tables import markdown
 from kd_trainer.workflows.costs import costs, file_mib
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.models import load_student, make_teacher, network_name

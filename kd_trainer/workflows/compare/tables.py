@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kd_trainer.workflows.estimate import duration
+from kd_trainer.workflows.compare.estimate import duration
 from kd_trainer.workflows.plan import markdown_table
 
 UNKNOWN = "not measured"

@@ -17,7 +17,7 @@ from kd_trainer.fields import (
     help_field,
     hints_of,
 )
-from kd_trainer.workflows.compare_budget import KINDS
+from kd_trainer.workflows.compare.budget import KINDS
 
 DEFAULT_OUTPUT = "runs/compare"
 DESCRIPTION = """Train the same student with and without its teacher and compare them.

@@ -12,7 +12,7 @@ from kd_trainer.evaluation import classes_of
 from kd_trainer.preflight.counts import Rows
 from kd_trainer.preflight.normalisation import Feeding, first_batchnorm, misfit
 from kd_trainer.teacher import Teacher
-from kd_trainer.workflows.preflight_images import Seen, within
+from kd_trainer.workflows.preflight.images import Seen, within
 
 _FITTED = 8  # images whose first features are kept: 100 MB each way at 640 px
 

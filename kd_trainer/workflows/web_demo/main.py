@@ -23,9 +23,9 @@ from kd_trainer.workflows.flags import TEACHER as TEACHER_FLAGS
 from kd_trainer.workflows.flags import command_parser, given_settings
 from kd_trainer.workflows.pictures import find_pictures, is_video, read_picture
 from kd_trainer.workflows.predict import THRESHOLD, check_threshold
-from kd_trainer.workflows.web_models import load_demo_student, load_demo_teacher
-from kd_trainer.workflows.web_page import STYLE, build_page
-from kd_trainer.workflows.web_result import Models
+from kd_trainer.workflows.web_demo.models import load_demo_student, load_demo_teacher
+from kd_trainer.workflows.web_demo.page import STYLE, build_page
+from kd_trainer.workflows.web_demo.result import Models
 
 FIRST_PORT, PORTS = 7860, 100
 MOST_EXAMPLES = 12

@@ -8,8 +8,8 @@ from typing import Any
 
 from kd_trainer.extras import require
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.workflows import web_words as words
-from kd_trainer.workflows.web_result import (
+from kd_trainer.workflows.web_demo import words
+from kd_trainer.workflows.web_demo.result import (
     Models,
     drawings,
     examine,

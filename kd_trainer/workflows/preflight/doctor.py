@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from kd_trainer.command_line import RunArguments, given_flags, parse, parser
 from kd_trainer.preflight.finding import Finding, Grade, fault, graded, ok, several, table
 from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.preflight import Preflight
-from kd_trainer.workflows.preflight_limits import THOROUGH
+from kd_trainer.workflows.preflight.checks import Preflight
+from kd_trainer.workflows.preflight.limits import THOROUGH
+from kd_trainer.workflows.preflight.run_costs import cost_findings
 from kd_trainer.workflows.run import USER_ERRORS, user_message
-from kd_trainer.workflows.run_costs import cost_findings
 
 DESCRIPTION = """Look for what makes a training pointless, in under a minute, and say what to do.
 

@@ -14,8 +14,8 @@ import yaml
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
-from kd_trainer.workflows.compare_budget import KINDS
-from kd_trainer.workflows.compare_runs import (
+from kd_trainer.workflows.compare.budget import KINDS
+from kd_trainer.workflows.compare.runs import (
     COUNTS,
     NOTE,
     OF_THE_DISTILLATION,

@@ -42,8 +42,8 @@ from kd_trainer.preflight.teacher import (
 )
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.disk import disk_need
-from kd_trainer.workflows.preflight_feeding import fed_otherwise, misfits, present_feeding
-from kd_trainer.workflows.preflight_images import (
+from kd_trainer.workflows.preflight.feeding import fed_otherwise, misfits, present_feeding
+from kd_trainer.workflows.preflight.images import (
     GRADIENT_IMAGES,
     Seen,
     SplitMasks,
@@ -52,8 +52,8 @@ from kd_trainer.workflows.preflight_images import (
     shared_images,
     split_masks,
 )
-from kd_trainer.workflows.preflight_limits import Limits, untouched_random_state
-from kd_trainer.workflows.preflight_loss import backward, terms_of_run
+from kd_trainer.workflows.preflight.limits import Limits, untouched_random_state
+from kd_trainer.workflows.preflight.loss import backward, terms_of_run
 
 _BACKWARD = 3  # a training step is about three forward passes
 

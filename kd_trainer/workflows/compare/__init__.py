@@ -1,0 +1,1 @@
+"""Comparisons of students over seeds: plan, runs, report."""

@@ -1,0 +1,1 @@
+"""Exports of a student, checked on real images."""

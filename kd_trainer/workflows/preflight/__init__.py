@@ -1,0 +1,1 @@
+"""Checks of a run before it starts, and the doctor that prints them."""

@@ -1,0 +1,1 @@
+"""The web demo: models, result of one picture, page."""
