@@ -8,15 +8,15 @@ that it does not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kd_trainer.arguments import DistillationArguments
+from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES
 
 # Where a run lies and what it shows while it goes do not change what it learns.
@@ -41,6 +41,20 @@ _OF_THE_TRAINER = frozenset(
 )
 # How often it is saved decides which students can be chosen as the best, and nothing else.
 _OF_SAVES = frozenset({"save_strategy", "save_steps"})
+# Where something lies does not matter while what was read there is the same.
+_WITNESSES = {
+    "dataset": ("train_content", "eval_content"),
+    "unlabelled": ("train_content",),
+    "teacher": ("teacher_weights",),
+    "student": ("student_tensors",),
+    "encoder_weights": ("student_tensors",),  # first weights, which a checkpoint replaces
+}
+# A run of a version that did not have a setting yet is one with its default.
+_DEFAULTS: dict[str, Any] = {
+    field.name: None if field.default is MISSING else field.default
+    for arguments in (DistillationArguments, ModelArguments, DataArguments)
+    for field in fields(arguments)
+}
 _FLAGS = {field: alias for alias, field in ALIASES.items()}
 _SHOWN = 8
 # What to say beside the two values.
@@ -73,12 +87,16 @@ class Difference(NamedTuple):
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], ignored: frozenset[str] = frozenset()
 ) -> list[Difference]:
-    """What differs between two runs, by name; a missing name counts as None."""
-    return [
-        Difference(name, before.get(name), now.get(name))
-        for name in sorted((before.keys() | now.keys()) - ignored)
-        if before.get(name) != now.get(name)
-    ]
+    """What differs between two runs, by name; a missing setting counts as its default."""
+    names = sorted((before.keys() | now.keys()) - ignored)
+    pairs = [(n, *(run.get(n, _DEFAULTS.get(n)) for run in (before, now))) for n in names]
+    return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def moved(found: Sequence[Difference]) -> frozenset[str]:
+    """Names of paths that differ while everything that was read there is the same."""
+    other = {difference.name for difference in found}
+    return frozenset(n for n in other if n in _WITNESSES and other.isdisjoint(_WITNESSES[n]))
 
 
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
@@ -93,6 +111,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
         ValueError: shows both values of everything that differs.
     """
     found = differences(before, now)
+    found = [difference for difference in found if difference.name not in moved(found)]
     if not found:
         return
     shown = found[:_SHOWN]

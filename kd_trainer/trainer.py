@@ -42,7 +42,7 @@ from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
-from kd_trainer.resuming import ResumableTrainer, own_generator
+from kd_trainer.resuming import ResumableTrainer, own_generator, together
 from kd_trainer.teacher import Teacher
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
@@ -283,7 +283,7 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, their gradient shares, temperature, free units and learning rates."""
         if "loss" in logs and self.tracked.count:
-            self.tracked.check_finite(self.state.global_step)
+            together(self.args, lambda: self.tracked.check_finite(self.state.global_step))
             logs |= self.tracked.drain(self.accelerator)
             done = max(self.state.global_step - 1, 0)  # the update that is logged, not the next
             logs |= watched(self.model, self.timetable, self.create_optimizer().param_groups, done)
@@ -296,5 +296,5 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save, unless something went bad: nothing non-finite is ever kept."""
-        self.check_finite()
+        together(self.args, self.check_finite)
         super()._save_checkpoint(*args, **kwargs)

@@ -91,7 +91,8 @@ def test_both_values_are_shown_with_the_reason():
     with pytest.raises(ValueError, match=r"^Expected the run's world_size 2, got 1 \(with another"):
         check_same_run(before, now, "checkpoint-3")
     before |= {"per_device_train_batch_size": 4}
-    with pytest.raises(ValueError, match=r"batch_size 4, world_size 2, got batch_size None, world"):
+    now |= {"per_device_train_batch_size": 2}
+    with pytest.raises(ValueError, match=r"batch_size 4, world_size 2, got batch_size 2, world"):
         check_same_run(before, now, "checkpoint-3")
     check_same_run(now, dict(now), "checkpoint-3")
 
@@ -138,3 +139,31 @@ def test_each_file_of_a_large_data_set_counts_by_name_and_size(tmp_path: Path):
     for kind in ("images", "masks"):
         (root / "train" / kind / "p 31.png").rename(root / "train" / kind / "p 310.png")
     assert digest(root) != first
+
+
+def test_a_setting_that_an_older_version_did_not_have_counts_as_its_default():
+    """Each new field would make every run of the version before impossible to go on with."""
+    known = {"seed": 1, "max_bad_share": 0.01, "sync_batchnorm": False, "image_size": 640}
+    before = {"seed": 1, "image_size": 640}
+    check_same_run(before, known, "checkpoint-1")
+    check_same_run(known, before, "checkpoint-1")
+    with pytest.raises(ValueError, match=r"the run's sync_batchnorm False, got True"):
+        check_same_run(before, known | {"sync_batchnorm": True}, "checkpoint-1")
+
+
+PATHS = {
+    "dataset": "train_content",
+    "unlabelled": "train_content",
+    "teacher": "teacher_weights",
+    "student": "student_tensors",
+    "encoder_weights": "student_tensors",
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_counts_only_if_something_else_was_read_there(path: str):
+    """A run goes on where another disk is mounted, or where a file was downloaded again."""
+    before = {path: "/a/x", PATHS[path]: "1", "eval_content": "2"}
+    check_same_run(before, before | {path: "/b/y"}, "checkpoint-1")
+    with pytest.raises(ValueError, match=rf"{path} /a/x"):
+        check_same_run(before, before | {path: "/b/y", PATHS[path]: "3"}, "checkpoint-1")

@@ -140,3 +140,26 @@ def test_two_processes_stopped_and_killed_go_on_to_the_same_student(tmp_path: Pa
         load_file(tmp_path / name / "student/model.safetensors") for name in ("whole", "out")
     ]
     assert_same_tensors(*students)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_save_that_fails_on_one_process_ends_all_of_them(rank: int, tmp_path: Path):
+    """The others would wait for it at a barrier until their time limit, which is half an hour."""
+    data = write_pairs(tmp_path / "data", train=8, validation=2)
+    worker = str(ROOT / "tests" / "workers" / "failing_save.py")
+    flags = train_flags(data, tmp_path / "out", "--save_strategy", "epoch")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    done = subprocess.run(
+        [*LAUNCHERS["torchrun"], worker, str(rank), *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode != 0
+    assert "Expected to write a checkpoint into" in done.stderr
+    assert "No space left on device" in done.stderr
+    assert f"got a failure of 1, which says why. Process {1 - rank} stops with it." in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

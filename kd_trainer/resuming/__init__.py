@@ -1,6 +1,7 @@
 """Runs that can be interrupted: complete checkpoints, exact resume, an end on request."""
 
 from kd_trainer.resuming.stopping import Stopped, StopRequest, stoppable
+from kd_trainer.resuming.together import together
 from kd_trainer.resuming.trainer import ResumableTrainer, newest_checkpoint, own_generator
 
 __all__ = [
@@ -10,4 +11,5 @@ __all__ = [
     "newest_checkpoint",
     "own_generator",
     "stoppable",
+    "together",
 ]

@@ -8,6 +8,7 @@ that DropPath draws from, and takes whatever settings it is resumed with.
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ from kd_trainer.disk import writing
 from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
 from kd_trainer.resuming.keeper import Keeper
 from kd_trainer.resuming.stopping import Stopped, StopRequest
+from kd_trainer.resuming.together import together
 from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums
 
@@ -138,6 +140,12 @@ class ResumableTrainer(Trainer):
         try:
             resumed = None if self._resumed is None else str(self._resumed)
             return super().train(resumed, trial, ignore_keys_for_eval)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"Expected a checkpoint of tensors and plain values in {self._resumed}, got other "
+                "objects, which are not loaded because they could run code. Go on from a "
+                "checkpoint that a training of yours has written."
+            ) from error
         except Stopped:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # boards, bars
             raise
@@ -199,30 +207,35 @@ class ResumableTrainer(Trainer):
         output, args = Path(self._get_output_dir(trial=trial)), self.args
         folder = output / f"checkpoint-{self.state.global_step}"
         first = self.is_world_process_zero()
-        with writing("a checkpoint", folder):
-            if first:
-                settle(output)
-                set_aside(folder)
-            self.accelerator.wait_for_everyone()
-            limit, args.save_total_limit = args.save_total_limit, None
-            try:
-                super()._save_checkpoint(model, trial)
-                args.save_total_limit = limit
-                self.accelerator.wait_for_everyone()
-                if first:
-                    complete(folder, self._fingerprint or self.fingerprint())
-            except BaseException:
-                if first:
-                    remove(folder)  # it is incomplete, and its room may be needed
-                    settle(output)
-                raise
-            finally:
-                args.save_total_limit = limit
-            if first:
-                best = self.state.best_model_checkpoint
-                settle(output)
-                rotate(output, limit, folder, None if best is None else Path(best))
-        self.accelerator.wait_for_everyone()
+        limit, args.save_total_limit = args.save_total_limit, None
+
+        def make_room() -> None:
+            settle(output)
+            set_aside(folder)
+
+        def declare() -> None:
+            complete(folder, self._fingerprint or self.fingerprint())
+
+        def tidy() -> None:
+            best = self.state.best_model_checkpoint
+            settle(output)
+            rotate(output, limit, folder, None if best is None else Path(best))
+
+        write = super()._save_checkpoint
+        try:
+            with writing("a checkpoint", folder):
+                try:
+                    together(args, make_room if first else None)
+                    together(args, lambda: write(model, trial))
+                    together(args, declare if first else None)
+                except BaseException:
+                    if first:
+                        remove(folder)  # it is incomplete, and its room may be needed
+                        settle(output)
+                    raise
+                together(args, tidy if first else None)
+        finally:
+            args.save_total_limit = limit
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Count the seconds of the parts before as well."""
