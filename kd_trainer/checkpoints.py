@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MARKER = "COMPLETE.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 # Where a checkpoint waits while another of the same update is written.
 _ASIDE = ".replaced-"
 
@@ -101,9 +101,11 @@ def read_marker(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         check = content.pop("check")
-    except (ValueError, KeyError, AttributeError, TypeError):  # also text that is no UTF-8
+    # also text that is no UTF-8, or brackets in brackets
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{MARKER} is damaged: it cannot be read") from None
-    if check != _check(content):
+    parts = isinstance(content.get("files"), dict) and isinstance(content.get("run"), dict)
+    if check != _check(content) or not parts:
         raise ValueError(f"{MARKER} is damaged: its content has changed")
     return dict(content)
 
@@ -140,7 +142,10 @@ def check_complete(folder: Path) -> None:
         ValueError: says which file is missing, truncated or changed.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"Expected a checkpoint folder, got {folder}, which is none.")
+        raise FileNotFoundError(
+            f"Expected a checkpoint folder, got {folder}, which is none. Name one, or leave its "
+            "name out for the newest complete one in --output_dir."
+        )
     wrong = fault(folder)
     if wrong is not None:
         raise ValueError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -36,6 +39,54 @@ def check_writable(folder: Path) -> None:
             f"Expected an --output_dir that can be written to, got {folder}: {error.strerror} in "
             f"{place}. Name another folder, or make room or change the rights there."
         ) from None
+
+
+class FolderLock:
+    """Keeps two runs out of one output folder; a process that ends, however, gives it back.
+
+    A lock of the system rather than a file that marks: nothing is left behind by a SIGKILL.
+    """
+
+    FILE = ".training"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._handle: int | None = None
+
+    def take(self) -> None:
+        """Take it if the folder is there; once taken, nothing happens.
+
+        Raises:
+            OSError: if another process has it.
+        """
+        if self._handle is not None or not self.folder.is_dir():
+            return
+        check_writable(self.folder)
+        handle = os.open(self.folder / self.FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # Not flock, which a process that reads data would inherit, and hold on to for a moment.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(handle, 64, 0).decode(errors="replace").strip()
+            os.close(handle)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return  # some network disks know no locks
+            raise OSError(
+                f"Expected an --output_dir in which no training is running, got {self.folder}, in "
+                f"which process {owner or 'another'} is at work. Wait for its end, stop it, or "
+                "name another folder."
+            ) from None
+        self._handle = handle
+        with suppress(OSError):  # of a full disk, say: the number is for the message alone
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Give it back, if it was taken."""
+        if self._handle is not None:
+            (self.folder / self.FILE).unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = None
 
 
 @contextmanager

@@ -81,7 +81,10 @@ def test_a_decompression_bomb_is_refused_by_its_head(kind, decode):
     for side in (50_000, 10_000):  # PIL raises for the first, and only warns for the second
         data = bomb(kind, side)
         assert len(data) < 4000
-        with pytest.raises(ValueError, match=r"^Expected a picture of at most 89,478,485.*some.f"):
+        said = (
+            rf"^Expected a picture of at most 89,478,485.* got ({side:,} x {side:,}|{side**2:,}) "
+        )
+        with pytest.raises(ValueError, match=said + ".*some.f"):
             decode(cell(data), 0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 50_000, "kB"
@@ -287,3 +290,13 @@ def test_the_limit_on_pixels_is_what_the_table_says():
     """The page tells users a number; it has to be this one."""
     page = (Path(__file__).parents[1] / "docs" / "bad_input.md").read_text(encoding="utf-8")
     assert f"{MAX_PIXELS:,} pixels" in page
+
+
+def test_a_jpeg_that_is_damaged_inside_is_the_documented_exception():
+    """A reader that finds it one day makes this fail, and the page has to say so."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    whole = encode(Image.fromarray(noise), "JPEG")
+    half = whole[: len(whole) // 2]
+    with pytest.raises(ValueError, match=r"^Expected a readable image"):
+        decode_photograph(cell(half), 0)
+    assert decode_photograph(cell(half + b"\xff\xd9"), 0).shape == (64, 64, 3)

@@ -21,6 +21,7 @@ from kd_trainer.checkpoints import (
     rotate,
     set_aside,
     settle,
+    update_of,
 )
 
 RUN = {"batch_size": 4, "learning_rate": 1e-4, "names": ["background", "person"]}
@@ -69,7 +70,18 @@ def flip_marker(folder: Path) -> None:
     (folder / MARKER).write_text(text.replace('"batch_size": 4', '"batch_size": 5'))
 
 
+def nest_marker(folder: Path) -> None:
+    (folder / MARKER).write_text("[" * 100_000)
+
+
+def empty_marker(folder: Path) -> None:
+    content: dict[str, object] = {"update": 2}
+    (folder / MARKER).write_text(json.dumps(content | {"check": checkpoints._check(content)}))
+
+
 DAMAGES = {
+    nest_marker: "COMPLETE.json is damaged",
+    empty_marker: "COMPLETE.json is damaged",
     truncate: "model.bin is truncated: 3 bytes instead of 7",
     lengthen: "model.bin is too long: 16 bytes instead of 7",
     flip: "model.bin is damaged: its bytes have changed",
@@ -101,6 +113,13 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_taken(tmp_path: Path, d
     newest = newest_complete(tmp_path)
     assert newest.folder == good
     assert DAMAGES[damage] in newest.skipped[bad]
+
+
+def test_only_names_that_a_training_gives_are_checkpoints():
+    """`checkpoint-08` would be taken for the newest of eight updates, and deleted in its place."""
+    assert update_of(Path("checkpoint-10")) == 10
+    for name in ("checkpoint-08", "checkpoint-٣", "checkpoint-1 (copy)", "my checkpoint-1"):
+        assert update_of(Path(name)) == -1, name
 
 
 def test_the_newest_is_that_of_the_last_update(tmp_path: Path):

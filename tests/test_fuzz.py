@@ -35,3 +35,6 @@ def test_ten_thousand_mutated_files_give_samples_or_errors_of_ours(tmp_path):
     assert found["faults"] == {}
     assert found["sample"] + found["error"] == 10_000
     assert found["sample"] > 500
+    page = (DRIVER.parents[1] / "docs" / "what_survives_what.md").read_text(encoding="utf-8")
+    told = f"10,000: {found['sample']:,} gave a sample, {found['error']:,} an error"
+    assert told in page, told

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +23,15 @@ from same_run import assert_same_tensors
 from small_runs import save_network, train_flags, write_pairs
 from transformers import Trainer
 
-from kd_trainer.checkpoints import MARKER, check_complete, checkpoint_folders, fault
+from kd_trainer.checkpoints import (
+    MARKER,
+    check_complete,
+    checkpoint_folders,
+    complete,
+    fault,
+    read_marker,
+    set_aside,
+)
 from kd_trainer.command_line import parse
 from kd_trainer.resuming import stopping
 from kd_trainer.workflows.run import run_script
@@ -207,8 +218,12 @@ def test_missing_best_is_refused(cut: Any, tmp_path: Path):
     for folder in folders[:-1]:
         shutil.rmtree(folder)
     state = folders[-1] / "trainer_state.json"
-    if '"best_global_step": 3' in state.read_text():
-        pytest.skip("the best is the newest here")
+    saved = json.loads(state.read_text())
+    assert saved["best_global_step"] is not None
+    # Whichever evaluation was the best, it is to be that of a checkpoint which is gone.
+    saved |= {"best_global_step": 1, "best_model_checkpoint": str(tmp_path / "out/checkpoint-1")}
+    state.write_text(json.dumps(saved))
+    complete(folders[-1], read_marker(folders[-1])["run"])
     with pytest.raises(FileNotFoundError, match=r"^Expected the best student so far in"):
         train(parse(cut()))
 
@@ -263,3 +278,66 @@ def test_folder_that_cannot_be_written_to_is_found_before_the_data(tmp_path: Pat
     """After an epoch is too late."""
     with pytest.raises(OSError, match=r"^Expected an --output_dir that can be written to, got /pr"):
         train(parse(train_flags(tmp_path / "nowhere", "/proc/runs/out")))
+
+
+@pytest.mark.parametrize("update", [3, 4, 8])
+def test_a_run_that_saves_its_best_student_only_stops_as_well(
+    ground: Path, tmp_path: Path, monkeypatch: Any, update: int
+):
+    """The Trainer decides on saves itself after an evaluation, here always against one.
+
+    Inside an epoch, in its last update, and in the last update of the run.
+    """
+    monkeypatch.setattr(Trainer, "_determine_best_metric", lambda *args, **options: False)
+    flags = ("--epochs", "4", "--batch_size", "2", "--save_strategy", "best")
+    run = parse(train_flags(ground / "data", tmp_path / "out", *flags))
+    terminate = during_update(update, lambda: signal.raise_signal(signal.SIGTERM))
+    with terminate, pytest.raises(stopping.Stopped, match=rf"after update {update} of 8"):
+        train(run)
+    assert fault(tmp_path / "out" / f"checkpoint-{update}") is None
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kd_trainer.disk import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+lock.take()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_share_a_folder(cut: Any, tmp_path: Path, capsys: Any):
+    """A watchdog that starts a run again too early would have two of them in one folder."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "out")],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert script(*cut()) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: Expected an --output_dir in which no training is running")
+        assert f"process {holder.pid} is at work" in said
+    finally:
+        holder.kill()
+        holder.communicate()
+    train(parse(cut()))  # a killed process holds nothing
+    assert not (tmp_path / "out" / ".training").exists()
+
+
+def test_a_checkpoint_that_waits_to_be_replaced_is_there_for_every_start(cut: Any, tmp_path: Path):
+    """It would be put back later, into another run that was started in its folder."""
+    for folder in checkpoint_folders(tmp_path / "out"):
+        set_aside(folder)
+    assert checkpoint_folders(tmp_path / "out") == []
+    flags = cut()
+    flags.remove("--resume")
+    with pytest.raises(ValueError, match=r"^Expected --resume or an output folder without"):
+        train(parse(flags))
+    train(parse(cut(str(tmp_path / "out" / "checkpoint-3"))))

@@ -29,6 +29,8 @@ def test_sigkill_at_any_point_of_a_save_loses_only_what_came_after_the_last_one(
     told = json.loads((tmp_path / "found.json").read_text())
     found = {point["at"]: point for point in told["found"]}
     assert len(found) >= 20
+    page = (TESTS.parent / "docs" / "what_survives_what.md").read_text(encoding="utf-8")
+    assert f"| {len(found)} points |" in page
     files = ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
     needed = [f"half write {name}" for name in (*files, "COMPLETE.json.partial")]
     needed += ["before rename COMPLETE.json.partial", "before delete COMPLETE.json"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from preflight_runs import Green, bad, flags, knowing, looked, teach
 from small_runs import save_network, write_pairs
@@ -59,10 +60,10 @@ def test_each_fault_of_a_teacher_is_found(case: str, data: Path, tmp_path: Path,
 def spoiled(data: Path, tmp_path: Path):
     """A copy of the data whose masks were changed, the pictures left."""
 
-    def make(change) -> Path:
+    def make(change, splits: str = "*") -> Path:
         copy = tmp_path / "spoiled"
         shutil.copytree(data, copy)
-        for file in copy.glob("*/masks/*.png"):
+        for file in copy.glob(f"{splits}/masks/*.png"):
             mask = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
             cv2.imwrite(str(file), np.ascontiguousarray(change(mask)))
         return copy
@@ -79,12 +80,33 @@ def spoiled(data: Path, tmp_path: Path):
     ],
     ids=["inverted", "moved", "mirrored"],
 )
-def test_each_fault_of_masks_is_found(change, check, word, spoiled, tmp_path: Path, monkeypatch):
-    """Masks are made by other people's scripts."""
+@pytest.mark.parametrize("splits", ["*", "train", "validation"])
+def test_each_fault_of_masks_is_found(
+    change, check, word, splits, spoiled, tmp_path: Path, monkeypatch
+):
+    """Masks are made by other people's scripts, and often those of one split only."""
     teach(monkeypatch, knowing())
-    found = looked(parse(flags(spoiled(change), tmp_path / "out", teacher="one")))
+    found = looked(parse(flags(spoiled(change, splits), tmp_path / "out", teacher="one")))
     assert found[check].grade == Grade.FAULT
     assert word in found[check].text
+    assert splits == "*" or found[check].text.endswith(f"(in the split {splits})")
+
+
+def test_inverted_masks_of_one_split_show_without_a_teacher(spoiled, tmp_path: Path):
+    """Together with the other split half of the border would be foreground."""
+    found = looked(parse(flags(spoiled(lambda m: 255 - m, "validation"), tmp_path / "out")))
+    assert bad(found) == {"foreground": "note"}
+    assert found["foreground"].text.endswith("(in the split validation)")
+
+
+def test_a_folder_of_smp_does_not_say_what_size_it_is_for(data: Path, tmp_path: Path):
+    """Our own default of 640 px would be taken for what it was trained with."""
+    smp.Unet("mobilenet_v2", encoder_weights=None).save_pretrained(str(tmp_path / "smp"))
+    found = looked(parse(flags(data, tmp_path / "out", teacher=tmp_path / "smp")))
+    assert "teacher size" not in found
+    own = save_network(tmp_path / "own")
+    found = looked(parse(flags(data, tmp_path / "out", teacher=own)))
+    assert found["teacher size"].text == "made for 64 px, gets 64 px"
 
 
 def test_a_saved_student_judges_where_there_is_no_teacher(data: Path, tmp_path: Path):

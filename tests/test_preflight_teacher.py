@@ -94,7 +94,8 @@ def test_a_teacher_no_better_than_a_constant_is_found():
     assert constant == pytest.approx(float(background) / 2)
     assert quality_finding(constant, constant, "background", 6).grade == Grade.FAULT
     assert quality_finding(float("nan"), constant, "background", 6).grade == Grade.FAULT
-    assert quality_finding(constant + 0.01, constant, "background", 6).grade == Grade.OK
+    assert quality_finding(constant + 0.01, constant, "background", 6).grade == Grade.NOTE
+    assert quality_finding(constant + 0.11, constant, "background", 6).grade == Grade.OK
 
 
 def test_a_constant_is_judged_on_the_pixels_that_count():

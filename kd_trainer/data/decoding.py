@@ -8,6 +8,7 @@ decoded. Whatever is wrong with a file is a `BadSampleError` that names it.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Any
 
@@ -179,7 +180,8 @@ def _too_large(size: str, name: str) -> BadSampleError:
 
 def _unreadable(error: Exception, name: str) -> BadSampleError:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return _too_large(str(error).partition(" exceeds")[0], name)
+        pixels = re.search(r"\d+", str(error))
+        return _too_large(f"{int(pixels[0]):,}" if pixels else "more", name)
     reason = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = f"it is none of {', '.join(FORMATS)}, or its head is broken"

@@ -92,7 +92,15 @@ def quality_finding(figure: float, constant: float, name: str, images: int) -> F
             "Check that it is the right checkpoint, trained for these classes and masks, and that "
             "it is fed with its own normalisation.",
         )
-    return ok(check, f"mIoU {figure:.3f} {where} ({name} everywhere: {constant:.3f})")
+    shown = f"mIoU {figure:.3f} {where} ({name} everywhere: {constant:.3f})"
+    if not knows_something(figure, constant):
+        return note(
+            check,
+            f"hardly better than one class everywhere: {shown}",
+            "Look at some masks and at what the teacher finds. So little also keeps faults of "
+            "masks and normalisation from being found here.",
+        )
+    return ok(check, shown)
 
 
 def student_finding(teacher: float, student: float) -> Finding:

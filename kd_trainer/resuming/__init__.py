@@ -2,7 +2,12 @@
 
 from kd_trainer.resuming.stopping import Stopped, StopRequest, stoppable
 from kd_trainer.resuming.together import together
-from kd_trainer.resuming.trainer import ResumableTrainer, newest_checkpoint, own_generator
+from kd_trainer.resuming.trainer import (
+    ResumableTrainer,
+    newest_checkpoint,
+    own_generator,
+    settle_all,
+)
 
 __all__ = [
     "ResumableTrainer",
@@ -10,6 +15,7 @@ __all__ = [
     "Stopped",
     "newest_checkpoint",
     "own_generator",
+    "settle_all",
     "stoppable",
     "together",
 ]

@@ -237,6 +237,11 @@ class ResumableTrainer(Trainer):
         finally:
             args.save_total_limit = limit
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """With `save_strategy best` this decides on a save, which a stop needs in any case."""
+        best = super()._determine_best_metric(metrics, trial)
+        return best or (self.stop is not None and self.stop.agreed)
+
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Count the seconds of the parts before as well."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -254,11 +259,15 @@ def newest_checkpoint(args: TrainingArguments) -> Newest:
         FileNotFoundError: if there are no checkpoints.
         ValueError: if none of them is complete.
     """
-    output = Path(str(args.output_dir))
+    settle_all(args)
+    return newest_complete(Path(str(args.output_dir)))
+
+
+def settle_all(args: TrainingArguments) -> None:
+    """Finish or undo replacements in the output folder that were cut off, before anyone looks."""
     if args.process_index == 0:
-        settle(output)
+        settle(Path(str(args.output_dir)))
     PartialState().wait_for_everyone()
-    return newest_complete(output)
 
 
 def own_generator(loader: Any, args: TrainingArguments) -> Any:

@@ -11,7 +11,7 @@ from kd_trainer.checkpoints import check_complete, checkpoint_folders
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data.content import content_digest
 from kd_trainer.disk import check_writable
-from kd_trainer.resuming import newest_checkpoint
+from kd_trainer.resuming import newest_checkpoint, settle_all
 from kd_trainer.workflows.assemble import Parts
 
 
@@ -34,6 +34,7 @@ def find_checkpoint(run: RunArguments) -> Path | None:
     """
     args = run.training
     resume, output = args.resume, Path(str(args.output_dir))
+    settle_all(args)  # else one that waits to be replaced would be found by nobody here
     own = checkpoint_folders(output)
     if resume is None and own:
         raise ValueError(

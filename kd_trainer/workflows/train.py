@@ -15,7 +15,7 @@ from torch import nn
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.disk import writing
+from kd_trainer.disk import FolderLock, writing
 from kd_trainer.hub import check_access
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
@@ -63,8 +63,19 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
         run: the settings.
         stops: let SIGTERM and Ctrl-C save a checkpoint and raise `Stopped`.
     """
+    lock = FolderLock(Path(str(run.training.output_dir)))
+    try:
+        return _train(run, lock, stops=stops)
+    finally:
+        lock.release()
+
+
+def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any]:
+    first = run.training.process_index == 0
+    if first:
+        lock.take()  # of a folder that is there; a new one is made below
     checkpoint = find_checkpoint(run)  # before anything is written or takes long
-    if run.training.push_to_hub and run.training.process_index == 0:
+    if run.training.push_to_hub and first:
         private = bool(run.training.hub_private_repo)
         check_access(str(run.training.hub_model_id), private=private)
     parts = assemble(run)
@@ -83,7 +94,9 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
     trainer.facts = facts_of(run, parts)
     if checkpoint is not None:
         trainer.check_resume(checkpoint)
-    if trainer.is_world_process_zero():
+    if first:
+        output.mkdir(parents=True, exist_ok=True)
+        lock.take()
         _write_settings(run, parts, output)
     with stoppable(trainer) if stops else nullcontext():
         trained = trainer.train(str(checkpoint) if checkpoint else None).metrics
@@ -92,7 +105,7 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
     trainer.accelerator.wait_for_everyone()
     # All processes take part: where the weights are split among them, each has a share.
     weights = trainer.accelerator.get_state_dict(trainer.model)
-    if not trainer.is_world_process_zero():
+    if not first:
         return {}
     student_folder = output / "student"
     student = trainer.accelerator.unwrap_model(trainer.model)
@@ -114,7 +127,6 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
 
 def _write_settings(run: RunArguments, parts: Parts, output: Path) -> None:
     """What is known before the training."""
-    output.mkdir(parents=True, exist_ok=True)
     settings = yaml.safe_dump(run.resolved(), sort_keys=False)
     (output / "config.yaml").write_text(settings, encoding="utf-8")
     if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again

@@ -7,9 +7,11 @@ state is put back, so that a training goes the same way with and without its pre
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from kd_trainer.command_line import RunArguments
 from kd_trainer.evaluation import labels_of, pixel_statistics
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.preflight.counts import MARGIN, constant_miou, miou
+from kd_trainer.preflight.counts import ENOUGH, MARGIN, constant_miou, miou
 from kd_trainer.preflight.finding import Finding, Grade, ok
 from kd_trainer.preflight.loss import degenerate_finding, parameter_finding, share_finding
 from kd_trainer.preflight.masks import inverted_finding, mask_finding, occurrence_finding
@@ -80,6 +82,7 @@ class Preflight:
         self.seen = Seen(len(self.names), run.data.ignore_index)
         self.masks: dict[str, SplitMasks] = {}
         self.samples: list[dict[str, Tensor]] = []
+        self.splits: list[str] = []  # that the samples are of
         self.student = self._copy()
         self.constant = 0.0
         self.judged = False
@@ -112,20 +115,21 @@ class Preflight:
     def _masks(self) -> Iterator[Finding]:
         data, parts = self.run.data, self.parts
         named = {data.train_split: parts.train_dataset, data.eval_split: parts.eval_dataset}
-        skip, chosen = data.on_bad_sample == "skip", []
+        skip, chosen = data.on_bad_sample == "skip", dict[str, list[dict[str, Tensor]]]()
         for split, dataset in named.items():
             if dataset is None:
                 continue
             found = self.masks[split] = split_masks(dataset, self.limits.masks, skip_bad=skip)
             yield mask_finding(split, found.facts, complete=found.complete)
-            chosen.append(choose(dataset, found, self.limits.images, skip_bad=skip))
+            chosen[split] = choose(dataset, found, self.limits.images, skip_bad=skip)
         # In turn, so that few images are of both splits too.
-        longest = max(map(len, chosen))
-        self.samples = [own[i] for i in range(longest) for own in chosen if i < len(own)]
-        facts = [f for found in self.masks.values() for f in found.facts]
+        longest = max(map(len, chosen.values()))
+        turns = [(s, own[i]) for i in range(longest) for s, own in chosen.items() if i < len(own)]
+        self.splits, self.samples = [s for s, _ in turns], [sample for _, sample in turns]
         if len(self.names) == 2 and not self._has_guide:
-            yield inverted_finding(facts)
+            yield _worst(_of_split(inverted_finding(m.facts), s) for s, m in self.masks.items())
         if len(self.names) > 2:
+            facts = [f for found in self.masks.values() for f in found.facts]
             yield occurrence_finding(facts, self.names)
 
     @property
@@ -173,32 +177,55 @@ class Preflight:
 
     def _against_masks(self) -> Iterator[Finding]:
         """Masks that are inverted, mixed up or elsewhere, as a network sees it."""
-        seen = self.seen
-        guide = seen.teacher or seen.student
-        whose = "the teacher" if seen.teacher else "the student"
-        classes = classes_finding(seen.rows(guide), self.names, constant=self.constant, whose=whose)
+        classes = self._in_each_split(self._classes)
         yield classes
         if classes.grade == Grade.FAULT:
             self.judged = False  # what else could be said is but its consequence
             return
-        yield position_finding(
-            torch.stack(guide),
-            seen.labels(),
-            seen.num_labels,
-            ignore_index=seen.ignore_index,
-            constant=self.constant,
+        yield self._in_each_split(self._position)
+
+    def _in_each_split(self, check: Callable[[list[int]], Finding]) -> Finding:
+        """A check of all images, and if they pass of each split: half of them cannot outvote it."""
+        together = list(range(len(self.seen.samples)))
+        found = check(together)
+        if found.grade != Grade.OK:
+            return found
+        own = {s: [i for i in together if self.splits[i] == s] for s in set(self.splits)}
+        apart = [_of_split(check(o), s) for s, o in sorted(own.items()) if len(o) >= ENOUGH]
+        return _worst([found, *apart])
+
+    def _guide(self) -> tuple[list[Tensor], str]:
+        seen = self.seen
+        return (seen.teacher, "the teacher") if seen.teacher else (seen.student, "the student")
+
+    def _classes(self, images: list[int]) -> Finding:
+        guide, whose = self._guide()
+        rows = self.seen.rows(guide)[images]
+        return classes_finding(rows, self.names, constant=self._constant(images), whose=whose)
+
+    def _position(self, images: list[int]) -> Finding:
+        guide, whose = self._guide()
+        return position_finding(
+            torch.stack(guide)[images],
+            self.seen.labels()[images],
+            self.seen.num_labels,
+            ignore_index=self.seen.ignore_index,
+            constant=self._constant(images),
             whose=whose,
         )
 
+    def _constant(self, images: list[int]) -> float:
+        labels = self.seen.labels()[images]
+        return constant_miou(labels, self.seen.num_labels, self.seen.ignore_index)[0]
+
     def _sizes(self) -> Iterator[Finding]:
-        teacher = self.parts.teacher
+        teacher, folder = self.parts.teacher, Path(self.run.model.teacher)
         assert teacher is not None
-        network = teacher.network
-        # A bare state dict does not say what it was trained with.
-        if (
-            isinstance(network, SmpForSemanticSegmentation)
-            and Path(self.run.model.teacher).is_dir()
-        ):
+        network, file = teacher.network, folder / "config.json"
+        if not isinstance(network, SmpForSemanticSegmentation) or not file.is_file():
+            return  # a bare state dict does not say what it was trained with
+        # A folder of smp's own does not say so either.
+        if "image_size" in json.loads(file.read_text(encoding="utf-8")):
             given = teacher.image_size or self.run.data.image_size
             yield input_size_finding(int(network.config.image_size), given)
 
@@ -255,3 +282,16 @@ class Preflight:
         yield disk_finding(
             disk_need(self.run, self.parts), shutil.disk_usage(there).free, str(there)
         )
+
+
+def _of_split(finding: Finding, split: str) -> Finding:
+    """The finding with the name of the split in which something is wrong."""
+    if finding.grade == Grade.OK:
+        return finding
+    return replace(finding, text=f"{finding.text} (in the split {split})")
+
+
+def _worst(findings: Iterable[Finding]) -> Finding:
+    """The first fault, else the first note, else the first finding."""
+    order = [Grade.FAULT, Grade.NOTE, Grade.OK]
+    return min(findings, key=lambda finding: order.index(finding.grade))

@@ -79,10 +79,10 @@ def cost_findings(
     images = 0 if parts.eval_dataset is None else image_count(parts.eval_dataset)
     took = training_seconds(args, total, per_epoch, Speed(update, eval_seconds), images)
     scaled = "" if scale == 1 else f", measured with {batch} images"
+    each = f"{update:,.0f}" if update >= 10 else f"{update:.2g}"
     yield ok(
         "time",
-        f"about {duration(took)} for {total:,} updates of {update:.2g} s{scaled}, with all units "
-        "free",
+        f"about {duration(took)} for {total:,} updates of {each} s{scaled}, with all units free",
     )
 
 
