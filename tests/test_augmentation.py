@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kd_trainer.augmentation
-from kd_trainer.augmentation import FILL, OUTSIDE, Augmentation, SoftFog
+from kd_trainer.augmentation import FILL, OUTSIDE, Augmentation
 
 
 def make(kind, *, seed=0, size=32, probability=0.8):
@@ -70,11 +70,11 @@ def test_a_draw_ignores_and_leaves_the_global_generators():
 
 GROUPS = {
     "flip": (0.5, {"HorizontalFlip"}),
-    "colour": (0.8, {"ColorJitter", "HueSaturationValue", "RGBShift"}),
+    "colour": (0.8, {"FastColorJitter", "FastHueSaturationValue", "FastRGBShift"}),
     "light": (0.8, {"RandomBrightnessContrast", "CLAHE", "RandomGamma"}),
     "weather": (0.1, {"RandomRain", "SoftFog", "RandomSunFlare"}),
     "blur": (0.05, {"MotionBlur", "GaussianBlur", "MedianBlur"}),
-    "noise": (0.05, {"GaussNoise", "ISONoise"}),
+    "noise": (0.05, {"FastGaussNoise", "FastISONoise"}),
     "quality": (0.1, {"ImageCompression", "Downscale"}),
 }
 
@@ -165,17 +165,6 @@ def test_types_and_shapes_stay():
             image, mask = make(kind)(*picture(), epoch=0, index=index)
             assert (image.dtype, image.shape) == (np.uint8, (32, 32, 3))
             assert (mask.dtype, mask.shape) == (np.int16, (32, 32))
-
-
-def test_fog_brightens_smoothly_and_keeps_the_picture_visible():
-    image, _ = picture(64)
-    fog = SoftFog(p=1)
-    foggy = fog.apply(image, np.full((5, 5), 0.5, np.float32), 200)
-    np.testing.assert_allclose(foggy, image * 0.5 + 100, atol=1)
-    field = np.random.default_rng(0).uniform(0.1, 0.9, (5, 5)).astype(np.float32)
-    black = fog.apply(np.zeros_like(image), field, 200).astype(int)
-    assert np.abs(np.diff(black, axis=0)).max() < 20
-    assert fog(image=image)["image"].mean() > image.mean()
 
 
 def test_it_survives_pickling():
