@@ -1,8 +1,8 @@
 """Random changes of photographs and their masks: the lists `heavy`, `light` and `none`.
 
-albumentations 2.0.8 is unmaintained, so only this module and `fast_transforms` import it. Its own seeding
-gives every transform the same stream, makes DataLoader workers repeat each other, and lets rare
-groups fire together; here every draw is a function of (seed, epoch, index) and of nothing else.
+albumentations 2.0.8 is unmaintained, so only this module and `fast_transforms` import it. Its own
+seeding gives every transform the same stream, makes DataLoader workers repeat each other, and lets
+rare groups fire together; here a draw is a function of (seed, epoch, index) and of nothing else.
 """
 
 from __future__ import annotations

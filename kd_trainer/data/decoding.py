@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from kd_trainer.data.cells import BadSampleError, Cell, cell_name, read_cell
+from kd_trainer.data.plain_png import plain_png
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 """What PIL may read. Its other readers are many, and one of them starts Ghostscript."""
@@ -104,6 +105,9 @@ def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
     """
     name = cell_name(cell, index)
     data = read_cell(cell, name)
+    plain = plain_png(data, MAX_PIXELS)
+    if plain is not None:
+        return plain
     image = _open(data, name)
     if image.mode in ("1", "P"):
         return np.asarray(image)
