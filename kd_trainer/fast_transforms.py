@@ -28,16 +28,17 @@ _RAMP = np.arange(256, dtype=np.uint8).reshape(1, 256)
 
 
 class FastRGBShift(A.RGBShift):
-    """`RGBShift` in one saturated addition: the same pixels in a tenth of the time."""
+    """`RGBShift` in one saturated addition: the same pixels in half the time."""
 
     def apply(self, img: Pixels, noise_map: npt.NDArray[Any], **params: Any) -> Pixels:
         """Add to each channel of uint8 `img` (H, W, 3) its shift without the decimals."""
         del params
-        return np.asarray(cv2.add(img, (*np.trunc(noise_map).tolist(), 0)), np.uint8)
+        shift: Any = (*np.trunc(noise_map).tolist(), 0)  # cv2's types know no scalars
+        return np.asarray(cv2.add(img, shift), np.uint8)
 
 
 class FastHueSaturationValue(A.HueSaturationValue):
-    """`HueSaturationValue` through three tables: the same pixels in half the time."""
+    """`HueSaturationValue` through three tables: the same pixels in two thirds of the time."""
 
     def apply(
         self, img: Pixels, hue_shift: float, sat_shift: float, val_shift: float, **params: Any
@@ -61,9 +62,13 @@ class FastHueSaturationValue(A.HueSaturationValue):
 class FastColorJitter(A.ColorJitter):
     """`ColorJitter` with a hue that touches its own channel only: the same pixels."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.transforms = [*self.transforms[:3], _turn_hue]
+    def apply(self, img: Pixels, order: list[int], **params: Any) -> Pixels:
+        """Change brightness, contrast, saturation and hue of uint8 RGB `img` in the drawn order."""
+        steps = (*self.transforms[:3], _turn_hue)
+        factors = [params[name] for name in ("brightness", "contrast", "saturation", "hue")]
+        for step in order:
+            img = steps[step](img, factors[step])
+        return img
 
 
 def _turn_hue(img: Pixels, factor: float) -> Pixels:
@@ -186,7 +191,8 @@ class FastISONoise(A.ISONoise):
         if not len(places):
             return result
         flat = result.reshape(-1, 3)
-        hls = cv2.cvtColor(flat[places][None].astype(np.float32) / 255, cv2.COLOR_RGB2HLS)
+        floats = flat[places][None].astype(np.float32) / 255
+        hls: Any = cv2.cvtColor(floats, cv2.COLOR_RGB2HLS)
         hls[0, :, 0] += turns
         hls[0, :, 1] += lighter * (1 - hls[0, :, 1])
         changed = cv2.cvtColor(hls, cv2.COLOR_HLS2RGB)[0]
@@ -256,8 +262,8 @@ class SoftFog(A.RandomFog):
         """Blend uint8 `img` (H, W, 3) with white by the enlarged field, then blur it."""
         del params
         height, width = img.shape[:2]
-        share = np.rint(stays * 255).astype(np.uint8)
-        share = cv2.resize(share, (width, height), interpolation=cv2.INTER_CUBIC)
+        coarse = np.rint(stays * 255).astype(np.uint8)
+        share = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
         dark = cv2.multiply(
             cv2.bitwise_not(img), cv2.cvtColor(share, cv2.COLOR_GRAY2RGB), scale=1 / 255
         )
