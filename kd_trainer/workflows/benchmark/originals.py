@@ -30,7 +30,8 @@ def as_in_library(transform: Any) -> Any:
     """A copy of a transform with the method of albumentations in place of ours."""
     same: Any = copy(transform)
     if isinstance(same, FAST):
-        same.__class__ = type(same).__base__
+        original: Any = type(same).__base__
+        same.__class__ = original
         same._set_keys()  # the copy would still call the methods that were bound to ours
     return same
 
