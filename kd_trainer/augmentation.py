@@ -1,8 +1,8 @@
 """Random changes of photographs and their masks: the lists `heavy`, `light` and `none`.
 
-albumentations 2.0.8 is unmaintained, so nothing else in the package imports it. Its own seeding
-gives every transform the same stream, makes DataLoader workers repeat each other, and lets rare
-groups fire together; here every draw is a function of (seed, epoch, index) and of nothing else.
+albumentations 2.0.8 is unmaintained, so only this module and `fast_transforms` import it. Its own
+seeding gives every transform the same stream, makes DataLoader workers repeat each other, and lets
+rare groups fire together; here a draw is a function of (seed, epoch, index) and of nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ import numpy.typing as npt
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # importing it would ask a server for its version
 import albumentations as A
 
+from kd_trainer.fast_transforms import (
+    FastColorJitter,
+    FastGaussNoise,
+    FastHueSaturationValue,
+    FastISONoise,
+    FastRGBShift,
+    SoftFog,
+)
+
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.int16]
 
@@ -29,63 +38,15 @@ KINDS = ("heavy", "light", "none")
 FILL = (124, 116, 104)
 
 
-class SoftFog(A.ImageOnlyTransform):
-    """Fog as a blend with one light grey, whose density is a smooth low-resolution random field.
-
-    albumentations' RandomFog stamps thousands of circles (690 ms an image at 640 px, more than
-    half the cost of the whole list); this takes about 5 ms.
-
-    Args:
-        density_range: lowest and highest mean share of fog in a pixel, 0..1.
-        grey_range: lowest and highest grey level of the fog.
-        p: probability of applying the transform.
-    """
-
-    CELLS = 5
-
-    def __init__(
-        self,
-        density_range: tuple[float, float] = (0.2, 0.6),
-        grey_range: tuple[int, int] = (190, 240),
-        p: float = 0.5,
-    ) -> None:
-        super().__init__(p=p)
-        self.density_range = density_range
-        self.grey_range = grey_range
-
-    def get_params(self) -> dict[str, Any]:
-        """Draw the grey level and the field, the mean density times 0.5 to 1.5 in each cell."""
-        density = self.py_random.uniform(*self.density_range)
-        field = self.random_generator.uniform(0.5, 1.5, (self.CELLS, self.CELLS)) * density
-        return {
-            "field": field.astype(np.float32),
-            "grey": self.py_random.randint(*self.grey_range),
-        }
-
-    def apply(
-        self, img: Pixels, field: npt.NDArray[np.float32], grey: int, **params: Any
-    ) -> Pixels:
-        """Blend uint8 `img` (H, W, 3) with `grey` by the enlarged `field`."""
-        del params
-        height, width = img.shape[:2]
-        fog = cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
-        np.clip(fog, 0.0, 1.0, out=fog)
-        return np.asarray(cv2.blendLinear(np.full_like(img, grey), img, fog, 1.0 - fog), np.uint8)
-
-    def get_transform_init_args_names(self) -> tuple[str, ...]:
-        """Names of the constructor's arguments, for albumentations' printing."""
-        return ("density_range", "grey_range")
-
-
 def _heavy(image_size: int, brightness_contrast_probability: float) -> list[Any]:
     flare = max(1, round(0.3 * image_size))  # the library's 400 pixels would cover a small image
     return [
         A.HorizontalFlip(p=0.5),
         A.OneOf(
             [
-                A.ColorJitter(0.2, 0.2, 0.2, 0.1, p=1),
-                A.HueSaturationValue(p=1),
-                A.RGBShift(p=1),
+                FastColorJitter(0.2, 0.2, 0.2, 0.1, p=1),
+                FastHueSaturationValue(p=1),
+                FastRGBShift(p=1),
             ],
             p=0.8,
         ),
@@ -96,7 +57,7 @@ def _heavy(image_size: int, brightness_contrast_probability: float) -> list[Any]
         A.OneOf([A.RandomRain(p=1), SoftFog(p=1), A.RandomSunFlare(src_radius=flare, p=1)], p=0.1),
         A.OneOf([A.MotionBlur(p=1), A.GaussianBlur(p=1), A.MedianBlur(p=1)], p=0.05),
         # The library's own range is extreme: 54 grey levels on average, against 10 here.
-        A.OneOf([A.GaussNoise(std_range=(0.02, 0.08), p=1), A.ISONoise(p=1)], p=0.05),
+        A.OneOf([FastGaussNoise(std_range=(0.02, 0.08), p=1), FastISONoise(p=1)], p=0.05),
         # The library's defaults are no compression at all, and a quarter of the size.
         A.OneOf(
             [
@@ -127,7 +88,7 @@ def _light() -> list[Any]:
             fill_mask=OUTSIDE,
             p=0.7,
         ),
-        A.ColorJitter(0.15, 0.15, 0.15, 0.05, p=0.5),
+        FastColorJitter(0.15, 0.15, 0.15, 0.05, p=0.5),
     ]
 
 

@@ -63,8 +63,9 @@ def read_cell(cell: Cell | None, name: str) -> bytes:
         with fsspec.open(path, "rb") as remote:
             return bytes(remote.read())
     try:
-        _check_file(Path(path))
-        return Path(path).read_bytes()
+        file = Path(path)
+        _check_file(file)
+        return file.read_bytes()
     except FileNotFoundError:
         raise MissingFileError(
             f"Expected the file {path}, got nothing there. Was it moved after the data was listed?"

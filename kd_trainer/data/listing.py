@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from kd_trainer.data.decoding import image_shape
 
@@ -48,18 +50,20 @@ def missing_path(path: Path, what: str) -> FileNotFoundError:
 def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[Path]:
     """The image files directly in `folder`, sorted by name (so that row numbers never change)."""
     allowed = frozenset(suffixes)
-    found = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in allowed and not p.name.startswith(".")
+    # Names, not paths: of 100,000 files, paths take three times as long to sort.
+    names = sorted(
+        name
+        for name in os.listdir(folder)  # noqa: PTH208
+        if not name.startswith(".") and os.path.splitext(name)[1].lower() in allowed  # noqa: PTH122
     )
-    for path in found:
+    for name in names:
         # A half of a surrogate pair stands for a byte that is no UTF-8, which no table can store.
-        odd = [c for c in path.name if unicodedata.category(c) in ("Cc", "Cs")]
-        if odd:
+        if not name.isprintable() and any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
             raise ValueError(
-                f"Expected file names in UTF-8 without control characters, got {path.name!a} in "
+                f"Expected file names in UTF-8 without control characters, got {name!a} in "
                 f"{folder}. Rename the file."
             )
-    return found
+    return [folder / name for name in names]
 
 
 def show_names(names: Sequence[str]) -> str:
@@ -70,11 +74,18 @@ def show_names(names: Sequence[str]) -> str:
 
 def path_dataset(images: Sequence[Path], masks: Sequence[Path | None]) -> datasets.Dataset:
     """A data set of paths; nothing is read."""
-    rows = {
-        "image": [_cell(p) for p in images],
-        "mask": [None if p is None else _cell(p) for p in masks],
-    }
-    return datasets.Dataset.from_dict(rows, features=FEATURES)
+    columns = {"image": images, "mask": masks}
+    table = pa.table({name: _cells(paths) for name, paths in columns.items()})
+    info = datasets.DatasetInfo(features=FEATURES)
+    return datasets.Dataset(datasets.table.InMemoryTable(table), info=info)
+
+
+def _cells(paths: Sequence[Path | None]) -> pa.StructArray:
+    """A column of paths, made at once: from dictionaries 100,000 rows take a second."""
+    named = [None if path is None else str(path) for path in paths]
+    arrays = {"bytes": pa.nulls(len(named), pa.binary()), "path": pa.array(named, pa.string())}
+    missing = pa.array([path is None for path in paths])
+    return pa.StructArray.from_arrays(list(arrays.values()), list(arrays), mask=missing)
 
 
 def _cell(path: Path) -> dict[str, str | None]:

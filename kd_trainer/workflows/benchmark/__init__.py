@@ -1,0 +1,1 @@
+"""Measurements of speed and memory: what `scripts/benchmark.py` runs."""

@@ -1,0 +1,152 @@
+"""What makes the data path fast, without a clock; and the shape of what its measurements give."""
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from kd_trainer.augmentation import Augmentation
+from kd_trainer.data import MaskRule, SegmentationTransform, decoding, transform
+from kd_trainer.workflows.benchmark.data_growth import growth
+from kd_trainer.workflows.benchmark.data_path import augmentation_times, decoding_times
+from kd_trainer.workflows.benchmark.originals import FAST, as_in_library, members
+
+SIZE = 32
+
+
+def png(pixels):
+    return {"bytes": cv2.imencode(".png", pixels)[1].tobytes(), "path": None}
+
+
+def heavy():
+    return Augmentation("heavy", image_size=SIZE, seed=0, brightness_contrast_probability=0.8)
+
+
+def counted(monkeypatch, owner, name):
+    """Count the calls of `owner.name`, which still does its work."""
+    original, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.mark.parametrize(("mask_writer", "opened"), [("cv2", 1), ("PIL", 2)])
+def test_a_sample_reads_and_decodes_each_file_once(monkeypatch, tmp_path, mask_writer, opened):
+    """A second look at a file costs a third of the sample and changes no result."""
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    mask = (np.indices((40, 50)).sum(0) > 50).astype(np.uint8)
+    files = {"image": tmp_path / "a.jpg", "mask": tmp_path / "a.png"}
+    cv2.imwrite(str(files["image"]), picture)
+    if mask_writer == "cv2":
+        cv2.imwrite(str(files["mask"]), mask)
+    else:
+        Image.fromarray(mask.astype(bool)).save(files["mask"])
+    make = SegmentationTransform(
+        SIZE, MaskRule((0, 1)), augmentation="heavy", seed=0, brightness_contrast_probability=0.8
+    )
+    row = {name: {"bytes": None, "path": str(file)} for name, file in files.items()}
+    opens = counted(monkeypatch, Image, "open")
+    loads = counted(monkeypatch, decoding, "_load")
+    decodes = counted(monkeypatch, cv2, "imdecode")
+    reads = counted(monkeypatch, decoding, "read_cell")
+    resizes = counted(monkeypatch, transform, "resize_image")
+    index = next(i for i in range(99) if not compresses(make, i))
+    make(row, epoch=0, index=index)
+    assert len(reads) == 2
+    assert len(opens) == opened
+    assert len(loads) == opened - 1
+    assert len(decodes) == 1
+    assert len(resizes) == 1
+
+
+def compresses(make, index):
+    """Whether this draw has the JPEG compression, which decodes as well."""
+    make.augment.compose.save_applied_params = True
+    make.augment.reseed(epoch=0, index=index)
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    applied = make.augment.compose(image=image)["applied_transforms"]
+    make.augment.compose.save_applied_params = False
+    return any(name == "ImageCompression" for name, _ in applied)
+
+
+def test_a_photograph_that_cv2_cannot_take_is_opened_once(monkeypatch):
+    transparent = png(np.full((9, 9, 4), 200, np.uint8))
+    opens = counted(monkeypatch, Image, "open")
+    assert decoding.decode_photograph(transparent, 0).shape == (9, 9, 3)
+    assert len(opens) == 1
+
+
+def test_no_float_picture_passes_between_transforms():
+    """Floats are four times as many bytes for every later step and for the way to the device."""
+    image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    names = []
+    for member, _ in members(heavy().compose):
+        member.p = 1.0
+        changed = member(image=image.copy())["image"]
+        assert (changed.dtype, changed.shape) == (np.uint8, image.shape), type(member)
+        names.append(type(member).__name__)
+    assert len(names) == 17
+
+
+def test_the_slow_originals_are_not_in_the_list():
+    used = {type(member) for member, _ in members(heavy().compose)}
+    assert set(FAST) <= used
+    assert not used & {fast.__base__ for fast in FAST}
+
+
+def test_the_library_list_holds_the_originals_with_our_settings():
+    """A comparison with other settings, or with ourselves, would still print a ratio."""
+    pairs = [(member, as_in_library(member)) for member, _ in members(heavy().compose)]
+    for ours, theirs in pairs:
+        assert not isinstance(theirs, FAST)
+        assert type(theirs).__module__.startswith("albumentations")
+        assert isinstance(ours, type(theirs))
+        for bound in theirs._key2func.values():
+            assert bound.__self__ is theirs or not isinstance(ours, FAST)
+        settings = [vars(t) | {"random_generator": 0, "py_random": 0} for t in (ours, theirs)]
+        assert settings[0].keys() == settings[1].keys()
+    probabilities = [p for _, p in members(heavy().compose)]
+    assert sum(probabilities) == pytest.approx(0.5 + 0.8 + 0.8 + 0.1 + 0.05 + 0.05 + 0.1)
+
+
+def positive(values):
+    return all(value > 0 for value in values)
+
+
+def test_measurements_of_the_augmentation_have_every_transform():
+    found = augmentation_times(image_size=SIZE, repeats=2)
+    assert len(found["transforms"]) == 17
+    rows = found["transforms"].values()
+    assert all(set(row) == {"probability", "library", "ours"} for row in rows)
+    assert positive(value for row in rows for value in row.values())
+    ours = sum(row["probability"] * row["ours"] for row in rows)
+    assert found["list"]["ours"] == pytest.approx(ours)
+    assert found["list"]["library"] > found["list"]["without_normalize"]
+    assert found["list"]["ratio"] == pytest.approx(found["list"]["library"] / ours)
+    assert found["measured"] > 0
+
+
+def test_measurements_of_decoding_have_both_kinds_of_masks():
+    found = decoding_times(shape=(24, 32), repeats=3, count=2, image_size=SIZE)
+    assert set(found) == {"cv2", "PIL", "sample"}
+    for writer in ("cv2", "PIL"):
+        row = found[writer]
+        assert row["ratio"] == pytest.approx(row["pil"] / row["ours"])
+    assert positive(found["sample"].values())
+    assert set(found["sample"]) == {"none", "heavy"}
+
+
+def test_measurements_of_growth_have_each_size():
+    found = growth(counts=(3, 12), image_size=SIZE, samples=5)
+    assert set(found) == {"3", "12", "ratio"}
+    for count in ("3", "12"):
+        assert set(found[count]) == {"start", "mib", "map", "stream"}
+        assert positive(found[count].values())
+    assert found["12"]["mib"] > found["3"]["mib"]
+    assert found["ratio"]["map"] == pytest.approx(found["12"]["map"] / found["3"]["map"])
+    with pytest.raises(ValueError, match=r"at least one image and sample, got \[0\] and 5"):
+        growth(counts=(0,), samples=5)
