@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: on a CPU by its clock, on a GPU by events of its queue."""
+"""Where the time of a training step goes: by the clock on a CPU, by events on a GPU."""
 
 from __future__ import annotations
 
