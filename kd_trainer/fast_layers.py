@@ -40,7 +40,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _traced() -> bool:
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 class FastSwish(Swish):
@@ -49,7 +49,7 @@ class FastSwish(Swish):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
         if _traced():
-            return super().forward(x)  # type: ignore[no-any-return]
+            return super().forward(x)
         # In place it would save a copy of its input while training.
         return F.silu(x, inplace=self.inplace and not torch.is_grad_enabled())
 
@@ -60,10 +60,10 @@ class FastSqueezeExcite(SqueezeExcite):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W)."""
         if _traced() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
-            return super().forward(x)  # type: ignore[no-any-return]
+            return super().forward(x)
         squeezed = F.avg_pool2d(x, x.shape[-2:])
         excited = self.conv_expand(self.act1(self.conv_reduce(squeezed)))
-        return x * self.gate(excited)  # type: ignore[no-any-return]
+        return x * self.gate(excited)
 
 
 class FastDepthwise(nn.Conv2d):

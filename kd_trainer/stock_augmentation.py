@@ -5,11 +5,11 @@ Nothing trains with it: it is what the benchmark's plain loop uses, and what our
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # importing it would ask a server for its version
 import albumentations as A
-
-import kd_trainer.augmentation  # noqa: F401  -- keeps albumentations from asking a server
 
 
 def stock_list(image_size: int) -> Any:

@@ -23,6 +23,7 @@ from kd_trainer.callbacks import (
     ProgressiveUnfreezing,
     tensorboard_of,
 )
+from kd_trainer.compiling import allow_recompiles
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
 from kd_trainer.evaluation import (
@@ -44,14 +45,15 @@ from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.resuming import ResumableTrainer, own_generator, together
-from kd_trainer.teacher import Answers, Teacher
+from kd_trainer.teacher import Teacher
+from kd_trainer.teaching import TaughtTrainer
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
 
 Batch = dict[str, Any]
 
 
-class DistillationTrainer(ResumableTrainer, PublishingTrainer):
+class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
@@ -111,9 +113,9 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
         network: nn.Module = model
         use_fast_layers(network)
         network.to(memory_format=torch.channels_last)
-        # A plain attribute: inside the student the teacher would be saved, trained and counted.
-        self.teacher = None if teacher is None else teacher.to(args.device)
-        self._answers = self._made_answers()
+        self.teacher = self.placed(teacher)
+        if args.torch_compile:
+            allow_recompiles(self.timetable.units)
         self._statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
@@ -183,30 +185,6 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
             inputs["pixel_values"] = normalise(inputs["pixel_values"], self._statistics)
         return inputs
 
-    def _made_answers(self) -> Answers | None:
-        if self.teacher is None:
-            return None
-        args = self.args
-        return Answers(
-            self.teacher,
-            precision=str(self.accelerator.mixed_precision),
-            fold=args.fold_teacher,
-            backend=args.teacher_backend,
-            stream=args.teacher_stream,
-        )
-
-    def teacher_logits(self, pixel_values: Tensor, *, join: bool = True) -> Tensor | None:
-        """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
-
-        Without `join` they may still be on their way, and have to be joined before they are read.
-        """
-        if self._answers is None:
-            return None
-        # Without autocast the teacher would run in fp32 beside a bf16 student.
-        with self.accelerator.autocast():
-            logits = self._answers.ask(pixel_values)
-        return self._answers.join(logits) if join else logits
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -219,11 +197,9 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
         asks_teacher = self.loss_weights.kl > 0 or self.loss_weights.mse > 0
         teacher = self.teacher_logits(pixels, join=False) if asks_teacher else None
         outputs = model(pixel_values=pixels)
-        if self._answers is not None:
-            teacher = self._answers.join(teacher)
         terms = distillation_terms(
             outputs["raw_logits"],
-            teacher,
+            self.joined(teacher),
             inputs["labels"].long(),
             temperature=self.timetable.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,

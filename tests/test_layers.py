@@ -14,7 +14,7 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 300, 60, 5
 PORTABLE = ("modeling", "image_processing", "configuration_smp", "encoder_units", "weights")
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
-    ("losses", "schedules", "metrics", "fast_transforms", "extras", "fields", "statistics"),
+    ("losses", "schedules", "metrics", "fast_transforms", "fast_layers", "compiling", "extras", "fields", "statistics"),
     ("argument_checks", "augmentation", *PORTABLE),
     ("arguments",),
     ("command_line", "timetable", "data", "teacher", "checkpoints", "disk", "hub", "teacher_cache"),
@@ -27,7 +27,7 @@ LAYERS = (
         "reports",
         "fingerprint",
     ),
-    ("callbacks", "console", "inference", "preflight", "publishing", "resuming"),
+    ("callbacks", "console", "inference", "preflight", "publishing", "resuming", "teaching"),
     ("trainer",),
     ("workflows",),
     ("__init__",),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 
 from kd_trainer.fast_layers import FastDepthwise, FastSqueezeExcite, FastSwish, use_fast_layers
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import Answers, Teacher
+from kd_trainer.teacher import Answers
 from kd_trainer.teacher.folding import folded
 from kd_trainer.trainer import DistillationTrainer
 
@@ -132,7 +133,7 @@ def test_depthwise_gradient_in_bf16_is_nearer_to_float64_than_the_stock_one(size
     errors: dict[str, list[float]] = {}
     found: dict[str, list[Tensor]] = {}
     for name, module in (("exact", exact), ("stock", stock), ("quick", quick)):
-        own = pixels.to(exact.weight.dtype if name == "exact" else torch.float32)
+        own = pixels.to(exact.weight.dtype if name == "exact" else torch.float32).clone()
         own.requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
             result = module(own)
@@ -197,11 +198,12 @@ def test_prepared_teacher_answers_as_the_teacher_does_and_leaves_it_alone():
 
 
 def plain_trajectory(
-    student: SmpForSemanticSegmentation, teacher: Teacher, data: Squares, order: list[list[int]]
+    student: SmpForSemanticSegmentation, teacher: nn.Module, data: Squares, order: list[list[int]]
 ) -> list[float]:
     """Train in place on the images of `order`; gives the losses."""
-    mean = torch.tensor(student.config.image_mean).view(1, 3, 1, 1)
-    std = torch.tensor(student.config.image_std).view(1, 3, 1, 1)
+    dtype = next(student.parameters()).dtype
+    mean = torch.tensor(student.config.image_mean, dtype=dtype).view(1, 3, 1, 1)
+    std = torch.tensor(student.config.image_std, dtype=dtype).view(1, 3, 1, 1)
     wanted = [p for p in student.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in wanted if p.ndim > 1], "weight_decay": 0.01},
@@ -212,11 +214,11 @@ def plain_trajectory(
     losses = []
     for indices in order:
         samples = [data[i] for i in indices]
-        pixels = torch.stack([s["pixel_values"] for s in samples]).float() / 255
+        pixels = torch.stack([s["pixel_values"] for s in samples]).to(dtype) / 255
         pixels = (pixels - mean) / std
-        target = torch.stack([s["labels"] for s in samples]).float()[:, None]
+        target = torch.stack([s["labels"] for s in samples]).to(dtype)[:, None]
         with torch.no_grad():
-            answer = teacher.network(pixels).raw_logits
+            answer = teacher(pixels).raw_logits
         logits = student(pixels).raw_logits
         soft = torch.sigmoid(answer / 4)
         kl = 16 * (
@@ -236,7 +238,7 @@ def plain_trajectory(
             if p.grad is not None:
                 p.grad.mul_(min(1.0, 5.0 / (float(norm) + 1e-6)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -252,15 +254,27 @@ class Recorded(Squares):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "mobilenet_v2"])
+def distance(one: nn.Module, other: nn.Module) -> float:
+    """Mean absolute difference of all weights and running statistics."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    gaps = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])
+    return float(gaps.mean())
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", EFFICIENT])
 def test_ten_steps_are_those_of_the_plain_loop(tmp_path: Path, encoder: str):
-    """Every optimisation lies on this path: folded teacher, channels last, fused AdamW, shared
-    sums, pictures as bytes. None may change what is learned.
+    """Every optimisation lies on this path: folded teacher, other layers, channels last, fused
+    AdamW, pictures as bytes. None may change what is learned beyond what rounding does: BatchNorm
+    and Adam amplify that, so the measure is how far a plain loop in fp32 comes from one in float64.
     """
     teacher = tiny_teacher()
     used(teacher.network)
     student = tiny_student(encoder)
-    plain = copy.deepcopy(student)
+    for module in student.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0  # the loops would have to share their draws
+    plain, exact = copy.deepcopy(student), copy.deepcopy(student).double()
+    first = copy.deepcopy(student)
     data = Recorded(20)
     trainer = DistillationTrainer(
         student,
@@ -278,18 +292,14 @@ def test_ten_steps_are_those_of_the_plain_loop(tmp_path: Path, encoder: str):
     trainer.train()
     ours = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     order = [data.read[i : i + 2] for i in range(0, 20, 2)]
-    losses = plain_trajectory(plain, teacher, Squares(20), order)
-    assert ours == pytest.approx(losses, rel=1e-4)
-    assert max(losses) - min(losses) > 1e-2  # it learns: equal losses would show nothing
-    moved = total = 0.0
-    for (name, one), other in zip(
-        plain.state_dict().items(), student.state_dict().values(), strict=True
-    ):
-        # Adam divides by the gradient's size: where that is nothing but rounding, so is the step.
-        assert torch.allclose(other.float(), one.float(), rtol=1e-3, atol=2e-3), name
-        moved += float((other.float() - one.float()).abs().sum())
-        total += one.numel()
-    assert moved / total < 2e-5
+    losses = plain_trajectory(plain, teacher.network, data, order)
+    truth = plain_trajectory(exact, copy.deepcopy(teacher.network).double(), data, order)
+    assert ours[:3] == pytest.approx(truth[:3], rel=1e-5)
+    assert ours == pytest.approx(truth, rel=2e-3)
+    rounding = distance(plain, exact)
+    assert losses == pytest.approx(truth, rel=2e-3)
+    assert 0 < distance(student, exact) < 3 * rounding
+    assert 10 * rounding < distance(first, exact)  # a bound that a wrong step could not keep
 
 
 class Reads(TorchDispatchMode):

@@ -16,6 +16,7 @@ from kd_trainer.argument_checks import (
     check_sync_batchnorm,
     check_teacher_stream,
 )
+from kd_trainer.arguments.loading import set_loading
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
 from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
@@ -111,6 +112,12 @@ class DistillationArguments(TrainingArguments):
         "end", "Push at the `end` only, or the student of `every_save` during training too."
     )
     hub_private_repo: bool | None = help_field(None, "Push to a private repository.")
+    dataloader_num_workers: int | None = help_field(
+        None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
+    )
+    dataloader_persistent_workers: bool | None = help_field(
+        None, "Keep them between epochs (default: yes, where there are any)."
+    )
     # What the Trainer must not do behind our back: each stock default is a silent trap.
     logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
     remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
@@ -126,6 +133,7 @@ class DistillationArguments(TrainingArguments):
         if not self.output_dir:
             self.output_dir = "runs/distillation"
         self._check_schedules()
+        set_loading(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         check_run(self)
         check_hub(self)
         self._set_precision()

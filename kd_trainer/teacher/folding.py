@@ -50,7 +50,7 @@ def folded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
                 module.to(dtype)
     use_fast_layers(copied)
     copied.requires_grad_(False)
-    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return copied.to(memory_format=torch.channels_last)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -59,8 +59,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _rest_of(norm: nn.Module) -> nn.Module:
     """What timm's BatchNormAct2d does behind the normalisation, else nothing."""
-    activation = getattr(norm, "act", None)
-    return nn.Identity() if activation is None else nn.Sequential(norm.drop, activation)
+    layers = [getattr(norm, name, None) for name in ("drop", "act")]
+    return nn.Sequential(*(layer for layer in layers if isinstance(layer, nn.Module)))
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

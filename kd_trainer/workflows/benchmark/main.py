@@ -10,6 +10,8 @@ from typing import Any
 from kd_trainer.command_line import Parser, given_flags
 from kd_trainer.fields import add_fields, closest
 from kd_trainer.workflows.benchmark.arguments import TrainArguments
+from kd_trainer.workflows.benchmark.evaluation import EvaluationArguments, run_evaluation
+from kd_trainer.workflows.benchmark.processes import ProcessArguments, run_processes
 from kd_trainer.workflows.benchmark.steps import run_steps
 from kd_trainer.workflows.flags import command_parser, given_settings
 
@@ -26,13 +28,17 @@ class Part:
 # A further measurement is a line here.
 PARTS = {
     "train": Part("training steps: plain loop, student alone, ours", TrainArguments, run_steps),
+    "processes": Part("steps of several processes against one", ProcessArguments, run_processes),
+    "evaluation": Part(
+        "memory against the number of evaluation images", EvaluationArguments, run_evaluation
+    ),
 }
 DEFAULT = "train"
 
 
 def benchmark_parser(word: str) -> Parser:
     """The parser of one part."""
-    parts = "\n".join(f"  {name:<10} {part.about}" for name, part in PARTS.items())
+    parts = "\n".join(f"  {name:<12} {part.about}" for name, part in PARTS.items())
     parser = command_parser(
         f"benchmark.py {word}",
         f"Measure {PARTS[word].about}. Ratios are taken within one process, in turn.",

@@ -20,6 +20,7 @@ from kd_trainer.workflows.compare.runs import reset_peak_memory
 from kd_trainer.workflows.train import peak_memory_mib
 
 STEPS = 2
+MODULE = "kd_trainer.workflows.benchmark.memory"
 
 
 def measure_memory(name: str, args: StepArguments, folder: Path) -> dict[str, float]:
@@ -31,30 +32,47 @@ def measure_memory(name: str, args: StepArguments, folder: Path) -> dict[str, fl
     """
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(StepArguments)}
     job = {"name": name, "folder": str(folder), "args": values}
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, json.dumps(job)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_child(MODULE, job)
+
+
+def high_water_mib() -> float:
+    """Most memory since the last reset: of the GPU, else resident in this process.
+
+    Not from `getrusage`, whose figure a process takes over from the one that started it.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return peak_memory_mib()
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 2**10
+
+
+def run_child(module: str, job: dict[str, Any], *launcher: str) -> dict[str, Any]:
+    """Run a module of ours with a job as JSON, and read the JSON of its last line.
+
+    Raises:
+        RuntimeError: with what it printed, if it fails.
+    """
+    command = [sys.executable, *launcher, "-m", module, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"The measurement of the memory of {name} failed:\n{done.stderr}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"The measurement {module} failed:\n{done.stderr}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 
 
 def _child(job: dict[str, Any]) -> dict[str, float]:
     args = StepArguments(**job["args"])
     reset_peak_memory()
-    before = peak_memory_mib() if args.torch_device.type == "cpu" else 0.0
+    before = high_water_mib()
     networks = make_networks(args)
-    reset_peak_memory()
     contender = make_contender(job["name"], args, Path(job["folder"]), networks)
     del networks
+    reset_peak_memory()
     contender(STEPS)
-    if args.torch_device.type == "cuda":
-        torch.cuda.synchronize()
-    peak = peak_memory_mib()
+    peak = high_water_mib()
     return {"peak_mib": peak, "training_mib": peak - before}
 
 
