@@ -40,7 +40,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _traced() -> bool:
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 class FastSwish(Swish):
