@@ -112,10 +112,10 @@ class DistillationArguments(TrainingArguments):
         "end", "Push at the `end` only, or the student of `every_save` during training too."
     )
     hub_private_repo: bool | None = help_field(None, "Push to a private repository.")
-    dataloader_num_workers: int | None = help_field(
+    dataloader_num_workers: int = help_field(
         None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
     )
-    dataloader_persistent_workers: bool | None = help_field(
+    dataloader_persistent_workers: bool = help_field(
         None, "Keep them between epochs (default: yes, where there are any)."
     )
     # What the Trainer must not do behind our back: each stock default is a silent trap.
