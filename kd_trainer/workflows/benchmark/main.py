@@ -10,6 +10,7 @@ from typing import Any
 from kd_trainer.command_line import Parser, given_flags
 from kd_trainer.fields import add_fields, closest
 from kd_trainer.workflows.benchmark.arguments import TrainArguments
+from kd_trainer.workflows.benchmark.data_main import DataPathArguments, run_data
 from kd_trainer.workflows.benchmark.evaluation import EvaluationArguments, run_evaluation
 from kd_trainer.workflows.benchmark.processes import ProcessArguments, run_processes
 from kd_trainer.workflows.benchmark.steps import run_steps
@@ -28,6 +29,7 @@ class Part:
 # A further measurement is a line here.
 PARTS = {
     "train": Part("training steps: plain loop, student alone, ours", TrainArguments, run_steps),
+    "data": Part("augmentation, decoding, growth of the data", DataPathArguments, run_data),
     "processes": Part("steps of several processes against one", ProcessArguments, run_processes),
     "evaluation": Part(
         "memory against the number of evaluation images", EvaluationArguments, run_evaluation
