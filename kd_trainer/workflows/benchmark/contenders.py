@@ -80,8 +80,10 @@ def make_contender(name: str, args: StepArguments, folder: Path, networks: Netwo
     if name == "plain":
         return _plain(args, folder, networks)
     dataset = _dataset(args, folder)
-    teacher = None
+    teacher, extra = None, {}
     if name == "ours":
+        extra = {"torch_compile": args.compile, "compile_teacher": args.compile}
+        extra["teacher_stream"] = args.teacher_stream
         config = networks.student.config
         statistics = (config.image_mean, config.image_std)
         teacher = Teacher(
@@ -92,7 +94,7 @@ def make_contender(name: str, args: StepArguments, folder: Path, networks: Netwo
             input_mean=statistics[0],
             input_std=statistics[1],
         )
-    return lambda steps: train_turn(args, networks.student, teacher, dataset, steps=steps)
+    return lambda steps: train_turn(args, networks.student, teacher, dataset, steps=steps, **extra)
 
 
 def _plain(args: StepArguments, folder: Path, networks: Networks) -> Contender:
