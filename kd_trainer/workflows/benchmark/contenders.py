@@ -80,7 +80,8 @@ def make_contender(name: str, args: StepArguments, folder: Path, networks: Netwo
     if name == "plain":
         return _plain(args, folder, networks)
     dataset = _dataset(args, folder)
-    teacher, extra = None, {}
+    teacher: Teacher | None = None
+    extra: dict[str, bool] = {}
     if name == "ours":
         extra = {"torch_compile": args.compile, "compile_teacher": args.compile}
         extra["teacher_stream"] = args.teacher_stream
