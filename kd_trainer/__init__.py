@@ -1,16 +1,45 @@
-"""Knowledge distillation for image segmentation on the Hugging Face stack."""
+"""Knowledge distillation for image segmentation on the Hugging Face stack.
 
-from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.callbacks import ProgressiveUnfreezing
-from kd_trainer.configuration_smp import SmpConfig
-from kd_trainer.data import load_splits
-from kd_trainer.image_processing import SmpImageProcessor
-from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
-from kd_trainer.metrics import SegmentationCounts
-from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
-from kd_trainer.teacher import Teacher, load_teacher
-from kd_trainer.trainer import DistillationTrainer
+The public names are imported when they are first used: whoever only wants the command line should
+not wait for everything that a training needs.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+    from kd_trainer.callbacks import ProgressiveUnfreezing
+    from kd_trainer.configuration_smp import SmpConfig
+    from kd_trainer.data import load_splits
+    from kd_trainer.image_processing import SmpImageProcessor
+    from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
+    from kd_trainer.metrics import SegmentationCounts
+    from kd_trainer.modeling import SmpForSemanticSegmentation
+    from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
+    from kd_trainer.teacher import Teacher, load_teacher
+    from kd_trainer.trainer import DistillationTrainer
+
+_HOMES = {
+    "DataArguments": "arguments",
+    "DistillationArguments": "arguments",
+    "DistillationTrainer": "trainer",
+    "LossTerms": "losses",
+    "LossWeights": "losses",
+    "ModelArguments": "arguments",
+    "ProgressiveUnfreezing": "callbacks",
+    "SegmentationCounts": "metrics",
+    "SmpConfig": "configuration_smp",
+    "SmpForSemanticSegmentation": "modeling",
+    "SmpImageProcessor": "image_processing",
+    "Teacher": "teacher",
+    "TemperatureSchedule": "schedules",
+    "UnfreezeSchedule": "schedules",
+    "distillation_terms": "losses",
+    "load_splits": "data",
+    "load_teacher": "teacher",
+    "weighted_sum": "losses",
+}
 
 __all__ = [
     "DataArguments",
@@ -32,3 +61,13 @@ __all__ = [
     "load_teacher",
     "weighted_sum",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,8 +8,6 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from transformers.integrations.integration_utils import get_available_reporting_integrations
-
 from kd_trainer.fields import check_at_least, check_choice, check_folder
 
 _NO_RECOMPUTING = (
@@ -114,6 +112,9 @@ def _default(args: Any, name: str) -> Any:
 
 def check_reports(args: Any) -> None:
     """Refuse a tracker that is not installed."""
+    # Not above: it imports most of transformers, and the command line should answer at once.
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
     installed = get_available_reporting_integrations()
     missing = [name for name in args.report_to or () if name not in installed]
     if missing:
@@ -130,6 +131,14 @@ def check_sync_batchnorm(args: Any, on_gpu: bool) -> None:
         raise ValueError(
             f"Expected several GPUs with --sync_batchnorm, got {where}. Leave it out, or start "
             "with accelerate_configs/multi_gpu.yaml."
+        )
+
+
+def check_teacher_stream(args: Any, on_gpu: bool) -> None:
+    """Refuse a CUDA stream where there is no GPU."""
+    if args.teacher_stream and not on_gpu:
+        raise ValueError(
+            "Expected a GPU with --teacher_stream, got the CPU, which has no streams. Leave it out."
         )
 
 

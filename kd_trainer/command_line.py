@@ -47,7 +47,8 @@ _LEFT_OUT = frozenset(
 # configuration from a machine without a GPU would else keep the next one from using its own.
 _DERIVED = frozenset(
     {"use_cpu", "bf16", "fp16", "mixed_precision", "dataloader_pin_memory", "data_seed"}
-    | {"do_eval", "greater_is_better"}
+    | {"do_eval", "greater_is_better", "dataloader_num_workers"}
+    | {"dataloader_persistent_workers", "accelerator_config"}
 )
 
 # What a saved student has decided already.

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kd_trainer.compiling import compiled_graphs
 from kd_trainer.losses import LossTerms, LossWeights
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.timetable import Timetable
@@ -44,13 +45,18 @@ def watched(
     groups: Iterable[Mapping[str, Any]],
     update: int,
 ) -> dict[str, float]:
-    """What the schedules do at an update: temperature, free units, learning rate of each group."""
+    """What the schedules do at an update: temperature, free units, learning rate of each group.
+
+    Also, where something is compiled, how often it was: each unit that is freed means once more.
+    """
     rates = {
         f"lr/{group['name']}": group["initial_lr"] * timetable.rate(group["name"])(update)
         for group in groups
     }
     _, _, trainable = parameter_counts(model)
+    compiles = timetable.args.torch_compile or timetable.args.compile_teacher
     return {
+        **({"compiled_graphs": float(compiled_graphs())} if compiles else {}),
         "temperature": timetable.temperature(update),
         "free_units": float(model.free_units),
         "trainable_parameters": float(trainable),

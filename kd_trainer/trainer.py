@@ -23,6 +23,7 @@ from kd_trainer.callbacks import (
     ProgressiveUnfreezing,
     tensorboard_of,
 )
+from kd_trainer.compiling import allow_recompiles
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
 from kd_trainer.evaluation import (
@@ -38,19 +39,21 @@ from kd_trainer.evaluation import (
     pixel_statistics,
     terms_of,
 )
+from kd_trainer.fast_layers import use_fast_layers
 from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.resuming import ResumableTrainer, own_generator, together
 from kd_trainer.teacher import Teacher
+from kd_trainer.teaching import TaughtTrainer
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
 
 Batch = dict[str, Any]
 
 
-class DistillationTrainer(ResumableTrainer, PublishingTrainer):
+class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
@@ -108,9 +111,11 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
             **kwargs,
         )
         network: nn.Module = model
+        use_fast_layers(network)
         network.to(memory_format=torch.channels_last)
-        # A plain attribute: inside the student the teacher would be saved, trained and counted.
-        self.teacher = None if teacher is None else teacher.to(args.device)
+        self.teacher = self.placed(teacher)
+        if args.torch_compile:
+            allow_recompiles(self.timetable.units)
         self._statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
@@ -180,14 +185,6 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
             inputs["pixel_values"] = normalise(inputs["pixel_values"], self._statistics)
         return inputs
 
-    def teacher_logits(self, pixel_values: Tensor) -> Tensor | None:
-        """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher."""
-        if self.teacher is None:
-            return None
-        # Without autocast the teacher would run in fp32 beside a bf16 student.
-        with torch.no_grad(), self.accelerator.autocast():
-            return self.teacher(pixel_values)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -198,11 +195,11 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         pixels = inputs["pixel_values"]
         asks_teacher = self.loss_weights.kl > 0 or self.loss_weights.mse > 0
-        teacher = self.teacher_logits(pixels) if asks_teacher else None
+        teacher = self.teacher_logits(pixels, join=False) if asks_teacher else None
         outputs = model(pixel_values=pixels)
         terms = distillation_terms(
             outputs["raw_logits"],
-            teacher,
+            self.joined(teacher),
             inputs["labels"].long(),
             temperature=self.timetable.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,

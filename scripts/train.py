@@ -2,7 +2,15 @@
 
 from kd_trainer.command_line import parse
 from kd_trainer.workflows.run import run_script
-from kd_trainer.workflows.train import run_train
+
+
+def main() -> None:
+    """Parse, and only then import what a training needs: help and errors should come at once."""
+    run = parse()
+    from kd_trainer.workflows.train import run_train
+
+    run_train(run)
+
 
 if __name__ == "__main__":
-    run_script(lambda: run_train(parse()))
+    run_script(main)

@@ -18,6 +18,7 @@ from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, par
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.workflows import entry_points, push
+from kd_trainer.workflows.benchmark.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.workflows.compare.arguments import (
     CompareArguments,
     compare_parser,
@@ -39,6 +40,7 @@ PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
 FOREIGN = {"--config_file", "--logdir", "--quiet"}
 # Left empty as a default, and then set from the recipe's name, the launcher and the task.
 DERIVED = ("output_dir", "mixed_precision", "label_names", "greater_is_better")
+LOADING = ("dataloader_num_workers", "dataloader_persistent_workers")
 CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 # What the flags of each script but train.py belong to, and its words without a flag.
 SCRIPTS = {
@@ -75,6 +77,7 @@ def parsers():
         "train.py": parser(),
         "compare.py": compare_parser(),
         "doctor.py": doctor_parser(),
+        **{f"benchmark.py {word}": benchmark_parser(word) for word in PARTS},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entry_points, "given_flags", catch)
@@ -143,6 +146,9 @@ def test_documented_commands_parse(script: str, arguments: list[str], parsers, t
     if script == "compare.py":
         parse_comparison(arguments)
         return
+    if script == "benchmark.py":
+        parse_benchmark(arguments)
+        return
     if script not in ("train.py", "doctor.py"):
         given = vars(parsers[script].parse_args(arguments))
         hints = hints_of(SCRIPTS[script])
@@ -194,6 +200,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
         ("docs/training.md", 16),
         ("docs/publish.md", 5),
         ("docs/bad_input.md", 2),
+        ("docs/speed.md", 5),
     ],
 )
 def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
@@ -208,7 +215,7 @@ def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
             wanted = convert(name, default, hints[name])
             actual = getattr(holder, name)
             assert actual in (wanted, [wanted]), name
-        elif name not in DERIVED:
+        elif name not in (*DERIVED, *LOADING):
             assert getattr(holder, name) in (None, ""), name
         checked += 1
     assert checked >= least
@@ -223,6 +230,7 @@ def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
         ("docs/publish.md", "flag of push.py", push.PushArguments),
         ("docs/export.md", "flag of export.py", export_main.ExportArguments),
         ("docs/demo.md", "flag of demo.py", web_demo.WebDemoArguments),
+        ("docs/speed.md", "flag of benchmark.py train", PARTS["train"].arguments),
     ],
 )
 def test_documented_defaults_are_those_of_the_scripts(page: str, heading: str, cls: type):

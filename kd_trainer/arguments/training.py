@@ -14,7 +14,9 @@ from kd_trainer.argument_checks import (
     check_run,
     check_staged,
     check_sync_batchnorm,
+    check_teacher_stream,
 )
+from kd_trainer.arguments.loading import set_loading
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import LossWeights
 from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
@@ -33,6 +35,18 @@ class DistillationArguments(TrainingArguments):
     dice_weight: float = help_field(1.0, "Weight of the Dice loss.")
     task_weight: float = help_field(1.0, "Common factor of BCE and Dice.")
     pos_weight: float | None = help_field(None, "Weight of the foreground in a binary BCE.")
+    # How the teacher is asked.
+    fold_teacher: bool = help_field(
+        True,
+        "Ask a copy of the teacher whose BatchNorms are folded into its convolutions and whose "
+        "weights are cast once; its logits differ by rounding.",
+    )
+    compile_teacher: bool = help_field(
+        False, "torch.compile the teacher (the student: --torch_compile)."
+    )
+    teacher_stream: bool = help_field(
+        False, "On a GPU, let the teacher run on a stream of its own beside the student."
+    )
     # Temperature.
     temperature_schedule: str = help_field(
         "cosine", "cosine, linear, exponential, constant or piecewise."
@@ -98,6 +112,12 @@ class DistillationArguments(TrainingArguments):
         "end", "Push at the `end` only, or the student of `every_save` during training too."
     )
     hub_private_repo: bool | None = help_field(None, "Push to a private repository.")
+    dataloader_num_workers: int = help_field(
+        None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
+    )
+    dataloader_persistent_workers: bool = help_field(
+        None, "Keep them between epochs (default: yes, where there are any)."
+    )
     # What the Trainer must not do behind our back: each stock default is a silent trap.
     logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
     remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
@@ -113,6 +133,7 @@ class DistillationArguments(TrainingArguments):
         if not self.output_dir:
             self.output_dir = "runs/distillation"
         self._check_schedules()
+        set_loading(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         check_run(self)
         check_hub(self)
         self._set_precision()
@@ -129,7 +150,9 @@ class DistillationArguments(TrainingArguments):
         wanted = self.mixed_precision
         super().__post_init__()
         check_reports(self)
-        check_sync_batchnorm(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        check_sync_batchnorm(self, on_gpu=on_gpu)
+        check_teacher_stream(self, on_gpu=on_gpu)
         # The flag wins over the accelerate configuration, which arrives through the environment.
         self.mixed_precision = wanted or self.mixed_precision
         self._check_precision()
@@ -176,6 +199,11 @@ class DistillationArguments(TrainingArguments):
                 "Expected --mixed_precision bf16 or no on a CPU, got fp16, which would run in "
                 "fp32. Use bf16, here or in the accelerate configuration."
             )
+
+    @property
+    def teacher_backend(self) -> str | None:
+        """Backend of torch.compile for the teacher; None leaves it as it is."""
+        return (self.torch_compile_backend or "inductor") if self.compile_teacher else None
 
     @property
     def loss_weights(self) -> LossWeights:

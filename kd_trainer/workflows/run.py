@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 from transformers.utils.logging import disable_progress_bar
 
-from kd_trainer.resuming import Stopped
-
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
 
@@ -34,13 +32,18 @@ def run_script(main: Callable[[], None], *, go_on: str = GO_ON) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
-    except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{stop} {go_on}", file=sys.stderr)
-        sys.exit(stop.code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as stop:
+        # Not above: it imports the Trainer, and `--help` should answer at once.
+        from kd_trainer.resuming import Stopped
+
+        if not isinstance(stop, Stopped):
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stop} {go_on}", file=sys.stderr)
+        sys.exit(stop.code)
 
 
 def user_message(error: BaseException) -> str | None:

@@ -1,0 +1,89 @@
+"""How a training asks its teacher: a copy that has less to do, on a stream of its own if wanted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kd_trainer.teacher.folding import folded
+from kd_trainer.teacher.network import Teacher
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Answers:
+    """Asks a copy of the teacher that was made for this training, and leaves the teacher alone.
+
+    The copy is made at the first question: a run that never asks has none. It is no part of the
+    teacher, whose weights a run is recognised by.
+
+    Args:
+        teacher: on the device where it is to answer.
+        precision: of the autocast under which it will be asked: bf16, fp16, or else fp32.
+        fold: multiply BatchNorms into convolutions and cast weights once.
+        backend: of torch.compile, or None.
+        stream: answer on a CUDA stream of its own; callers then `join` before they read.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        precision: str,
+        fold: bool = True,
+        backend: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        self.teacher = teacher
+        self.fold = fold
+        self.backend = backend
+        self._type = _TYPES.get(precision, torch.float32)
+        self._stream = torch.cuda.Stream() if stream else None
+        self._prepared: Teacher | None = None
+
+    def prepared(self) -> Teacher:
+        """The teacher that is asked."""
+        if self._prepared is None:
+            self._prepared = self._prepare()
+        return self._prepared
+
+    def _prepare(self) -> Teacher:
+        if not self.fold and self.backend is None:
+            return self.teacher
+        other = copy.copy(self.teacher)
+        other._modules = dict(self.teacher._modules)
+        network: Any = self.teacher.network
+        if self.fold:
+            network = folded(network, self._type)
+        if self.backend is not None:
+            network = torch.compile(network, backend=self.backend)
+        other.network = network
+        return other
+
+    @torch.no_grad()
+    def ask(self, pixel_values: Tensor) -> Tensor:
+        """Logits fp32 (B, K, H, W) of normalised pictures (B, 3, H, W).
+
+        Call it under the autocast that was named. With a stream of its own the logits may not be
+        computed yet: see `join`.
+        """
+        teacher = self.prepared()
+        if self._stream is None:
+            return teacher(pixel_values)
+        # Not run yet on any GPU. The pictures come from the current stream; neither side may give
+        # memory back that the other still reads.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            logits: Tensor = teacher(pixel_values)
+        pixel_values.record_stream(self._stream)
+        return logits
+
+    def join(self, logits: Tensor | None) -> Tensor | None:
+        """Let the current stream wait for an answer; nothing to do without a stream of its own."""
+        if self._stream is not None and logits is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            logits.record_stream(torch.cuda.current_stream())
+        return logits

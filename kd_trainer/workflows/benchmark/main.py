@@ -1,0 +1,78 @@
+"""The command line of scripts/benchmark.py: one word says what is measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kd_trainer.command_line import Parser, given_flags
+from kd_trainer.fields import add_fields, closest
+from kd_trainer.workflows.benchmark.arguments import TrainArguments
+from kd_trainer.workflows.benchmark.data_main import DataPathArguments, run_data
+from kd_trainer.workflows.benchmark.evaluation import EvaluationArguments, run_evaluation
+from kd_trainer.workflows.benchmark.processes import ProcessArguments, run_processes
+from kd_trainer.workflows.benchmark.steps import run_steps
+from kd_trainer.workflows.flags import command_parser, given_settings
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of measurement."""
+
+    about: str
+    arguments: type
+    run: Callable[[Any], Any]
+
+
+# A further measurement is a line here.
+PARTS = {
+    "train": Part("training steps: plain loop, student alone, ours", TrainArguments, run_steps),
+    "data": Part("augmentation, decoding, growth of the data", DataPathArguments, run_data),
+    "processes": Part("steps of several processes against one", ProcessArguments, run_processes),
+    "evaluation": Part(
+        "memory against the number of evaluation images", EvaluationArguments, run_evaluation
+    ),
+}
+DEFAULT = "train"
+
+
+def benchmark_parser(word: str) -> Parser:
+    """The parser of one part."""
+    parts = "\n".join(f"  {name:<12} {part.about}" for name, part in PARTS.items())
+    parser = command_parser(
+        f"benchmark.py {word}",
+        f"Measure {PARTS[word].about}. Ratios are taken within one process, in turn.",
+        f"What can be measured (`benchmark.py NAME --help`), `{DEFAULT}` if no name is given:\n"
+        f"{parts}\n\n"
+        "Examples:\n  benchmark.py train --json speed.json\n"
+        "  benchmark.py train --free_units 0 --pairs 9\n"
+        "  benchmark.py train --dataset photos/ --image_size 640 --batch_size 16 --profile trace/",
+    )
+    add_fields(parser, PARTS[word].arguments, title=word)
+    return parser
+
+
+def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[Part, Any]:
+    """What is measured, and its settings.
+
+    Raises:
+        ValueError: on an unknown name, flag or value.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    word = words.pop(0) if words and not words[0].startswith("-") else DEFAULT
+    if word not in PARTS:
+        raise ValueError(
+            f"Expected one of {', '.join(PARTS)} to measure, got {word!r}.{closest(word, PARTS)}"
+        )
+    part = PARTS[word]
+    given = given_flags(benchmark_parser(word), words)
+    (own,) = given_settings((part.arguments,), given)
+    return part, part.arguments(**own)
+
+
+def benchmark_main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the file that is asked for."""
+    part, args = parse_benchmark(arguments)
+    part.run(args)

@@ -1,0 +1,400 @@
+"""What makes a step fast changes no result, and stays in place; nothing is timed here."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from kd_trainer.fast_layers import FastDepthwise, FastSqueezeExcite, FastSwish, use_fast_layers
+from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.teacher import Answers
+from kd_trainer.teacher.folding import folded
+from kd_trainer.trainer import DistillationTrainer
+
+EFFICIENT = "timm-efficientnet-b0"
+
+
+def used(network: nn.Module) -> nn.Module:
+    """A network whose BatchNorms have statistics and scales of their own, as after a training."""
+    draw = torch.Generator().manual_seed(3)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            shape = module.running_mean.shape
+            module.running_mean.copy_(0.3 * torch.randn(shape, generator=draw))
+            module.running_var.copy_(0.5 + torch.rand(shape, generator=draw))
+            module.weight.data.copy_(0.5 + torch.rand(shape, generator=draw))
+            module.bias.data.copy_(0.2 * torch.randn(shape, generator=draw))
+    return network.eval()
+
+
+def norms(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@torch.no_grad()
+def called_norms(network: nn.Module, pixels: Tensor) -> int:
+    """BatchNorms that a forward pass reaches: encoders may hold more."""
+    calls: list[nn.Module] = []
+    hooks = [
+        module.register_forward_hook(lambda m, *_: calls.append(m))
+        for module in network.modules()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    network(pixels)
+    for hook in hooks:
+        hook.remove()
+    return len(calls)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", EFFICIENT, "mobilenet_v2"])
+def test_folded_network_has_the_same_logits_in_float64(encoder: str):
+    """A scale folded into the wrong convolution would give a teacher that teaches something else,
+    with logits that look as good as any.
+    """
+    network = used(tiny_student(encoder)).double()
+    kept = copy.deepcopy(network.state_dict())
+    quick = folded(network, torch.float64)
+    pixels = torch.randn(2, 3, SIDE, 2 * SIDE, dtype=torch.float64)
+    with torch.no_grad():
+        expected, got = network(pixels).raw_logits, quick(pixels).raw_logits
+    assert expected.abs().max() > 1e-2
+    assert torch.allclose(got, expected, rtol=1e-10, atol=1e-10)
+    assert called_norms(quick, pixels) == 0 < called_norms(network, pixels)
+    assert all(torch.equal(kept[name], value) for name, value in network.state_dict().items())
+
+
+class Twice(nn.Module):
+    """A convolution whose result is read beside its BatchNorm, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 3, 1)
+        self.norm, self.other = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.shared = nn.Conv2d(3, 3, 1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        mapped = self.encoder(pixels)
+        once = self.norm(mapped) + mapped
+        return self.other(self.shared(once)) + self.shared(pixels)
+
+
+def test_a_convolution_that_is_read_elsewhere_is_not_folded():
+    """Its other readers would get the normalised result."""
+    network = used(Twice()).double()
+    quick = folded(network, torch.float64)
+    pixels = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    assert norms(quick) == 2
+    assert torch.allclose(quick(pixels), network(pixels), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fast_layers_have_the_same_values_and_gradients(dtype: torch.dtype):
+    """A student would otherwise be trained as a slightly different network than it is saved as."""
+    torch.manual_seed(0)
+    plain = used(tiny_student(EFFICIENT)).to(dtype)
+    quick = copy.deepcopy(plain)
+    use_fast_layers(quick)
+    kinds = {type(module) for module in quick.modules()}
+    assert {FastSwish, FastDepthwise, FastSqueezeExcite} <= kinds
+    assert quick.state_dict().keys() == plain.state_dict().keys()
+    pixels = torch.randn(2, 3, SIDE, SIDE, dtype=dtype)
+    for network in (plain, quick):
+        network(pixels).raw_logits.square().mean().backward()
+    assert torch.allclose(quick(pixels).raw_logits, plain(pixels).raw_logits, rtol=1e-4, atol=1e-5)
+    for (name, one), other in zip(plain.named_parameters(), quick.parameters(), strict=True):
+        if one.grad is not None:
+            worst = (other.grad - one.grad).abs().max() / one.grad.abs().max().clamp(min=1e-12)
+            assert worst < (1e-3 if dtype == torch.float32 else 1e-9), name
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (5, 2)])
+def test_depthwise_gradient_in_bf16_is_nearer_to_float64_than_the_stock_one(size: int, stride: int):
+    """Its backward pass is written by hand: a wrong one trains, only worse."""
+    torch.manual_seed(1)
+    stock = nn.Conv2d(8, 8, size, stride, size // 2, groups=8)
+    quick = copy.deepcopy(stock)
+    use_fast_layers(quick)
+    exact = copy.deepcopy(stock).double()
+    pixels = torch.randn(2, 8, 16, 16).bfloat16().float()
+    with torch.no_grad():
+        for module in (stock, quick, exact):
+            for parameter in module.parameters():
+                parameter.copy_(parameter.bfloat16())
+    errors: dict[str, list[float]] = {}
+    found: dict[str, list[Tensor]] = {}
+    for name, module in (("exact", exact), ("stock", stock), ("quick", quick)):
+        own = pixels.to(exact.weight.dtype if name == "exact" else torch.float32).clone()
+        own.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=name != "exact"):
+            result = module(own)
+        assert result.dtype == (torch.float64 if name == "exact" else torch.bfloat16)
+        slope = torch.linspace(-1, 1, result.numel()).view(result.shape).bfloat16()
+        result.backward(slope.to(result.dtype))
+        found[name] = [own.grad, module.weight.grad, module.bias.grad]
+    for name in ("stock", "quick"):
+        errors[name] = [
+            float((got.double() - right).norm() / right.norm())
+            for got, right in zip(found[name], found["exact"], strict=True)
+        ]
+    assert max(errors["quick"]) < 4e-3  # half a unit in the last place of bf16
+    assert all(q <= s + 1e-3 for q, s in zip(errors["quick"], errors["stock"], strict=True))
+
+
+def test_a_frozen_depthwise_convolution_passes_the_gradient_on():
+    """Units are frozen from the shallow end; what lies above still learns."""
+    layer = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+    use_fast_layers(layer)
+    layer.requires_grad_(False)
+    pixels = torch.randn(1, 4, 8, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(pixels).sum().backward()
+    assert layer.weight.grad is None
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_squeeze_and_excitation_averages_a_large_map_in_bf16():
+    """A sum of 16,384 numbers in bf16 would stop growing at 256."""
+    network = tiny_student(EFFICIENT)
+    use_fast_layers(network)
+    layer = next(m for m in network.modules() if isinstance(m, FastSqueezeExcite))
+    channels = layer.conv_reduce.in_channels
+    pixels = 1 + torch.rand(1, channels, 128, 128)
+    rounded = pixels.bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = layer(rounded)
+    expected = super(FastSqueezeExcite, layer).forward(rounded.float())
+    assert torch.allclose(got.float(), expected, rtol=3e-2)
+
+
+def test_prepared_teacher_answers_as_the_teacher_does_and_leaves_it_alone():
+    """A run is recognised by its teacher's weights; a copy for speed must not show there."""
+    torch.manual_seed(0)
+    teacher = tiny_teacher()
+    used(teacher.network)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    answers = Answers(teacher, precision="no")
+    got, expected = answers.ask(pixels), teacher(pixels)
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert answers.join(got) is got
+    assert called_norms(answers.prepared().network, pixels) == 0
+    assert called_norms(teacher.network, pixels) > 0
+    assert teacher.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert Answers(teacher, precision="no", fold=False).prepared() is teacher
+
+
+# The loop to hold the trainer against: fp32, contiguous, the whole step as a formula.
+
+
+def plain_trajectory(
+    student: SmpForSemanticSegmentation, teacher: nn.Module, data: Squares, order: list[list[int]]
+) -> list[float]:
+    """Train in place on the images of `order`; gives the losses."""
+    dtype = next(student.parameters()).dtype
+    mean = torch.tensor(student.config.image_mean, dtype=dtype).view(1, 3, 1, 1)
+    std = torch.tensor(student.config.image_std, dtype=dtype).view(1, 3, 1, 1)
+    wanted = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in wanted if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in wanted if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=False, fused=False)
+    student.train()
+    losses = []
+    for indices in order:
+        samples = [data[i] for i in indices]
+        pixels = torch.stack([s["pixel_values"] for s in samples]).to(dtype) / 255
+        pixels = (pixels - mean) / std
+        target = torch.stack([s["labels"] for s in samples]).to(dtype)[:, None]
+        with torch.no_grad():
+            answer = teacher(pixels).raw_logits
+        logits = student(pixels).raw_logits
+        soft = torch.sigmoid(answer / 4)
+        kl = 16 * (
+            soft * (F.logsigmoid(answer / 4) - F.logsigmoid(logits / 4))
+            + (1 - soft) * (F.logsigmoid(-answer / 4) - F.logsigmoid(-logits / 4))
+        )
+        probability = torch.sigmoid(logits).flatten(1)
+        flat = target.flatten(1)
+        dice = 1 - (2 * (probability * flat).sum(1) + 1) / (probability.sum(1) + flat.sum(1) + 1)
+        bce = -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits))
+        mse = (logits - answer).pow(2)
+        loss = 0.3 * kl.mean() + 0.5 * mse.mean() + 0.5 * bce.mean() + dice.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.pow(2).sum() for p in wanted if p.grad is not None))
+        for p in wanted:
+            if p.grad is not None:
+                p.grad.mul_(min(1.0, 5.0 / (float(norm) + 1e-6)))
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+class Recorded(Squares):
+    """Remembers which samples were read, in order."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.read: list[int] = []
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
+def distance(one: nn.Module, other: nn.Module) -> float:
+    """Mean absolute difference of all weights and running statistics."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    gaps = torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])
+    return float(gaps.mean())
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", EFFICIENT])
+def test_ten_steps_are_those_of_the_plain_loop(tmp_path: Path, encoder: str):
+    """Every optimisation lies on this path: folded teacher, other layers, channels last, fused
+    AdamW, pictures as bytes. None may change what is learned beyond what rounding does: BatchNorm
+    and Adam amplify that, so the measure is how far a plain loop in fp32 comes from one in float64.
+    """
+    teacher = tiny_teacher()
+    used(teacher.network)
+    student = tiny_student(encoder)
+    for module in student.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0  # the loops would have to share their draws
+    plain, exact = copy.deepcopy(student), copy.deepcopy(student).double()
+    first = copy.deepcopy(student)
+    data = Recorded(20)
+    trainer = DistillationTrainer(
+        student,
+        arguments(
+            tmp_path,
+            max_steps=10,
+            encoder_lr_scale=1.0,
+            min_learning_rate=1e-3,
+            weight_decay=0.01,
+            temperature_schedule="constant",
+        ),
+        teacher=teacher,
+        train_dataset=data,
+    )
+    trainer.train()
+    ours = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    order = [data.read[i : i + 2] for i in range(0, 20, 2)]
+    losses = plain_trajectory(plain, teacher.network, data, order)
+    truth = plain_trajectory(exact, copy.deepcopy(teacher.network).double(), data, order)
+    assert ours[:3] == pytest.approx(truth[:3], rel=1e-5)
+    assert ours == pytest.approx(truth, rel=2e-3)
+    rounding = distance(plain, exact)
+    assert losses == pytest.approx(truth, rel=2e-3)
+    assert 0 < distance(student, exact) < 3 * rounding
+    assert 10 * rounding < distance(first, exact)  # a bound that a wrong step could not keep
+
+
+class Reads(TorchDispatchMode):
+    """Names the operations that make the host wait for a value of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Inside(TrainerCallback):
+    """Watches from one log to the next, without the data, which is read on the host."""
+
+    def __init__(self) -> None:
+        self.reads = Reads()
+        self.steps = 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step in (2, 3):
+            self.steps += 1
+            self.reads.__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in (3, 4):
+            self.reads.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_step_between_logs_never_waits_for_the_device(tmp_path: Path, precision: str):
+    """One `.item()` a step leaves a GPU idle while the host queues the next one."""
+    inside = Inside()
+    trainer = DistillationTrainer(
+        tiny_student(EFFICIENT),
+        arguments(tmp_path, max_steps=5, logging_steps=100, mixed_precision=precision),
+        teacher=tiny_teacher(),
+        train_dataset=Squares(12),
+        callbacks=[inside],
+    )
+    trainer.train()
+    assert inside.steps == 2
+    assert inside.reads.found == []
+
+
+def test_the_watch_for_waiting_finds_an_item():
+    """A watch that sees nothing would call every step fast."""
+    with Reads() as reads:
+        torch.ones(()).item()
+    assert len(reads.found) == 1
+
+
+def test_teacher_is_not_asked_when_no_term_needs_it(tmp_path: Path, monkeypatch):
+    """Its forward pass would be paid for at each step, and no figure would show it."""
+    asked = []
+    monkeypatch.setattr(Answers, "ask", lambda self, pixels: asked.append(len(pixels)))
+    trainer = DistillationTrainer(
+        tiny_student(),
+        arguments(tmp_path, max_steps=2, kl_weight=0.0, mse_weight=0.0),
+        teacher=tiny_teacher(),
+        train_dataset=Squares(4),
+    )
+    trainer.train()
+    assert asked == []
+
+
+def test_what_makes_a_step_fast_is_in_place(tmp_path: Path):
+    """Each of these can be lost by a changed default, and only a clock would tell."""
+    seen: list[Tensor] = []
+    trainer = DistillationTrainer(
+        tiny_student(EFFICIENT),
+        arguments(tmp_path, max_steps=1, mixed_precision="bf16"),
+        teacher=tiny_teacher(),
+        train_dataset=Squares(4),
+    )
+    prepare = trainer._prepare_inputs
+    trainer._prepare_inputs = lambda inputs: (seen.append(inputs["pixel_values"]), prepare(inputs))[
+        1
+    ]
+    trainer.train()
+    assert [pixels.dtype for pixels in seen] == [torch.uint8]
+    assert trainer.optimizer.optimizer.defaults["fused"] is True
+    teacher = trainer._answers.prepared().network
+    assert norms(teacher) < norms(trainer.teacher.network)
+    assert teacher.decoder.blocks[0].conv1[0].weight.dtype == torch.bfloat16
+    assert {FastSwish, FastDepthwise} <= {type(m) for m in trainer.model.modules()}
+    weight = trainer.model.decoder.blocks[0].conv1[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_teacher_stream_is_refused_on_a_cpu(tmp_path: Path):
+    """It would silently do nothing."""
+    with pytest.raises(ValueError, match="Expected a GPU with --teacher_stream"):
+        arguments(tmp_path, teacher_stream=True)
