@@ -100,9 +100,9 @@ def check_output_size(student: SmpForSemanticSegmentation) -> None:
         ValueError: some options, such as `upsampling`, decide it.
     """
     side = student.config.image_size
-    twin = copy.deepcopy(student).to("meta").eval()
-    found = twin(torch.empty(1, 3, side, side, device="meta")).logits
-    if found is not None and tuple(found.shape[-2:]) != (side, side):
+    twin: Any = copy.deepcopy(student)
+    found = twin.to("meta").eval()(torch.empty(1, 3, side, side, device="meta")).logits
+    if tuple(found.shape[-2:]) != (side, side):
         got = "x".join(map(str, found.shape[-2:]))
         raise ValueError(
             f"Expected a student whose map has the size of its picture, {side}x{side}, got {got}. "
