@@ -82,7 +82,7 @@ WRONG = {
     ),
     "channels under another name": (
         {"arch": "fpn", "channels": [8]},
-        "by --student_options. Did you mean 'decoder_pyramid_channels'?",
+        "null takes back those of a recipe. Did you mean 'decoder_pyramid_channels'?",
     ),
 }
 

@@ -81,7 +81,8 @@ def _channels(model: ModelArguments, defaults: dict[str, Any]) -> Any:
         hint = nearest_hint("decoder_channels", [n for n in defaults if n not in _DECIDED])
         raise ValueError(
             f"Expected no --decoder_channels for {model.student_arch}, got "
-            f"{' '.join(map(str, channels))}. Its arguments are set by --student_options. {hint}"
+            f"{' '.join(map(str, channels))}. Its arguments are set by --student_options; "
+            f"--decoder_channels null takes back those of a recipe. {hint}"
         )
     one_number = isinstance(defaults["decoder_channels"], int)
     if one_number and len(channels) != 1:
