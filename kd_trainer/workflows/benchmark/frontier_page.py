@@ -81,7 +81,7 @@ def frontier_chart(rows: Sequence[Row], *, title: str) -> str:
     return line_chart(
         series,
         title=title,
-        x_label=f"ONNX Runtime, one thread, {rows[0]['side']} px (ms): fp32 right, int8 left",
+        x_label=f"ONNX Runtime, one thread, {rows[0]['side']} px (ms): int8 below fp32",
         y_label="mIoU",
         x_range=(0.0, longest * 1.05),
         background=True,
