@@ -52,7 +52,10 @@ _DERIVED = frozenset(
 )
 
 # What a saved student has decided already.
-_OF_A_NEW_STUDENT = ("student_arch", "student_encoder", "encoder_weights", "decoder_channels")
+_OF_A_NEW_STUDENT = (
+    *("student_arch", "student_encoder", "encoder_weights", "decoder_channels"),
+    "student_options",
+)
 
 
 @dataclasses.dataclass

@@ -20,6 +20,7 @@ from kd_trainer.command_line import (
 )
 
 PIECEWISE = ["--temperature_schedule", "piecewise", "--temperature_points", "0:3", "49:1"]
+LIGHT = "rgb_hierarchical_unet_v2_distillation_b0_light_from_b3_temp_prog"
 TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"
 
 
@@ -65,6 +66,13 @@ def test_default_of_every_field_is_that_of_the_recipe():
 def test_every_shipped_recipe_parses(name: str):
     """A recipe with a misspelt or removed field would fail only at its first user."""
     assert parse(["--config", name, "--dataset", "x"]).data.dataset == "x"
+
+
+def test_light_recipe_differs_in_the_decoder_alone():
+    """It is a copy, and a comparison with the recipe would measure what has drifted apart too."""
+    given = load_recipe(LIGHT)
+    assert given.pop("decoder_channels") == [64, 48, 32, 16, 8]
+    assert given == load_recipe(DEFAULT_RECIPE)
 
 
 def test_flags_override_the_recipe(tmp_path: Path):

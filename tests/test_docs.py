@@ -18,6 +18,7 @@ from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, par
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.workflows import entry_points, push
+from kd_trainer.workflows.benchmark import frontier_main
 from kd_trainer.workflows.benchmark.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.workflows.compare.arguments import (
     CompareArguments,
@@ -50,8 +51,9 @@ SCRIPTS = {
     "report.py": (entry_points.ReportArguments, *CLASSES),
     "push.py": (push.PushArguments,),
     "demo.py": (web_demo.WebDemoArguments, *CLASSES),
+    "frontier.py": (frontier_main.FrontierArguments,),
 }
-WORDS = ("model", "pictures", "run", "folder", "repo_id")
+WORDS = ("model", "models", "pictures", "run", "folder", "repo_id")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -83,12 +85,14 @@ def parsers():
         patch.setattr(entry_points, "given_flags", catch)
         patch.setattr(push, "given_flags", catch)
         patch.setattr(web_demo, "given_flags", catch)
+        patch.setattr(frontier_main, "given_flags", catch)
         mains = (
             ("eval.py", entry_points.evaluate_main),
             ("predict.py", entry_points.predict_main),
             ("report.py", entry_points.report_main),
             ("push.py", push.push_main),
             ("demo.py", web_demo.web_demo_main),
+            ("frontier.py", frontier_main.frontier_main),
         )
         for name, main in mains:
             with pytest.raises(CaughtError) as caught:
@@ -230,6 +234,7 @@ def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
         ("docs/publish.md", "flag of push.py", push.PushArguments),
         ("docs/export.md", "flag of export.py", export_main.ExportArguments),
         ("docs/demo.md", "flag of demo.py", web_demo.WebDemoArguments),
+        ("docs/frontier.md", "flag of frontier.py", frontier_main.FrontierArguments),
         ("docs/speed.md", "flag of benchmark.py train", PARTS["train"].arguments),
     ],
 )

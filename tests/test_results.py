@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
+from kd_trainer.workflows.benchmark.frontier_page import frontier_chart
+
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "when_it_pays.md")
+PAGES = tuple(
+    ROOT / name
+    for name in ("README.md", "docs/results.md", "docs/when_it_pays.md", "docs/frontier.md")
+)
+FRONTIER = ROOT / "docs" / "frontier.md"
+SEARCH = ROOT / "docs" / "results" / "frontier_search.json"
 COLUMNS = {
     "mIoU": "student_miou",
     "IoU person": "student_iou_foreground",
@@ -64,6 +72,28 @@ def compared(figures: dict, column: str) -> list[float]:
     return columns[column]
 
 
+def measured(figures: dict, column: str) -> list[float]:
+    """What a cell of the frontier's tables has to show, in its order."""
+    mib = figures["mib"]
+    single = {
+        "mIoU": figures["miou"],
+        "of the teacher's": figures["miou_share"] and 100 * figures["miou_share"],
+        "boundary IoU": figures["boundary_iou"],
+        "int8 mIoU": figures["int8_miou"],
+        "parameters (M)": figures["parameters"] / 1e6,
+        "GFLOP": figures["gflop"],
+        "in the encoder": figures["encoder_gflop"],
+        "MiB": mib["onnx"],
+        "MiB int8": mib["int8"],
+        "epochs": figures["epochs"],
+    }
+    if column in single:
+        return [] if single[column] is None else [single[column]]
+    engine = {"torch": "torch fp32", "ONNX Runtime": "onnxruntime fp32"}
+    name = engine.get(column, "onnxruntime int8")
+    return [figures["latency"][name]["median"], figures["speed"][name]]
+
+
 def same_figure(shown: str, value: float) -> bool:
     digits = len(shown.partition(".")[2])
     return abs(value - float(shown.replace(",", ""))) <= 0.5000001 * 10**-digits
@@ -98,9 +128,47 @@ def test_published_comparisons_are_those_of_the_files(page: Path):
             assert column != "gap closed" or too_small == ("too small" in cell), file.name
 
 
+def check_row(figures: dict, cells: dict[str, str], name: str) -> None:
+    for column, cell in list(cells.items())[1:]:
+        wanted, shown = measured(figures, column), NUMBER.findall(cell)
+        assert len(shown) == len(wanted), (name, column)
+        assert all(map(same_figure, shown, wanted)), (name, column)
+
+
+def test_published_frontier_is_that_of_the_files():
+    """The same for times, ratios and sizes of models."""
+    rows = figure_rows(FRONTIER, "model")
+    assert len(rows) > 3
+    for file, cells in rows:
+        check_row(json.loads(file.read_text(encoding="utf-8")), cells, file.name)
+
+
+def test_published_search_is_that_of_the_file():
+    """And of the decoders that were only timed: all of them, the bad ones too."""
+    figures = {row["name"]: row for row in json.loads(SEARCH.read_text(encoding="utf-8"))}
+    lines = FRONTIER.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| candidate |"))
+    header, *rows = (
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in takewhile(lambda line: line.startswith("|"), lines[start:])
+    )
+    shown = {row[0]: dict(zip(header, row, strict=True)) for row in rows[1:]}
+    assert shown.keys() == figures.keys()
+    for name, cells in shown.items():
+        check_row(figures[name], cells, name)
+
+
+def test_chart_of_the_frontier_is_drawn_from_the_files():
+    """A picture of an older measurement contradicts the table beside it, and nobody looks twice."""
+    files = list(dict.fromkeys(file for file, _ in figure_rows(FRONTIER, "model")))
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    drawn = (ROOT / "docs" / "images" / "frontier.svg").read_text(encoding="utf-8")
+    assert drawn.strip() == frontier_chart(rows, title="mIoU at 128 px, latency at 640 px")
+
+
 def test_every_result_file_is_published():
     """A run that did not fit the story would be easy to leave out."""
-    kinds = ("run", "setting")
+    kinds = ("run", "setting", "model")
     shown = {f.resolve() for page in PAGES for kind in kinds for f, _ in figure_rows(page, kind)}
     assert len(shown) > 3
-    assert shown == set((ROOT / "docs" / "results").glob("*.json"))
+    assert shown | {SEARCH} == set((ROOT / "docs" / "results").glob("*.json"))

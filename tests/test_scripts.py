@@ -164,6 +164,11 @@ TRAIN = {
         "one logit for two classes",
     ),
     "too few decoder channels": ("data", "--decoder_channels 16 8", "for 2 blocks"),
+    "unknown option of the decoder": (
+        "data",
+        "--student_options decoder_chanels=8",
+        "Did you mean 'decoder_channels'?",
+    ),
     "decoder channels of another kind": ("data", "--student_arch pan", "(default 32)"),
     "batch larger than the stream": ("data", "--batch_size 5 --streaming", "at least 5 training"),
     "unreadable photographs": (

@@ -39,6 +39,11 @@ class ModelArguments:
     decoder_channels: list[int] | None = help_field(
         None, "Channels of the student's decoder blocks, deepest first (fewer are faster)."
     )
+    student_options: list[str] | None = help_field(
+        None,
+        "Further arguments of the student's architecture, as KEY=VALUE: for fpn "
+        "decoder_pyramid_channels=64, say.",
+    )
     student: str | None = help_field(
         None, "A saved student (folder or Hub id) to go on from, instead of a new one."
     )
@@ -52,6 +57,12 @@ class ModelArguments:
             check_at_least("teacher_image_size", self.teacher_image_size, 32)
         for channels in self.decoder_channels or ():
             check_at_least("decoder_channels", channels, 1)
+        for option in self.student_options or ():
+            if not all(option.partition("=")):
+                raise ValueError(
+                    f"Expected --student_options like decoder_dropout=0.1, got {option!r}. Write "
+                    "KEY=VALUE without spaces around the sign."
+                )
 
     @property
     def has_teacher(self) -> bool:

@@ -24,6 +24,7 @@ from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.models import make_student, make_teacher
+from kd_trainer.workflows.student_options import student_options
 
 
 @dataclass
@@ -111,6 +112,8 @@ def assemble(run: RunArguments) -> Parts:
 
 def _check_together(run: RunArguments) -> None:
     """Refuse settings of model, data and training that do not go together."""
+    if run.model.student is None:
+        student_options(run.model)
     if not run.model.teacher:
         raise ValueError(
             "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "

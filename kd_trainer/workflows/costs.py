@@ -91,7 +91,7 @@ def costs(
             "latency": [],
         }
     if repeats > 0:
-        pixels = {name: _picture(sides[name]) for name in networks}
+        pixels = {name: picture(sides[name]) for name in networks}
         models = {name: onnx_bytes(net, sides[name]) for name, net in plain.items()}
         for threads in sorted({1, all_threads()}):
             calls: dict[str, Call] = {n: partial(net, pixels[n]) for n, net in plain.items()}
@@ -116,14 +116,15 @@ def picture_milliseconds(
     calls: dict[str, Call] = {}
     for name, network in networks.items():
         weight = next(network.parameters())
-        pixels = _picture(sides[name]).to(weight.device, weight.dtype)
+        pixels = picture(sides[name]).to(weight.device, weight.dtype)
         calls[name] = partial(RawLogits(network).eval(), pixels)
     threads = torch.get_num_threads()
     found = interleaved(calls, [], PICTURES, threads)
     return {f"{n}_ms": one.median for n, one in found.items()} | {"latency_threads": threads}
 
 
-def _picture(side: int) -> Tensor:
+def picture(side: int) -> Tensor:
+    """A normalised picture (1, 3, side, side) of noise, always the same."""
     return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 

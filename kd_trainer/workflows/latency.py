@@ -48,7 +48,21 @@ def interleaved(
     warm_up: int = 2,
     progress: bool = True,
 ) -> dict[str, Latency]:
-    """Time several calls with the same inputs, A B A B.
+    """Time several calls with the same inputs, A B A B; see `passes`."""
+    seconds = passes(calls, inputs, repeats, threads, warm_up=warm_up, progress=progress)
+    return {name: summary(values, threads) for name, values in seconds.items()}
+
+
+def passes(
+    calls: Mapping[str, Call],
+    inputs: Sequence[Any],
+    repeats: int,
+    threads: int,
+    *,
+    warm_up: int = 2,
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of several calls with the same inputs, A B A B.
 
     One after the other, a network that meets a busy or a hot machine would look slow; in turn, they
     share it. The order is turned round at every second pass, so that none always comes first.
@@ -61,6 +75,9 @@ def interleaved(
         warm_up: calls of each before those that are measured.
         progress: draw a bar where there is a terminal.
 
+    Returns:
+        By name, one value a pass: values of the same index were measured side by side.
+
     Raises:
         ValueError: if repeats or threads are below 1.
     """
@@ -70,13 +87,13 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls.items())
     with torch_threads(threads), torch.inference_mode():
-        passes = range(-warm_up, repeats)
-        for index in tqdm(passes, desc="latency", unit="pass", disable=None if progress else True):
+        indices = range(-warm_up, repeats)
+        for index in tqdm(indices, desc="latency", unit="pass", disable=None if progress else True):
             for name, call in order if index % 2 else reversed(order):
                 elapsed = _timed(call, inputs)
                 if index >= 0:
                     seconds[name].append(elapsed)
-    return {name: _summary(values, threads) for name, values in seconds.items()}
+    return seconds
 
 
 def _timed(call: Call, inputs: Sequence[Any]) -> float:
@@ -87,7 +104,8 @@ def _timed(call: Call, inputs: Sequence[Any]) -> float:
     return time.perf_counter() - start
 
 
-def _summary(seconds: list[float], threads: int) -> Latency:
+def summary(seconds: Sequence[float], threads: int) -> Latency:
+    """Median and 95th percentile of these calls."""
     median, high = np.percentile(np.asarray(seconds) * 1000, [50, 95])
     return Latency(float(median), float(high), len(seconds), threads)
 

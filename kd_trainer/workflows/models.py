@@ -13,6 +13,7 @@ from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, pa
 from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.tracking import check_finite_weights
 from kd_trainer.weights import SUFFIXES
+from kd_trainer.workflows.student_options import check_output_size, student_options
 
 
 def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:
@@ -25,9 +26,6 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
             student.config.id2label = data.id2label
             student.config.label2id = {name: index for index, name in data.id2label.items()}
         return student
-    options = {}
-    if model.decoder_channels is not None:
-        options["decoder_channels"] = tuple(model.decoder_channels)
     student = SmpForSemanticSegmentation.create(
         model.student_arch,
         model.student_encoder,
@@ -35,8 +33,9 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
         id2label=data.id2label,
         image_size=data.image_size,
         semantic_loss_ignore_index=data.ignore_index,
-        **options,
+        **student_options(model),
     )
+    check_output_size(student)
     check_finite_weights(student, f"encoder_weights {model.encoder_weights}")
     return student
 

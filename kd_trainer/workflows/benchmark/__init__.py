@@ -1,1 +1,1 @@
-"""Measurements of speed and memory: what `scripts/benchmark.py` runs."""
+"""Measurements of speed, memory and latency: what scripts/benchmark.py and frontier.py run."""
