@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from kd_trainer.fields import check_at_least, check_choice, check_folder
+from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
 
 _NO_RECOMPUTING = (
     "networks of smp cannot recompute their activations. To save memory, lower --batch_size and "
@@ -131,6 +131,23 @@ def check_sync_batchnorm(args: Any, on_gpu: bool) -> None:
             f"Expected several GPUs with --sync_batchnorm, got {where}. Leave it out, or start "
             "with accelerate_configs/multi_gpu.yaml."
         )
+
+
+TARGETS = ("online", "cached")
+
+
+def check_targets(args: Any) -> None:
+    """Refuse a folder of the teacher's logits that cannot be written, or that nobody would read."""
+    check_choice("teacher_targets", args.teacher_targets, TARGETS)
+    parse_size(args.teacher_cache_size, "teacher_cache_size")
+    if args.teacher_cache is not None:
+        check_folder("teacher_cache", args.teacher_cache)
+    for name in ("teacher_cache", "teacher_cache_size"):
+        if args.teacher_targets == "online" and getattr(args, name) != _default(args, name):
+            raise ValueError(
+                f"Expected --teacher_targets cached with --{name} {getattr(args, name)}, got "
+                "online, which keeps nothing. Add it, or leave the other out."
+            )
 
 
 def check_staged(args: Any) -> None:

@@ -44,13 +44,14 @@ from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.resuming import ResumableTrainer, own_generator, together
 from kd_trainer.teacher import Teacher
+from kd_trainer.teaching import TaughtTrainer
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
 
 Batch = dict[str, Any]
 
 
-class DistillationTrainer(ResumableTrainer, PublishingTrainer):
+class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
@@ -59,7 +60,8 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
         teacher: frozen network whose logits the student follows; None trains without one, and the
             weights of `kl` and `mse` are then 0.
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
-            samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W)).
+            samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
+            with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
         eval_dataset: the same for evaluation.
         ignore_index: label of the pixels that count nowhere.
         callbacks: more callbacks, after ours.
@@ -109,8 +111,7 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
         )
         network: nn.Module = model
         network.to(memory_format=torch.channels_last)
-        # A plain attribute: inside the student the teacher would be saved, trained and counted.
-        self.teacher = None if teacher is None else teacher.to(args.device)
+        self.teacher = self.placed(teacher)
         self._statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
@@ -180,14 +181,6 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
             inputs["pixel_values"] = normalise(inputs["pixel_values"], self._statistics)
         return inputs
 
-    def teacher_logits(self, pixel_values: Tensor) -> Tensor | None:
-        """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher."""
-        if self.teacher is None:
-            return None
-        # Without autocast the teacher would run in fp32 beside a bf16 student.
-        with torch.no_grad(), self.accelerator.autocast():
-            return self.teacher(pixel_values)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -198,7 +191,7 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         pixels = inputs["pixel_values"]
         asks_teacher = self.loss_weights.kl > 0 or self.loss_weights.mse > 0
-        teacher = self.teacher_logits(pixels) if asks_teacher else None
+        teacher = self.teacher_logits(inputs) if asks_teacher else None
         outputs = model(pixel_values=pixels)
         terms = distillation_terms(
             outputs["raw_logits"],
@@ -239,7 +232,7 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
         pixels, labels = inputs["pixel_values"], inputs["labels"]
         with torch.no_grad(), self.accelerator.autocast():
             student = model(pixel_values=pixels)["raw_logits"].float()
-            teacher = self.teacher_logits(pixels)
+            teacher = self.teacher_logits(inputs)
             rows = evaluation_rows(
                 student,
                 teacher,
@@ -273,11 +266,11 @@ class DistillationTrainer(ResumableTrainer, PublishingTrainer):
 
     def found_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
-        pixels = self._prepare_inputs(batch)["pixel_values"]
+        inputs = self._prepare_inputs(batch)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            student = self.model(pixel_values=pixels)["raw_logits"]
-            teacher = self.teacher_logits(pixels)
+            student = self.model(pixel_values=inputs["pixel_values"])["raw_logits"]
+            teacher = self.teacher_logits(inputs)
         return classes_of(student), None if teacher is None else classes_of(teacher)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -30,6 +30,7 @@ from kd_trainer.workflows.plan import describe, markdown_table
 from kd_trainer.workflows.preflight.start import check_before_training
 from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
 from kd_trainer.workflows.resume import facts_of, find_checkpoint
+from kd_trainer.workflows.teacher_targets import use_cached_targets
 
 LIBRARIES = (
     "torch",
@@ -81,6 +82,8 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
     parts = assemble(run)
     if checkpoint is None and not run.training.no_preflight:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
+    if run.training.teacher_targets == "cached":
+        use_cached_targets(run, parts)
     output = Path(str(run.training.output_dir))
     trainer = DistillationTrainer(
         parts.student,
