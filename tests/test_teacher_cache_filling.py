@@ -27,6 +27,7 @@ def worker(*words: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_goes_on_where_it_was(tmp_path: Path):
     """A half-written file would be read as logits; a lock that stays would stop everybody.
 

@@ -12,9 +12,11 @@ import torch
 from same_run import assert_resumes_exactly
 from small_runs import save_network, train_flags, write_pairs
 from test_resume import maker
-from tiny import Squares, arguments, tiny_student, tiny_teacher
+from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 
+from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import parse
+from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fingerprint import differences, settings_of
 from kd_trainer.teacher import Teacher
@@ -56,15 +58,13 @@ def calls_of_the_teacher(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def trained(folder: Path, **options: Any) -> DistillationTrainer:
     cached = options.get("teacher_targets") == "cached"
-    data = (
-        (WithLogits(6), WithLogits(5, offset=50)) if cached else (Squares(6), Squares(5, offset=50))
-    )
+    kind = WithLogits if cached else Squares
     trainer = DistillationTrainer(
         tiny_student(),
         arguments(folder, eval_strategy="epoch", load_best_model_at_end=False, **options),
         teacher=tiny_teacher(),
-        train_dataset=data[0],
-        eval_dataset=data[1],
+        train_dataset=kind(6),
+        eval_dataset=kind(5, offset=50),
     )
     trainer.train()
     return trainer
@@ -139,11 +139,21 @@ def test_samples_without_logits_are_refused_instead_of_asking(tmp_path: Path):
 
 
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path: Path):
-    """The logits come from the disk in both parts, with the draws of each."""
-    make = maker(
-        WithLogits(6), WithLogits(3, offset=9), eval_strategy="steps", eval_steps=1, **CACHED
+    """The logits come from the disk in all parts, moved by each sample's own draw."""
+    data = DataArguments(
+        dataset="synthetic",
+        image_size=SIDE,
+        synthetic_train=6,
+        synthetic_eval=3,
+        augmentation="light",
     )
-    assert_resumes_exactly(make, tmp_path, [1, 3, 5])
+    splits = load_splits(data)
+    both = zip(splits.values(), transforms(splits, data, seed=0), strict=True)
+    train, evaluated = (TransformedDataset(rows, transform) for rows, transform in both)
+    args = arguments(tmp_path, **CACHED, teacher_cache=str(tmp_path / "cache"))
+    use_cached_targets(args, tiny_teacher(), [train, evaluated])
+    make = maker(train, evaluated, eval_strategy="steps", eval_steps=1, **CACHED)
+    assert_resumes_exactly(make, tmp_path / "runs", [1, 3, 5])
 
 
 def test_where_the_logits_lie_is_no_part_of_a_run_but_their_kind_is(tmp_path: Path):
@@ -200,7 +210,7 @@ def test_a_run_learns_from_its_own_teacher_and_pictures(ground: Path, tmp_path: 
     """The logits of each sample, augmented or not, are the teacher's of that very picture."""
     run = parse(flags(ground, tmp_path, "--augmentation", "none", *cached(tmp_path / "cache")))
     parts = assemble(run)
-    use_cached_targets(run, parts)
+    use_cached_targets(run.training, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     statistics = pixel_statistics(parts.teacher, "cpu")
     for dataset in (parts.train_dataset, parts.eval_dataset):
         for index in range(len(dataset)):
@@ -214,12 +224,11 @@ def test_a_run_learns_from_its_own_teacher_and_pictures(ground: Path, tmp_path: 
 def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch):
     """Runs of several seeds share what they would else compute once each."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
-    assert cache_root(arguments(tmp_path, **CACHED)) == tmp_path / "own/kd_trainer/teacher_logits"
+    args = arguments(tmp_path, **CACHED)
+    assert cache_root(args) == tmp_path / "own" / "kd_trainer" / "teacher_logits"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert (
-        cache_root(arguments(tmp_path, **CACHED)) == tmp_path / ".cache/kd_trainer/teacher_logits"
-    )
+    assert cache_root(args) == tmp_path / ".cache" / "kd_trainer" / "teacher_logits"
 
 
 def script(*words: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, clean_picture
 from kd_trainer.data.cells import cell_name, read_cell
 from kd_trainer.evaluation import normalise, pixel_statistics
@@ -35,7 +34,6 @@ from kd_trainer.teacher_cache import (
     show_size,
 )
 from kd_trainer.teacher_cache.shards import BUCKETS
-from kd_trainer.workflows.assemble import Parts
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,40 +46,39 @@ def cache_root(args: DistillationArguments) -> Path:
     return Path(users).expanduser() / "kd_trainer" / "teacher_logits"
 
 
-def use_cached_targets(run: RunArguments, parts: Parts) -> None:
+def use_cached_targets(
+    args: DistillationArguments,
+    teacher: Teacher,
+    datasets: Sequence[TransformedDataset | StreamedDataset | None],
+) -> None:
     """Fill the cache with what is missing in it, and let the data sets read it.
 
     All processes of a run call this and share the work. The teacher ends on the CPU.
 
     Args:
-        run: the settings.
-        parts: its objects; the data sets get their targets.
+        args: where the cache lies, how large it may get, and the precision of the run.
+        teacher: is asked.
+        datasets: of one image size, for training and evaluation; they get their targets. None
+            stands for one that the run does not have.
 
     Raises:
         ValueError: if the logits do not fit the bound; or if a photograph changes meanwhile.
         OSError: if they cannot be written.
     """
-    args, teacher = run.training, parts.teacher
-    assert teacher is not None
-    size = run.data.image_size
+    began, pictures = time.monotonic(), _Pictures(datasets)
+    size, asked = pictures.size, 0
     ingredients = about(teacher, image_size=size, precision=args.mixed_precision or "no")
     room = Room(cache_root(args), parse_size(args.teacher_cache_size, "teacher_cache_size"))
     folder = room.root / folder_name(ingredients)
-    began, asked, images = time.monotonic(), 0, 0
-    pictures = _Pictures([parts.train_dataset, parts.eval_dataset], size)
+    images = pictures.numbers(args)
 
     def fill_it() -> None:
-        nonlocal asked, images
-        work = Work(
-            pictures.numbers(args),
-            pictures.look,
-            _asking(teacher, args),
-            # One by one on a CPU, where it costs nothing: rounding would depend on the company.
-            1 if args.device.type == "cpu" else args.per_device_eval_batch_size,
-            max(1, args.dataloader_num_workers),
-        )
+        nonlocal asked
+        # One by one on a CPU, where it costs nothing: rounding would depend on the company.
+        batch_size = 1 if args.device.type == "cpu" else args.per_device_eval_batch_size
+        threads = max(1, args.dataloader_num_workers)
+        work = Work(images, pictures.look, _asking(teacher, args), batch_size, threads)
         first = BUCKETS * args.process_index // args.world_size
-        images = len(work.images)
         asked = fill(folder, work, room, first=first, quiet=_quiet(args))
         describe(folder, json.dumps(ingredients, indent=1))
 
@@ -91,11 +88,10 @@ def use_cached_targets(run: RunArguments, parts: Parts) -> None:
     for dataset in pictures.datasets:
         dataset.transform.targets = cache
     if args.process_index == 0:
-        size_now = show_size(room.used().get(folder, 0))
-        took = time.monotonic() - began
+        taken, took = show_size(room.used().get(folder, 0)), time.monotonic() - began
         print(
-            f"teacher cache: {images:,} images, {asked:,} of them new, in {took:.0f} s; {size_now} "
-            f"in {folder}",
+            f"teacher cache: {len(images):,} images, {asked:,} of them new, in {took:.0f} s; "
+            f"{taken} in {folder}",
             flush=True,
         )
 
@@ -107,11 +103,9 @@ def _quiet(args: DistillationArguments) -> bool | None:
 class _Pictures:
     """The photographs of all data sets of a run, numbered through."""
 
-    def __init__(
-        self, datasets: list[TransformedDataset | StreamedDataset | None], size: int
-    ) -> None:
+    def __init__(self, datasets: Sequence[TransformedDataset | StreamedDataset | None]) -> None:
         self.datasets = [data for data in datasets if isinstance(data, TransformedDataset)]
-        self.size = size
+        self.size = self.datasets[0].transform.image_size
 
     def __len__(self) -> int:
         return sum(map(len, self.datasets))
@@ -138,10 +132,15 @@ class _Pictures:
     def numbers(self, args: DistillationArguments) -> dict[bytes, int]:
         """Number of a photograph by its digest; the processes of a run read a share each."""
         mine = range(args.process_index, len(self), args.world_size)
-        with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
-            found = pool.map(self.digest, mine)
-            bar = tqdm(found, "read images", len(mine), unit="image", disable=_quiet(args))
-            pairs = list(zip(bar, mine, strict=True))
+        pairs: list[tuple[bytes, int]] = []
+
+        def read() -> None:
+            with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
+                found = pool.map(self.digest, mine)
+                bar = tqdm(found, "read images", len(mine), unit="image", disable=_quiet(args))
+                pairs.extend(zip(bar, mine, strict=True))
+
+        together(args, read)
         if args.world_size > 1:
             shares: list[Any] = [None] * args.world_size
             dist.all_gather_object(shares, pairs)
