@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from same_run import assert_resumes_exactly
 from small_runs import save_network, train_flags, write_pairs
+from test_distributed import launch
 from test_resume import maker
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 
@@ -20,6 +23,7 @@ from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fingerprint import differences, settings_of
 from kd_trainer.teacher import Teacher
+from kd_trainer.teacher_cache import TargetCache
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.run import run_script
@@ -219,6 +223,20 @@ def test_a_run_learns_from_its_own_teacher_and_pictures(ground: Path, tmp_path: 
             found = sample["teacher_logits"].float()
             np.testing.assert_allclose(found.numpy(), own.numpy(), rtol=1e-3, atol=1e-5)
     assert len(parts.train_dataset) == 11
+
+
+@pytest.mark.distributed
+def test_two_processes_of_a_run_fill_one_folder_and_train_from_it(ground: Path, tmp_path: Path):
+    """Each image once, whichever process asked for it; and both read what the other wrote."""
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    words = [*flags(ground, run, *cached(cache)), "--batch_size", "1", "--epochs", "1"]
+    launch(str(Path(__file__).parents[1] / "scripts" / "train.py"), *words)
+    assert (run / "results.json").is_file()
+    (folder,) = cache.iterdir()
+    assert len(TargetCache(folder, (3, 64, 64))) == 16
+    assert yaml.safe_load((run / "config.yaml").read_text())["teacher_targets"] == "cached"
+    state = json.loads((run / "trainer_state.json").read_text())
+    assert state["max_steps"] == 5  # of 11 images, two at a time: there were two processes
 
 
 def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch):

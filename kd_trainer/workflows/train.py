@@ -82,8 +82,6 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
     parts = assemble(run)
     if checkpoint is None and not run.training.no_preflight:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
-    if run.training.teacher_targets == "cached" and parts.teacher is not None:
-        use_cached_targets(run.training, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     output = Path(str(run.training.output_dir))
     trainer = DistillationTrainer(
         parts.student,
@@ -101,6 +99,8 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
         output.mkdir(parents=True, exist_ok=True)
         lock.take()
         _write_settings(run, parts, output)
+    if run.training.teacher_targets == "cached" and parts.teacher is not None:
+        use_cached_targets(run.training, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     with stoppable(trainer) if stops else nullcontext():
         trained = trainer.train(str(checkpoint) if checkpoint else None).metrics
     trainer.check_finite()
