@@ -8,16 +8,18 @@ that it is compressed well on its own.
 
 from __future__ import annotations
 
-import zlib
+import math
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
 Half = npt.NDArray[np.float16]
 
-_LEVEL = 1  # 6 saves another 7 % and takes twice the time
+# Read five times as fast as zlib, and 10 % smaller; level 6 saves another 3 % at thrice the time.
+_CODEC = pa.Codec("zstd", compression_level=3)
 
 
 def as_half(logits: Tensor) -> Half:
@@ -39,7 +41,8 @@ def as_half(logits: Tensor) -> Half:
 def encode(logits: Half) -> bytes:
     """Compressed bytes of float16 logits."""
     planes = np.ascontiguousarray(logits).view(np.uint8).reshape(-1, 2).T
-    return zlib.compress(planes.tobytes(), _LEVEL)
+    compressed: bytes = _CODEC.compress(planes.tobytes(), asbytes=True)
+    return compressed
 
 
 def decode(data: bytes, shape: tuple[int, ...]) -> Half:
@@ -48,11 +51,12 @@ def decode(data: bytes, shape: tuple[int, ...]) -> Half:
     Raises:
         ValueError: if these are not the bytes of logits of this shape.
     """
+    count = math.prod(shape)
     try:
-        raw = zlib.decompress(data)
-    except zlib.error as error:
-        raise ValueError(str(error)) from None
-    if len(raw) != 2 * np.prod(shape):
-        raise ValueError(f"{len(raw)} bytes for {' x '.join(map(str, shape))} logits")
-    planes = np.frombuffer(raw, np.uint8).reshape(2, -1)
-    return np.ascontiguousarray(planes.T).view(np.float16).reshape(shape)
+        raw = _CODEC.decompress(data, 2 * count)
+    except OSError as error:  # so does pyarrow call it
+        raise ValueError(f"no {' x '.join(map(str, shape))} logits ({error})") from None
+    planes = np.frombuffer(raw, np.uint8).reshape(2, count)
+    pairs = np.empty((count, 2), np.uint8)
+    pairs[:, 0], pairs[:, 1] = planes[0], planes[1]  # five times as fast as copying planes.T
+    return pairs.view(np.float16).reshape(shape)
