@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from kd_trainer.fields import check_at_least, check_choice, check_folder
+from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
 
 _NO_RECOMPUTING = (
     "networks of smp cannot recompute their activations. To save memory, lower --batch_size and "
@@ -140,6 +140,29 @@ def check_teacher_stream(args: Any, on_gpu: bool) -> None:
         raise ValueError(
             "Expected a GPU with --teacher_stream, got the CPU, which has no streams. Leave it out."
         )
+
+
+TARGETS = ("online", "cached")
+
+
+def check_targets(args: Any) -> None:
+    """Refuse a folder of the teacher's logits that cannot be written, or that nobody would read."""
+    check_choice("teacher_targets", args.teacher_targets, TARGETS)
+    parse_size(args.teacher_cache_size, "teacher_cache_size")
+    if args.teacher_cache is not None:
+        check_folder("teacher_cache", args.teacher_cache)
+    for name in ("teacher_cache", "teacher_cache_size"):
+        if args.teacher_targets == "online" and getattr(args, name) != _default(args, name):
+            raise ValueError(
+                f"Expected --teacher_targets cached with --{name} {getattr(args, name)}, got "
+                "online, which keeps nothing. Add it, or leave the other out."
+            )
+    for name in ("compile_teacher", "teacher_stream"):
+        if args.teacher_targets == "cached" and getattr(args, name):
+            raise ValueError(
+                f"Expected --teacher_targets online with --{name}, got cached, which asks no teacher "
+                "while it trains. Leave one of them out."
+            )
 
 
 def check_staged(args: Any) -> None:

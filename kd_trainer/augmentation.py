@@ -29,6 +29,7 @@ from kd_trainer.fast_transforms import (
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.int16]
+Logits = npt.NDArray[np.float32]
 
 OUTSIDE = -1
 """Mask value of pixels that the geometry brought in from outside the photograph."""
@@ -76,10 +77,37 @@ def _heavy(image_size: int, brightness_contrast_probability: float) -> list[Any]
     ]
 
 
+class LogitAffine(A.Affine):
+    """`A.Affine`, which moves floating point maps linearly, and those with whole numbers nearest.
+
+    At the edge of the picture it goes on with the last value: what lies outside is masked, and
+    fading into it would change the pixels beside.
+    """
+
+    def apply_to_mask(
+        self,
+        mask: npt.NDArray[Any],
+        matrix: npt.NDArray[np.float64],
+        output_shape: tuple[int, int],
+        **params: Any,
+    ) -> npt.NDArray[Any]:
+        """Move a mask, or logits float32 (H, W, K), as the image is moved."""
+        if mask.dtype != np.float32:
+            return np.asarray(super().apply_to_mask(mask, matrix, output_shape, **params))
+        height, width = output_shape
+        bands = [  # cv2 takes at most four channels at a time
+            cv2.warpAffine(
+                mask[..., k], matrix[:2], (width, height), borderMode=cv2.BORDER_REPLICATE
+            )
+            for k in range(mask.shape[-1])
+        ]
+        return np.stack(bands, axis=-1)
+
+
 def _light() -> list[Any]:
     return [
         A.HorizontalFlip(p=0.5),
-        A.Affine(
+        LogitAffine(
             scale=(0.85, 1.2),
             keep_ratio=True,
             translate_percent=(-0.06, 0.06),
@@ -119,7 +147,8 @@ class Augmentation:
             "light": _light,
             "none": list,
         }[kind]()
-        self.compose = A.Compose(transforms)
+        # Of the kind `mask`, so that geometry moves logits and nothing else touches them.
+        self.compose = A.Compose(transforms, additional_targets={"logits": "mask"})
 
     def __call__(self, image: Pixels, mask: Mask, *, epoch: int, index: int) -> tuple[Pixels, Mask]:
         """Change one image.
@@ -139,6 +168,28 @@ class Augmentation:
         self.reseed(epoch=epoch, index=index)
         changed = self.compose(image=image, mask=mask)
         return changed["image"], changed["mask"]
+
+    def with_logits(
+        self, image: Pixels, mask: Mask, logits: Logits, *, epoch: int, index: int
+    ) -> tuple[Pixels, Mask, Logits]:
+        """The same change of the image and the mask, and its geometry on logits of the image.
+
+        Args:
+            image: uint8 RGB (H, W, 3).
+            mask: int16 (H, W), any values but `OUTSIDE`.
+            logits: float32 (H, W, K), moved with linear interpolation.
+            epoch: as in a call.
+            index: as in a call.
+
+        Returns:
+            Image and mask, bit for bit those of a call, and logits of the same shape, without
+            meaning where the mask is `OUTSIDE`.
+        """
+        if self.kind == "none":
+            return image, mask, logits
+        self.reseed(epoch=epoch, index=index)
+        changed = self.compose(image=image, mask=mask, logits=logits)
+        return changed["image"], changed["mask"], changed["logits"]
 
     def reseed(self, *, epoch: int, index: int) -> None:
         """Set both generators of every transform for one sample; takes about 30 microseconds."""

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any, Union
 
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def check_choice(name: str, value: object, options: tuple[str, ...]) -> None:
@@ -190,3 +194,20 @@ def parse_point(text: str) -> tuple[float, float]:
         raise ValueError(
             f"Expected --temperature_points like 0:4.0 10:2.0 49:1.0, got {text!r}."
         ) from None
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of a size such as 20GB, 500 MB or 1.5GiB.
+
+    Raises:
+        ValueError: if it is none, or zero.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    size = 0
+    if found is not None:
+        number, unit, binary = found[1], found[2].lower(), found[3]
+        units = _BINARY if binary else _UNITS
+        size = int(float(number) * units.get(unit, 0))
+    if size <= 0:
+        raise ValueError(f"Expected --{flag} as 20GB, 500MB or 1.5GiB, got {text!r}.")
+    return size

@@ -1,6 +1,8 @@
-"""A Trainer that asks a frozen teacher."""
+"""A Trainer that knows what its teacher says: it asks, or the batch brings the logits."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +24,10 @@ class TaughtTrainer(Trainer):
     _answers: Answers | None = None
 
     def placed(self, teacher: Teacher | None) -> Teacher | None:
-        """The teacher on the device, and ready to be asked."""
-        if teacher is None:
-            return None
+        """The teacher, on the device and ready to be asked unless its cached logits are enough."""
         args = self.args
+        if teacher is None or args.teacher_targets == "cached":
+            return teacher
         teacher = teacher.to(args.device)
         self._answers = Answers(
             teacher,
@@ -36,16 +38,28 @@ class TaughtTrainer(Trainer):
         )
         return teacher
 
-    def teacher_logits(self, pixel_values: Tensor, *, join: bool = True) -> Tensor | None:
+    def teacher_logits(self, inputs: dict[str, Any], *, join: bool = True) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
 
-        Without `join` they may still be on their way, and have to be joined before they are read.
+        Args:
+            inputs: a prepared batch, with `teacher_logits` where they are cached.
+            join: False if they may still be on their way, and are joined before they are read.
+
+        Raises:
+            ValueError: if they should be cached and are not there.
         """
-        if self._answers is None:
+        if self.teacher is None:
             return None
+        if self._answers is None:
+            if "teacher_logits" not in inputs:
+                raise ValueError(
+                    "Expected teacher_logits in every sample with --teacher_targets cached, got "
+                    f"{', '.join(inputs)}. Give them with the data, or use online."
+                )
+            return inputs["teacher_logits"].float()
         # Without autocast the teacher would run in fp32 beside a bf16 student.
         with torch.no_grad(), self.accelerator.autocast():
-            logits = self._answers.ask(pixel_values)
+            logits = self._answers.ask(inputs["pixel_values"])
         return self.joined(logits) if join else logits
 
     def joined(self, logits: Tensor | None) -> Tensor | None:

@@ -62,7 +62,8 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
         teacher: frozen network whose logits the student follows; None trains without one, and the
             weights of `kl` and `mse` are then 0.
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
-            samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W)).
+            samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
+            with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
         eval_dataset: the same for evaluation.
         ignore_index: label of the pixels that count nowhere.
         callbacks: more callbacks, after ours.
@@ -195,7 +196,7 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         pixels = inputs["pixel_values"]
         asks_teacher = self.loss_weights.kl > 0 or self.loss_weights.mse > 0
-        teacher = self.teacher_logits(pixels, join=False) if asks_teacher else None
+        teacher = self.teacher_logits(inputs, join=False) if asks_teacher else None
         outputs = model(pixel_values=pixels)
         terms = distillation_terms(
             outputs["raw_logits"],
@@ -236,7 +237,7 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
         pixels, labels = inputs["pixel_values"], inputs["labels"]
         with torch.no_grad(), self.accelerator.autocast():
             student = model(pixel_values=pixels)["raw_logits"].float()
-            teacher = self.teacher_logits(pixels)
+            teacher = self.teacher_logits(inputs)
             rows = evaluation_rows(
                 student,
                 teacher,
@@ -270,11 +271,11 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
 
     def found_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
-        pixels = self._prepare_inputs(batch)["pixel_values"]
+        inputs = self._prepare_inputs(batch)
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            student = self.model(pixel_values=pixels)["raw_logits"]
-            teacher = self.teacher_logits(pixels)
+            student = self.model(pixel_values=inputs["pixel_values"])["raw_logits"]
+            teacher = self.teacher_logits(inputs)
         return classes_of(student), None if teacher is None else classes_of(teacher)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -205,6 +205,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
         ("docs/publish.md", 5),
         ("docs/bad_input.md", 2),
         ("docs/speed.md", 5),
+        ("docs/teacher_cache.md", 2),
     ],
 )
 def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):

@@ -14,6 +14,7 @@ from kd_trainer.argument_checks import (
     check_run,
     check_staged,
     check_sync_batchnorm,
+    check_targets,
     check_teacher_stream,
 )
 from kd_trainer.arguments.loading import set_loading
@@ -35,7 +36,19 @@ class DistillationArguments(TrainingArguments):
     dice_weight: float = help_field(1.0, "Weight of the Dice loss.")
     task_weight: float = help_field(1.0, "Common factor of BCE and Dice.")
     pos_weight: float | None = help_field(None, "Weight of the foreground in a binary BCE.")
-    # How the teacher is asked.
+    # The teacher's answers.
+    teacher_targets: str = help_field(
+        "online",
+        "Ask the teacher in each update (`online`), or once for each clean image, before the "
+        "training (`cached`): its logits are kept on the disk and follow flips and affine changes, "
+        "while colour and noise change only what the student sees.",
+    )
+    teacher_cache: str | None = help_field(
+        None, "Folder of cached logits, shared by runs (default: kd_trainer in the user's cache)."
+    )
+    teacher_cache_size: str = help_field(
+        "20GB", "Most that the logits of all teachers in that folder may take."
+    )
     fold_teacher: bool = help_field(
         True,
         "Ask a copy of the teacher whose BatchNorms are folded into its convolutions and whose "
@@ -135,6 +148,7 @@ class DistillationArguments(TrainingArguments):
         self._check_schedules()
         set_loading(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         check_run(self)
+        check_targets(self)
         check_hub(self)
         self._set_precision()
         if self.data_seed is None:

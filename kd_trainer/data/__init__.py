@@ -7,14 +7,16 @@ from kd_trainer.data.masks import MaskRule, find_mask_rule
 from kd_trainer.data.pipeline import mask_rule, sample_rows, transforms, usable_splits
 from kd_trainer.data.sources import load_splits
 from kd_trainer.data.streaming import StreamedDataset
-from kd_trainer.data.transform import SegmentationTransform
+from kd_trainer.data.transform import SegmentationTransform, TeacherTargets, clean_picture
 
 __all__ = [
     "BadSample",
     "MaskRule",
     "SegmentationTransform",
     "StreamedDataset",
+    "TeacherTargets",
     "TransformedDataset",
+    "clean_picture",
     "collate",
     "find_mask_rule",
     "load_splits",

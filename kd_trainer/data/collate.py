@@ -12,7 +12,8 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples of equal size.
 
     Args:
-        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W), `distil_mask` (H, W).
+        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W), `distil_mask` (H, W), and the
+            `teacher_logits` (K, H, W) where they are cached.
 
     Returns:
         The same names with a leading batch axis; bytes stay bytes, the trainer normalises them.

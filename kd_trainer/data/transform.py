@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kd_trainer.augmentation import OUTSIDE, Augmentation
-from kd_trainer.data.cells import BadSampleError, cell_name
+from kd_trainer.data.cells import BadSampleError, Cell, cell_name, read_cell
 from kd_trainer.data.decoding import decode_mask, decode_photograph
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.image_processing import resize_image
@@ -32,6 +32,20 @@ def one_thread_per_worker(process: int) -> None:
         cv2.setNumThreads(0)
 
 
+class TeacherTargets(Protocol):
+    """Where the teacher's logits of an image are found by the bytes of its file."""
+
+    def logits(self, data: bytes, name: str) -> npt.NDArray[np.float16]:
+        """float16 (K, S, S) for the file `data`, which messages call `name`."""
+        ...
+
+
+def clean_picture(cell: Cell, index: int, size: int) -> Tensor:
+    """A photograph as every network sees it before any augmentation, uint8 (3, size, size)."""
+    image = torch.from_numpy(decode_photograph(cell, index))
+    return resize_image(image.permute(2, 0, 1), size, size)
+
+
 class SegmentationTransform:
     """Turns a row with an `image` and a `mask` into a sample.
 
@@ -45,9 +59,14 @@ class SegmentationTransform:
         seed: first of the three numbers (seed, epoch, index) that decide a draw.
         brightness_contrast_probability: of that group in `heavy`.
 
+    Attributes:
+        targets: the teacher's logits of the clean photographs; None leaves them out of the samples.
+
     Raises:
         ValueError: if `augmentation` is unknown or `seed` negative.
     """
+
+    targets: TeacherTargets | None = None
 
     def __init__(
         self,
@@ -78,24 +97,32 @@ class SegmentationTransform:
         Returns:
             `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S) with the rule's
             `ignore_index`, `distil_mask` bool (S, S): True where the labels count, and on a
-            photograph without a mask on every pixel that is not from outside of it.
+            photograph without a mask on every pixel that is not from outside of it. With `targets`
+            also `teacher_logits` float16 (K, S, S), moved as the mask is.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of photograph and mask differ, or the
                 mask holds values that the rule does not know. The message names the file.
         """
         one_thread_per_worker(os.getpid())
-        image = decode_photograph(row["image"], index)
+        targets: dict[str, Tensor] = {}
+        cell, logits = self._with_targets(row["image"], index)
+        image = decode_photograph(cell, index)
         labels = self._labels(row, image.shape[:2], index)
         size = self.image_size
         pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), size, size)
         mask = cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
-        changed, changed_mask = self.augment(
-            np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()),
-            mask.astype(np.int16),
-            epoch=epoch,
-            index=index,
-        )
+        clean = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
+        if logits is None:
+            changed, changed_mask = self.augment(*clean, epoch=epoch, index=index)
+        else:
+            # torch converts half precision ten times as fast as numpy.
+            maps = torch.from_numpy(logits).float().permute(1, 2, 0).contiguous().numpy()
+            changed, changed_mask, maps = self.augment.with_logits(
+                *clean, maps, epoch=epoch, index=index
+            )
+            moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
+            targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
         inside = changed_mask != OUTSIDE
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
@@ -107,7 +134,16 @@ class SegmentationTransform:
             "pixel_values": torch.from_numpy(planes(changed)),
             "labels": torch.from_numpy(ignored),
             "distil_mask": torch.from_numpy(followed),
+            **targets,
         }
+
+    def _with_targets(self, cell: Cell, index: int) -> tuple[Cell, npt.NDArray[np.float16] | None]:
+        """The photograph's cell, read but once, and the teacher's logits where they are known."""
+        if self.targets is None:
+            return cell, None
+        name = cell_name(cell, index)
+        data = read_cell(cell, name)
+        return {"bytes": data, "path": cell.get("path")}, self.targets.logits(data, name)
 
     def _labels(
         self, row: Mapping[str, Any], shape: tuple[int, ...], index: int

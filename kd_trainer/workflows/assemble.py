@@ -124,6 +124,17 @@ def _check_together(run: RunArguments) -> None:
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
             "photographs. Name a teacher, or leave --unlabelled out."
         )
+    if run.training.teacher_targets == "cached":
+        if not run.model.has_teacher:
+            raise ValueError(
+                "Expected a --teacher with --teacher_targets cached, got none. Name a teacher, or "
+                "leave it out."
+            )
+        if run.data.streaming:
+            raise ValueError(
+                "Expected indexed data with --teacher_targets cached, got --streaming, which does "
+                "not read the data before the training. Leave one of them out."
+            )
 
 
 def _check_channels(student: SmpForSemanticSegmentation) -> None:

@@ -30,6 +30,7 @@ from kd_trainer.workflows.plan import describe, markdown_table
 from kd_trainer.workflows.preflight.start import check_before_training
 from kd_trainer.workflows.report import Loaded, ReportArguments, build_report
 from kd_trainer.workflows.resume import facts_of, find_checkpoint
+from kd_trainer.workflows.teacher_targets import use_cached_targets
 
 LIBRARIES = (
     "torch",
@@ -98,6 +99,8 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
         output.mkdir(parents=True, exist_ok=True)
         lock.take()
         _write_settings(run, parts, output)
+    if run.training.teacher_targets == "cached" and parts.teacher is not None:
+        use_cached_targets(run.training, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     with stoppable(trainer) if stops else nullcontext():
         trained = trainer.train(str(checkpoint) if checkpoint else None).metrics
     trainer.check_finite()

@@ -57,7 +57,9 @@ def total_updates(args: DistillationArguments, per_epoch: int) -> int:
 
 def alone(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what only a teacher can use."""
-    return settings | {"teacher": "none", "unlabelled": None}
+    of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size")
+    kept = {name: value for name, value in settings.items() if name not in of_the_teacher}
+    return kept | {"teacher": "none", "unlabelled": None}
 
 
 def baseline_settings(

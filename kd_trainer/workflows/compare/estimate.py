@@ -14,6 +14,7 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts
+from kd_trainer.workflows.compare.budget import alone
 from kd_trainer.workflows.compare.runs import NOTE, PlannedRun, read_json
 from kd_trainer.workflows.image_counts import count_images
 
@@ -61,7 +62,7 @@ def measure_update(
     """Seconds of one update of a run.
 
     All units of the encoder are free, which is the slowest that the run gets. The first update
-    only warms up.
+    only warms up. With cached targets an update is one without a teacher.
 
     Args:
         run: its settings; nothing is written to its folder.
@@ -80,13 +81,15 @@ def measure_update(
         "unfreeze_start_epoch": 0,
         "unfreeze_every": 0,
     }
+    cached = run.training.teacher_targets == "cached"
+    given = alone(run.given) if cached else run.given
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        args = build(run.given | quiet | changed | {"output_dir": folder}).training
+        args = build(given | quiet | changed | {"output_dir": folder}).training
         trainer = DistillationTrainer(
             parts.student,
             args,
-            teacher=parts.teacher,
+            teacher=None if cached else parts.teacher,
             train_dataset=parts.train_dataset,
             ignore_index=run.data.ignore_index,
             processing_class=parts.processor,

@@ -28,7 +28,7 @@ COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
     {"kl_weight", "mse_weight", "temperature_schedule", "temperature_start", "temperature_end"}
-    | {"temperature_points", "temperature_per"}
+    | {"temperature_points", "temperature_per", "teacher_targets"}
 )
 
 
