@@ -160,8 +160,8 @@ def check_targets(args: Any) -> None:
     for name in ("compile_teacher", "teacher_stream"):
         if args.teacher_targets == "cached" and getattr(args, name):
             raise ValueError(
-                f"Expected --teacher_targets online with --{name}, got cached, which asks no teacher "
-                "while it trains. Leave one of them out."
+                f"Expected --teacher_targets online with --{name}, got cached, which asks no "
+                "teacher while it trains. Leave one of them out."
             )
 
 

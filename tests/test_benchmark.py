@@ -97,7 +97,7 @@ def test_drawn_pairs_are_photographs_with_masks_of_their_size(tmp_path: Path):
 
 
 def test_a_measurement_of_training_steps_runs(tmp_path: Path, capsys):
-    """The whole path with networks of seconds: data from the disk, three contenders, the file."""
+    """The whole path with networks of seconds: data from the disk, four contenders, the file."""
     file = tmp_path / "speed.json"
     flags = {
         "--dataset": str(write_pairs(tmp_path / "data", train=4)),
@@ -115,9 +115,10 @@ def test_a_measurement_of_training_steps_runs(tmp_path: Path, capsys):
     benchmark_main(["train", *(word for pair in flags.items() for word in pair)])
     printed = capsys.readouterr().out
     found = json.loads(file.read_text())
-    assert set(found["rounds"]) == {"plain", "student", "ours"}
-    assert set(found["ratios"]) == {"plain / ours", "ours / student", "plain / student"}
-    assert found["breakdown"]["ours"]["teacher"] > 0
+    assert set(found["rounds"]) == {"plain", "student", "ours", "cached"}
+    pairs = {"plain / ours", "ours / student", "plain / student"}
+    assert set(found["ratios"]) == pairs | {"plain / cached", "cached / student"}
+    assert found["breakdown"]["ours"]["teacher"] > found["breakdown"]["cached"]["teacher"]
     assert "teacher" not in found["breakdown"]["student"]
     for name, parts in found["breakdown"].items():
         assert sum(parts.values()) == pytest.approx(found["median"][name]["seconds"])
@@ -131,7 +132,7 @@ WRONG = {
     "unknown measurement": (["trian"], "Expected one of train, .* Did you mean train?"),
     "unknown flag": (["train", "--step", "3"], "got --step. Did you mean --steps?"),
     "no steps": (["--steps", "0"], "Expected --steps of at least 1, got 0"),
-    "contender": (["--contenders", "plain", "theirs"], "one of plain, student, ours, got 'theirs'"),
+    "contender": (["--contenders", "plain", "theirs"], "one of plain, student, ours, cached, got"),
     "uneven share": (["processes", "--batch_size", "3"], "divisible by 2 processes, got 3"),
     "number": (["evaluation", "--images", "many"], "Expected --images to be"),
 }

@@ -8,6 +8,7 @@ import torch
 
 from kd_trainer.fields import check_at_least, check_choice, help_field
 
+CONTENDERS = ("plain", "student", "ours", "cached")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -58,7 +59,7 @@ class TrainArguments(StepArguments):
     steps: int = help_field(10, "Measured steps of each contender in each pair.")
     pairs: int = help_field(5, "How often each contender has its turn.")
     contenders: list[str] = help_field(
-        ["plain", "student", "ours"], "Who takes part: plain, student, ours."
+        list(CONTENDERS), "Who takes part: plain, student, ours, cached (ours, with that)."
     )
     memory: bool = help_field(True, "Measure the peak memory of each in a process of its own.")
     json: str | None = help_field(None, "File that gets everything that was measured.")
@@ -69,4 +70,4 @@ class TrainArguments(StepArguments):
         check_at_least("steps", self.steps, 1)
         check_at_least("pairs", self.pairs, 1)
         for name in self.contenders:
-            check_choice("contenders", name, ("plain", "student", "ours"))
+            check_choice("contenders", name, CONTENDERS)

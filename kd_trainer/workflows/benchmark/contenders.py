@@ -24,6 +24,7 @@ from kd_trainer.workflows.benchmark.arguments import StepArguments
 from kd_trainer.workflows.benchmark.pictures import pair_files
 from kd_trainer.workflows.benchmark.plain_loop import PlainDataset, PlainLoop
 from kd_trainer.workflows.benchmark.stopwatch import Stopwatch
+from kd_trainer.workflows.teacher_targets import use_cached_targets
 
 WARM_UP = 1
 LOG_EVERY = 10
@@ -67,35 +68,43 @@ def make_networks(args: StepArguments) -> Networks:
     return Networks(teacher, student)
 
 
-def make_contender(name: str, args: StepArguments, folder: Path, networks: Networks) -> Contender:
+def make_contender(
+    name: str, args: StepArguments, folder: Path, networks: Networks, *, cache: Path | None = None
+) -> Contender:
     """A contender by its name; it trains a copy of the student.
 
     Args:
-        name: plain, student or ours. A further one (ours with cached targets) goes here.
+        name: plain, student, ours, or cached, which is ours with the teacher's logits on the disk.
         args: the work.
         folder: the pair folder.
         networks: are not changed.
+        cache: folder that `cached` fills before its first turn; the others need none.
     """
     networks = copy.deepcopy(networks)
     if name == "plain":
         return _plain(args, folder, networks)
     dataset = _dataset(args, folder)
-    teacher: Teacher | None = None
-    extra: dict[str, bool] = {}
+    if name == "student":
+        return lambda steps: train_turn(args, networks.student, None, dataset, steps=steps)
+    teacher = _teacher(networks)
+    extra: dict[str, Any] = {"torch_compile": args.compile}
     if name == "ours":
-        extra = {"torch_compile": args.compile, "compile_teacher": args.compile}
-        extra["teacher_stream"] = args.teacher_stream
-        config = networks.student.config
-        statistics = (config.image_mean, config.image_std)
-        teacher = Teacher(
-            networks.teacher,
-            num_labels=2,
-            mean=statistics[0],
-            std=statistics[1],
-            input_mean=statistics[0],
-            input_std=statistics[1],
+        extra |= {"compile_teacher": args.compile, "teacher_stream": args.teacher_stream}
+        return lambda steps: train_turn(
+            args, networks.student, teacher, dataset, steps=steps, **extra
         )
+    extra |= {"teacher_targets": "cached", "teacher_cache": str(cache)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        use_cached_targets(trainer_arguments(args, str(cache), **extra), teacher, [dataset])
     return lambda steps: train_turn(args, networks.student, teacher, dataset, steps=steps, **extra)
+
+
+def _teacher(networks: Networks) -> Teacher:
+    config = networks.student.config
+    mean, std = config.image_mean, config.image_std
+    return Teacher(
+        networks.teacher, num_labels=2, mean=mean, std=std, input_mean=mean, input_std=std
+    )
 
 
 def _plain(args: StepArguments, folder: Path, networks: Networks) -> Contender:

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -68,10 +69,12 @@ def _child(job: dict[str, Any]) -> dict[str, float]:
     reset_peak_memory()
     before = high_water_mib()
     networks = make_networks(args)
-    contender = make_contender(job["name"], args, Path(job["folder"]), networks)
-    del networks
-    reset_peak_memory()
-    contender(STEPS)
+    with TemporaryDirectory() as cache:
+        folder = Path(job["folder"])
+        contender = make_contender(job["name"], args, folder, networks, cache=Path(cache))
+        del networks
+        reset_peak_memory()
+        contender(STEPS)
     peak = high_water_mib()
     return {"peak_mib": peak, "training_mib": peak - before}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
@@ -23,8 +24,16 @@ from kd_trainer.workflows.benchmark.pictures import pair_folder
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.plan import markdown_table
 
-TITLES = {"plain": "plain loop", "student": "student alone", "ours": "ours"}
-RATIOS = (("plain", "ours"), ("ours", "student"), ("plain", "student"))
+TITLES = {
+    "plain": "plain loop",
+    "student": "student alone",
+    "ours": "ours",
+    "cached": "ours, cached targets",
+}
+RATIOS = (
+    *(("plain", "ours"), ("ours", "student"), ("plain", "cached"), ("cached", "student")),
+    ("plain", "student"),
+)
 PARTS = (
     "data",
     "teacher",
@@ -41,8 +50,11 @@ def run_steps(args: TrainArguments) -> dict[str, Any]:
     """Measure, print, write; returns what `--json` holds."""
     networks = make_networks(args)
     work = {**vars(args), "units": units_of(args, networks)}
-    with pair_folder(args) as folder:
-        contenders = {n: make_contender(n, args, folder, networks) for n in args.contenders}
+    with pair_folder(args) as folder, TemporaryDirectory() as cache:
+        contenders = {
+            name: make_contender(name, args, folder, networks, cache=Path(cache))
+            for name in args.contenders
+        }
         turns = take_turns(contenders, args.steps, args.pairs)
         result = {"what": "train", "machine": machine(args.torch_device), "work": work}
         result |= summary(turns)
