@@ -98,7 +98,8 @@ def changed_teachers() -> dict[str, Teacher]:
         "mean": Teacher(network, mean=(0.5, 0.456, 0.406), **plain),
         "std": Teacher(network, std=(0.3, 0.224, 0.225), **plain),
         "student's mean": Teacher(network, input_mean=(0.5, 0.456, 0.406), **plain),
-        "both statistics": Teacher(network, mean=(0.5,) * 3, input_mean=(0.5,) * 3, **plain),
+        "both means": Teacher(network, mean=(0.5,) * 3, input_mean=(0.5,) * 3, **plain),
+        "both deviations": Teacher(network, std=(0.3,) * 3, input_std=(0.3,) * 3, **plain),
         "class order": Teacher(network, order=[1, 0], **plain),
         "classes": Teacher(network, num_labels=3),
     }
@@ -166,6 +167,17 @@ def test_a_damaged_shard_is_named_or_filled_again(tmp_path: Path, part: str):
     again = Asked(files(40))
     assert 1 <= fill(folder, again.work(), room) < 10
     assert_whole(folder, again)
+
+
+def test_a_damaged_shard_of_pictures_that_are_gone_does_not_stay(tmp_path: Path):
+    """Nothing would take its place, and every later start would stop at it."""
+    room, folder = Room(tmp_path, GB), tmp_path / "a"
+    fill(folder, Asked(files(40)).work(), room)
+    for shard in shard_paths(folder):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    fewer = Asked(files(3))
+    assert fill(folder, fewer.work(), room) == 3
+    assert_whole(folder, fewer)
 
 
 def test_a_shard_that_goes_while_it_is_used_is_named(tmp_path: Path):
