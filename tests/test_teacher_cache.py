@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,8 +106,9 @@ def changed_teachers() -> dict[str, Teacher]:
     }
 
 
-def name_of(teacher: Teacher, image_size: int = SIDE, precision: str = "no") -> str:
-    return folder_name(about(teacher, image_size=image_size, precision=precision))
+def name_of(teacher: Teacher, **changed: Any) -> str:
+    settings = {"image_size": SIDE, "precision": "no", "folded": True}
+    return folder_name(about(teacher, **(settings | changed)))
 
 
 def test_nothing_that_changes_the_logits_leaves_the_folder_the_same():
@@ -115,6 +117,7 @@ def test_nothing_that_changes_the_logits_leaves_the_folder_the_same():
     names = {what: name_of(teacher) for what, teacher in changed_teachers().items()}
     names["picture size"] = name_of(base, image_size=64)
     names["precision"] = name_of(base, precision="bf16")
+    names["folded"] = name_of(base, folded=False)
     names["none"] = name_of(base)
     assert len(set(names.values())) == len(names), names
 
@@ -126,7 +129,7 @@ def test_the_folder_of_a_teacher_is_the_same_for_a_copy_of_it(tmp_path: Path):
     again = type(one.network).from_pretrained(tmp_path / "moved")
     assert name_of(one) == name_of(Teacher(again, num_labels=2))
     assert name_of(tiny_teacher()) == name_of(tiny_teacher())
-    json.dumps(about(one, image_size=SIDE, precision="no"))
+    json.dumps(about(one, image_size=SIDE, precision="no", folded=False))
 
 
 def test_another_file_of_the_same_name_has_no_entry(tmp_path: Path):
