@@ -14,7 +14,10 @@ from kd_trainer.workflows.benchmark.frontier_page import frontier_chart
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(
     ROOT / name
-    for name in ("README.md", "docs/results.md", "docs/when_it_pays.md", "docs/frontier.md")
+    for name in (
+        "README.md",
+        *("docs/results.md", "docs/when_it_pays.md", "docs/frontier.md", "docs/teacher_cache.md"),
+    )
 )
 FRONTIER = ROOT / "docs" / "frontier.md"
 SEARCH = ROOT / "docs" / "results" / "frontier_search.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,14 +99,16 @@ def changed_teachers() -> dict[str, Teacher]:
         "mean": Teacher(network, mean=(0.5, 0.456, 0.406), **plain),
         "std": Teacher(network, std=(0.3, 0.224, 0.225), **plain),
         "student's mean": Teacher(network, input_mean=(0.5, 0.456, 0.406), **plain),
-        "both statistics": Teacher(network, mean=(0.5,) * 3, input_mean=(0.5,) * 3, **plain),
+        "both means": Teacher(network, mean=(0.5,) * 3, input_mean=(0.5,) * 3, **plain),
+        "both deviations": Teacher(network, std=(0.3,) * 3, input_std=(0.3,) * 3, **plain),
         "class order": Teacher(network, order=[1, 0], **plain),
         "classes": Teacher(network, num_labels=3),
     }
 
 
-def name_of(teacher: Teacher, image_size: int = SIDE, precision: str = "no") -> str:
-    return folder_name(about(teacher, image_size=image_size, precision=precision))
+def name_of(teacher: Teacher, **changed: Any) -> str:
+    settings = {"image_size": SIDE, "precision": "no", "folded": True}
+    return folder_name(about(teacher, **(settings | changed)))
 
 
 def test_nothing_that_changes_the_logits_leaves_the_folder_the_same():
@@ -114,6 +117,7 @@ def test_nothing_that_changes_the_logits_leaves_the_folder_the_same():
     names = {what: name_of(teacher) for what, teacher in changed_teachers().items()}
     names["picture size"] = name_of(base, image_size=64)
     names["precision"] = name_of(base, precision="bf16")
+    names["folded"] = name_of(base, folded=False)
     names["none"] = name_of(base)
     assert len(set(names.values())) == len(names), names
 
@@ -125,7 +129,7 @@ def test_the_folder_of_a_teacher_is_the_same_for_a_copy_of_it(tmp_path: Path):
     again = type(one.network).from_pretrained(tmp_path / "moved")
     assert name_of(one) == name_of(Teacher(again, num_labels=2))
     assert name_of(tiny_teacher()) == name_of(tiny_teacher())
-    json.dumps(about(one, image_size=SIDE, precision="no"))
+    json.dumps(about(one, image_size=SIDE, precision="no", folded=False))
 
 
 def test_another_file_of_the_same_name_has_no_entry(tmp_path: Path):
@@ -166,6 +170,17 @@ def test_a_damaged_shard_is_named_or_filled_again(tmp_path: Path, part: str):
     again = Asked(files(40))
     assert 1 <= fill(folder, again.work(), room) < 10
     assert_whole(folder, again)
+
+
+def test_a_damaged_shard_of_pictures_that_are_gone_does_not_stay(tmp_path: Path):
+    """Nothing would take its place, and every later start would stop at it."""
+    room, folder = Room(tmp_path, GB), tmp_path / "a"
+    fill(folder, Asked(files(40)).work(), room)
+    for shard in shard_paths(folder):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    fewer = Asked(files(3))
+    assert fill(folder, fewer.work(), room) == 3
+    assert_whole(folder, fewer)
 
 
 def test_a_shard_that_goes_while_it_is_used_is_named(tmp_path: Path):

@@ -1,8 +1,8 @@
 """Logits as bytes: half precision, its two bytes apart, compressed without further loss.
 
 Half precision holds what a teacher in bf16 says exactly, and one in fp32 to 0.004 at logits of 15.
-Eight bits would halve the files once more, but are 0.06 off, or coarse at large logits, which the
-MSE weighs most (figures in docs/teacher_cache.md). Neighbouring pixels share the upper byte, so
+Eight bits would save a third of that, but are 0.06 off, or coarse at large logits, which the MSE
+weighs most (figures in docs/teacher_cache.md). Neighbouring pixels share the upper byte, so
 that it is compressed well on its own.
 """
 

@@ -20,13 +20,14 @@ FORMAT = 1
 _OF_THE_COPY = ("_name_or_path", "transformers_version")
 
 
-def about(teacher: Teacher, *, image_size: int, precision: str) -> dict[str, Any]:
+def about(teacher: Teacher, *, image_size: int, precision: str, folded: bool) -> dict[str, Any]:
     """Everything that decides a teacher's logits for given file bytes, as plain values.
 
     Args:
         teacher: the frozen network behind the student's input and classes.
         image_size: side of the pictures and of the logits in pixels.
         precision: in which the network runs: no, bf16 or fp16.
+        folded: whether its BatchNorms are multiplied into its convolutions, which rounds otherwise.
     """
     network = teacher.network
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -36,6 +37,7 @@ def about(teacher: Teacher, *, image_size: int, precision: str) -> dict[str, Any
         "weights": tensors_digest(tensors, values=True),
         "network": hashlib.sha256(_shape_of(network).encode()).hexdigest()[:16],
         "precision": precision,
+        "folded": folded,
         "image_size": image_size,
         "teacher_image_size": teacher.image_size,
         "num_labels": teacher.num_labels,

@@ -54,11 +54,11 @@ class Room:
         """
         need, taken = images * each, sum(used.values())
         if taken + need > self.bound:
+            beside = f", beside {show_size(taken)} that are there" if taken else ""
             raise ValueError(
                 f"Expected the teacher's logits within {show_size(self.bound)} "
                 f"(--teacher_cache_size), got {images:,} images of about {show_size(each)}, "
-                f"together {show_size(need)}, beside {show_size(taken)} that are there."
-                f"{self._cure(own, used)}"
+                f"together {show_size(need)}{beside}.{self._cure(own, used)}"
             )
         free = shutil.disk_usage(existing(self.root)).free
         if need > free:

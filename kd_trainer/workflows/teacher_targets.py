@@ -21,7 +21,7 @@ from kd_trainer.data.cells import cell_name, read_cell
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import parse_size
 from kd_trainer.resuming import together
-from kd_trainer.teacher import Teacher
+from kd_trainer.teacher import Answers, Teacher
 from kd_trainer.teacher_cache import (
     Room,
     TargetCache,
@@ -67,7 +67,12 @@ def use_cached_targets(
     """
     began, pictures = time.monotonic(), _Pictures(datasets)
     size, asked = pictures.size, 0
-    ingredients = about(teacher, image_size=size, precision=args.mixed_precision or "no")
+    ingredients = about(
+        teacher,
+        image_size=size,
+        precision=args.mixed_precision or "no",
+        folded=args.fold_teacher,
+    )
     room = Room(cache_root(args), parse_size(args.teacher_cache_size, "teacher_cache_size"))
     folder = room.root / folder_name(ingredients)
     images = pictures.numbers(args)
@@ -149,15 +154,15 @@ class _Pictures:
 
 
 def _asking(teacher: Teacher, args: DistillationArguments) -> Callable[[Tensor], Tensor]:
-    """From uint8 pixels to logits, in the precision of the run."""
+    """From uint8 pixels to logits, asked as an online training asks."""
     device = args.device
     teacher.to(device)
+    answers = Answers(teacher, precision=args.mixed_precision, fold=args.fold_teacher)
     statistics = pixel_statistics(teacher, device)
     dtype = _DTYPES.get(args.mixed_precision)
 
     def ask(pixels: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits: Tensor = teacher(normalise(pixels.to(device), statistics))
-        return logits
+            return answers.ask(normalise(pixels.to(device), statistics))
 
     return ask
