@@ -418,7 +418,7 @@ def test_documented_names_in_tensorboard_exist(finished: Path):
 
 def test_readme_stays_short_and_keeps_the_place_of_the_results():
     """The first page is read in a minute or not at all."""
-    assert README.count("\n") <= 290
+    assert README.count("\n") <= 300
     assert "\n## Results\n" in README
     pictures = sum(p.stat().st_size for p in (ROOT / "docs" / "images").iterdir())
     assert pictures < 300_000
