@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kd_trainer.workflows.benchmark.frontier_page import frontier_chart
+from kd_trainer.workflows.benchmark.steps import TITLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(
@@ -174,4 +175,22 @@ def test_every_result_file_is_published():
     kinds = ("run", "setting", "model")
     shown = {f.resolve() for page in PAGES for kind in kinds for f, _ in figure_rows(page, kind)}
     assert len(shown) > 3
-    assert shown | {SEARCH} == set((ROOT / "docs" / "results").glob("*.json"))
+    speed = {ROOT / "docs" / "results" / f"speed{part}.json" for part in ("", "_processes")}
+    assert shown | speed | {SEARCH} == set((ROOT / "docs" / "results").glob("*.json"))
+
+
+def test_speed_is_that_of_its_files():
+    """The table of steps and the ratios in the text, against docs/results/speed*.json."""
+    text = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "docs" / "results" / "speed.json").read_text())
+    assert (found["machine"]["busy"], found["work"]["image_size"]) == (False, 256)
+    for name, title in TITLES.items():
+        own, memory = found["median"][name], found["memory"][name]["training_mib"]
+        images = found["work"]["batch_size"] / own["seconds"]
+        row = f"{own['seconds']:.3f} | {own['cpu_seconds']:.3f} | {images:.2f} | {memory:.0f}"
+        assert f"| {title} | {row} |" in text
+    ratios = {name: ratio["seconds"] for name, ratio in found["ratios"].items()}
+    for name in ("plain / ours", "plain / cached", "ours / student", "cached / student"):
+        assert re.search(rf"\b{ratios[name]:.2f}x", text), name
+    processes = json.loads((ROOT / "docs" / "results" / "speed_processes.json").read_text())
+    assert f"**{processes['ratio']:.2f}x, missed**" in text
