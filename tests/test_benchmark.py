@@ -164,3 +164,17 @@ def test_every_measurement_has_a_name_and_defaults():
         assert isinstance(args, part.arguments)
     assert parse_benchmark([])[0] is PARTS["train"]
     assert len(Noise(3, 32)) == 3
+
+
+def test_a_measurement_of_the_data_runs(tmp_path: Path, capsys):
+    """Tables on the terminal, and the same figures in the file."""
+    file = tmp_path / "data.json"
+    flags = ("--image_size", "64", "--repeats", "1", "--images", "2", "3", "--json", str(file))
+    benchmark_main(["data", *flags])
+    printed = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert set(found["growth"]) == {"2", "3", "ratio"}
+    fog = found["augmentation"]["transforms"]["SoftFog"]
+    row = ["SoftFog", f"{fog['probability']:.3f}", f"{fog['library']:.2f}", f"{fog['ours']:.2f}"]
+    assert row in [[c.strip() for c in x.strip("|").split("|")] for x in printed.splitlines()]
+    assert f"{found['decoding']['cv2']['ratio']:.2f}" in printed

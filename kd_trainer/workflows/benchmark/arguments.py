@@ -59,7 +59,8 @@ class TrainArguments(StepArguments):
     steps: int = help_field(10, "Measured steps of each contender in each pair.")
     pairs: int = help_field(5, "How often each contender has its turn.")
     contenders: list[str] = help_field(
-        list(CONTENDERS), "Who takes part: plain, student, ours, cached (ours, with that)."
+        list(CONTENDERS),
+        "Who takes part: plain, student, ours, cached (ours with cached targets); all.",
     )
     memory: bool = help_field(True, "Measure the peak memory of each in a process of its own.")
     json: str | None = help_field(None, "File that gets everything that was measured.")

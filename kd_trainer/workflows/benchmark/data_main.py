@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,10 @@ from kd_trainer.workflows.benchmark.data_growth import growth
 from kd_trainer.workflows.benchmark.data_path import augmentation_times, decoding_times
 from kd_trainer.workflows.benchmark.machine import machine
 from kd_trainer.workflows.files import write_json
+from kd_trainer.workflows.plan import markdown_table
+
+_GROWTH = {"start": 2, "mib": 2, "map": 0, "stream": 0}
+"""Figures of a folder, and their decimals."""
 
 
 @dataclass
@@ -42,7 +45,42 @@ def run_data(args: DataPathArguments) -> dict[str, Any]:
         "decoding": decoding_times(image_size=args.image_size),
         "growth": growth(args.images),
     }
-    print(json.dumps(result, indent=1))
+    print(text_of(result))
     if args.json is not None:
         write_json(Path(args.json), result)
     return result
+
+
+def text_of(result: dict[str, Any]) -> str:
+    """Tables of a measurement for the terminal."""
+    augmentation, decoding = result["augmentation"], result["decoding"]
+    draws = [
+        [name, f"{own['probability']:.3f}", f"{own['library']:.2f}", f"{own['ours']:.2f}"]
+        for name, own in augmentation["transforms"].items()
+    ]
+    whole = [f"{augmentation['list'][who]:.2f}" for who in ("library", "ours")]
+    draws.append(["whole list, weighted", "", *whole])
+    files = [
+        [f"masks of {name}", *(f"{own[who]:.2f}" for who in ("pil", "ours", "ratio"))]
+        for name, own in decoding.items()
+        if name != "sample"
+    ]
+    growing = [
+        [f"{int(count):,}", *(f"{own[k]:,.{n}f}" for k, n in _GROWTH.items())]
+        for count, own in result["growth"].items()
+        if count != "ratio"
+    ]
+    size = result["work"]["image_size"]
+    samples = ", ".join(f"{name} {ms:.1f}" for name, ms in decoding["sample"].items())
+    return "\n".join(
+        [
+            f"\n{result['machine']['about']}; milliseconds of processor time on one core",
+            f"\nHeavy augmentation at {size} px:\n",
+            markdown_table(["transform", "probability", "albumentations", "ours"], draws),
+            "\nA JPEG of 640 x 480 and its mask from the disk:\n",
+            markdown_table(["", "PIL through datasets", "ours", "times as fast"], files),
+            f"\nA whole sample at {size} px, by augmentation: {samples}.",
+            "\nFolders of growing size, 64 px:\n",
+            markdown_table(["images", "start (s)", "MiB", "map-style/s", "stream/s"], growing),
+        ]
+    )

@@ -28,7 +28,9 @@ class Part:
 
 # A further measurement is a line here.
 PARTS = {
-    "train": Part("training steps: plain loop, student alone, ours", TrainArguments, run_steps),
+    "train": Part(
+        "training steps: plain loop, student alone, ours, cached", TrainArguments, run_steps
+    ),
     "data": Part("augmentation, decoding, growth of the data", DataPathArguments, run_data),
     "processes": Part("steps of several processes against one", ProcessArguments, run_processes),
     "evaluation": Part(

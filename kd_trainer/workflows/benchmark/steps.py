@@ -7,6 +7,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -129,7 +130,9 @@ def bottleneck(breakdown: dict[str, dict[str, float]]) -> str | None:
 def save_trace(contender: Contender, folder: Path) -> None:
     """Write a trace of two steps for chrome://tracing or Perfetto, and the dearest operations."""
     folder.mkdir(parents=True, exist_ok=True)
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, profile_memory=False) as profiler:
         contender(1)
     profiler.export_chrome_trace(str(folder / "ours.json"))
@@ -140,7 +143,7 @@ def save_trace(contender: Contender, folder: Path) -> None:
 
 def text_of(result: dict[str, Any]) -> str:
     """Tables of a measurement for the terminal."""
-    work, medians = result["work"], result["median"]
+    work = result["work"]
     lines = [
         f"\n{work['image_size']} px, batch {work['batch_size']}, {work['units']}, "
         f"{work['mixed_precision']} (plain loop: fp32), {result['machine']['about']}",
@@ -159,7 +162,6 @@ def text_of(result: dict[str, Any]) -> str:
     lines += ["", markdown_table(header, rows)]
     if result["bottleneck"]:
         lines += ["", result["bottleneck"]]
-    del medians
     return "\n".join(lines)
 
 
