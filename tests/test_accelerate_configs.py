@@ -88,5 +88,5 @@ def test_a_launch_starts_the_processes_it_names(tmp_path, name, world):
     )
     assert done.returncode == 0, done.stderr
     expected = [f"{rank} of {world}" for rank in range(world)]
-    found = [line for line in done.stdout.splitlines() if re.fullmatch(r"\d of \d", line)]
-    assert sorted(found) == expected
+    # Not by lines: two processes may write theirs before either ends its own.
+    assert sorted(re.findall(r"\d of \d", done.stdout)) == expected
