@@ -48,6 +48,11 @@ def check_run(args: Any) -> None:
         if bool(value) != bool(_default(args, name)):
             raise ValueError(f"Expected no --{name}, got {value}: {reason}.")
     check_folder("output_dir", str(args.output_dir))
+    if args.torch_compile_backend is not None:
+        from accelerate.utils import DynamoBackend  # not above: `--help` needs none of it
+
+        known = tuple(str(name).lower() for name in DynamoBackend.list() if name != "NO")
+        check_choice("torch_compile_backend", args.torch_compile_backend.lower(), known)
     _check_numbers(args)
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise ValueError(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers.activations import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def use_fast_layers(network: nn.Module) -> None:
@@ -99,6 +100,7 @@ class _Depthwise(torch.autograd.Function):
             return F.conv2d(pixels, rounded, own_bias, *settings)
 
     @staticmethod
+    @once_differentiable  # a second derivative would miss what was rounded: an error instead
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of pixels (bf16), weight and bias (their own type)."""
         (gradient,) = gradients

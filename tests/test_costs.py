@@ -1,5 +1,6 @@
 """Multiplications against a hand count, sizes on disk, and latencies measured in turn."""
 
+import os
 import time
 
 import numpy as np
@@ -9,8 +10,8 @@ from small_runs import SIDE, save_network
 from tiny import tiny_student
 from torch import nn
 
+from kd_trainer.arguments import loading
 from kd_trainer.workflows import costs as costs_module
-from kd_trainer.workflows import latency as latency_module
 from kd_trainer.workflows.costs import (
     RawLogits,
     costs,
@@ -150,7 +151,7 @@ def test_file_size_counts_what_is_there(tmp_path):
 def test_costs_without_onnxruntime_have_no_such_row(monkeypatch):
     """The package is an extra; a row that is missing must not look like one of 0 ms."""
     monkeypatch.setattr(costs_module, "find_spec", lambda name: None)
-    monkeypatch.setattr(costs_module, "all_threads", lambda: 1)
+    monkeypatch.setattr(costs_module, "usable_processors", lambda: 1)
     found = costs({"student": tiny_student()}, {"student": 32}, 1)["student"]
     assert [row["engine"] for row in found["latency"]] == ["torch"]
     assert found["side"] == 32
@@ -170,6 +171,6 @@ def test_onnx_runtime_computes_the_network_it_times(tmp_path):
         np.testing.assert_allclose(found, student(pixels), atol=1e-4)
 
 
-def test_all_threads_is_what_this_process_may_use():
+def test_usable_processors_are_what_this_process_may_use():
     """A container with two processors on a machine of 64 must not start 64 threads."""
-    assert 1 <= latency_module.all_threads() <= (latency_module.os.cpu_count() or 1)
+    assert 1 <= loading.usable_processors() <= (os.cpu_count() or 1)

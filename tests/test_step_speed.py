@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, StdConv2d
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from kd_trainer.fast_layers import FastDepthwise, FastSqueezeExcite, FastSwish, use_fast_layers
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import Answers
+from kd_trainer.teacher import Answers, Teacher
 from kd_trainer.teacher.folding import folded
 from kd_trainer.trainer import DistillationTrainer
 
@@ -63,8 +64,8 @@ def test_folded_network_has_the_same_logits_in_float64(encoder: str):
     """
     network = used(tiny_student(encoder)).double()
     kept = copy.deepcopy(network.state_dict())
-    quick = folded(network, torch.float64)
     pixels = torch.randn(2, 3, SIDE, 2 * SIDE, dtype=torch.float64)
+    quick = folded(network, torch.float64, pixels[:1, ..., :SIDE])
     with torch.no_grad():
         expected, got = network(pixels).raw_logits, quick(pixels).raw_logits
     assert expected.abs().max() > 1e-2
@@ -91,10 +92,68 @@ class Twice(nn.Module):
 def test_a_convolution_that_is_read_elsewhere_is_not_folded():
     """Its other readers would get the normalised result."""
     network = used(Twice()).double()
-    quick = folded(network, torch.float64)
     pixels = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    quick = folded(network, torch.float64, pixels)
     assert norms(quick) == 2
     assert torch.allclose(quick(pixels), network(pixels), rtol=1e-12)
+
+
+class Odd(nn.Module):
+    """A convolution before a BatchNorm, which does more with its weights than to convolve."""
+
+    def __init__(self, convolution: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.norm = convolution, nn.BatchNorm2d(4)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.norm(self.encoder(pixels))
+
+
+def hooked() -> nn.Module:
+    convolution = nn.Conv2d(3, 4, 1)
+    convolution.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return convolution
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [lambda: StdConv2d(3, 4, 1), hooked, lambda: weight_norm(nn.Conv2d(3, 4, 1))],
+    ids=["standardised", "hooked", "parametrised"],
+)
+def test_a_convolution_that_does_more_is_not_folded(convolution: Any):
+    """The scale would be normalised away, or meet the hook in the wrong place."""
+    network = used(Odd(convolution())).double()
+    pixels = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    quick = folded(network, torch.float64, pixels)
+    assert torch.allclose(quick(pixels), network(pixels), rtol=1e-12)
+
+
+class Reading(Odd):
+    """Looks into its BatchNorm, which is gone once it is folded."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return super().forward(pixels) * self.norm.weight.mean()
+
+
+def test_a_copy_that_answers_otherwise_is_refused():
+    """Whatever the rules of folding miss would teach something else without a word."""
+    network = used(Reading(nn.Conv2d(3, 4, 1)))
+    with pytest.raises(ValueError, match=r"^Expected a teacher that answers alike .* Use --fold_"):
+        folded(network, torch.float32, torch.randn(1, 3, 8, 8))
+
+
+def test_a_teacher_is_folded_with_pictures_of_the_size_that_it_gets():
+    """PAN halves its deepest map three times more, and fails on small pictures."""
+    network = SmpForSemanticSegmentation.create(
+        "pan", "resnet18", encoder_weights="none", image_size=128
+    )
+    statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    given = {"input_mean": (0.5,) * 3, "input_std": (0.5,) * 3}
+    teacher = Teacher(used(network), num_labels=2, **statistics, **given)
+    pixels = torch.randn(1, 3, 128, 128)
+    answers = Answers(teacher, precision="no")
+    assert torch.allclose(answers.ask(pixels), teacher(pixels), rtol=1e-3, atol=1e-4)
+    assert norms(answers.asked.network) < norms(network)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -187,11 +246,13 @@ def test_prepared_teacher_answers_as_the_teacher_does_and_leaves_it_alone():
     got, expected = answers.ask(pixels), teacher(pixels)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
     assert answers.join(got) is got
-    assert called_norms(answers.prepared().network, pixels) == 0
+    assert called_norms(answers.asked.network, pixels) == 0
     assert called_norms(teacher.network, pixels) > 0
     assert teacher.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert Answers(teacher, precision="no", fold=False).prepared() is teacher
+    plain = Answers(teacher, precision="no", fold=False)
+    plain.ask(pixels)
+    assert plain.asked is teacher
 
 
 # The loop to hold the trainer against: fp32, contiguous, the whole step as a formula.
@@ -308,6 +369,23 @@ class Reads(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.patches = pytest.MonkeyPatch()
+
+    def __enter__(self) -> Any:
+        for name in ("tolist", "cpu", "numpy"):  # on a CPU these read without an operation
+            self.patches.setattr(Tensor, name, self._noting(name, getattr(Tensor, name)))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.patches.undo()
+
+    def _noting(self, name: str, method: Any) -> Any:
+        def noting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.found.append(name)
+            return method(tensor, *args, **kwargs)
+
+        return noting
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
@@ -349,11 +427,22 @@ def test_a_step_between_logs_never_waits_for_the_device(tmp_path: Path, precisio
     assert inside.reads.found == []
 
 
-def test_the_watch_for_waiting_finds_an_item():
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda tensor: tensor.item(),
+        float,
+        lambda tensor: tensor.tolist(),
+        lambda tensor: tensor.cpu(),
+        lambda tensor: tensor.numpy(),
+    ],
+    ids=["item", "float", "tolist", "cpu", "numpy"],
+)
+def test_the_watch_for_waiting_finds_every_way_to_read(read: Any):
     """A watch that sees nothing would call every step fast."""
     with Reads() as reads:
-        torch.ones(()).item()
-    assert len(reads.found) == 1
+        read(torch.ones(()))
+    assert len(reads.found) >= 1
 
 
 def test_teacher_is_not_asked_when_no_term_needs_it(tmp_path: Path, monkeypatch):
@@ -386,7 +475,7 @@ def test_what_makes_a_step_fast_is_in_place(tmp_path: Path):
     trainer.train()
     assert [pixels.dtype for pixels in seen] == [torch.uint8]
     assert trainer.optimizer.optimizer.defaults["fused"] is True
-    teacher = trainer._answers.prepared().network
+    teacher = trainer._answers.asked.network
     assert norms(teacher) < norms(trainer.teacher.network)
     assert teacher.decoder.blocks[0].conv1[0].weight.dtype == torch.bfloat16
     assert {FastSwish, FastDepthwise} <= {type(m) for m in trainer.model.modules()}

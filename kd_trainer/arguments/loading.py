@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 MOST_WORKERS = 8
+
+
+def usable_processors() -> int:
+    """Processors this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def set_loading(args: Any, on_gpu: bool) -> None:
@@ -21,7 +27,7 @@ def set_loading(args: Any, on_gpu: bool) -> None:
     """
     if args.dataloader_num_workers is None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = (os.cpu_count() or 1) // max(here, 1)
+        cores = usable_processors() // max(here, 1)
         args.dataloader_num_workers = min(MOST_WORKERS, max(1, cores - 1)) if on_gpu else 0
     if args.dataloader_persistent_workers is None:
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0

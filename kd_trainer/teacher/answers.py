@@ -26,6 +26,9 @@ class Answers:
         fold: multiply BatchNorms into convolutions and cast weights once.
         backend: of torch.compile, or None.
         stream: answer on a CUDA stream of its own; callers then `join` before they read.
+
+    Attributes:
+        asked: the teacher that answers; None before the first question.
     """
 
     def __init__(
@@ -42,26 +45,33 @@ class Answers:
         self.backend = backend
         self._type = _TYPES.get(precision, torch.float32)
         self._stream = torch.cuda.Stream() if stream else None
-        self._prepared: Teacher | None = None
+        self.asked: Teacher | None = None
 
-    def prepared(self) -> Teacher:
-        """The teacher that is asked."""
-        if self._prepared is None:
-            self._prepared = self._prepare()
-        return self._prepared
-
-    def _prepare(self) -> Teacher:
+    def _prepare(self, pixel_values: Tensor) -> Teacher:
         if not self.fold and self.backend is None:
             return self.teacher
         other = copy.copy(self.teacher)
         other._modules = dict(self.teacher._modules)
         network: Any = self.teacher.network
         if self.fold:
-            network = folded(network, self._type)
+            network = folded(network, self._type, self._picture(pixel_values))
         if self.backend is not None:
             network = torch.compile(network, backend=self.backend)
         other.network = network
         return other
+
+    def _picture(self, pixel_values: Tensor) -> Tensor:
+        """What the network gets of the first picture: of its own size and normalisation."""
+        seen: list[Tensor] = []
+        handle = self.teacher.network.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        try:
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                self.teacher(pixel_values[:1])
+        finally:
+            handle.remove()
+        return seen[0]
 
     @torch.no_grad()
     def ask(self, pixel_values: Tensor) -> Tensor:
@@ -70,7 +80,9 @@ class Answers:
         Call it under the autocast that was named. With a stream of its own the logits may not be
         computed yet: see `join`.
         """
-        teacher = self.prepared()
+        if self.asked is None:
+            self.asked = self._prepare(pixel_values)
+        teacher = self.asked
         if self._stream is None:
             return teacher(pixel_values)
         # Not run yet on any GPU. The pictures come from the current stream; neither side may give

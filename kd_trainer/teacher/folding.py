@@ -7,23 +7,29 @@ multiplied into that one's weights, and a pass over the feature map is saved.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_trainer.fast_layers import use_fast_layers
+from kd_trainer.fast_layers import FastDepthwise, use_fast_layers
+from kd_trainer.teacher.network import logits_of
 
-_SIDE = 64
-"""Pixels of the picture with which the pairs are looked for."""
+_ROUNDING = 1e-3  # beside the largest logit: far above rounding, far below a wrong scale
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame, FastDepthwise)
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 # Under autocast these would cast their weights at each call; nothing else is cast beforehand, so
 # that every other operation runs in the precision that autocast chooses for it.
 _CAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
-def folded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def folded(network: nn.Module, dtype: torch.dtype, picture: Tensor) -> nn.Module:
     """Copy a network for inference: BatchNorms folded, weights cast once, channels last.
 
     Only networks with an smp encoder are searched for BatchNorms. Weights of convolutions and
@@ -32,18 +38,24 @@ def folded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     Args:
         network: in eval mode; is not changed.
         dtype: of the calls; float32 and float64 leave the weights as they are.
+        picture: (1, 3, H, W) as the network gets it, with which it is run to see what is called
+            in which order, and whether the copy answers alike.
 
     Returns:
         The copy. Its logits are those of `network` but for rounding.
+
+    Raises:
+        ValueError: if they are not.
     """
     copied = copy.deepcopy(network)
     if hasattr(copied, "encoder") and any(_is_norm(m) for m in copied.modules()):
-        pairs = _pairs(copied)
+        pairs = _pairs(copied, picture)
         names = {module: name for name, module in copied.named_modules()}
         for convolution, norm in pairs:
             fused = fuse_conv_bn_eval(convolution, norm)
             _replace(copied, names[convolution], fused)
             _replace(copied, names[norm], _rest_of(norm))
+        _check_alike(network, copied, picture)
     if dtype in (torch.bfloat16, torch.float16):
         for module in copied.modules():
             if isinstance(module, _CAST):
@@ -53,8 +65,36 @@ def folded(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copied.to(memory_format=torch.channels_last)
 
 
+@torch.no_grad()
+def _check_alike(network: nn.Module, copied: nn.Module, picture: Tensor) -> None:
+    """Refuse a copy of a network that does more with its layers than to call them."""
+    with torch.autocast(picture.device.type, enabled=False):
+        expected = logits_of(network(picture)).float()
+        try:
+            off = float((logits_of(copied(picture)).float() - expected).abs().max())
+            reason = f"logits that differ by {off:.2g}"
+        except Exception as error:  # whatever its code finds missing in the copy
+            off, reason = math.inf, f"{type(error).__name__}: {error}"
+    if not off <= _ROUNDING * (1 + float(expected.abs().max())):
+        raise ValueError(
+            "Expected a teacher that answers alike with its BatchNorms folded into its "
+            f"convolutions, got {reason}. Use --fold_teacher false."
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nobody has attached anything to a layer that would have to move with it."""
+    return not (module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+
+
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.BatchNorm2d) and module.track_running_stats
+    known = type(module) in _NORMS and getattr(module, "track_running_stats", False)
+    return known and _is_plain(module)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    """Whether it does nothing with its weights but convolve."""
+    return type(module) in _CONVOLUTIONS and _is_plain(module)
 
 
 def _rest_of(norm: nn.Module) -> nn.Module:
@@ -88,7 +128,7 @@ class _Uses(TorchDispatchMode):
 
 
 @torch.no_grad()
-def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def _pairs(network: nn.Module, picture: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Convolutions whose result goes into one BatchNorm and nowhere else.
 
     Found by running the network once: the names of layers do not say in which order they are
@@ -108,12 +148,10 @@ def _pairs(network: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
             assert isinstance(module, nn.BatchNorm2d)
             found.append((made_by[id(inputs[0])], module, id(inputs[0])))
 
-    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) or _is_norm(m)]
+    layers = [m for m in network.modules() if _is_convolution(m) or _is_norm(m)]
     hooks = [module.register_forward_hook(after) for module in layers]
-    weight = next(network.parameters())
-    picture = torch.zeros(1, 3, _SIDE, _SIDE, dtype=weight.dtype, device=weight.device)
     try:
-        with uses, torch.autocast(weight.device.type, enabled=False):
+        with uses, torch.autocast(picture.device.type, enabled=False):
             network(picture)
     finally:
         for hook in hooks:

@@ -94,7 +94,7 @@ class Teacher(nn.Module):
             side = self.image_size
             images = _resize(images, (side, side), antialias=side < max(height, width))
         output = self.network(images.to(next(self.network.parameters()).dtype))
-        logits = self._student_classes(_logits_of(output).float())
+        logits = self._student_classes(logits_of(output).float())
         return _resize(logits, (height, width))
 
     def _student_classes(self, logits: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
-def _logits_of(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The raw logits in what a network returns: a tensor, or an output that names them."""
     if isinstance(output, Tensor):
         return output
     raw = getattr(output, "raw_logits", None)

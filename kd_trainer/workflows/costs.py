@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.onnx import OnnxExporterError
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_trainer.workflows.latency import Call, Latency, all_threads, interleaved
+from kd_trainer.arguments.loading import usable_processors
+from kd_trainer.workflows.latency import Call, Latency, interleaved
 from kd_trainer.workflows.models import network_size
 
 PICTURES = 10  # measured calls of each network at the end of a training
@@ -93,7 +94,7 @@ def costs(
     if repeats > 0:
         pixels = {name: picture(sides[name]) for name in networks}
         models = {name: onnx_bytes(net, sides[name]) for name, net in plain.items()}
-        for threads in sorted({1, all_threads()}):
+        for threads in sorted({1, usable_processors()}):
             calls: dict[str, Call] = {n: partial(net, pixels[n]) for n, net in plain.items()}
             _add(found, "torch", interleaved(calls, [], repeats, threads))
             sessions = {n: onnx_call(m, pixels[n], threads) for n, m in models.items() if m}

@@ -158,7 +158,7 @@ def trainer_arguments(args: StepArguments, output: str, **changed: Any) -> Disti
         "eval_strategy": "no",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "logging_steps": LOG_EVERY,
+        "logging_steps": min(LOG_EVERY, changed.get("max_steps", LOG_EVERY)),
     }
     return DistillationArguments(**(settings | changed))
 

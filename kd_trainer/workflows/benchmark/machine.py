@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kd_trainer.workflows.latency import all_threads
+from kd_trainer.arguments.loading import usable_processors
 
 _BUSY = 1.5  # processes a core that want to run, beside which wall-clock figures mean little
 
@@ -17,7 +17,7 @@ _BUSY = 1.5  # processes a core that want to run, beside which wall-clock figure
 def machine(device: torch.device) -> dict[str, Any]:
     """Device, cores, threads, load at this moment and versions."""
     load = os.getloadavg()[0]
-    cores = all_threads()
+    cores = usable_processors()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     busy = load > _BUSY * cores
     about = f"{name}, {cores} cores, {torch.get_num_threads()} threads"

@@ -37,7 +37,12 @@ def draw_pairs(folder: Path, count: int = COUNT) -> Path:
 def pair_folder(args: StepArguments) -> Iterator[Path]:
     """The folder of `--dataset`, or a temporary one with drawn pictures."""
     if args.dataset is not None:
-        pair_files(Path(args.dataset), args.train_split)
+        count = len(pair_files(Path(args.dataset), args.train_split))
+        if count < args.batch_size:
+            raise ValueError(
+                f"Expected at least {args.batch_size} pictures for a batch, got {count} in "
+                f"{args.dataset}. Lower --batch_size, or name a larger folder."
+            )
         yield Path(args.dataset)
         return
     with TemporaryDirectory(prefix="kd_trainer-benchmark-") as folder:

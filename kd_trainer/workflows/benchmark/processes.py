@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kd_trainer.arguments.loading import usable_processors
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.workflows.benchmark.arguments import StepArguments
 from kd_trainer.workflows.benchmark.contenders import make_contender, make_networks
@@ -25,7 +26,6 @@ from kd_trainer.workflows.benchmark.machine import machine
 from kd_trainer.workflows.benchmark.memory import run_child
 from kd_trainer.workflows.benchmark.pictures import pair_folder
 from kd_trainer.workflows.files import write_json
-from kd_trainer.workflows.latency import all_threads
 
 MODULE = "kd_trainer.workflows.benchmark.processes"
 
@@ -78,7 +78,7 @@ def run_processes(args: ProcessArguments) -> dict[str, Any]:
 def _started(args: ProcessArguments, folder: Path, count: int) -> float:
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(StepArguments)}
     values["batch_size"] = args.batch_size // count
-    threads = max(1, all_threads() // count)
+    threads = max(1, usable_processors() // count)
     job = {"args": values, "folder": str(folder), "steps": args.steps, "threads": threads}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     found = run_child(MODULE, job, *launcher)
