@@ -3,8 +3,9 @@
 What a profile of a U-Net on EfficientNet showed on a CPU in bf16: half of a training step was the
 backward pass of depthwise convolutions, which oneDNN has no good bf16 kernels for; a Swish of two
 operations took three passes and two saved maps where one does; the mean of squeeze-and-excitation
-took ten times an average pooling. Only the class of a layer changes: names, weights and copies
-stay as they are, and whatever is traced, exported or compiled computes as before.
+took ten times an average pooling; the decoder convolved maps four times as large as what they were
+made of. Only the class of a layer changes: names, weights and copies stay as they are, and whatever
+is traced, exported or compiled computes as before.
 """
 
 from __future__ import annotations
@@ -13,30 +14,60 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoderBlock
 from timm.layers.activations import Swish
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import is_parametrized
+
+_ENOUGH_PIXELS = 4 * 64 * 64  # of a batch
 
 
 def use_fast_layers(network: nn.Module) -> None:
-    """Change the layers of a network in place; its results change by rounding only."""
+    """Change the layers of a network in place, and its weights to channels_last.
+
+    Its results change by rounding only.
+    """
     for module in network.modules():
         kind = type(module)
         if kind is Swish:
             module.__class__ = FastSwish
         elif kind is SqueezeExcite:
             module.__class__ = FastSqueezeExcite
-        elif kind is nn.Conv2d and _is_depthwise(module):
+        elif kind is nn.Conv2d and _is_slow_depthwise(module):
             module.__class__ = FastDepthwise
+        elif kind is UnetDecoderBlock and _is_nearest(module):
+            module.__class__ = FastUnetBlock
+    network.to(memory_format=torch.channels_last)
 
 
-def _is_depthwise(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether nobody has attached anything to a layer that only its own call would do."""
+    return not (module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+
+
+def _is_slow_depthwise(module: nn.Module) -> bool:
+    """Those of 3 x 3 without a stride have bf16 kernels as good as the fp32 ones."""
     return (
         isinstance(module, nn.Conv2d)
         and module.groups == module.in_channels == module.out_channels > 1
+        and (max(module.kernel_size) > 3 or max(module.stride) > 1)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
+    )
+
+
+def _is_nearest(block: UnetDecoderBlock) -> bool:
+    convolution = block.conv1[0]
+    return (
+        block.interpolation_mode == "nearest"
+        and type(block.attention1.attention) is nn.Identity
+        and type(convolution) is nn.Conv2d
+        and convolution.kernel_size == (3, 3)
+        and convolution.padding == convolution.stride == convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.padding_mode == "zeros"
     )
 
 
@@ -126,3 +157,60 @@ class _Depthwise(torch.autograd.Function):
             by_bias.to(ctx.types) if wanted[2] else None,
             None,
         )
+
+
+class FastUnetBlock(UnetDecoderBlock):
+    """A decoder block of smp's U-Net that never makes the enlarged map on a CPU."""
+
+    def forward(
+        self,
+        feature_map: Tensor,
+        target_height: int,
+        target_width: int,
+        skip_connection: Tensor | None = None,
+    ) -> Tensor:
+        """(B, C, H, W) to (B, C', 2 H, 2 W)."""
+        batch, _, height, width = feature_map.shape
+        convolution, *rest = self.conv1
+        if (
+            _traced()
+            or feature_map.device.type != "cpu"
+            or (target_height, target_width) != (2 * height, 2 * width)
+            or 4 * batch * height * width < _ENOUGH_PIXELS  # adding the weights would cost more
+            or not is_plain(convolution)
+        ):
+            return super().forward(feature_map, target_height, target_width, skip_connection)
+        merged = enlarged_convolution(
+            feature_map, skip_connection, convolution.weight, convolution.bias
+        )
+        for layer in rest:
+            merged = layer(merged)
+        return self.attention2(self.conv2(merged))
+
+
+def enlarged_convolution(
+    features: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Convolve a map, enlarged twice by its nearest neighbours, beside one of the larger size.
+
+    Of the nine weights that meet the enlarged map at a pixel those on equal neighbours can be added
+    first. What is left is a transposed convolution of the small map: 4 products a pixel, not 9.
+
+    Args:
+        features: (B, C, H, W).
+        skip: (B, S, 2 H, 2 W), or None.
+        weight: (K, C + S, 3, 3) of a convolution with a padding of 1.
+        bias: (K), or None.
+
+    Returns:
+        (B, K, 2 H, 2 W).
+    """
+    channels = features.shape[1]
+    with torch.autocast("cpu", enabled=False):  # sums in fp32, to be rounded once
+        own = weight[:, :channels].to(torch.promote_types(weight.dtype, torch.float32))
+        sums = own.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        kernel = torch.einsum("ak,oikl,bl->ioab", sums, own, sums).to(weight.dtype)
+    result = F.conv_transpose2d(features, kernel, bias, stride=2, padding=1)
+    if skip is None:
+        return result
+    return result + F.conv2d(skip, weight[:, channels:], padding=1)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kd_trainer.allocator import keep_freed_memory
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import (
     DatasetEpoch,
@@ -111,9 +112,9 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
             callbacks=[unfreezing, DatasetEpoch(), *(callbacks or [])],
             **kwargs,
         )
-        network: nn.Module = model
-        use_fast_layers(network)
-        network.to(memory_format=torch.channels_last)
+        use_fast_layers(model)
+        if args.keep_freed_memory and args.device.type == "cpu":
+            keep_freed_memory()
         self.teacher = self.placed(teacher)
         if args.torch_compile:
             allow_recompiles(self.timetable.units)

@@ -17,7 +17,7 @@ AUGMENTATION = ("augmentation", "fast_transforms", "stock_augmentation")
 LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_transforms", "stock_augmentation"),
-        *("fast_layers", "compiling", "extras", "fields", "statistics"),
+        *("allocator", "fast_layers", "compiling", "extras", "fields", "statistics"),
     ),
     ("argument_checks", "augmentation", *PORTABLE),
     ("arguments",),

@@ -16,13 +16,25 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from kd_trainer.fast_layers import FastDepthwise, FastSqueezeExcite, FastSwish, use_fast_layers
+from kd_trainer.fast_layers import (
+    FastDepthwise,
+    FastSqueezeExcite,
+    FastSwish,
+    FastUnetBlock,
+    use_fast_layers,
+)
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Answers, Teacher
 from kd_trainer.teacher.folding import folded
 from kd_trainer.trainer import DistillationTrainer
 
 EFFICIENT = "timm-efficientnet-b0"
+
+
+@pytest.fixture(autouse=True)
+def small_maps_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoder blocks take their quick way however small the pictures are."""
+    monkeypatch.setattr("kd_trainer.fast_layers._ENOUGH_PIXELS", 0)
 
 
 def used(network: nn.Module) -> nn.Module:
@@ -164,7 +176,7 @@ def test_fast_layers_have_the_same_values_and_gradients(dtype: torch.dtype):
     quick = copy.deepcopy(plain)
     use_fast_layers(quick)
     kinds = {type(module) for module in quick.modules()}
-    assert {FastSwish, FastDepthwise, FastSqueezeExcite} <= kinds
+    assert {FastSwish, FastDepthwise, FastSqueezeExcite, FastUnetBlock} <= kinds
     assert quick.state_dict().keys() == plain.state_dict().keys()
     pixels = torch.randn(2, 3, SIDE, SIDE, dtype=dtype)
     for network in (plain, quick):
@@ -176,7 +188,7 @@ def test_fast_layers_have_the_same_values_and_gradients(dtype: torch.dtype):
             assert worst < (1e-3 if dtype == torch.float32 else 1e-9), name
 
 
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (5, 2)])
+@pytest.mark.parametrize(("size", "stride"), [(3, 2), (5, 1), (5, 2)])
 def test_depthwise_gradient_in_bf16_is_nearer_to_float64_than_the_stock_one(size: int, stride: int):
     """Its backward pass is written by hand: a wrong one trains, only worse."""
     torch.manual_seed(1)
@@ -211,8 +223,9 @@ def test_depthwise_gradient_in_bf16_is_nearer_to_float64_than_the_stock_one(size
 
 def test_a_frozen_depthwise_convolution_passes_the_gradient_on():
     """Units are frozen from the shallow end; what lies above still learns."""
-    layer = nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False)
+    layer = nn.Conv2d(4, 4, 5, padding=2, groups=4, bias=False)
     use_fast_layers(layer)
+    assert type(layer) is FastDepthwise
     layer.requires_grad_(False)
     pixels = torch.randn(1, 4, 8, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

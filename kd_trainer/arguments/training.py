@@ -60,6 +60,11 @@ class DistillationArguments(TrainingArguments):
     teacher_stream: bool = help_field(
         False, "On a GPU, let the teacher run on a stream of its own beside the student."
     )
+    keep_freed_memory: bool = help_field(
+        True,
+        "On a CPU, keep the memory that a step frees for the next one instead of giving it back "
+        "to the system (glibc only).",
+    )
     # Temperature.
     temperature_schedule: str = help_field(
         "cosine", "cosine, linear, exponential, constant or piecewise."

@@ -15,10 +15,9 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_trainer.fast_layers import FastDepthwise, use_fast_layers
+from kd_trainer.fast_layers import FastDepthwise, is_plain, use_fast_layers
 from kd_trainer.teacher.network import logits_of
 
 _ROUNDING = 1e-3  # beside the largest logit: far above rounding, far below a wrong scale
@@ -61,8 +60,7 @@ def folded(network: nn.Module, dtype: torch.dtype, picture: Tensor) -> nn.Module
             if isinstance(module, _CAST):
                 module.to(dtype)
     use_fast_layers(copied)
-    copied.requires_grad_(False)
-    return copied.to(memory_format=torch.channels_last)
+    return copied.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -84,19 +82,14 @@ def _check_alike(network: nn.Module, copied: nn.Module, picture: Tensor) -> None
         )
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether nobody has attached anything to a layer that would have to move with it."""
-    return not (module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
-
-
 def _is_norm(module: nn.Module) -> bool:
     known = type(module) in _NORMS and getattr(module, "track_running_stats", False)
-    return known and _is_plain(module)
+    return known and is_plain(module)
 
 
 def _is_convolution(module: nn.Module) -> bool:
     """Whether it does nothing with its weights but convolve."""
-    return type(module) in _CONVOLUTIONS and _is_plain(module)
+    return type(module) in _CONVOLUTIONS and is_plain(module)
 
 
 def _rest_of(norm: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kd_trainer.allocator import usual_memory
 from kd_trainer.arguments import DataArguments, DistillationArguments
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
@@ -120,6 +121,7 @@ def _plain(args: StepArguments, folder: Path, networks: Networks) -> Contender:
     )
 
     def turn(steps: int) -> Turn:
+        usual_memory()  # what our trainer has set for this process is no part of a plain loop
         watch = Stopwatch(args.torch_device)
         loop.run(steps, watch)
         return _turn(watch, steps)
