@@ -38,6 +38,17 @@ def png(values, *, filter_type=1, extra=b"", colour=0, interlace=0, idats=1, tai
     return signature + chunk(b"IHDR", head) + extra + body + tail + chunk(b"IEND", b"")
 
 
+def by_filters(values, **options):
+    """A PNG whose rows have different filters, as PIL writes them; it is not what `values` says."""
+    data = png(values, filter_type=0, **options)
+    place = data.index(b"IDAT") + 4
+    length = int.from_bytes(data[place - 8 : place - 4])
+    rows = bytearray(zlib.decompress(data[place : place + length]))
+    step = values.shape[1] + 1
+    rows[::step] = bytes(row % 5 for row in range(values.shape[0]))
+    return data[: place - 8] + chunk(b"IDAT", zlib.compress(bytes(rows))) + chunk(b"IEND", b"")
+
+
 def blob(height=30, width=41, seed=0):
     """A mask of three values with few edges."""
     draw = np.random.default_rng(seed)
@@ -85,6 +96,16 @@ def test_masks_as_cv2_writes_them_take_the_quick_way():
     np.testing.assert_array_equal(plain_png(stream.getvalue(), MOST), by_pil(stream.getvalue()))
 
 
+def test_masks_as_pil_writes_them_do_not_need_pil():
+    """Every filter, and a mask that PIL saved; the values are PIL's."""
+    saved = io.BytesIO()
+    Image.fromarray(blob(90, 120)).save(saved, "PNG")
+    for data in (saved.getvalue(), by_filters(blob())):
+        found = plain_png(data, 20_000)
+        np.testing.assert_array_equal(found, by_pil(data))
+        assert (found.dtype, found.ndim) == (np.uint8, 2)
+
+
 PALETTE = chunk(b"PLTE", bytes(range(9)))
 
 
@@ -107,7 +128,7 @@ PALETTE = chunk(b"PLTE", bytes(range(9)))
         png(blob(), tail=chunk(b"pHYs", bytes(9)) + chunk(b"IDAT", b"")),
         png(blob(200, 200)),
         png(np.zeros((0, 4))),
-        png(blob(), filter_type=2),
+        by_filters(blob(), colour=3, extra=PALETTE),
         cv2.imencode(".png", blob().astype(np.uint16))[1].tobytes(),
         cv2.imencode(".png", np.dstack([blob()] * 3))[1].tobytes(),
         b"",
@@ -130,9 +151,11 @@ def outcome(data):
 def mutated(draw):
     """A plain PNG with a few bytes changed; in half of them the sums of the chunks fit again."""
     options = {"extra": PALETTE, "colour": 3} if draw.random() < 0.3 else {}
-    data = bytearray(
-        png(blob(8, 9, int(draw.integers(9))), idats=int(draw.integers(1, 3)), **options)
-    )
+    mask = blob(8, 9, int(draw.integers(9)))
+    if draw.random() < 0.4:
+        data = bytearray(by_filters(mask, **options))
+    else:
+        data = bytearray(png(mask, idats=int(draw.integers(1, 3)), **options))
     for _ in range(int(draw.integers(1, 4))):
         data[int(draw.integers(len(data)))] = int(draw.integers(256))
     if draw.random() < 0.2:

@@ -232,6 +232,7 @@ def test_what_other_teachers_left_counts_and_is_named(tmp_path: Path):
     """The bound is one for the folder; what could be deleted should not have to be searched."""
     old, new = tmp_path / "old", tmp_path / "new"
     fill(old, Asked(files(200)).work(), Room(tmp_path, GB))
+    (old / "notes.txt").write_bytes(bytes(100_000))  # not ours: takes no room, is no cure
     bound = sum(Room(tmp_path, GB).used().values()) + 1000
     with pytest.raises(ValueError, match=r"delete what is no longer used: 1 other folder in .*old"):
         fill(new, Asked(files(200)).work(), Room(tmp_path, bound))

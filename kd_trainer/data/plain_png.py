@@ -1,8 +1,9 @@
-"""The plainest PNG masks, unpacked twice as fast as a general decoder does.
+"""Plain PNG masks, unpacked faster than PIL does.
 
 libpng undoes a row's filter byte by byte. A mask written by cv2 has the filter `sub` in every row,
-which stores differences to the left neighbour; almost all are 0, so only the others need work. What
-is not wholly of this kind, or has any fault, is left to PIL, which also has the words for it.
+which stores differences to the left neighbour; almost all are 0, so only the others need work: half
+the time of a general decoder. PIL chooses a filter for each row; such a mask goes through cv2, a
+quarter faster than PIL. What has any fault is left to PIL, which also has the words for it.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ from __future__ import annotations
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
 Values = npt.NDArray[np.uint8]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_COLOUR_TYPE = 25  # its place in a file
 _GREY, _PALETTE = 0, 3
 _NONE, _SUB = 0, 1
+_FIRST_ROWS = 64
 # Chunks that say nothing about the values, with their lengths; any other is PIL's to judge.
 _HARMLESS = {b"pHYs": 9, b"gAMA": 4, b"sRGB": 1, b"cHRM": 32, b"tIME": 7}
 
 
 def plain_png(data: bytes, most: int) -> Values | None:
-    """Decode a PNG of one channel of 8 bits whose rows are all filtered alike.
+    """Decode a PNG of one channel of 8 bits; with a palette only if all rows are filtered alike.
 
     Args:
         data: of the file.
@@ -39,20 +43,38 @@ def plain_png(data: bytes, most: int) -> Values | None:
     width, height, packed = chunks
     if not 0 < width * height <= most:
         return None
-    size = height * (width + 1)
+    step = width + 1
+    size = height * step
     unpacker = zlib.decompressobj()
     try:
-        raw = unpacker.decompress(packed, size + 1)
+        first = unpacker.decompress(packed, min(_FIRST_ROWS, height) * step)
+        kinds = set(first[::step])
+        # PIL writes the empty rows above a figure without a filter, whatever follows.
+        if kinds != {_SUB} and (kinds != {_NONE} or data[_COLOUR_TYPE] == _GREY):
+            return _by_cv2(data, height, width)
+        raw = first + unpacker.decompress(unpacker.unconsumed_tail, size + 1 - len(first))
     except zlib.error:
         return None
     if len(raw) != size or not unpacker.eof or unpacker.unused_data:
         return None
-    rows = np.frombuffer(raw, np.uint8).reshape(height, width + 1)
+    rows = np.frombuffer(raw, np.uint8).reshape(height, step)
     kind = int(rows[0, 0])
-    if kind not in (_NONE, _SUB) or (rows[:, 0] != kind).any():
-        return None
+    if (rows[:, 0] != kind).any():
+        return _by_cv2(data, height, width)
     values = rows[:, 1:].copy()
     return values if kind == _NONE else _running_sums(values)
+
+
+def _by_cv2(data: bytes, height: int, width: int) -> Values | None:
+    """Grey levels of a file whose chunks are all whole; a palette would become colours."""
+    if data[_COLOUR_TYPE] != _GREY:
+        return None
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+    sound = values is not None and values.dtype == np.uint8 and values.shape == (height, width)
+    return np.asarray(values, np.uint8) if sound else None
 
 
 def _chunks(data: bytes) -> tuple[int, int, bytes] | None:

@@ -58,8 +58,8 @@ def _head(facts: CardFacts) -> str:
     labels, name = facts.labels, facts.repo_id.split("/")[1]
     what = f"finds {labels[1]} in photographs" if len(labels) == 2 else "labels photographs"
     text = (
-        f"# {name}\n\nA {facts.architecture} on `{facts.encoder}` that {what}: one class a pixel, "
-        f"out of {', '.join(labels)}."
+        f"# {name}\n\nThis {facts.architecture} on `{facts.encoder}` {what}: "
+        f"one class a pixel, out of {', '.join(labels)}."
     )
     if facts.teacher:
         text += f" It was distilled from `{facts.teacher}`."

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_trainer.disk import existing
+from kd_trainer.teacher_cache.shards import SUFFIX
 
 
 def show_size(size: float) -> str:
@@ -30,9 +31,9 @@ class Room:
     bound: int
 
     def used(self) -> dict[Path, int]:
-        """Bytes in each teacher's folder."""
+        """Bytes of logits in each teacher's folder; files of others do not count."""
         sizes: dict[Path, int] = {}
-        for path in self.root.glob("*/*"):
+        for path in self.root.glob(f"*/*{SUFFIX}*"):
             try:
                 size = path.stat().st_size
             except FileNotFoundError:  # a partial file that has just become a shard
