@@ -68,7 +68,7 @@ def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -
         reason = " ".join(str(error).split())
         raise ValueError(
             f"Expected an image size that {type(network).__name__} accepts, got {image_size}. "
-            f"Choose another size, or another option if it complains of one; it said: {reason}"
+            f"Choose another size, or change the option named here: {reason}"
         ) from error
     reached = _reached_parameters(_tensors(outputs))
     return frozenset(n for n, p in twin.named_parameters() if id(p) not in reached)

@@ -1,7 +1,8 @@
 """Layers that compute the same faster, put in place of those that networks are built of.
 
 What a profile of a U-Net on EfficientNet showed on a CPU in bf16: half of a training step was the
-backward pass of depthwise convolutions, which oneDNN has no good bf16 kernels for; a Swish of two
+backward pass of depthwise convolutions, as oneDNN has no good bf16 kernels for strided ones and
+those larger than 3 x 3; a Swish of two
 operations took three passes and two saved maps where one does; the mean of squeeze-and-excitation
 took ten times an average pooling; the decoder convolved maps four times as large as what they were
 made of. Only the class of a layer changes: names, weights and copies stay as they are, and whatever
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
-_ENOUGH_PIXELS = 4 * 64 * 64  # of a batch
+# Of a picture, not of a batch: its logits must not depend on the company it is in.
+_ENOUGH_PIXELS = 64 * 64
 
 
 def use_fast_layers(network: nn.Module) -> None:
@@ -44,7 +46,11 @@ def use_fast_layers(network: nn.Module) -> None:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nobody has attached anything to a layer that only its own call would do."""
-    return not (module._forward_hooks or module._forward_pre_hooks or is_parametrized(module))
+    hooks = (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+    )
+    return not (any(hooks) or "forward" in vars(module) or is_parametrized(module))
 
 
 def _is_slow_depthwise(module: nn.Module) -> bool:
@@ -170,14 +176,16 @@ class FastUnetBlock(UnetDecoderBlock):
         skip_connection: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W) to (B, C', 2 H, 2 W)."""
-        batch, _, height, width = feature_map.shape
+        height, width = feature_map.shape[-2:]
         convolution, *rest = self.conv1
+        passed = (self.conv1, self.attention1, self.attention1.attention)
         if (
             _traced()
             or feature_map.device.type != "cpu"
             or (target_height, target_width) != (2 * height, 2 * width)
-            or 4 * batch * height * width < _ENOUGH_PIXELS  # adding the weights would cost more
-            or not is_plain(convolution)
+            or target_height * target_width < _ENOUGH_PIXELS  # adding the weights would cost more
+            # Something may have been attached or exchanged since.
+            or not (_is_nearest(self) and all(map(is_plain, (convolution, *passed))))
         ):
             return super().forward(feature_map, target_height, target_width, skip_connection)
         merged = enlarged_convolution(

@@ -1,8 +1,9 @@
-"""Freed memory that is kept: counted in page faults, in a process of its own."""
+"""Freed memory that is kept, and given back: counted in a process of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -16,43 +17,59 @@ from kd_trainer import allocator
 from kd_trainer.trainer import DistillationTrainer
 
 COUNT = """
-import ctypes, json, resource
-from kd_trainer.allocator import keep_freed_memory, usual_memory
+import ctypes, json, os
+from kd_trainer.allocator import give_back, keep_freed_memory, usual_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
+libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
 
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = libc.malloc(size)
-    ctypes.memset(block, 1, size)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+def kept(mib=96):
+    before, block = resident(), libc.malloc(mib * 2**20)
+    ctypes.memset(block, 1, mib * 2**20)
     libc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return resident() - before
 
-size = 96 * 2**20
-found = {"before": [faults(), faults()]}
+found = {"before": kept()}
 assert keep_freed_memory()
-found["kept"] = [faults(), faults()]
+found["kept"] = kept()
+libc.free(libc.malloc(3 * 2**30))  # never touched: takes addresses, not memory
+found["heap"] = libc.sbrk(0)
+libc.free(libc.malloc(3 * 2**30))
+found["heap"] = (libc.sbrk(0) - found["heap"]) / 2**20
+full = resident()
+assert give_back()
+found["given back"] = full - resident()
 assert usual_memory()
-found["after"] = [faults(), faults()]
+found["after"] = kept()
 print(json.dumps(found))
 """
 
-glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+linux = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or not Path("/proc/self/statm").is_file(),
+    reason="mallopt is glibc's",
+)
 
 
-@glibc
-def test_a_kept_block_is_not_asked_of_the_system_again():
-    """A block of 96 MiB is up to 24,576 pages; each that has to be fetched again is a fault."""
+@linux
+def test_freed_memory_is_kept_until_it_is_given_back():
+    """Else each step asks the system for it again; MiB that stay resident after a free."""
+    own = {k: v for k, v in os.environ.items() if "MALLOC" not in k}
+    for name in ("LD_PRELOAD", "GLIBC_TUNABLES"):
+        own.pop(name, None)
     done = subprocess.run(
-        [sys.executable, "-c", COUNT], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", COUNT], capture_output=True, text=True, check=True, env=own
     )
-    found: dict[str, list[int]] = json.loads(done.stdout)
-    again = {name: second for name, (_, second) in found.items()}
-    assert again["kept"] < 20
-    assert again["before"] > 40  # huge pages make them few, but never none
-    assert again["after"] > 40
+    found: dict[str, float] = json.loads(done.stdout)
+    assert found["before"] < 10
+    assert found["kept"] > 90
+    assert found["heap"] == 0  # 3 GiB: a threshold of 32 bits would let it shrink
+    assert found["given back"] > 80
+    assert found["after"] < 10
 
 
 def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch):
@@ -61,6 +78,7 @@ def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: pytest.fail("called"))
     assert not allocator.keep_freed_memory()
     assert not allocator.usual_memory()
+    assert not allocator.give_back()
 
 
 @pytest.mark.parametrize("kept", [True, False])

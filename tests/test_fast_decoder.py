@@ -89,19 +89,37 @@ def test_only_large_maps_and_eager_calls_go_without_the_enlarged_map(
     assert sum("upsample_nearest2d" in kind for kind in kinds) == blocks
 
 
-def test_a_block_with_a_hook_or_another_enlargement_stays_as_it_is(
-    enlarged: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["conv1", "conv1.0", "attention1", "attention1.attention"])
+@pytest.mark.parametrize("kind", ["forward_hook", "full_backward_hook"])
+def test_what_is_attached_to_a_layer_is_called(
+    place: str, kind: str, enlarged: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ):
-    """A hook on the convolution would never be called."""
+    """The quick way would never call it."""
     monkeypatch.setattr(fast_layers, "_ENOUGH_PIXELS", 0)
     network = tiny_student("resnet18").eval()
     use_fast_layers(network)
     block = next(m for m in network.modules() if isinstance(m, FastUnetBlock))
     calls: list[nn.Module] = []
-    block.conv1[0].register_forward_hook(lambda module, *_: calls.append(module))
+    layer = block.get_submodule(place)
+    getattr(layer, f"register_{kind}")(lambda module, *_: calls.append(module))
+    enlarged.clear()
+    network(torch.randn(1, 3, SIDE, SIDE)).raw_logits.sum().backward()
+    assert calls == [layer]
+    assert len(enlarged) == 1
+
+
+def test_an_exchanged_layer_and_another_enlargement_are_left_alone(
+    enlarged: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+):
+    """As an adapter does it: what stands in the convolution's place does more than convolve."""
+    monkeypatch.setattr(fast_layers, "_ENOUGH_PIXELS", 0)
+    network = tiny_student("resnet18").eval()
+    use_fast_layers(network)
+    block = next(m for m in network.modules() if isinstance(m, FastUnetBlock))
+    block.conv1[0] = nn.Sequential(block.conv1[0], nn.Identity())
     enlarged.clear()
     network(torch.randn(1, 3, SIDE, SIDE))
-    assert len(calls) == len(enlarged) == 1
+    assert len(enlarged) == 1
     smooth = tiny_student("resnet18")
     for module in smooth.modules():
         if hasattr(module, "interpolation_mode"):

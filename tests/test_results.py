@@ -195,6 +195,10 @@ def test_speed_is_that_of_its_files():
         assert re.search(rf"\b{ratios[name]:.2f}x", text), name
     processes = json.loads((ROOT / "docs" / "results" / "speed_processes.json").read_text())
     assert f"**{processes['ratio']:.2f}x, missed**" in text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, ratio in (("ours", "plain / ours"), ("cached", "plain / cached")):
+        assert f"{found['median'][name]['seconds']:.2f} s" in readme
+        assert f"({ratios[ratio]:.1f} times" in readme
 
 
 def test_speed_of_the_data_path_is_that_of_its_files():

@@ -63,7 +63,7 @@ class DistillationArguments(TrainingArguments):
     keep_freed_memory: bool = help_field(
         True,
         "On a CPU, keep the memory that a step frees for the next one instead of giving it back "
-        "to the system (glibc only).",
+        "to the system (glibc only; it holds for the whole process).",
     )
     # Temperature.
     temperature_schedule: str = help_field(

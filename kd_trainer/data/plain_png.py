@@ -2,8 +2,8 @@
 
 libpng undoes a row's filter byte by byte. A mask written by cv2 has the filter `sub` in every row,
 which stores differences to the left neighbour; almost all are 0, so only the others need work: half
-the time of a general decoder. PIL chooses a filter for each row; such a mask goes through cv2, a
-quarter faster than PIL. What has any fault is left to PIL, which also has the words for it.
+the time of a general decoder. PIL chooses a filter for each row; such a mask goes through cv2,
+which is a little faster than PIL. What has any fault is left to PIL, which has the words for it.
 """
 
 from __future__ import annotations

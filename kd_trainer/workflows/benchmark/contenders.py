@@ -121,7 +121,8 @@ def _plain(args: StepArguments, folder: Path, networks: Networks) -> Contender:
     )
 
     def turn(steps: int) -> Turn:
-        usual_memory()  # what our trainer has set for this process is no part of a plain loop
+        if args.torch_device.type == "cpu":
+            usual_memory()  # what our trainer has set for this process is no part of a plain loop
         watch = Stopwatch(args.torch_device)
         loop.run(steps, watch)
         return _turn(watch, steps)

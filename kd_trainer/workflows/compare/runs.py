@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from kd_trainer.allocator import give_back
 from kd_trainer.checkpoints import checkpoint_folders, fault, update_of
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
@@ -189,6 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def reset_peak_memory() -> bool:
     """Let the peak memory be counted anew; False where a process cannot do that."""
     gc.collect()
+    give_back()  # else what an earlier run has freed would count for the next one
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
