@@ -76,6 +76,7 @@ def test_by_default_the_first_bad_sample_is_an_error(pairs):
         usable(settings(pairs[0], on_bad_sample="error", max_bad_share=0.01))
 
 
+@pytest.mark.slow
 def test_a_run_over_bad_files_is_the_run_without_them_bit_for_bit(tmp_path, capfd):
     """Order of the data, batches and augmentation all depend on the number of rows."""
     for name, data in zip(("bad", "good"), spoiled_pairs(tmp_path / "data"), strict=True):

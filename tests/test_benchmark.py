@@ -96,6 +96,7 @@ def test_drawn_pairs_are_photographs_with_masks_of_their_size(tmp_path: Path):
     assert set(target.unique().tolist()) <= {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_a_measurement_of_training_steps_runs(tmp_path: Path, capsys):
     """The whole path with networks of seconds: data from the disk, four contenders, the file."""
     file = tmp_path / "speed.json"

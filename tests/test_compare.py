@@ -304,6 +304,7 @@ def test_another_teacher_or_data_under_the_same_name_is_refused(
     assert named in str(error.value)
 
 
+@pytest.mark.slow
 def test_lost_counts_are_counted_again(finished: Finished, ground: Path, copied: Path, forbidden):
     """Between the end of a training and its counts a machine may go down too."""
     lost = copied / "distilled_seed1" / COUNTS
@@ -318,6 +319,7 @@ def test_lost_counts_are_counted_again(finished: Finished, ground: Path, copied:
     assert [value is None for value in seconds] == [False, False, True, False]
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Path, monkeypatch):
     """Nobody would leave a comparison of days to a machine on which it cannot be interrupted."""
     monkeypatch.setattr(compare, "measure_speed", lambda *args: Speed(1.0, 1.0))
@@ -345,6 +347,7 @@ def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Pat
     assert "no runs of both kinds" in printed
 
 
+@pytest.mark.slow
 def test_baselines_serve_other_weights_and_temperatures(finished: Finished, ground: Path, tmp_path):
     """Trained again for each of them, half of the time would be spent on the same runs."""
     more = ["--seeds", "2", "--baselines", finished.output]
