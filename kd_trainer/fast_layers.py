@@ -2,11 +2,10 @@
 
 What a profile of a U-Net on EfficientNet showed on a CPU in bf16: half of a training step was the
 backward pass of depthwise convolutions, as oneDNN has no good bf16 kernels for strided ones and
-those larger than 3 x 3; a Swish of two
-operations took three passes and two saved maps where one does; the mean of squeeze-and-excitation
-took ten times an average pooling; the decoder convolved maps four times as large as what they were
-made of. Only the class of a layer changes: names, weights and copies stay as they are, and whatever
-is traced, exported or compiled computes as before.
+those larger than 3 x 3; a Swish of two operations took three passes and two saved maps where one
+does; the mean of squeeze-and-excitation took ten times an average pooling; the decoder convolved
+maps four times as large as what they were made of. Only the class of a layer changes: names,
+weights and copies stay as they are, and whatever is traced or exported computes as before.
 """
 
 from __future__ import annotations
@@ -77,8 +76,9 @@ def _is_nearest(block: UnetDecoderBlock) -> bool:
     )
 
 
-def _traced() -> bool:
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+def _exported() -> bool:
+    """Into a file goes the layer as it was written; torch.compile gets the faster one."""
+    return bool(torch.compiler.is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 class FastSwish(Swish):
@@ -86,7 +86,7 @@ class FastSwish(Swish):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        if _traced():
+        if _exported():
             return super().forward(x)
         # In place it would save a copy of its input while training.
         return F.silu(x, inplace=self.inplace and not torch.is_grad_enabled())
@@ -97,7 +97,7 @@ class FastSqueezeExcite(SqueezeExcite):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W)."""
-        if _traced() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
+        if _exported() or x.device.type != "cpu" or x.dtype != torch.bfloat16:
             return super().forward(x)
         squeezed = F.avg_pool2d(x, x.shape[-2:])
         excited = self.conv_expand(self.act1(self.conv_reduce(squeezed)))
@@ -109,7 +109,7 @@ class FastDepthwise(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if (
-            _traced()
+            _exported()
             or input.device.type != "cpu"
             or not torch.is_grad_enabled()
             or not torch.is_autocast_enabled("cpu")
@@ -180,7 +180,7 @@ class FastUnetBlock(UnetDecoderBlock):
         convolution, *rest = self.conv1
         passed = (self.conv1, self.attention1, self.attention1.attention)
         if (
-            _traced()
+            _exported()
             or feature_map.device.type != "cpu"
             or (target_height, target_width) != (2 * height, 2 * width)
             or target_height * target_width < _ENOUGH_PIXELS  # adding the weights would cost more

@@ -24,7 +24,7 @@ from kd_trainer.callbacks import (
     ProgressiveUnfreezing,
     tensorboard_of,
 )
-from kd_trainer.compiling import allow_recompiles
+from kd_trainer.compiling import allow_recompiles, forget_earlier_training
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
 from kd_trainer.evaluation import (
@@ -112,6 +112,7 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
             callbacks=[unfreezing, DatasetEpoch(), *(callbacks or [])],
             **kwargs,
         )
+        forget_earlier_training(model)
         use_fast_layers(model)
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()

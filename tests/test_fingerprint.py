@@ -29,6 +29,7 @@ FREE = {
     "disable_tqdm": False,
     "save_strategy": "epoch",
     "hub_private_repo": True,
+    "keep_freed_memory": False,
 }
 BINDING = {
     "per_device_train_batch_size": 3,

@@ -22,7 +22,7 @@ from datasets.fingerprint import Hasher
 from pycocotools import mask as coco_mask
 
 from kd_trainer.data.coco_files import find_annotations, find_images, read_annotations
-from kd_trainer.data.listing import FEATURES, MAX_STREAM_SHARDS, did_you_mean, show_names
+from kd_trainer.data.listing import FEATURES, did_you_mean, show_names, stream_shards
 
 DRAWING = 1
 """Counts up when the same annotations are drawn as other pixels: it invalidates cached masks."""
@@ -132,7 +132,7 @@ def load_coco(
     if not count:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
     source.images  # noqa: B018  -- missing photographs are an error now, not in the first epoch
-    shards = min(count, MAX_STREAM_SHARDS)
+    shards = stream_shards(count)
     ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]
     return (_stream if streaming else _drawn)(source, ranges), lengths

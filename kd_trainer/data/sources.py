@@ -22,9 +22,9 @@ from kd_trainer.data.columns import (
 )
 from kd_trainer.data.folders import load_pair_folder
 from kd_trainer.data.listing import (
-    MAX_STREAM_SHARDS,
     did_you_mean,
     missing_path,
+    stream_shards,
     unlabelled_dataset,
 )
 from kd_trainer.data.streaming import stream_lengths, with_lengths
@@ -196,7 +196,7 @@ def _first(rows: datasets.Dataset, limit: int | None, name: str) -> datasets.Dat
 
 
 def _stream(rows: datasets.Dataset) -> tuple[datasets.IterableDataset, list[int]]:
-    shards = min(len(rows), MAX_STREAM_SHARDS)
+    shards = stream_shards(len(rows))
     lengths = [len(rows) // shards + (i < len(rows) % shards) for i in range(shards)]
     return rows.to_iterable_dataset(num_shards=shards), lengths
 

@@ -31,7 +31,7 @@ class StepArguments:
     mixed_precision: str = help_field("bf16", "Of the student alone and of ours: bf16, fp16 or no.")
     workers: int = help_field(0, "Processes that read the data, for each contender.")
     device: str = help_field("auto", "cpu, cuda, or auto: the GPU where there is one.")
-    compile: bool = help_field(False, "Compile student and teacher of ours.")
+    compile: bool = help_field(False, "Compile our students, and the teacher of ours.")
     teacher_stream: bool = help_field(False, "Let the teacher of ours run beside the student.")
 
     def __post_init__(self) -> None:

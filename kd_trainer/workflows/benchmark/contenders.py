@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kd_trainer.allocator import usual_memory
@@ -85,10 +86,10 @@ def make_contender(
     if name == "plain":
         return _plain(args, folder, networks)
     dataset = _dataset(args, folder)
-    if name == "student":
-        return lambda steps: train_turn(args, networks.student, None, dataset, steps=steps)
-    teacher = _teacher(networks)
     extra: dict[str, Any] = {"torch_compile": args.compile}
+    if name == "student":
+        return lambda steps: train_turn(args, networks.student, None, dataset, steps=steps, **extra)
+    teacher = _teacher(networks)
     if name == "ours":
         extra |= {"compile_teacher": args.compile, "teacher_stream": args.teacher_stream}
         return lambda steps: train_turn(
@@ -233,15 +234,21 @@ def train_turn(
             train_dataset=dataset,
             callbacks=[window],
         )
-        _count_parts(trainer, watch)
+        hooks = _count_parts(trainer, watch)
         trainer.train()
+    for hook in hooks:
+        hook.remove()
     assert window.measured is not None
     wall, cpu, parts = window.measured
     return Turn(wall / steps, cpu / steps, {name: s / steps for name, s in parts.items()})
 
 
-def _count_parts(trainer: DistillationTrainer, watch: Stopwatch) -> None:
-    """Name the parts of a step, and start before the first batch after the warm-up is read."""
+def _count_parts(trainer: DistillationTrainer, watch: Stopwatch) -> list[RemovableHandle]:
+    """Name the parts of a step, and start before the first batch after the warm-up is read.
+
+    Returns:
+        Hooks of the student, which the next turn must not find.
+    """
     fetch = trainer.get_batch_samples
 
     def counted_fetch(*args: Any, **kwargs: Any) -> Any:
@@ -259,10 +266,10 @@ def _count_parts(trainer: DistillationTrainer, watch: Stopwatch) -> None:
     watch.wrap(trainer, "log", "log")
     trainer.create_optimizer()
     watch.wrap(trainer.optimizer, "step", "optimizer")
-    _count_forward(trainer.model, watch)
+    return _count_forward(trainer.model, watch)
 
 
-def _count_forward(model: nn.Module, watch: Stopwatch) -> None:
+def _count_forward(model: nn.Module, watch: Stopwatch) -> list[RemovableHandle]:
     handle: list[Any] = []
 
     def before(*_: Any) -> None:
@@ -272,8 +279,7 @@ def _count_forward(model: nn.Module, watch: Stopwatch) -> None:
     def after(*_: Any) -> None:
         handle.pop().__exit__(None, None, None)
 
-    model.register_forward_pre_hook(before)
-    model.register_forward_hook(after)
+    return [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
 
 
 def units_of(args: StepArguments, networks: Networks) -> str:

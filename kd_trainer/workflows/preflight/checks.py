@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.evaluation import labels_of, pixel_statistics
+from kd_trainer.fast_layers import use_fast_layers
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.preflight.counts import ENOUGH, MARGIN, constant_miou, miou
 from kd_trainer.preflight.finding import Finding, Grade, ok
@@ -169,7 +170,7 @@ class Preflight:
     def _copy(self) -> SmpForSemanticSegmentation:
         student = copy.deepcopy(self.parts.student)
         network: nn.Module = student
-        network.to(self.device).eval().to(memory_format=torch.channels_last)
+        use_fast_layers(network.to(self.device).eval())
         return student
 
     def _miou(self, classes: list[Tensor]) -> float:

@@ -6,6 +6,7 @@ import time
 
 from accelerate.utils import broadcast_object_list
 
+from kd_trainer.allocator import keep_freed_memory
 from kd_trainer.command_line import RunArguments
 from kd_trainer.preflight.finding import error_message, summary
 from kd_trainer.workflows.assemble import Parts
@@ -24,6 +25,8 @@ def check_before_training(run: RunArguments, parts: Parts) -> None:
     message: list[str | None] = [None]
     if run.training.process_index == 0:
         start = time.monotonic()
+        if run.training.keep_freed_memory and run.training.device.type == "cpu":
+            keep_freed_memory()  # as the training will: its networks run here first
         findings = list(Preflight(run, parts, QUICK).findings())
         message = [error_message(findings)]
         if message[0] is None:
