@@ -19,7 +19,7 @@ FEATURES = datasets.Features(
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # JPEG is lossy: its masks hold values that nobody wrote.
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
-_STREAM_SHARDS, _SHARD_ROWS = 64, 16
+_STREAM_SHARDS, _SHARD_ROWS = 64, 64
 _SAMPLE = 200  # photographs without masks whose first bytes are read before a run
 
 
