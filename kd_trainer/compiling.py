@@ -1,4 +1,4 @@
-"""How a student is wrapped for its training: torch.compile, and what accelerate leaves behind."""
+"""What torch.compile needs for staged unfreezing, and what accelerate leaves on a student."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def forget_earlier_training(model: nn.Module) -> None:
 
     It prepares a model once and passes it on after that: a second Trainer with another
     mixed_precision would train in that of the first, and one with torch_compile uncompiled, both
-    without a word.
+    without a word. The other Trainer must not be used any more.
     """
     vars(model).pop("_is_accelerate_prepared", None)
     forward = vars(model).pop("_original_forward", None)

@@ -29,10 +29,8 @@ def logs_of(folder: Path, **options) -> list[dict[str, float]]:
 
 
 @pytest.fixture(autouse=True)
-def own_settings(monkeypatch: pytest.MonkeyPatch):
-    """transformers writes these for accelerate, and other tests must not find them."""
-    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
-        monkeypatch.setenv(name, "no")
+def nothing_compiled():
+    """Code and counts of other tests would change what is seen here."""
     torch.compiler.reset()
     counters.clear()
 
@@ -106,4 +104,4 @@ def test_a_second_training_of_a_student_is_its_own(tmp_path: Path, compiled: boo
         trainer.train()
         assert precise.pop() == (precision == "no")
         assert bool(counters["stats"]["unique_graphs"]) == bool(options)
-        assert "_original_forward" not in vars(student) or precision == "bf16"
+        assert ("_original_forward" in vars(student)) == (precision == "bf16")

@@ -243,8 +243,14 @@ def test_squeeze_and_excitation_averages_a_large_map_in_bf16():
     pixels = 1 + torch.rand(1, channels, 128, 128)
     rounded = pixels.bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        got = layer(rounded.clone())  # in place
+        given = rounded.clone()
+        got = layer(given)
+    assert got.data_ptr() == given.data_ptr()  # without gradients in place
     expected = super(FastSqueezeExcite, layer).forward(rounded.float())
+    before = rounded.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(rounded), got)
+    assert torch.equal(rounded, before)  # the backward pass needs it
     assert torch.allclose(got.float(), expected, rtol=3e-2)
 
 

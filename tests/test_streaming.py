@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, collate, load_splits, transforms
+from kd_trainer.data.listing import stream_shards
 from kd_trainer.data.streaming import shuffled, stream_lengths, with_lengths
 
 
@@ -207,3 +208,11 @@ def test_fewer_evaluation_images_than_processes_is_an_error():
     """A process without an image has nothing to fill up with."""
     with pytest.raises(ValueError, match="image for each of 3 processes, got 2"):
         streamed(stream(2, 1), world_size=3, padded=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shards"), [(1, 1), (127, 1), (128, 2), (1000, 15), (4096, 64), (10**5, 64)]
+)
+def test_small_streams_have_few_shards(rows: int, shards: int):
+    """With shards of one or two rows, a stream of 100 took twice as long."""
+    assert stream_shards(rows) == shards

@@ -19,13 +19,14 @@ FEATURES = datasets.Features(
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # JPEG is lossy: its masks hold values that nobody wrote.
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
-_STREAM_SHARDS, _SHARD_ROWS = 64, 64
+_MAX_SHARDS = 64
+_MIN_SHARD_ROWS = 64
 _SAMPLE = 200  # photographs without masks whose first bytes are read before a run
 
 
 def stream_shards(rows: int) -> int:
-    """Shards for local rows that are read as a stream; opening one costs as much as a few rows."""
-    return max(1, min(_STREAM_SHARDS, rows // _SHARD_ROWS))
+    """Shards for local rows that are read as a stream; opening each takes time."""
+    return max(1, min(_MAX_SHARDS, rows // _MIN_SHARD_ROWS))
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
