@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kd_trainer"
-LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 300, 60, 5
+# A guard against accidents, no aim: a file holds one concept, whole.
+LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 600, 60, 5
 
 # These travel to the Hub as remote code, without the rest of the package.
 PORTABLE = ("modeling", "image_processing", "configuration_smp", "encoder_units", "weights")
@@ -135,7 +136,7 @@ def test_the_tree_keeps_the_layers_and_sizes():
         ("kd_trainer/modeling.py", "import kd_trainer", "remote code"),
         ("kd_trainer/data/coco.py", "import albumentations as A", "albumentations"),
         ("kd_trainer/surprise.py", "", "no rank"),
-        ("kd_trainer/hub.py", "x = 1\n" * 301, "301 lines"),
+        ("kd_trainer/hub.py", "x = 1\n" * 601, "601 lines"),
         ("kd_trainer/hub.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
         ("kd_trainer/hub.py", "def f(a, b, c, d, e, g): ...", "6 positional"),
         ("kd_trainer/hub.py", "class A:\n    def f(self, a, b, c, d, e, g): ...", "6 positional"),
