@@ -22,7 +22,7 @@ demo: $(STAMP) ## train a small teacher and distil it into a student on syntheti
 	$(RUN) -m kd_trainer.workflows.demo $(ARGS)
 
 test: $(STAMP) ## run the quick tests, on two cores
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow and not distributed and not browser" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not distributed and not browser" $(ARGS)
 
 test-slow: $(STAMP) ## run the others: long ones, several processes, browser
 	$(RUN) -m pytest -m "slow or distributed or browser" $(ARGS)
