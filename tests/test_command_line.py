@@ -18,6 +18,7 @@ from kd_trainer.command_line import (
     parser,
     recipe_names,
 )
+from kd_trainer.fingerprint import settings_of
 
 PIECEWISE = ["--temperature_schedule", "piecewise", "--temperature_points", "0:3", "49:1"]
 LIGHT = "rgb_hierarchical_unet_v2_distillation_b0_light_from_b3_temp_prog"
@@ -158,7 +159,8 @@ def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], 
         (["--epochs", "0"], r"^Expected --epochs"),
         (["--report_to", "nowhere"], r"^Expected --report_to .*got nowhere"),
         (["--eval_strategy", "steps"], r"^Expected --save_strategy and --eval_strategy"),
-        (["--bf16", "--fp16"], r"^Expected settings that transformers accepts, got: "),
+        (["--bf16", "--fp16"], r"^Expected one precision, got --bf16 and --fp16\. Leave one out"),
+        (["--optim", "bogus"], r"^Expected settings that transformers accepts, got: "),
         (["--teacher_image_size", "0"], r"^Expected --teacher_image_size of at least 32, got 0"),
         (["--decoder_channels", "8", "-1"], r"^Expected --decoder_channels of at least 1, got -1"),
         (["--class_names", "person", "person"], r"^Expected one distinct name .*person, person"),
@@ -297,6 +299,30 @@ def test_resolved_configuration_does_not_pin_the_machine(tmp_path: Path):
     assert not derived & settings.keys()
     path = written(tmp_path, yaml.safe_dump(settings))
     assert parse(["--config", path, "--seed", "7"]).training.data_seed == 7
+
+
+@pytest.mark.parametrize("how", ["--bf16", "--mixed_precision bf16", "ACCELERATE_MIXED_PRECISION"])
+def test_the_precision_is_written_down_however_it_was_asked_for(monkeypatch, how):
+    """The configuration of a run in bf16 trained in fp32, and could not resume it."""
+    if how.startswith("--"):
+        run = parse([*how.split(), "--use_cpu"])
+    else:
+        monkeypatch.setenv(how, "bf16")
+        run = parse(["--use_cpu"])
+        monkeypatch.delenv(how)
+    again = build(run.resolved())
+    assert run.training.bf16 or run.training.mixed_precision == "bf16"
+    assert again.training.bf16
+    assert again.resolved() == run.resolved()
+    assert settings_of(again.training) == settings_of(run.training)
+
+
+def test_two_precisions_are_refused():
+    """One of them would win without a word."""
+    with pytest.raises(
+        ValueError, match=r"^Expected one precision, got --bf16 and --mixed_precision no\."
+    ):
+        parse(["--bf16", "--mixed_precision", "no"])
 
 
 def test_no_token_is_taken_or_written_down(tmp_path: Path):

@@ -11,11 +11,13 @@ from datasets.exceptions import DatasetNotFoundError
 from pycocotools import mask as coco_mask
 
 from kd_trainer.arguments import DataArguments
+from kd_trainer.command_line import build
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits
 from kd_trainer.data.coco import category_classes
 from kd_trainer.data.columns import two_columns
 from kd_trainer.data.decoding import decode_mask, decode_photograph
 from kd_trainer.data.streaming import stream_lengths
+from kd_trainer.workflows.assemble import assemble
 
 
 def load(path, **fields):
@@ -231,6 +233,31 @@ def coco(tmp_path, blob):
 
 def square():
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(SQUARE, 16, 20)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"category": "dog"}, ["background", "dog"]),
+        ({"num_labels": 3}, ["background", "person", "dog"]),
+        ({"num_labels": 3, "class_names": ["none", "human", "pet"]}, ["none", "human", "pet"]),
+    ],
+)
+def test_a_student_is_called_what_its_categories_are(coco, settings, names):
+    """`--category cat` gave a student, and a card, that found persons."""
+    data = {"dataset": str(coco), "teacher": "none", "image_size": 64, "augmentation": "none"}
+    student = {"student_encoder": "resnet18", "encoder_weights": "none", "use_cpu": True}
+    run = build(
+        data | student | {"eval_strategy": "no", "per_device_train_batch_size": 1} | settings
+    )
+    assert list(assemble(run).student.config.id2label.values()) == names
+    assert run.resolved()["class_names"] == names
+
+
+def test_a_foreground_that_nobody_named_is_no_person():
+    assert DataArguments(dataset="cats/").id2label == {0: "background", 1: "foreground"}
+    assert DataArguments(dataset="cats/", category="cat").id2label[1] == "cat"
+    assert DataArguments(dataset="synthetic").id2label[1] == "person"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

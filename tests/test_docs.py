@@ -399,7 +399,7 @@ def test_documented_keys_of_results_are_there_and_complete(finished: Path):
     keys = set(json.loads((finished / "results.json").read_text()))
     listed = {f"{who}_{name}" for who in ("student", "teacher") for name in metrics} | words
     assert listed - keys == set()
-    per_class = re.compile(r"(student|teacher)_(iou|dice)_(background|person|class_\d)")
+    per_class = re.compile(r"(student|teacher)_(iou|dice)_(background|foreground|person|class_\d)")
     assert {key for key in keys - listed if not per_class.fullmatch(key)} == set()
 
 

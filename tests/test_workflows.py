@@ -323,7 +323,7 @@ def test_dry_run_prints_the_recipes_plan_and_writes_nothing(tmp_path: Path, caps
     assert re.search(r"student \| +Unet timm-efficientnet-b0 \| +5,839,\d{3} \| +412,160 \|", plan)
     assert "8 images (2 updates an epoch" in plan
     assert "5 images" in plan
-    assert "classes: background, person" in plan
+    assert "classes: background, foreground" in plan
     assert "total = 0.3·kl + 0.5·mse + 0.5·bce + 1·dice" in plan
     rows = [line.split("|")[1:-1] for line in plan.splitlines() if re.match(r"\| +\d+ \|", line)]
     table = {int(row[0]): [cell.strip() for cell in row[1:]] for row in rows}

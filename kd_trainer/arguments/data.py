@@ -31,7 +31,8 @@ class DataArguments:
         2, "Classes with the background; 2 is a binary task with one logit."
     )
     class_names: list[str] | None = help_field(
-        None, "Names of the classes, background first (binary default: background person)."
+        None,
+        "Names of the classes, background first (default: those of the source, where it has any).",
     )
     mask_values: list[int] | None = help_field(
         None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
@@ -97,5 +98,7 @@ class DataArguments:
         if self.class_names is not None:
             return dict(enumerate(self.class_names))
         if self.num_labels == 2:
-            return {0: "background", 1: "person"}
+            # What nobody named has no name: a model that finds cats must not say `person`.
+            drawn = "person" if self.dataset == "synthetic" else "foreground"
+            return {0: "background", 1: self.category or drawn}
         return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}

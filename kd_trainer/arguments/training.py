@@ -198,6 +198,12 @@ class DistillationArguments(TrainingArguments):
             )
 
     def _set_precision(self) -> None:
+        asked = [name for name in ("bf16", "fp16") if getattr(self, name)]
+        told = [f"--{name}" for name in asked]
+        told += [f"--mixed_precision {self.mixed_precision}"] if self.mixed_precision else []
+        if len({*asked, self.mixed_precision} - {""}) > 1:
+            raise ValueError(f"Expected one precision, got {' and '.join(told)}. Leave one out.")
+        self.mixed_precision = self.mixed_precision or "".join(asked)  # what is saved
         if not self.mixed_precision:
             return  # what the accelerate configuration says
         check_choice("mixed_precision", self.mixed_precision, PRECISIONS)

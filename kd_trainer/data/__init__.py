@@ -5,7 +5,7 @@ from kd_trainer.data.collate import collate
 from kd_trainer.data.dataset import TransformedDataset
 from kd_trainer.data.masks import MaskRule, find_mask_rule
 from kd_trainer.data.pipeline import mask_rule, sample_rows, transforms, usable_splits
-from kd_trainer.data.sources import load_splits
+from kd_trainer.data.sources import load_splits, source_class_names
 from kd_trainer.data.streaming import StreamedDataset
 from kd_trainer.data.transform import SegmentationTransform, TeacherTargets, clean_picture
 
@@ -22,6 +22,7 @@ __all__ = [
     "load_splits",
     "mask_rule",
     "sample_rows",
+    "source_class_names",
     "transforms",
     "usable_splits",
 ]

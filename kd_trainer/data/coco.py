@@ -168,9 +168,8 @@ def category_classes(
     Raises:
         ValueError: if the categories do not fit `category` and `num_labels`; lists them.
     """
-    ordered = sorted(categories, key=lambda c: c["id"])
-    names = [str(c["name"]) for c in ordered if c["name"] != "background"]
-    ids = [int(c["id"]) for c in ordered if c["name"] != "background"]
+    named = foreground_categories(categories)
+    names, ids = list(named.values()), list(named)
     if category is None and num_labels == 2 and len(ids) == 1:
         return {ids[0]: 1}
     if category is None and num_labels == len(ids) + 1:
@@ -192,6 +191,18 @@ def category_classes(
             f"{show_names(names)}.{did_you_mean(category, names)}"
         )
     return {i: 1 for i, name in zip(ids, names, strict=True) if name == category}
+
+
+def foreground_categories(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Name of each category but the background, by id, in the order of the ids."""
+    ordered = sorted(categories, key=lambda c: c["id"])
+    return {int(c["id"]): str(c["name"]) for c in ordered if c["name"] != "background"}
+
+
+def coco_class_names(path: Path, split: str, other_splits: Sequence[str]) -> list[str]:
+    """Names of the classes of a COCO data set without `category`, background first."""
+    content = read_annotations(find_annotations(path, split, other_splits))
+    return ["background", *foreground_categories(content["categories"]).values()]
 
 
 def draw(

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.coco import load_coco
+from kd_trainer.data.coco import coco_class_names, load_coco
 from kd_trainer.data.coco_files import is_coco_folder
 from kd_trainer.data.columns import (
     has_parquet,
@@ -104,8 +104,7 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         places = hub_places(data.dataset)
         return two_columns(rows, name=data.dataset, places=places, **columns), None
     paired = _is_pair_folder(data, path)
-    splits = (data.train_split, data.eval_split)
-    if path.suffix == ".json" or (path.is_dir() and not paired and is_coco_folder(path, splits)):
+    if _is_coco(data, path):
         return load_coco(
             path,
             split,
@@ -133,6 +132,23 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         return two_columns(rows, name=str(path), places=[path], **columns), known
     folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
     return load_pair_folder(path, split, **folders), None
+
+
+def source_class_names(data: DataArguments) -> list[str] | None:
+    """Names of the classes that the data itself has, background first; None if it has none."""
+    path = Path(data.dataset).expanduser()
+    if not data.dataset or not path.exists() or not _is_coco(data, path):
+        return None
+    if data.category is not None:
+        return ["background", data.category]
+    return coco_class_names(path, data.train_split, (data.eval_split,))
+
+
+def _is_coco(data: DataArguments, path: Path) -> bool:
+    splits = (data.train_split, data.eval_split)
+    if path.suffix == ".json":
+        return True
+    return path.is_dir() and not _is_pair_folder(data, path) and is_coco_folder(path, splits)
 
 
 def _is_pair_folder(data: DataArguments, path: Path) -> bool:

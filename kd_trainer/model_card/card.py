@@ -56,7 +56,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _head(facts: CardFacts) -> str:
     labels, name = facts.labels, facts.repo_id.split("/")[1]
-    what = f"finds {labels[1]} in photographs" if len(labels) == 2 else "labels photographs"
+    named = "the foreground" if labels[-1] == "foreground" else labels[-1]
+    what = f"finds {named} in photographs" if len(labels) == 2 else "labels photographs"
     text = (
         f"# {name}\n\nThis {facts.architecture} on `{facts.encoder}` {what}: "
         f"one class a pixel, out of {', '.join(labels)}."

@@ -15,6 +15,7 @@ from kd_trainer.data import (
     StreamedDataset,
     TransformedDataset,
     load_splits,
+    source_class_names,
     transforms,
     usable_splits,
 )
@@ -71,7 +72,7 @@ def _bad_share(data: DataArguments) -> float | None:
 
 
 def assemble(run: RunArguments) -> Parts:
-    """Everything a training needs, checked."""
+    """Everything a training needs, checked; `run` learns the class names of its source."""
     if not run.data.dataset:
         raise ValueError(
             "Expected --dataset (a folder, a json, a parquet file, a Hub id or `synthetic`), got "
@@ -83,6 +84,8 @@ def assemble(run: RunArguments) -> Parts:
     names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = load_splits(data, names)
+    if data.class_names is None:  # the configuration that is written names them too
+        run.data = data = replace(data, class_names=source_class_names(data))
     splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     set_seed(args.seed)  # the student's random weights
