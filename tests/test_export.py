@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -440,6 +441,68 @@ def test_smp_reads_a_student_of_a_tu_encoder(tmp_path):
         found = network(processed(student, images)).numpy()
     np.testing.assert_allclose(found, raw(student, images), atol=1e-5)
     assert not (tmp_path / "smp" / "README.md").exists()
+
+
+ENCODERS = {"segformer": "mit_b0", "dpt": "tu-vit_tiny_patch16_224.augreg_in21k"}
+POOLS_INTO_A_GRID, ONE_SIZE = ("pspnet", "upernet"), ("dpt",)
+
+
+def pictures_folder(folder: Path) -> str:
+    """Two pictures of noise."""
+    for index in range(2):
+        noise = pictures(1, 80, 100 + index)[0].permute(1, 2, 0).numpy()
+        cv2.imwrite(str(folder / f"{index}.png"), noise)
+    return str(folder)
+
+
+def exported(arch: str, tmp_path: Path, **own: object) -> dict:
+    size = {"dpt": 224, "pan": 128}.get(arch, SIDE)
+    student = SmpForSemanticSegmentation.create(
+        arch, ENCODERS.get(arch, "resnet18"), encoder_weights="none", image_size=size
+    )
+    checked = {"check_images": 2, "batch_size": 2, "latency_repeats": 0}
+    args = ExportArguments(
+        output=str(tmp_path / "out"), images=[pictures_folder(tmp_path)], **checked, **own
+    )
+    return export_student(student, args, DataArguments(image_size=size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format_name", ["onnx", "torch-export"])
+@pytest.mark.parametrize("arch", sorted(smp.MODEL_ARCHITECTURES_MAPPING))
+def test_every_architecture_is_exported_and_is_the_student(arch, format_name, tmp_path):
+    """Those that pool into a grid ended in a traceback of onnxruntime."""
+    fixed = arch in POOLS_INTO_A_GRID + ONE_SIZE
+    result = exported(arch, tmp_path, format=format_name, fixed_size=fixed)
+    assert result["relative_difference"] < 1e-3
+    assert ("at_another_size" in result) is not fixed
+
+
+def test_a_grid_of_fixed_size_needs_a_picture_of_fixed_size(tmp_path):
+    """onnxruntime's own traceback did not say so."""
+    with pytest.raises(ValueError, match=r"^Expected an ONNX file .* --fixed_size\.$") as caught:
+        exported("pspnet", tmp_path, format="onnx")
+    assert "\n" not in str(caught.value)
+    assert exported("pspnet", tmp_path, format="onnx", fixed_size=True)["fixed_size"]
+    session = load_onnx(tmp_path / "out" / "student.onnx")
+    assert session.session.get_inputs()[0].shape == ["batch", 3, SIDE, SIDE]
+    with pytest.raises(ValueError, match=rf"^Expected height and width of {SIDE}, the one size"):
+        session(np.zeros((1, 3, 2 * SIDE, SIDE), np.float32))
+
+
+def test_the_operators_are_of_the_version_that_was_asked_for(student, tmp_path):
+    """The exporter takes another version than an unknown one, without an error."""
+    metadata = metadata_of(student, with_preprocessing=False, precision="fp32")
+    path = tmp_path / "student.onnx"
+    program = export_program(student, prune=False)
+    write_onnx(program, path, metadata, with_preprocessing=False, opset=19)
+    assert onnx.load(path).opset_import[0].version == 19
+    with pytest.raises(ValueError, match=r"^Expected --opset from 18 to \d+, .* got 99\.$"):
+        ExportArguments(format="onnx", opset=99)
+    with pytest.raises(ValueError, match=r"^Expected an ONNX format for --opset, got smp"):
+        ExportArguments(format="smp", opset=18)
+    with pytest.raises(ValueError, match=r"^Expected a format with a graph for --fixed_size"):
+        ExportArguments(format="smp", fixed_size=True)
 
 
 def test_images_are_spread_over_the_folder(folder):

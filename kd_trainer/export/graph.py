@@ -1,6 +1,8 @@
 """The graph that is exported: dynamic batch, height and width, and no weight that it does not use.
 
-Height and width stay multiples of the encoder's output stride; the metadata names it.
+Height and width stay multiples of the encoder's output stride; the metadata names it. Networks that
+pool into a fixed grid (PSPNet, UPerNet) or take one size only (some vision transformers) are
+exported with a fixed height and width instead.
 """
 
 from __future__ import annotations
@@ -58,17 +60,24 @@ class ExportGraph(nn.Module):
         return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)
 
 
-def example_input(student: SmpForSemanticSegmentation, *, with_preprocessing: bool) -> Tensor:
-    """A batch of unequal height and width: of equal ones the exporter would make one symbol."""
-    height = student.config.image_size
-    width = height + int(student.encoder.output_stride)  # type: ignore[arg-type]
+def example_input(
+    student: SmpForSemanticSegmentation, *, with_preprocessing: bool, fixed_size: bool = False
+) -> Tensor:
+    """A batch of unequal height and width, unless they are fixed: equal ones become one symbol."""
+    height = width = student.config.image_size
+    if not fixed_size:
+        width += int(student.encoder.output_stride)  # type: ignore[arg-type]
     if with_preprocessing:
         return torch.zeros(2, height, width, 3, dtype=torch.uint8)
     return torch.zeros(2, 3, height, width)
 
 
 def export_program(
-    student: SmpForSemanticSegmentation, *, with_preprocessing: bool = False, prune: bool = True
+    student: SmpForSemanticSegmentation,
+    *,
+    with_preprocessing: bool = False,
+    prune: bool = True,
+    fixed_size: bool = False,
 ) -> ExportedProgram:
     """Trace a student in eval mode on the CPU, in fp32.
 
@@ -77,14 +86,15 @@ def export_program(
         with_preprocessing: see `ExportGraph`.
         prune: leave out the weights that nothing uses, at the price of tracing twice. The ONNX
             exporter does it by itself.
+        fixed_size: take pictures of the student's own size only; the batch stays dynamic.
 
     Raises:
-        ValueError: if its network cannot be traced with dynamic sizes.
+        ValueError: if its network cannot be traced.
     """
     graph = ExportGraph(student.float().cpu().eval(), with_preprocessing=with_preprocessing)
-    example = example_input(student, with_preprocessing=with_preprocessing)
-    rows, columns = (1, 2) if with_preprocessing else (2, 3)
-    dynamic = ({0: Dim.DYNAMIC, rows: Dim.DYNAMIC, columns: Dim.DYNAMIC},)
+    example = example_input(student, with_preprocessing=with_preprocessing, fixed_size=fixed_size)
+    sides = () if fixed_size else (1, 2) if with_preprocessing else (2, 3)
+    dynamic = (dict.fromkeys((0, *sides), Dim.DYNAMIC),)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # Constants that timm's modules keep are lifted; the graph is the same.
@@ -97,9 +107,11 @@ def export_program(
     except Exception as error:  # whatever tracing raises, the cure is the same
         reason = " ".join(str(error).split())[:300]
         name = f"{student.config._model_class} {student.config.encoder_name}"
+        wanted = "" if fixed_size else " with dynamic sizes"
+        cure = "--format smp, or train another encoder" if fixed_size else "--fixed_size"
         raise ValueError(
-            f"Expected a network that torch.export traces with dynamic sizes, got {name}: {reason} "
-            "Export it with --format smp, or train another encoder."
+            f"Expected a network that torch.export traces{wanted}, got {name}: "
+            f"{reason.rstrip('.')}. Export it with {cure}."
         ) from error
 
 
@@ -118,12 +130,16 @@ def _without_unused(program: ExportedProgram) -> nn.Module:
 
 
 def metadata_of(
-    student: SmpForSemanticSegmentation, *, with_preprocessing: bool, precision: str
+    student: SmpForSemanticSegmentation,
+    *,
+    with_preprocessing: bool,
+    precision: str,
+    fixed_size: bool = False,
 ) -> dict[str, str]:
     """What a consumer of the exported file needs to know, as text by name.
 
     `class_names`, `image_mean` and `image_std` are JSON lists, `image_size` and `size_multiple`
-    whole numbers in pixels.
+    whole numbers in pixels, `fixed_size` is `true` if only `image_size` is taken.
     """
     config = student.config
     names = [str(name) for _, name in sorted((config.id2label or {}).items())]
@@ -141,6 +157,7 @@ def metadata_of(
         "class_names": json.dumps(names, ensure_ascii=False),
         "image_size": str(config.image_size),
         "size_multiple": str(int(student.encoder.output_stride)),  # type: ignore[arg-type]
+        "fixed_size": "true" if fixed_size else "false",
         "image_mean": json.dumps(list(config.image_mean)),
         "image_std": json.dumps(list(config.image_std)),
         "preprocessing": "inside" if with_preprocessing else "outside",

@@ -17,7 +17,12 @@ from kd_trainer.export.graph import PICTURE_INPUT, PROBABILITY_OUTPUT, RAW_INPUT
 
 
 def write_onnx(
-    program: ExportedProgram, path: Path, metadata: Mapping[str, str], *, with_preprocessing: bool
+    program: ExportedProgram,
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    with_preprocessing: bool,
+    opset: int | None = None,
 ) -> None:
     """Write a traced student as one ONNX file.
 
@@ -25,6 +30,7 @@ def write_onnx(
         program: of `export_program`, traced with the same `with_preprocessing`.
         path: of the file.
         metadata: of `metadata_of`; stored in the file.
+        opset: version of ONNX's operators, from 18; None takes the exporter's own choice.
         with_preprocessing: decides the names: `image` and `probabilities`, or `pixel_values` and
             `logits`.
 
@@ -39,19 +45,44 @@ def write_onnx(
             (),
             dynamo=True,
             verbose=False,
+            opset_version=opset,
             input_names=[PICTURE_INPUT if with_preprocessing else RAW_INPUT],
             output_names=[PROBABILITY_OUTPUT if with_preprocessing else RAW_OUTPUT],
         )
     model = made.model_proto
+    if opset not in (None, model.opset_import[0].version):
+        raise ValueError(
+            f"Expected a network that can be written with --opset {opset}, got one that onnx "
+            "cannot convert. Leave --opset out."
+        )
     _forget_sources(model)
     for tensor, (height, width) in (
         (model.graph.input[0], (rows, columns)),
         (model.graph.output[0], (2, 3)),
     ):
         for axis, name in ((0, "batch"), (height, "height"), (width, "width")):
-            tensor.type.tensor_type.shape.dim[axis].dim_param = name
+            size = tensor.type.tensor_type.shape.dim[axis]
+            if not size.dim_value:  # a fixed side keeps its number
+                size.dim_param = name
     del model.graph.value_info[:]  # it names the sizes as the tracer did
     save_onnx(model, path, metadata)
+
+
+OLDEST_OPSET = 18  # what torch's exporter writes
+
+
+def check_opset(opset: int | None) -> None:
+    """Refuse versions of the operators that cannot be written; the exporter would take another.
+
+    Raises:
+        ValueError: names the range.
+    """
+    newest: int = require("onnx").defs.onnx_opset_version()
+    if opset is not None and not OLDEST_OPSET <= opset <= newest:
+        raise ValueError(
+            f"Expected --opset from {OLDEST_OPSET} to {newest}, the newest of the installed onnx, "
+            f"got {opset}."
+        )
 
 
 @contextlib.contextmanager

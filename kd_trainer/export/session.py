@@ -24,6 +24,7 @@ class OnnxStudent:
         class_names: name of each class, background first.
         image_size: side in pixels of the square input the model is meant for.
         size_multiple: height and width have to be multiples of it.
+        fixed_size: whether height and width have to be `image_size`.
         image_mean: of each channel, of values in 0..1.
         image_std: likewise.
         with_preprocessing: whether it takes uint8 pictures and gives probabilities.
@@ -42,7 +43,7 @@ class OnnxStudent:
         runtime = require("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what goes wrong is raised as well
         try:
             self.session: Any = runtime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -60,6 +61,7 @@ class OnnxStudent:
         self.class_names: list[str] = json.loads(told["class_names"])
         self.image_size = int(told["image_size"])
         self.size_multiple = int(told["size_multiple"])
+        self.fixed_size = told.get("fixed_size") == "true"
         self.image_mean: list[float] = json.loads(told["image_mean"])
         self.image_std: list[float] = json.loads(told["image_std"])
         self.with_preprocessing = told["preprocessing"] == "inside"
@@ -77,7 +79,8 @@ class OnnxStudent:
             1 for a binary model.
 
         Raises:
-            ValueError: if shape or type are others, or a side is no multiple of `size_multiple`.
+            ValueError: if shape or type are others, a side is no multiple of `size_multiple` (or
+                not `image_size`, where that is fixed), or onnxruntime cannot run the file.
         """
         wanted = "uint8" if self.with_preprocessing else "float32"
         channels, rows = (3, 1) if self.with_preprocessing else (1, 2)
@@ -87,12 +90,25 @@ class OnnxStudent:
                 f"Expected {self.metadata['input']}, got {pixels.dtype} {pixels.shape}. Convert it."
             )
         for side in pixels.shape[rows : rows + 2]:
+            if self.fixed_size and side != self.image_size:
+                raise ValueError(
+                    f"Expected height and width of {self.image_size}, the one size of this file, "
+                    f"got {side}. Resize the picture, or export without --fixed_size."
+                )
             if side < 1 or side % self.size_multiple:
                 raise ValueError(
                     f"Expected height and width divisible by {self.size_multiple}, got {side}. "
                     f"Resize to {self.image_size}x{self.image_size}, for which it was trained."
                 )
-        found: Batch = self.session.run(None, {self._input: np.ascontiguousarray(pixels)})[0]
+        try:
+            found: Batch = self.session.run(None, {self._input: np.ascontiguousarray(pixels)})[0]
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            cure = "--format torch-export" if self.fixed_size else "--fixed_size"
+            raise ValueError(
+                f"Expected an ONNX file that onnxruntime runs, got one of "
+                f"{self.metadata.get('architecture')}: {reason}. Export it with {cure}."
+            ) from error
         return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kd_trainer.export.extras import require_all
 from kd_trainer.export.files import read_program, read_smp, write_program, write_smp
 from kd_trainer.export.graph import export_program, metadata_of
-from kd_trainer.export.onnx_file import write_half, write_onnx
+from kd_trainer.export.onnx_file import check_opset, write_half, write_onnx
 from kd_trainer.export.quantize import Quantiser
 from kd_trainer.export.session import OnnxStudent
 from kd_trainer.fields import check_at_least, check_choice, help_field
@@ -47,6 +47,14 @@ class ExportArguments:
         "Normalisation and sigmoid (softmax) inside: uint8 pictures (batch, height, width, 3) in, "
         "probabilities out.",
     )
+    fixed_size: bool = help_field(
+        False,
+        "Take pictures of the student's own size only (needed by networks that pool into a fixed "
+        "grid, such as PSPNet and UPerNet, and by some vision transformers).",
+    )
+    opset: int | None = help_field(
+        None, "onnx: version of the operators, 18 or newer (default: the exporter's choice)."
+    )
     images: list[str] | None = help_field(
         None, "Pictures to check on (files, folders, globs) instead of a data set with masks."
     )
@@ -69,13 +77,19 @@ class ExportArguments:
         for name in ("check_images", "calibration_images", "batch_size"):
             check_at_least(name, getattr(self, name), 1)
         check_at_least("latency_repeats", self.latency_repeats, 0)
-        if self.with_preprocessing and self.format == "smp":
+        for flag in ("with_preprocessing", "fixed_size"):
+            if getattr(self, flag) and self.format == "smp":
+                raise ValueError(
+                    f"Expected a format with a graph for --{flag}, got smp, whose folder holds "
+                    "weights only. Choose onnx or torch-export."
+                )
+        if self.opset is not None and not self.format.startswith("onnx"):
             raise ValueError(
-                "Expected a format with a graph for --with_preprocessing, got smp, whose folder "
-                "holds weights only. Choose onnx or torch-export."
+                f"Expected an ONNX format for --opset, got {self.format}. Leave it out."
             )
         if self.format.startswith("onnx"):
             require_all()
+            check_opset(self.opset)
 
     @property
     def entry(self) -> str:
@@ -124,7 +138,9 @@ class Exporter:
         if self.args.format == "smp":
             write_smp(self.student, self.path)
         elif self.args.format == "torch-export":
-            program = export_program(self.student, with_preprocessing=self.inside)
+            program = export_program(
+                self.student, with_preprocessing=self.inside, fixed_size=self.args.fixed_size
+            )
             write_program(program, self.path, self._metadata())
         else:
             full = self._write_full()
@@ -179,13 +195,29 @@ class Exporter:
 
     def _write_full(self) -> Path:
         path = self.work / "full.onnx"
-        program = export_program(self.student, with_preprocessing=self.inside, prune=False)
-        write_onnx(program, path, self._metadata(), with_preprocessing=self.inside)
+        program = export_program(
+            self.student,
+            with_preprocessing=self.inside,
+            prune=False,
+            fixed_size=self.args.fixed_size,
+        )
+        write_onnx(
+            program,
+            path,
+            self._metadata(),
+            with_preprocessing=self.inside,
+            opset=self.args.opset,
+        )
         return path
 
     def _metadata(self) -> dict[str, str]:
         precision = PRECISIONS.get(self.args.format, "fp32")
-        return metadata_of(self.student, with_preprocessing=self.inside, precision=precision)
+        return metadata_of(
+            self.student,
+            with_preprocessing=self.inside,
+            precision=precision,
+            fixed_size=self.args.fixed_size,
+        )
 
     def _feed(self, pictures: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) as the exported file takes them."""

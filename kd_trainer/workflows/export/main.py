@@ -116,7 +116,7 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
         exporter.write()
         parity = exporter.compare(batches_of(exporter.samples, args.batch_size))
         check(args, parity, "on the images")
-    if args.format != "smp":
+    if args.format != "smp" and not args.fixed_size:
         multiple = int(student.encoder.output_stride)  # type: ignore[arg-type]
         batches = at_another_size(exporter.samples, data.image_size, multiple)
         other = exporter.compare(batches, "another size")
@@ -132,6 +132,7 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
         "mib": sum(f.stat().st_size for f in files if f.is_file()) / 2**20,
         "output": "probabilities" if args.with_preprocessing else "logits",
         "image_size": data.image_size,
+        "fixed_size": args.fixed_size,
         **_figures(parity),
         **more,
         "versions": {name: version(name) for name in packages},
