@@ -43,10 +43,14 @@ _SOURCES = re.compile(
 
 def refuse(name: str, wanted: str, value: Any, cure: str = "") -> NoReturn:
     """Raise the one kind of error of this file."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     cure = cure or "Correct it in config.json, or in the flags that describe the model."
-    raise ValueError(f"Expected {wanted} as {name} of a model, got {shown}. {cure}")
+    raise ValueError(f"Expected {wanted} as {name} of a model, got {shortened(value)}. {cure}")
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, of at most 80 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:

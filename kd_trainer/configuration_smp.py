@@ -30,6 +30,7 @@ from .config_checks import (
     check_statistics,
     check_whole,
     refuse,
+    shortened,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -146,7 +147,7 @@ class SmpConfig(PreTrainedConfig):
                 setattr(self, name, kwargs.pop(name, default))
         if self.aux_params is not None:
             raise ValueError(
-                f"Expected no classification head, got aux_params={self.aux_params}. "
+                f"Expected no classification head, got aux_params={shortened(self.aux_params)}. "
                 "Only the segmentation head is trained here: leave aux_params out."
             )
         # The outputs are logits by contract, and an activation has no weights to lose.
@@ -186,7 +187,7 @@ class SmpConfig(PreTrainedConfig):
         ):
             raise ValueError(
                 f"Expected as many output channels as labels (or 1 for two labels), got "
-                f"classes={self.classes} and labels {self.id2label}. Make them agree."
+                f"classes={self.classes} and labels {shortened(self.id2label)}. Make them agree."
             )
 
     @classmethod

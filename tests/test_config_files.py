@@ -10,17 +10,22 @@ import pytest
 import timm
 from timm.models import build_model_with_cfg
 from tiny import tiny_student
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from kd_trainer.command_line import (
     DEFAULT_RECIPE,
+    ONLY_FLAGS,
     RECIPES,
     load_recipe,
+    merged,
+    parse,
 )
 from kd_trainer.config_checks import read_config, timm_arguments
 from kd_trainer.configuration_smp import SmpConfig
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.safe_files import parse_yaml
 from kd_trainer.teacher import load_teacher
+from kd_trainer.workflows.models import load_student
 
 # Paths, downloads, classes and functions that timm or its builder would take.
 SOURCES = {
