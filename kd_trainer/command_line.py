@@ -9,11 +9,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from kd_trainer.argument_checks import check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.fields import add_fields, closest, convert, hints_of
+from kd_trainer.safe_files import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
@@ -38,10 +37,17 @@ SHOWN = frozenset(
     }
 )
 _CLASSES = (ModelArguments, DataArguments, DistillationArguments)
-# Not written down: a secret, and where a run goes on, which is no setting of the next one.
+# What a file must not choose for whoever is handed it: to run a stranger's code, and where to send
+# a student and its figures.
+ONLY_FLAGS = (
+    *("trust_remote_code", "push_to_hub", "hub_model_id"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+)
+# Not written down: a secret, what each command line decides anew, and where a run goes on.
 _LEFT_OUT = frozenset(
     {"hub_token", "resume", "no_preflight", "bf16", "fp16", "do_eval", "debug", "disable_tqdm"}
     | {"include_for_metrics", "activation_checkpointing", "gradient_checkpointing"}
+    | {"trust_remote_code"}
 )
 # Set from other fields or from this machine, so written only as they were asked for: a
 # configuration from a machine without a GPU would else keep the next one from using its own.
@@ -111,6 +117,12 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> dict[str, Any]:
+    """Settings of a recipe, without those that only a command line can set (`_read_recipe`)."""
+    settings = _read_recipe(name_or_path)
+    return {name: value for name, value in settings.items() if name not in ONLY_FLAGS}
+
+
+def _read_recipe(name_or_path: str) -> dict[str, Any]:
     """Settings of a recipe, by the name of one of ours or the path of a YAML file.
 
     Raises:
@@ -125,10 +137,7 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
             f"Expected a recipe ({', '.join(recipe_names())}) or a YAML file, got {name_or_path}."
             f"{closest(name_or_path, recipe_names())}"
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"Expected YAML in {path}, got: {' '.join(str(error).split())}.") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"Expected `name: value` lines in {path}, got {type(values).__name__}.")
     known = hints_of(_CLASSES)
@@ -164,13 +173,7 @@ def build(settings: dict[str, Any], *, dry_run: bool = False) -> RunArguments:
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"Expected settings that transformers accepts, got: {reason}") from error
-    return RunArguments(
-        model,
-        data,
-        training,
-        dry_run=dry_run,
-        given=dict(settings),
-    )
+    return RunArguments(model, data, training, dry_run=dry_run, given=dict(settings))
 
 
 class Parser(argparse.ArgumentParser):
@@ -281,4 +284,11 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
         ValueError: if a value is of the wrong type.
     """
     hints = hints_of(_CLASSES)
-    return load_recipe(config) | {n: convert(n, value, hints[n]) for n, value in given.items()}
+    recipe = _read_recipe(config)
+    for name in ONLY_FLAGS:
+        if recipe.get(name) and name not in given:
+            raise ValueError(
+                f"Expected --{name} on the command line, got it from {config}. A file cannot "
+                "choose it: add the flag, or delete the line."
+            )
+    return recipe | {n: convert(n, value, hints[n]) for n, value in given.items()}

@@ -3,13 +3,14 @@
 The same `config.json` is read by transformers and by `smp.from_pretrained`, so it always holds
 every argument of the smp architecture, its class name as `_model_class`, and `encoder_weights`
 as null (any other value would make smp download weights again on each load).
-Travels with a saved model as remote code; imports nothing of the package.
+Travels with a saved model as remote code; imports only its sibling.
 """
 
 import difflib
 import inspect
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -18,9 +19,25 @@ from segmentation_models_pytorch.encoders import get_encoder_names, is_equivalen
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from .config_checks import (
+    LARGEST_SIDE,
+    MOST,
+    bounded_size,
+    check_arguments,
+    check_encoder_arguments,
+    check_entries,
+    check_labels,
+    check_statistics,
+    check_whole,
+    refuse,
+    shortened,
+)
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_LABELS = {0: "background", 1: "foreground"}
+# Without a place: timm takes `local-dir:FOLDER` and `hf-hub:OWNER/NAME` as names too.
+_ENCODER = re.compile(r"[\w.+-]{1,100}", re.ASCII)
 _LISTED = 12  # names in a message: all architectures of smp, but not the thousand encoders of timm
 
 
@@ -41,6 +58,8 @@ def architecture_class(name: str) -> type[nn.Module]:
         ValueError: if smp has no such architecture; names the nearest one.
     """
     known = smp.MODEL_ARCHITECTURES_MAPPING
+    if not isinstance(name, str) or len(name) > 100:
+        refuse("_model_class", "the name of an architecture of smp", name)
     if name.lower() not in known:
         hint = nearest_hint(name.lower(), known)
         raise ValueError(f"Expected an architecture of smp, got {name!r}. {hint}")
@@ -53,6 +72,8 @@ def check_encoder_name(name: str) -> None:
     Raises:
         ValueError: names the nearest encoder.
     """
+    if not isinstance(name, str) or not _ENCODER.fullmatch(name):
+        refuse("encoder_name", "the name of an encoder", name)
     if uses_timm_loader(name):
         if not timm.is_model(_timm_name(name)):
             near = nearest_hint(f"tu-{_timm_name(name)}", [f"tu-{m}" for m in timm.list_models()])
@@ -119,25 +140,45 @@ class SmpConfig(PreTrainedConfig):
         """Complete smp's arguments and the label names, then check them."""
         self._model_class = architecture_class(self._model_class).__name__
         check_encoder_name(self.encoder_name)
+        self._check_own()
         own_fields = type(self).__dataclass_fields__
         for name, default in architecture_arguments(self._model_class).items():
             if name not in own_fields:
                 setattr(self, name, kwargs.pop(name, default))
         if self.aux_params is not None:
             raise ValueError(
-                f"Expected no classification head, got aux_params={self.aux_params}. "
+                f"Expected no classification head, got aux_params={shortened(self.aux_params)}. "
                 "Only the segmentation head is trained here: leave aux_params out."
             )
         # The outputs are logits by contract, and an activation has no weights to lose.
         self.activation = None
         self.encoder_weights = None
+        check_arguments({n: getattr(self, n) for n in architecture_arguments(self._model_class)})
+        check_whole("encoder_depth", self.encoder_depth, 1, 8)
+        check_whole("in_channels", self.in_channels, 1, 64)
         num_labels = kwargs.pop("num_labels", None)
+        check_labels(self.id2label, num_labels)
         if self.id2label is None:
             self.id2label = default_labels(num_labels or max(self.classes, 2))
         super().__post_init__(**kwargs)
-        labels = {int(index): str(label) for index, label in (self.id2label or {}).items()}
+        names = {int(index): str(label) for index, label in (self.id2label or {}).items()}
+        labels = dict(sorted(names.items()))
         self.id2label, self.label2id = labels, {name: index for index, name in labels.items()}
         self._check_labels(num_labels)
+
+    def _check_own(self) -> None:
+        """Types and ranges of the fields of this class."""
+        check_whole("classes", self.classes, 1, MOST)
+        check_whole("image_size", self.image_size, 1, LARGEST_SIDE)
+        check_whole("semantic_loss_ignore_index", self.semantic_loss_ignore_index, -(2**31), 2**31)
+        check_statistics("image_mean", self.image_mean)
+        check_statistics("image_std", self.image_std, above=0)
+        if not isinstance(self.encoder_kwargs, dict | None):
+            refuse("encoder_kwargs", "arguments by name", self.encoder_kwargs)
+        if self.encoder_kwargs:
+            of_timm = uses_timm_loader(self.encoder_name)
+            model = _timm_name(self.encoder_name) if of_timm else None
+            check_encoder_arguments(model, self.encoder_kwargs)
 
     def _check_labels(self, num_labels: int | None) -> None:
         count = len(self.id2label or {})
@@ -146,14 +187,18 @@ class SmpConfig(PreTrainedConfig):
         ):
             raise ValueError(
                 f"Expected as many output channels as labels (or 1 for two labels), got "
-                f"classes={self.classes} and labels {self.id2label}. Make them agree."
+                f"classes={self.classes} and labels {shortened(self.id2label)}. Make them agree."
             )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Also read the config.json of a pure smp folder, which has no `model_type`."""
-        if "model_type" not in config_dict and "_model_class" in config_dict:
-            config_dict = _from_smp_config(dict(config_dict))
+        arguments = architecture_arguments(config_dict.get("_model_class", cls._model_class))
+        # transformers takes one with timm's `pretrained_cfg` for a model of timm alone.
+        if config_dict.get("model_type") != cls.model_type and "_model_class" in config_dict:
+            entries = {k: v for k, v in config_dict.items() if k != "model_type"}
+            config_dict = _from_smp_config(entries, arguments)
+        config_dict = check_entries(config_dict, {*cls.__dataclass_fields__, *arguments})
         return super().from_dict(config_dict, **kwargs)
 
 
@@ -164,11 +209,11 @@ def default_labels(num_labels: int) -> dict[int, str]:
     return {i: "background" if i == 0 else f"class_{i}" for i in range(num_labels)}
 
 
-def _from_smp_config(config: dict[str, Any]) -> dict[str, Any]:
+def _from_smp_config(config: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Tell smp's own arguments from those it hands to timm, which it writes side by side."""
-    known = architecture_arguments(config["_model_class"])
+    check_encoder_name(config.get("encoder_name", SmpConfig.encoder_name))
     extra = {key: config.pop(key) for key in list(config) if key[0] != "_" and key not in known}
-    if uses_timm_loader(config["encoder_name"]):
+    if uses_timm_loader(config.get("encoder_name", "")):
         settings = timm.get_pretrained_cfg(_timm_name(config["encoder_name"]))
         # Some of timm's transformers accept one input size only, and smp does not record it.
         if settings is not None and settings.fixed_input_size:
@@ -197,11 +242,14 @@ def build_network(config: SmpConfig, encoder_weights: str | bool | None = None) 
         warnings.filterwarnings(
             "ignore", message="`timm-` encoders are deprecated", category=DeprecationWarning
         )
+        # Without a download, whatever is raised is what smp, timm or torch say of the arguments.
+        known = Exception if encoder_weights is None else (ValueError, TypeError)
         try:
-            return architecture_class(config._model_class)(
-                **arguments, **(config.encoder_kwargs or {})
-            )
-        except (ValueError, TypeError) as error:
+            with bounded_size():
+                return architecture_class(config._model_class)(
+                    **arguments, **(config.encoder_kwargs or {})
+                )
+        except known as error:
             raise _refused(config, defaults, error) from error
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from kd_trainer.safe_files import check_regular, open_regular
+
 # How torch.save says that a write failed: its archive writer passes no reason on.
 _OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 
@@ -41,6 +43,27 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
+# What a training writes into its output folder, or reads there when it goes on.
+_OF_A_RUN = re.compile(
+    r"config\.yaml|.*results\.json|trainer_state\.json|report\.html|bad_samples\.txt|"
+    r"student|panels|runs|hub|\.?checkpoint-.*|\.training"
+)
+
+
+def check_own_files(folder: Path) -> None:
+    """Refuse links among what a training writes over, in a folder that was there already.
+
+    Raises:
+        ValueError: names the link.
+    """
+    own = [path for path in folder.glob("*") if _OF_A_RUN.fullmatch(path.name)]
+    for path in own:
+        inside = [] if path.is_symlink() or not path.is_dir() else path.rglob("*")
+        for found in (path, *inside):
+            if found.is_symlink():
+                check_regular(found)
+
+
 class FolderLock:
     """Keeps two runs out of one output folder; a process that ends, however, gives it back.
 
@@ -62,7 +85,7 @@ class FolderLock:
         if self._handle is not None or not self.folder.is_dir():
             return
         check_writable(self.folder)
-        handle = os.open(self.folder / self.FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_regular(self.folder / self.FILE, os.O_RDWR | os.O_CREAT)
         try:
             # Not flock, which a process that reads data would inherit, and hold on to for a moment.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Union
 
+_SHOWN = 200  # characters of a wrong value
+_LARGEST = 2**63
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -83,10 +85,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     for option in options:
         try:
             return _convert_to(value, option)
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
             continue
     wanted = " or ".join(_type_name(o) for o in options if o is not type(None))
-    raise ValueError(f"Expected --{name} to be {wanted}, got {value!r}.")
+    shown = repr(value)
+    shown = shown if len(shown) <= _SHOWN else f"{shown[: _SHOWN - 3]}..."
+    raise ValueError(f"Expected --{name} to be {wanted}, got {shown}.")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -120,12 +124,14 @@ def _convert_to(value: Any, option: Any) -> Any:
     if isinstance(value, bool) and option in (int, float):
         raise TypeError
     if option is int:
-        if float(value) != int(float(value)):
+        if float(value) != int(float(value)) or abs(float(value)) >= _LARGEST:
             raise ValueError
         return int(float(value))
     if option is str and value is False:
         return "no"  # what YAML makes of a bare `no`
-    if option in (float, str):
+    if option is float and not math.isfinite(float(value)):
+        raise ValueError
+    if option in (float, str) and not isinstance(value, dict | set | bytes):
         return option(value)
     raise TypeError
 

@@ -12,13 +12,17 @@ PACKAGE = "kd_trainer"
 LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 600, 60, 5
 
 # These travel to the Hub as remote code, without the rest of the package.
-PORTABLE = ("modeling", "image_processing", "configuration_smp", "encoder_units", "weights")
+PORTABLE = (
+    *("modeling", "image_processing", "configuration_smp", "config_checks"),
+    *("encoder_units", "weights"),
+)
 AUGMENTATION = ("augmentation", "fast_transforms", "stock_augmentation")
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_transforms", "stock_augmentation"),
         *("allocator", "fast_layers", "compiling", "extras", "fields", "statistics"),
+        "safe_files",
     ),
     ("argument_checks", "augmentation", *PORTABLE),
     ("arguments",),

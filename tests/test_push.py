@@ -41,6 +41,7 @@ STUDENT_FILES = {
     "modeling.py",
     "image_processing.py",
     "configuration_smp.py",
+    "config_checks.py",
     "encoder_units.py",
     "weights.py",
 }

@@ -21,6 +21,7 @@ CODE = (
     "modeling.py",
     "image_processing.py",
     "configuration_smp.py",
+    "config_checks.py",
     "encoder_units.py",
     "weights.py",
 )

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig
+from transformers import AutoModelForSemanticSegmentation
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
+from kd_trainer.config_checks import read_config
 from kd_trainer.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -146,10 +148,10 @@ def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     problem: Exception | None = None
     config: Any = {}
     try:
-        config, _ = PreTrainedConfig.get_config_dict(source, **hub)
-    except (OSError, ValueError, TypeError) as error:
+        config = read_config(source, **hub)
+    except OSError as error:
         problem = error
-    if not (config and isinstance(config, dict)):
+    if not config:
         found = "a folder without it" if Path(source).is_dir() else "no folder and no Hub model"
         if (Path(source) / "config.json").is_file():
             found = "one that is no JSON object"
@@ -167,18 +169,53 @@ def _from_folder(
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
     if trust_remote_code:
         _announce_code(source, config)
+    else:
+        _check_sources(config, source)
+    # Of a config.json that contradicts itself, each model complains with an error of its own; those
+    # of code that the user trusts are the user's to see.
+    wrong = ValueError if trust_remote_code else Exception
     try:
         load = AutoModelForSemanticSegmentation.from_pretrained
         model, _ = load_pretrained(load, source, trust_remote_code=trust_remote_code, **hub)
-    except ValueError as error:
+    except wrong as error:
         if str(error).startswith("Expected"):
             raise
+        if config.get("model_type") in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"Expected a config.json that describes a {config['model_type']} in {source!r}, "
+                f"got: {reason[:300].rstrip('.')}. Correct it, or download the model again."
+            ) from error
         raise ValueError(
             f"Expected a semantic segmentation model in {source!r}, got model_type "
-            f"{config.get('model_type')!r}. If it brings code of its own that you trust, set "
-            "trust_remote_code."
+            f"{config.get('model_type')!r}. If it brings code of its own that you trust, add "
+            "--trust_remote_code to this command line: no file can choose it."
         ) from error
     return model
+
+
+def _check_sources(config: dict[str, Any], source: str) -> None:
+    """Refuse what makes transformers fetch code, or timm read another place than the model's own.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    waiting: list[Any] = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        if not isinstance(value, dict):
+            continue
+        for name, entry in value.items():
+            kernel = name.endswith("_implementation") and "/" in str(entry)
+            if kernel or (name == "backbone" and ":" in str(entry)):
+                raise ValueError(
+                    f"Expected a model that is built of known parts in {source!r}, got {name} "
+                    f"{str(entry)[:80]!r} in its config.json. Delete the entry, if you do not need "
+                    "what it points to."
+                )
+            waiting.append(entry)
 
 
 def _announce_code(source: str, config: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from kd_trainer.evaluation import (
     raw_logits,
 )
 from kd_trainer.reports.metric import load_metric
+from kd_trainer.safe_files import write_text
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.files import write_bad_samples, write_json
 from kd_trainer.workflows.plan import markdown_table
@@ -125,6 +126,6 @@ def evaluate_model(
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write `eval_results.json` and `eval_results.md`."""
     write_json(folder / "eval_results.json", evaluation.results())
-    (folder / "eval_results.md").write_text(evaluation.markdown(), encoding="utf-8")
+    write_text(folder / "eval_results.md", evaluation.markdown())
     if evaluation.bad_samples is not None:
         write_bad_samples(folder, evaluation.bad_samples)

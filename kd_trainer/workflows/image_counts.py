@@ -67,6 +67,7 @@ class ImageCounts:
         """Write them, all or nothing."""
         tables: dict[str, Any] = {name: getattr(self, name) for name in _TABLES}
         unfinished = path.with_suffix(".partial.npz")
+        unfinished.unlink(missing_ok=True)  # which may be a link in a folder of somebody else
         np.savez_compressed(unfinished, **tables)
         unfinished.replace(path)
 

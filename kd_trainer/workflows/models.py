@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.config_checks import read_config
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
 from kd_trainer.teacher import Teacher, load_teacher
@@ -57,9 +57,7 @@ def load_student(
             "the folder `student` of its output folder."
         )
     try:
-        config, _ = PreTrainedConfig.get_config_dict(str(source))
-        if not isinstance(config, dict):
-            raise OSError("its config.json is no JSON object.")
+        config = read_config(source)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
@@ -97,7 +95,7 @@ def load_measured(
     """
     if not source.endswith(SUFFIXES):
         try:
-            config, _ = PreTrainedConfig.get_config_dict(source)
+            config = read_config(source)
         except OSError:
             config = {"_model_class": ""}  # `load_student` says what is missing
         if "_model_class" in config or "model_type" not in config:

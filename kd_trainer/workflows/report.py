@@ -18,6 +18,7 @@ from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.html import report_html
+from kd_trainer.safe_files import read_json, write_text
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.examination import (
@@ -31,7 +32,6 @@ from kd_trainer.workflows.examination import (
 from kd_trainer.workflows.models import load_student, make_teacher, network_name, network_size
 from kd_trainer.workflows.run_folder import (
     log_history,
-    read_json,
     run_settings,
     written_evaluations,
     written_figures,
@@ -112,8 +112,7 @@ def build_report(
         networks = Networks(student, teacher, data.ignore_index, device)
         contents = _with_images(contents, networks, dataset, args, data)
     path = Path(args.output) if args.output else folder / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_html(contents), encoding="utf-8")
+    write_text(path, report_html(contents))
     return path
 
 

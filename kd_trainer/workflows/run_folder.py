@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.command_line import load_recipe
+from kd_trainer.command_line import ONLY_FLAGS, load_recipe
+from kd_trainer.safe_files import check_regular, read_json, read_yaml
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
@@ -21,7 +21,18 @@ def run_settings(folder: Path) -> dict[str, Any]:
                 f"Expected the output folder of a finished training, got {folder}, which has no "
                 f"{name}. Name the folder that holds config.yaml and student/."
             )
+    check_regular(folder / "config.yaml")
     return load_recipe(str(folder / "config.yaml"))
+
+
+def written_settings(folder: Path) -> dict[str, Any]:
+    """What `config.yaml` holds, as it stands there, without what only a command line can set."""
+    path = folder / "config.yaml"
+    check_regular(path)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"Expected `name: value` lines in {path}, got {type(values).__name__}.")
+    return {name: value for name, value in values.items() if name not in ONLY_FLAGS}
 
 
 def written_figures(results: dict[str, Any], who: str) -> dict[str, float]:
@@ -47,19 +58,3 @@ def written_evaluations(results: dict[str, Any]) -> list[dict[str, Any]]:
         {key if key == "epoch" else f"eval_{key}": value for key, value in entry.items()}
         for entry in results.get("eval_history", [])
     ]
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; None without the file.
-
-    Raises:
-        ValueError: if it is no JSON.
-    """
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"Expected JSON in {path}, got: {error}. Delete the file, or write it again."
-        ) from None

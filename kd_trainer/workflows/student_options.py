@@ -12,6 +12,7 @@ from kd_trainer.arguments import ModelArguments
 from kd_trainer.configuration_smp import architecture_arguments, nearest_hint
 from kd_trainer.fields import convert
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.safe_files import parse_yaml
 
 # Decided by other settings, or by what a student is: logits for each class of an RGB picture.
 _DECIDED = {
@@ -68,7 +69,13 @@ def _check_name(name: str, arch: str, defaults: dict[str, Any]) -> None:
 def _converted(name: str, text: str, default: Any) -> Any:
     """Text as the type of the default; without one, as YAML reads it."""
     if default is None:
-        return yaml.safe_load(text)
+        try:
+            return parse_yaml(text)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(
+                f"Expected a plain value as {name} in --student_options, got {text[:80]!r}: "
+                f"{' '.join(str(error).split())}. Write a number, a word, true or false."
+            ) from None
     value = convert(
         f"student_options {name}", text, list[int] if isinstance(default, list) else type(default)
     )

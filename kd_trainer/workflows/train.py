@@ -15,11 +15,12 @@ from torch import nn
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.disk import FolderLock, writing
+from kd_trainer.disk import FolderLock, check_own_files, writing
 from kd_trainer.hub import check_access
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.resuming import stoppable
+from kd_trainer.safe_files import write_text
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.workflows.costs import picture_milliseconds
@@ -73,6 +74,7 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
 
 def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any]:
     first = run.training.process_index == 0
+    check_own_files(Path(str(run.training.output_dir)))
     if first:
         lock.take()  # of a folder that is there; a new one is made below
     checkpoint = find_checkpoint(run)  # before anything is written or takes long
@@ -131,7 +133,7 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
 def _write_settings(run: RunArguments, parts: Parts, output: Path) -> None:
     """What is known before the training."""
     settings = yaml.safe_dump(run.resolved(), sort_keys=False)
-    (output / "config.yaml").write_text(settings, encoding="utf-8")
+    write_text(output / "config.yaml", settings)
     if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
         write_bad_samples(output, parts.bad_samples)
 

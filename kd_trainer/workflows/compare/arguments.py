@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_trainer.arguments import ModelArguments
 from kd_trainer.command_line import build, check_given, given_flags, merged, parser
 from kd_trainer.fields import (
     add_fields,
@@ -131,13 +132,16 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
         raise ValueError("Expected --seeds or --seed_list, got both. Leave one out.")
     args = CompareArguments(**own)
     if args.merge is not None:
+        trusted = {n: given.pop(n) for n in ("trust_remote_code",) if n in given}
         unused = [*given, *(n for n in ("seeds", "seed_list", "only", "baselines") if n in own)]
         if unused or dry_run:
             raise ValueError(
                 f"Expected --merge with --output_dir, --bootstrap and --latency_repeats only, got "
                 f"--{unused[0] if unused else 'dry_run'}. It trains nothing: leave that out."
             )
-        return Comparison(args, {}, output)
+        model_hints = hints_of([ModelArguments])
+        settings = {n: convert(n, v, model_hints[n]) for n, v in trusted.items()}
+        return Comparison(args, settings, output)
     settings = merged(config, given)
     # A configuration that a run has written may hold these.
     settings = {k: v for k, v in settings.items() if k not in _NOT_TAKEN or k == "seed"}

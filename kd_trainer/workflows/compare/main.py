@@ -27,9 +27,12 @@ from kd_trainer.workflows.preflight.start import check_before_training
 def run_compare(comparison: Comparison) -> dict[str, Any]:
     """What scripts/compare.py does; returns what comparison.json holds."""
     args, output = comparison.args, comparison.output
+    trusted = bool(comparison.settings.get("trust_remote_code"))
     if args.merge is not None:
         runs = read_runs([Path(folder) for folder in args.merge])
-        return write_report(runs, output, args.bootstrap, args.latency_repeats)
+        return write_report(
+            runs, output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
+        )
     parts, budget = _prepare(comparison)
     planned = plan_runs(
         comparison.settings, budget, seeds=args.chosen_seeds, kinds=args.kinds, folder=output
@@ -55,7 +58,9 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
         if left:
             print(f"    about {duration(left)} left")
     runs = read_runs([output], seeds=args.chosen_seeds, baselines=baselines)
-    return write_report(runs, output, args.bootstrap, args.latency_repeats)
+    return write_report(
+        runs, output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
+    )
 
 
 def _prepare(comparison: Comparison) -> tuple[dict[str, Parts], Budget]:

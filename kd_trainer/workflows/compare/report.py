@@ -14,6 +14,7 @@ from torch import nn
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.safe_files import write_text
 from kd_trainer.statistics import (
     GapClosed,
     Interval,
@@ -34,7 +35,12 @@ METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")
 
 
 def write_report(
-    runs: Sequence[FinishedRun], output: Path, resamples: int, repeats: int
+    runs: Sequence[FinishedRun],
+    output: Path,
+    resamples: int,
+    repeats: int,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compare finished runs, measure the costs of their networks, write and print all of it.
 
@@ -43,14 +49,17 @@ def write_report(
         output: gets comparison.json and comparison.md.
         resamples: of the bootstrap.
         repeats: measured calls for each latency; 0 measures none.
+        trust_remote_code: run code that comes with the teacher, to measure it.
 
     Returns:
         What comparison.json holds.
     """
-    summary = summarise(runs, resamples) | {"costs": measured_costs(runs, repeats)}
+    summary = summarise(runs, resamples) | {
+        "costs": measured_costs(runs, repeats, trust_remote_code)
+    }
     write_json(output / "comparison.json", summary)
     text = markdown(summary)
-    (output / "comparison.md").write_text(text, encoding="utf-8")
+    write_text(output / "comparison.md", text)
     print(f"\n{text}\nWritten to {output}/comparison.json and comparison.md")
     return summary
 
@@ -162,7 +171,9 @@ def _versions(runs: Sequence[FinishedRun]) -> dict[str, str]:
     return {name: ", ".join(versions) for name, versions in found.items()}
 
 
-def measured_costs(runs: Sequence[FinishedRun], repeats: int) -> dict[str, Any]:
+def measured_costs(
+    runs: Sequence[FinishedRun], repeats: int, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Costs of student and teacher, where their weights are here; what is missing is None."""
     networks: dict[str, nn.Module] = {}
     sides: dict[str, int] = {}
@@ -173,7 +184,7 @@ def measured_costs(runs: Sequence[FinishedRun], repeats: int) -> dict[str, Any]:
         networks["student"], sides["student"] = student, int(run.config["image_size"])
         files["student"] = file_mib(run.folder / "student")
         distilled = next((r for r in runs if r.kind == "distilled"), None)
-        teacher = None if distilled is None else _teacher(distilled, student)
+        teacher = None if distilled is None else _teacher(distilled, student, trust_remote_code)
         if teacher is not None:
             networks["teacher"] = teacher.network
             sides["teacher"] = teacher.image_size or sides["student"]
@@ -186,14 +197,17 @@ def measured_costs(runs: Sequence[FinishedRun], repeats: int) -> dict[str, Any]:
     return found
 
 
-def _teacher(run: FinishedRun, student: SmpForSemanticSegmentation) -> Teacher | None:
+def _teacher(
+    run: FinishedRun, student: SmpForSemanticSegmentation, trust_remote_code: bool
+) -> Teacher | None:
     """The teacher of a distilled run; None on a machine that does not have it."""
     model, data = (
         {k: v for k, v in run.config.items() if k in cls.__dataclass_fields__}
         for cls in (ModelArguments, DataArguments)
     )
+    arguments = ModelArguments(**(model | {"trust_remote_code": trust_remote_code}))
     size = DataArguments(**data).image_size
     try:
-        return make_teacher(ModelArguments(**model), student, image_size=size)
+        return make_teacher(arguments, student, image_size=size)
     except FileNotFoundError:
         return None

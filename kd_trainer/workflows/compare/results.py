@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
@@ -22,6 +21,7 @@ from kd_trainer.workflows.compare.runs import (
     read_json,
 )
 from kd_trainer.workflows.image_counts import ImageCounts, load_counts
+from kd_trainer.workflows.run_folder import written_settings
 
 FILES = ("results.json", "config.yaml", NOTE, COUNTS)
 _FOLDER = re.compile(rf"({'|'.join(KINDS)})_seed(\d+)")
@@ -133,7 +133,7 @@ def _runs_in(folder: Path, seeds: list[int] | None, kinds: Sequence[str]) -> lis
                 f"Expected a finished run in {path}, got one without {missing or 'its figures'}. "
                 "Finish it with compare.py, bring the files, or take the folder away."
             )
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        config = written_settings(path)
         results, note = read_json(path / "results.json"), read_json(path / NOTE)
         counts = load_counts(path / COUNTS)
         runs.append(FinishedRun(match[1], seed, path, config, results, note, counts))

@@ -16,11 +16,13 @@ from kd_trainer.allocator import give_back
 from kd_trainer.checkpoints import checkpoint_folders, fault, update_of
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
+from kd_trainer.safe_files import read_regular
 from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.compare.budget import Budget, baseline_settings
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.image_counts import count_images
 from kd_trainer.workflows.models import load_student
+from kd_trainer.workflows.run_folder import written_settings
 from kd_trainer.workflows.train import train
 
 COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
@@ -99,7 +101,7 @@ class PlannedRun:
         path = self.folder / "config.yaml"
         if not path.is_file():
             return
-        before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        before = written_settings(self.folder)
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
         unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
         found = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
@@ -181,8 +183,8 @@ def plan_runs(
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty if there is none or it was cut off."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        values = json.loads(read_regular(path).decode("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -68,7 +68,9 @@ def export_student(
         result = _result(exporter, data)
         target = output / args.file_name
         output.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
+        if target.is_symlink():  # a move between disks would write through it
+            target.unlink()
+        elif target.is_dir():
             shutil.rmtree(target)
         shutil.move(exporter.path, target)
     result["images_of"] = _name(data.dataset) if data.dataset else "pictures"
