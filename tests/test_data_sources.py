@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import datasets
@@ -421,7 +422,39 @@ def test_a_saved_dataset_dict_is_a_source(tmp_path):
         load(tmp_path / "saved", eval_split="valid", **COLUMNS)
 
 
+def hub_of(monkeypatch, *files):
+    """A Hub whose data sets all consist of these files."""
+    config = SimpleNamespace(data_files={"train": list(files)})
+    builder = SimpleNamespace(config=config)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
+
+
+OWN = "hf://datasets/owner/people@0a1b/data/train-0.parquet"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/home/me/private.parquet",
+        "file:///home/me/private.parquet",
+        "hf://datasets/me/private@main/train.parquet",
+        "hf://datasets/owner/people@main/../../../me/private/resolve/main/train.parquet",
+        "hf://datasets/owner/people@main/%2e%2e/private.parquet",
+        "zip://a.png::hf://datasets/me/private@main/a.zip",
+        "file:///home/me/a.zip::hf://datasets/owner/people@main/a.zip",
+    ],
+)
+def test_a_hub_data_set_is_made_of_its_own_files(file, monkeypatch):
+    """Its card may name any file, which `datasets` reads with the token of whoever loads it."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table())
+    hub_of(monkeypatch, OWN, file)
+    with pytest.raises(ValueError, match=r"^Expected the files of owner/people in its ow") as e:
+        load("owner/people", **COLUMNS)
+    assert file in str(e.value)
+
+
 def test_a_hub_id_is_loaded_by_split(monkeypatch):
+    hub_of(monkeypatch, OWN)
     asked = []
 
     def fake(name, *, split, streaming):
@@ -438,6 +471,8 @@ def test_a_hub_id_is_loaded_by_split(monkeypatch):
 
 
 def test_a_hub_that_answers_no_gets_one_clear_line(monkeypatch):
+    hub_of(monkeypatch)
+
     def fail(error):
         def fake(*args, **kwargs):
             raise error

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -209,6 +211,22 @@ def test_a_data_folder_and_files_in_it_may_be_links(pictures, tmp_path):
         assert read(write("parquet", link, table(place, pictures)))[0]["picture"].ndim == 3
 
 
+ELSEWHERE_ON_THE_HUB = (
+    "file://{secret}::hf://datasets/me/people@main/a.png",
+    "zip://a.png::hf://datasets/me/people@main/a.zip",
+    "simplecache::hf://datasets/me/people@main/a.png",
+    "hf://datasets/me/people@main/file://{secret}",
+    "hf://datasets/me/people2@main/a.png",
+    "hf://datasets/me/people/../private/a.png",
+    "hf://datasets/me/people@main/../../../private/resolve/main/a.png",
+    "hf://datasets/me/people@main/%2E%2E/%2e%2e/a.png",
+    "hf://datasets/me/people@..%2F..%2Fprivate/a.png",
+    "hf://datasets/me/people@main/b\\..\\..\\a.png",
+    "HF://datasets/me/people@main/a.png",
+    "https://huggingface.co/datasets/me/people/resolve/main/a.png",
+)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp_path, monkeypatch):
     """Files of the Hub lie in the cache, under absolute paths, or are addresses."""
@@ -216,6 +234,8 @@ def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp
     own = tmp_path / "cache" / "datasets--me--people" / "snapshots" / "a.png"
     own.parent.mkdir(parents=True)
     shutil.copy(tmp_path / "secret.png", own)
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=None))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
 
     def answer(place: str):
         def load(name, *, split, streaming):
@@ -229,6 +249,10 @@ def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp
     for place in (str(tmp_path / "secret.png"), str(own.parents[3] / "datasets--me--x" / "a.png")):
         answer(place)
         with pytest.raises(ValueError, match=r"^Expected paths inside .*in me/people"):
+            read("me/people", streaming)
+    for place in ELSEWHERE_ON_THE_HUB:
+        answer(place.format(secret=tmp_path / "secret.png"))
+        with pytest.raises(ValueError, match=r"^Expected (paths inside|one address) .*in me/peop"):
             read("me/people", streaming)
     answer("hf://datasets/me/people@0a1b/a.png")  # its own, which nobody serves here
     splits = load_splits(DataArguments(dataset="me/people", streaming=streaming))
@@ -253,3 +277,11 @@ def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp
 def test_is_inside_reads_paths_of_both_kinds(name, inside):
     """Annotations made on Windows are read here, and the other way round."""
     assert is_inside(name) is inside
+
+
+def test_a_remote_picture_is_read_no_further_than_a_local_one(monkeypatch):
+    """A server may send without end."""
+    monkeypatch.setattr("kd_trainer.data.cells.MAX_BYTES", 10)
+    fsspec.filesystem("memory").pipe("/much.png", bytes(11))
+    with pytest.raises(ValueError, match=r"^Expected a picture of at most 10 bytes, got more in"):
+        decode_photograph({"bytes": None, "path": "memory://much.png"}, 0)
