@@ -103,20 +103,19 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         rows = _from_hub(data, split)
         places = hub_places(data.dataset)
         return two_columns(rows, name=data.dataset, places=places, **columns), None
-    paired = _is_pair_folder(data, path)
-    splits = (data.train_split, data.eval_split)
-    if path.suffix == ".json" or (path.is_dir() and not paired and is_coco_folder(path, splits)):
+    if is_coco(data):
         return load_coco(
             path,
             split,
             other_splits=others,
             category=data.category,
             num_labels=data.num_labels,
+            ignore_index=data.ignore_index,
             limit=limit,
             streaming=data.streaming,
         )
     _check_no_category(data)
-    if path.suffix == ".parquet" or (not paired and has_parquet(path)):
+    if path.suffix == ".parquet" or (not _is_pair_folder(data, path) and has_parquet(path)):
         files = parquet_files(path, split, others)
         rows, lengths = load_parquet(files, streaming=data.streaming)
         root = path.parent if path.is_file() else path
@@ -133,6 +132,15 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         return two_columns(rows, name=str(path), places=[path], **columns), known
     folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
     return load_pair_folder(path, split, **folders), None
+
+
+def is_coco(data: DataArguments) -> bool:
+    """Whether the masks are drawn from COCO annotations."""
+    path = Path(data.dataset).expanduser()
+    if path.suffix == ".json":
+        return path.exists()
+    splits = (data.train_split, data.eval_split)
+    return path.is_dir() and not _is_pair_folder(data, path) and is_coco_folder(path, splits)
 
 
 def _is_pair_folder(data: DataArguments, path: Path) -> bool:
