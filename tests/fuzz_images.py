@@ -2,32 +2,21 @@
 
     python tests/fuzz_images.py FIRST LAST PLACE
 
-Case N is a function of N alone, so `python tests/fuzz_images.py N N+1 place` repeats it. PLACE is a
-file that holds the number of the running case. Prints one JSON object: how many cases gave a sample
-and how many our error, how many of the sound pairs gave one, and every other outcome by case.
+See `fuzzing` for the arguments and for what it prints.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import io
-import json
-import os
-import resource
-import sys
-import warnings
-from collections import Counter
 from functools import cache
 
-import cv2
 import numpy as np
+from fuzzing import run
 from PIL import Image
 
 from kd_trainer.data import MaskRule, SegmentationTransform
 from kd_trainer.data.decoding import image_shape
 
-SECONDS = 20  # that one case may take
-MEMORY = 3 * 2**30  # that the process may take beyond what it has when it starts
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 MASK_KINDS = ("PNG", "GIF", "BMP", "TIFF")
 
@@ -121,11 +110,11 @@ def case(number: int) -> dict[str, dict[str, object]]:
     return row
 
 
-def outcome(transform: SegmentationTransform, number: int) -> str:
+def outcome(number: int) -> str:
     """`sample`, `error`, or what should not be; a negative number is a pair that nobody changed."""
     row = case(number)
     try:
-        sample = transform(row, epoch=0, index=abs(number))
+        sample = TRANSFORM(row, epoch=0, index=abs(number))
     except ValueError as error:
         text = str(error)
         named = text.startswith("Expected") and (".file" in text or f"row {number}" in text)
@@ -142,29 +131,9 @@ def outcome(transform: SegmentationTransform, number: int) -> str:
     return "sample" if sound_sample else "a sample of another kind"
 
 
-def main() -> None:
-    first, last, place = int(sys.argv[1]), int(sys.argv[2]), os.open(sys.argv[3], os.O_WRONLY)
-    warnings.simplefilter("ignore")  # as users run it, PIL's remarks about EXIF are no errors
-    cv2.setNumThreads(1)
-    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()  # noqa: PTH123, SIM115
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-    rule = MaskRule((0, 255))
-    transform = SegmentationTransform(
-        32, rule, augmentation="none", seed=0, brightness_contrast_probability=0
-    )
-    counts = Counter({"sample": 0, "error": 0, "sound": 0})
-    faults = {}
-    for number in range(first, last):
-        os.pwrite(place, f"{number:9d}".encode(), 0)
-        faulthandler.dump_traceback_later(SECONDS, exit=True)
-        found = outcome(transform, number)
-        counts[found if found in ("sample", "error") else "fault"] += 1
-        counts["sound"] += number < 0 and found == "sample"
-        if found not in ("sample", "error"):
-            faults[number] = found
-    faulthandler.cancel_dump_traceback_later()
-    print(json.dumps(counts | {"faults": faults}))
-
+TRANSFORM = SegmentationTransform(
+    32, MaskRule((0, 255)), augmentation="none", seed=0, brightness_contrast_probability=0
+)
 
 if __name__ == "__main__":
-    main()
+    run(outcome)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import datasets
@@ -16,6 +17,7 @@ from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits
 from kd_trainer.data.coco import category_classes
 from kd_trainer.data.columns import two_columns
 from kd_trainer.data.decoding import decode_mask, decode_photograph
+from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.streaming import stream_lengths
 from kd_trainer.workflows.assemble import assemble
 
@@ -279,6 +281,50 @@ def test_coco_classes_follow_the_order_of_the_categories_and_small_shapes_lie_on
     np.testing.assert_array_equal(drawn[1], expected)
 
 
+CROWD = np.zeros((16, 20), np.uint8)
+CROWD[:, 5:] = 1
+
+
+def crowded(coco, persons=(SQUARE,), **fields):
+    """Labels of image 0, in which a crowd reaches into a person, under the rule that is found."""
+    for file in (coco / "annotations").iterdir():
+        shapes = [(0, 5, shape, 64) for shape in persons]
+        content = coco_content([*shapes, (0, 5, uncompressed(CROWD), 1), (1, 7, SQUARE, 64)])
+        content["annotations"][len(shapes)]["iscrowd"] = 1
+        file.write_text(json.dumps(content))
+    data = DataArguments(dataset=str(coco), **fields)
+    splits = load_splits(data)
+    cell = next(iter(splits["train"]))["mask"]
+    return mask_rule(splits, data, every_class=bool(persons)).labels(decode_mask(cell, 0), "x")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{"category": "person"}, {"num_labels": 3}, {"num_labels": 3, "ignore_index": 99}]
+)
+def test_a_crowd_of_coco_counts_nowhere_but_where_an_object_lies_on_it(fields, streaming, coco):
+    """A crowd is a rough outline around what nobody drew: COCO's own figures leave it out."""
+    labels = crowded(coco, **fields, streaming=streaming)
+    expected = np.where(CROWD, fields.get("ignore_index", 255), 0)
+    expected[square() == 1] = 1
+    np.testing.assert_array_equal(labels, expected)
+
+
+def test_crowds_alone_are_never_foreground(coco):
+    """Masks of 0 and 255 mean background and foreground elsewhere."""
+    labels = crowded(coco, (), category="person")
+    np.testing.assert_array_equal(labels, np.where(CROWD, 255, 0))
+    data = DataArguments(dataset=str(coco), category="person")
+    with pytest.raises(ValueError, match=r"^Expected foreground in the masks, got only 0 in all"):
+        mask_rule(load_splits(data), data)
+
+
+def test_classes_that_no_byte_can_number_are_refused_before_they_are_drawn(coco):
+    rewrite(coco, **coco_content([], categories=[f"c{i}" for i in range(300)]))
+    with pytest.raises(ValueError, match=r"^Expected --ignore_index between 301 .* and 255"):
+        load(coco, num_labels=301)
+
+
 def test_a_coco_json_finds_its_twin_and_its_images(coco):
     splits = load(coco / "annotations" / "train.json", category="dog", max_train_samples=2)
     assert {n: len(rows) for n, rows in splits.items()} == {"train": 2, "validation": 3}
@@ -448,7 +494,39 @@ def test_a_saved_dataset_dict_is_a_source(tmp_path):
         load(tmp_path / "saved", eval_split="valid", **COLUMNS)
 
 
+def hub_of(monkeypatch, *files):
+    """A Hub whose data sets all consist of these files."""
+    config = SimpleNamespace(data_files={"train": list(files)})
+    builder = SimpleNamespace(config=config)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
+
+
+OWN = "hf://datasets/owner/people@0a1b/data/train-0.parquet"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/home/me/private.parquet",
+        "file:///home/me/private.parquet",
+        "hf://datasets/me/private@main/train.parquet",
+        "hf://datasets/owner/people@main/../../../me/private/resolve/main/train.parquet",
+        "hf://datasets/owner/people@main/%2e%2e/private.parquet",
+        "zip://a.png::hf://datasets/me/private@main/a.zip",
+        "file:///home/me/a.zip::hf://datasets/owner/people@main/a.zip",
+    ],
+)
+def test_a_hub_data_set_is_made_of_its_own_files(file, monkeypatch):
+    """Its card may name any file, which `datasets` reads with the token of whoever loads it."""
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table())
+    hub_of(monkeypatch, OWN, file)
+    with pytest.raises(ValueError, match=r"^Expected the files of owner/people in its ow") as e:
+        load("owner/people", **COLUMNS)
+    assert file in str(e.value)
+
+
 def test_a_hub_id_is_loaded_by_split(monkeypatch):
+    hub_of(monkeypatch, OWN)
     asked = []
 
     def fake(name, *, split, streaming):
@@ -465,6 +543,8 @@ def test_a_hub_id_is_loaded_by_split(monkeypatch):
 
 
 def test_a_hub_that_answers_no_gets_one_clear_line(monkeypatch):
+    hub_of(monkeypatch)
+
     def fail(error):
         def fake(*args, **kwargs):
             raise error

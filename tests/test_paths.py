@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,7 +16,7 @@ from small_runs import write_pairs
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits
-from kd_trainer.data.decoding import decode_photograph
+from kd_trainer.data.decoding import decode_mask, decode_photograph
 from kd_trainer.data.foreign_paths import is_inside
 
 FEATURES = datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False)))
@@ -156,12 +158,60 @@ def coco(root: Path, file_name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret.png", "{outside}/secret.png", "a/../../secret.png", "..\\s"]
+    "name",
+    [
+        "../secret.png",
+        "{outside}/secret.png",
+        "a/../../secret.png",
+        "..\\secret.png",
+        "file://{outside}/secret.png",
+        "..",
+        "{outside}/",
+    ],
 )
 def test_a_file_name_in_coco_annotations_cannot_leave_the_images(name, pictures):
     path = coco(pictures, name.format(outside=pictures.parent))
-    with pytest.raises(ValueError, match=r"^Expected each file_name inside the folder .*leads out"):
+    with pytest.raises(FileNotFoundError, match=r"^Expected the images of .*, got none of "):
         read(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/home/me/data/p 1.png",
+        "../../label-studio/data/media/upload/1/p 1.png",
+        "C:\\Users\\me\\p 1.png",
+        "\\\\server\\share\\p 1.png",
+        "images\\p 1.png",
+        "/data/local-files/?d=photos/p 1.png",
+        "http://localhost:8080/data/p 1.png",
+        "D:\\data\\train\\images\\p 1.png",
+    ],
+)
+def test_a_path_of_a_labelling_tool_is_looked_up_by_its_end_and_said(name, pictures, capsys):
+    """Label Studio and tools on Windows write where the files lay on the machine they ran on."""
+    (pictures.parent / "p 1.png").write_bytes(b"the file of that name outside")
+    found = read(coco(pictures, name))[0]
+    assert Path(found["path"]) == pictures / "train" / "images" / "p 1.png"
+    told = capsys.readouterr().err
+    assert "1 of 1 file names of " in told
+    assert f"{name} is " in told
+
+
+def test_two_paths_that_would_be_one_file_here_are_named(pictures):
+    """The masks of two photographs would both be taught on one of them."""
+    path = coco(pictures, "/a/p 1.png")
+    for file in path.parent.iterdir():
+        content = json.loads(file.read_text())
+        content["images"].append(content["images"][0] | {"id": 2, "file_name": "/b/p 1.png"})
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"another file, got /a/p 1.png and /b/p 1.png, which are"):
+        read(path)
+
+
+def test_names_inside_the_images_are_not_spoken_of(pictures, capsys):
+    read(coco(pictures, "train/images/p 1.png"))
+    assert "another machine" not in capsys.readouterr().err
 
 
 def test_a_file_name_in_a_folder_below_is_what_many_annotations_hold(pictures):
@@ -179,8 +229,44 @@ ODD = {
     "words": ({}, {"segmentation": [["a", "b", "c", "d", "e", "f"]]}, "polygons or RLE"),
     "long runs": ({}, {"segmentation": {"size": [64, 64], "counts": [0, 9**9]}}, "387420489 pix"),
     "garbled runs": ({}, {"segmentation": {"size": [64, 64], "counts": RUNS}}, "polygons or RLE"),
+    "negative runs": (
+        {},
+        {"segmentation": {"size": [64, 64], "counts": [0, -1, 4097]}},
+        "no numbers of pixels",
+    ),
+    "long way": ({}, {"segmentation": [[0, 0, 640, 640] * 1000]}, "edges of 1,280,000 pixels"),
+    "points": ({}, {"segmentation": [[[0, 0]] * 6]}, "no list of x, y"),
+    "infinite": ({"height": float("inf")}, {}, "got inf and 64"),
+    "not a number": ({"width": float("nan")}, {}, "got 64 and nan"),
+    "true": ({"width": True}, {}, "got 64 and True"),
+    "area in words": ({}, {"area": "large"}, "a finite number as area .* got 'large' in entry 0"),
+    "area nowhere": ({}, {"area": float("nan")}, "a finite number as area .* got nan"),
+    "crowd in words": ({}, {"iscrowd": "no"}, "0 or 1 as iscrowd .* got 'no'"),
+    "category list": ({}, {"category_id": [1]}, "a whole number as category_id .* got \\[1\\]"),
+    "image list": ({}, {"image_id": {}}, "a whole number or a text as image_id .* got {}"),
+    "name list": ({"file_name": ["a"]}, {}, "a text without control .* as file_name .* got \\['a'"),
+    "name of a bell": ({"file_name": "\a.png"}, {}, "as file_name .* got '.x07.png'"),
     "no runs": ({}, {"segmentation": {"size": [64, 64]}}, "polygons or RLE"),
 }
+
+
+def test_annotations_that_are_nested_without_end_get_one_line(pictures):
+    path = coco(pictures, "train/images/p 1.png")
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"^Expected a COCO json, got .* nested too deeply"):
+        read(path)
+
+
+def test_numbers_written_as_text_and_a_byte_order_mark_are_read(pictures):
+    """Category ids as text matched nothing, so that every mask was empty."""
+    path = coco(pictures, "train/images/p 1.png")
+    for file in path.parent.iterdir():
+        content = json.loads(file.read_text())
+        content["annotations"][0] |= {"category_id": "1", "area": 5.5, "iscrowd": False}
+        content["categories"][0]["id"] = "1"
+        file.write_text(json.dumps(content), encoding="utf-8-sig")
+    splits = load_splits(DataArguments(dataset=str(path)))
+    assert decode_mask(splits["train"][0]["mask"], 0).any()
 
 
 @pytest.mark.parametrize("how", ODD)
@@ -209,6 +295,22 @@ def test_a_data_folder_and_files_in_it_may_be_links(pictures, tmp_path):
         assert read(write("parquet", link, table(place, pictures)))[0]["picture"].ndim == 3
 
 
+ELSEWHERE_ON_THE_HUB = (
+    "file://{secret}::hf://datasets/me/people@main/a.png",
+    "zip://a.png::hf://datasets/me/people@main/a.zip",
+    "simplecache::hf://datasets/me/people@main/a.png",
+    "hf://datasets/me/people@main/file://{secret}",
+    "hf://datasets/me/people2@main/a.png",
+    "hf://datasets/me/people/../private/a.png",
+    "hf://datasets/me/people@main/../../../private/resolve/main/a.png",
+    "hf://datasets/me/people@main/%2E%2E/%2e%2e/a.png",
+    "hf://datasets/me/people@..%2F..%2Fprivate/a.png",
+    "hf://datasets/me/people@main/b\\..\\..\\a.png",
+    "HF://datasets/me/people@main/a.png",
+    "https://huggingface.co/datasets/me/people/resolve/main/a.png",
+)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp_path, monkeypatch):
     """Files of the Hub lie in the cache, under absolute paths, or are addresses."""
@@ -216,6 +318,8 @@ def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp
     own = tmp_path / "cache" / "datasets--me--people" / "snapshots" / "a.png"
     own.parent.mkdir(parents=True)
     shutil.copy(tmp_path / "secret.png", own)
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=None))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name: builder)
 
     def answer(place: str):
         def load(name, *, split, streaming):
@@ -229,6 +333,10 @@ def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp
     for place in (str(tmp_path / "secret.png"), str(own.parents[3] / "datasets--me--x" / "a.png")):
         answer(place)
         with pytest.raises(ValueError, match=r"^Expected paths inside .*in me/people"):
+            read("me/people", streaming)
+    for place in ELSEWHERE_ON_THE_HUB:
+        answer(place.format(secret=tmp_path / "secret.png"))
+        with pytest.raises(ValueError, match=r"^Expected (paths inside|one address) .*in me/peop"):
             read("me/people", streaming)
     answer("hf://datasets/me/people@0a1b/a.png")  # its own, which nobody serves here
     splits = load_splits(DataArguments(dataset="me/people", streaming=streaming))
@@ -253,3 +361,11 @@ def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp
 def test_is_inside_reads_paths_of_both_kinds(name, inside):
     """Annotations made on Windows are read here, and the other way round."""
     assert is_inside(name) is inside
+
+
+def test_a_remote_picture_is_read_no_further_than_a_local_one(monkeypatch):
+    """A server may send without end."""
+    monkeypatch.setattr("kd_trainer.data.cells.MAX_BYTES", 10)
+    fsspec.filesystem("memory").pipe("/much.png", bytes(11))
+    with pytest.raises(ValueError, match=r"^Expected a picture of at most 10 bytes, got more in"):
+        decode_photograph({"bytes": None, "path": "memory://much.png"}, 0)

@@ -61,7 +61,10 @@ def read_cell(cell: Cell | None, name: str) -> bytes:
         )
     if "://" in path:
         with fsspec.open(path, "rb") as remote:
-            return bytes(remote.read())
+            content = bytes(remote.read(MAX_BYTES + 1))
+        if len(content) > MAX_BYTES:
+            raise _too_many_bytes("more", path)
+        return content
     try:
         file = Path(path)
         _check_file(file)
@@ -89,7 +92,11 @@ def _check_file(path: Path) -> None:
             f"Expected a picture, got an empty file: {path}. Replace or remove it."
         )
     if status.st_size > MAX_BYTES:
-        raise BadSampleError(
-            f"Expected a picture of at most {MAX_BYTES:,} bytes, got {status.st_size:,} in {path}. "
-            "Make it smaller, or cut it into pieces."
-        )
+        raise _too_many_bytes(f"{status.st_size:,}", path)
+
+
+def _too_many_bytes(size: str, path: object) -> BadSampleError:
+    return BadSampleError(
+        f"Expected a picture of at most {MAX_BYTES:,} bytes, got {size} in {path}. Make it "
+        "smaller, or cut it into pieces."
+    )

@@ -1,11 +1,12 @@
 """COCO annotations, polygons and RLE, as masks of class ids.
 
-pycocotools draws the shapes, so a mask has the very pixels of other COCO tools (`cv2.fillPoly`
-differs at the edges). Where objects overlap, the smaller one is on top.
+Where objects overlap, the smaller one is on top. A region that is marked as a crowd (`iscrowd`)
+counts nowhere, as in the evaluation of COCO, but where an object lies on it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,19 +16,19 @@ from typing import Any
 
 import cv2
 import datasets
-import numpy as np
-import numpy.typing as npt
+import torch.distributed as dist
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
-from pycocotools import mask as coco_mask
+from tqdm import tqdm
 
-from kd_trainer.data.coco_files import find_annotations, find_images, read_annotations
+from kd_trainer.data.coco_entries import read_annotations
+from kd_trainer.data.coco_files import find_annotations, find_images
+from kd_trainer.data.coco_shapes import draw
 from kd_trainer.data.listing import FEATURES, did_you_mean, show_names, stream_shards
+from kd_trainer.data.masks import MaskRule
 
-DRAWING = 1
+DRAWING = 2
 """Counts up when the same annotations are drawn as other pixels: it invalidates cached masks."""
-
-_FARTHEST = 10  # sides of the picture that a polygon's corner may be away
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class CocoSplit:
         category: name of the foreground, or None.
         num_labels: classes with the background.
         limit: use the first so many images, or all (None).
+        ignore_index: value of crowd regions.
     """
 
     annotations: Path
@@ -49,6 +51,7 @@ class CocoSplit:
     category: str | None
     num_labels: int
     limit: int | None
+    ignore_index: int = 255
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, and the hash of the data, need the file's name, not its content.
@@ -59,7 +62,7 @@ class CocoSplit:
 
     @cached_property
     def records(self) -> list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]]:
-        """Image entries by file name, each with (class, annotation), largest area first."""
+        """Image entries by file name, each with (class, annotation): crowds first, then by area."""
         content = read_annotations(self.annotations)
         classes = category_classes(
             content["categories"], self.category, self.num_labels, self.annotations
@@ -68,33 +71,42 @@ class CocoSplit:
         for entry in content["annotations"]:
             if entry["category_id"] in classes:
                 found = by_image.setdefault(entry["image_id"], [])
-                found.append((classes[entry["category_id"]], entry))
-        images = sorted(content["images"], key=lambda image: str(image["file_name"]))
+                crowd = bool(entry.get("iscrowd"))
+                found.append((self.ignore_index if crowd else classes[entry["category_id"]], entry))
+        images = sorted(content["images"], key=lambda image: image["file_name"])
         records = []
         for image in images[: self.limit]:
             found = by_image.get(image["id"], [])
-            found.sort(key=lambda pair: (-float(pair[1].get("area", 0)), str(pair[1].get("id"))))
+            found.sort(key=_order)
             records.append((image, found))
         return records
 
     @cached_property
-    def images(self) -> Path:
-        """Folder of the photographs."""
-        names = [str(image["file_name"]) for image, _ in self.records]
+    def images(self) -> tuple[Path, list[str]]:
+        """Folder of the photographs, and the file there of each record."""
+        names = [image["file_name"] for image, _ in self.records]
         return find_images(self.annotations, self.path, self.split, names)
 
     def rows(self, ranges: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Rows of the records in `ranges` (start, stop), masks drawn on the way."""
+        folder, files = self.images
         for start, stop in ranges:
-            for image, found in self.records[start:stop]:
+            for (image, found), file in zip(
+                self.records[start:stop], files[start:stop], strict=True
+            ):
                 mask = draw(image, found, self.annotations)
                 png = cv2.imencode(".png", mask)[1].tobytes()
-                path = str(self.images / image["file_name"])
+                path = str(folder / file)
                 name = f"{self.annotations.name}: {image['file_name']}"
                 yield {
                     "image": {"path": path, "bytes": None},
                     "mask": {"path": name, "bytes": png},
                 }
+
+
+def _order(pair: tuple[int, dict[str, Any]]) -> tuple[bool, float, str]:
+    _, entry = pair
+    return not entry.get("iscrowd"), -float(entry.get("area") or 0), str(entry.get("id"))
 
 
 def load_coco(
@@ -104,6 +116,7 @@ def load_coco(
     other_splits: Sequence[str],
     category: str | None,
     num_labels: int,
+    ignore_index: int,
     limit: int | None,
     streaming: bool,
 ) -> tuple[Any, list[int]]:
@@ -116,6 +129,7 @@ def load_coco(
         category: name of the foreground category; None if the file has only one, or, with more
             than two labels, for classes in the order of the categories' ids.
         num_labels: classes with the background.
+        ignore_index: value of crowd regions in the masks, which count nowhere.
         limit: use the first so many images by file name, or all.
         streaming: draw masks while iterating, keep nothing.
 
@@ -126,16 +140,30 @@ def load_coco(
         FileNotFoundError: if annotations or photographs are missing.
         ValueError: if the json, its categories or segmentations cannot be used.
     """
+    MaskRule(tuple(range(num_labels)), ignore_index)  # whether a mask of bytes can hold them
     annotations = find_annotations(path, split, other_splits)
-    source = CocoSplit(annotations, path, split, category, num_labels, limit)
+    source = CocoSplit(annotations, path, split, category, num_labels, limit, ignore_index)
     count = len(source.records)
     if not count:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
-    source.images  # noqa: B018  -- missing photographs are an error now, not in the first epoch
+    _tell_moved(source)  # and missing photographs are an error now, not in the first epoch
     shards = stream_shards(count)
     ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]
     return (_stream if streaming else _drawn)(source, ranges), lengths
+
+
+def _tell_moved(source: CocoSplit) -> None:
+    """Say once where files lie whose names are paths of another machine."""
+    folder, files = source.images
+    names = [image["file_name"] for image, _ in source.records]
+    moved = [(name, file) for name, file in zip(names, files, strict=True) if name != file]
+    if moved and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        tqdm.write(
+            f"{len(moved)} of {len(names)} file names of {source.annotations} are paths of another "
+            f"machine; in {folder} {moved[0][0]} is {moved[0][1]}.",
+            file=sys.stderr,
+        )
 
 
 def _stream(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.IterableDataset:
@@ -196,78 +224,10 @@ def category_classes(
 def foreground_categories(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
     """Name of each category but the background, by id, in the order of the ids."""
     ordered = sorted(categories, key=lambda c: c["id"])
-    return {int(c["id"]): str(c["name"]) for c in ordered if c["name"] != "background"}
+    return {c["id"]: str(c["name"]) for c in ordered if c["name"] != "background"}
 
 
 def coco_class_names(path: Path, split: str, other_splits: Sequence[str]) -> list[str]:
     """Names of the classes of a COCO data set without `category`, background first."""
     content = read_annotations(find_annotations(path, split, other_splits))
     return ["background", *foreground_categories(content["categories"]).values()]
-
-
-def draw(
-    image: dict[str, Any], found: Sequence[tuple[int, dict[str, Any]]], source: Path
-) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W) of the annotations of one image entry, later ones on top.
-
-    Raises:
-        ValueError: if an annotation has no segmentation, or one of another size.
-    """
-    height, width = int(image["height"]), int(image["width"])
-    mask = np.zeros((height, width), np.uint8)
-    for number, entry in found:
-        shape = entry.get("segmentation")
-        where = f"annotation {entry.get('id')} of {source}"
-        if not shape:
-            raise ValueError(
-                f"Expected a segmentation (polygons or RLE), got none in {where}. Boxes are not "
-                "enough for masks."
-            )
-        mask[_pixels(shape, height, width, where)] = number
-    return mask
-
-
-def _pixels(shape: Any, height: int, width: int, where: str) -> npt.NDArray[np.bool_]:
-    try:
-        rle = _run_lengths(shape, height, width, where)
-        return np.zeros((height, width), np.bool_) if rle is None else _decoded(rle)
-    except (TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise _no_shape(where, type(error).__name__) from None
-    except ValueError as error:
-        if str(error).startswith("Expected"):
-            raise
-        raise _no_shape(where, str(error)) from None
-
-
-def _decoded(rle: Any) -> npt.NDArray[np.bool_]:
-    return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
-
-
-def _no_shape(where: str, reason: str) -> ValueError:
-    return ValueError(
-        f"Expected polygons or RLE as the segmentation, got something else ({reason}) in {where}. "
-        "Correct the annotation, or remove it."
-    )
-
-
-def _run_lengths(shape: Any, height: int, width: int, where: str) -> Any:
-    """What pycocotools decodes; None for polygons without any area."""
-    if isinstance(shape, dict):
-        if list(shape["size"]) != [height, width]:
-            raise ValueError(
-                f"Expected RLE of size {[height, width]} like its image, got {shape['size']} in "
-                f"{where}."
-            )
-        is_list = isinstance(shape["counts"], list)
-        if is_list and sum(shape["counts"]) != height * width:
-            raise _no_shape(where, f"counts of {sum(shape['counts'])} pixels")
-        return coco_mask.frPyObjects(shape, height, width) if is_list else shape
-    # pycocotools reads a "polygon" of four numbers as a box; fewer than three points hold no area.
-    polygons = [polygon for polygon in shape if len(polygon) >= 6]
-    if not polygons:
-        return None
-    # It walks along every edge, so a corner far away takes hours, and one at infinity all memory.
-    corners = np.abs(np.concatenate([np.asarray(polygon, float) for polygon in polygons]))
-    if not (corners <= _FARTHEST * max(height, width)).all():
-        raise _no_shape(where, f"a corner at {corners.max():g}")
-    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))

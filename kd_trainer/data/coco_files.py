@@ -1,22 +1,12 @@
-"""Where a COCO data set keeps its annotation files and photographs, and what one has to say."""
+"""Where a COCO data set keeps its annotation files and photographs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kd_trainer.data.decoding import MAX_PIXELS
 from kd_trainer.data.foreign_paths import is_inside
 from kd_trainer.data.listing import missing_path, show_names
-
-_FIELDS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "category_id"),
-    "categories": ("id", "name"),
-}
-"""What each entry of a COCO json has to say; the rest of it may be missing."""
 
 
 def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
@@ -77,17 +67,21 @@ def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> Pat
     )
 
 
-def find_images(annotations: Path, path: Path, split: str, names: Sequence[str]) -> Path:
-    """The folder that holds the photographs `names`.
+def find_images(
+    annotations: Path, path: Path, split: str, names: Sequence[str]
+) -> tuple[Path, list[str]]:
+    """The folder that holds the photographs `names`, and what each is called in it.
 
     Raises:
-        FileNotFoundError: if no folder holds the first one, or one of them is missing.
+        FileNotFoundError: if no folder holds any of them, or one of them is missing.
+        ValueError: if two names that lead out of the folder end in the same file.
     """
     beside = annotations.parent
     root = path if path.is_dir() else beside.parent if beside.name == "annotations" else beside
     places = (root / "images" / split, root / split / "images", root / split, root / "images")
     for folder in (*places, root, beside):
-        missing = [name for name in names if not (folder / name).is_file()]
+        found = {name: _name_in(folder, name) for name in names}
+        missing = [name for name in names if found[name] is None]
         if names and len(missing) == len(names):
             continue
         if missing:
@@ -95,56 +89,35 @@ def find_images(annotations: Path, path: Path, split: str, names: Sequence[str])
                 f"Expected each image of {annotations} in {folder}, got none for {len(missing)} of "
                 f"{len(names)}: {show_names(missing)}. Add the files or remove their entries."
             )
-        return folder
+        _check_own_files(found, annotations, folder)
+        return folder, [found[name] or name for name in names]
     raise FileNotFoundError(
         f"Expected the images of {annotations} in one of {', '.join(map(str, places))}, got none "
         f"of {show_names(list(names))}. Move them there."
     )
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
-    """The content of a COCO json, every entry with the fields that are read later.
+def _name_in(folder: Path, name: str) -> str | None:
+    """What the file of a `file_name` is called in a folder; never a place outside of it.
 
-    Raises:
-        ValueError: if it is no such json; names the first entry at fault.
+    Labelling tools write the paths of their own machine, absolute, upwards or of Windows. The
+    longest end of such a path that is a file here is meant.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"Expected a COCO json, got {path}: {error}.") from None
-    lists = content if isinstance(content, dict) else {}
-    missing = [kind for kind in _FIELDS if not isinstance(lists.get(kind), list)]
-    if missing:
-        raise ValueError(
-            f"Expected a COCO json with {', '.join(_FIELDS)}, got {path} without "
-            f"{', '.join(missing)}."
-        )
-    for kind, fields in _FIELDS.items():
-        for number, entry in enumerate(lists[kind]):
-            said = entry if isinstance(entry, dict) else {}
-            lacking = [field for field in fields if said.get(field) is None]
-            if lacking:
-                raise ValueError(
-                    f"Expected {', '.join(fields)} in each entry of {kind!r}, got entry {number} "
-                    f"(from 0) of {path} without {', '.join(lacking)}: {json.dumps(entry)[:100]}. "
-                    "Add what is missing, or remove the entry."
-                )
-    for entry in lists["images"]:
-        _check_image(entry, path)
-    return lists
+    slashed = name.replace("\\", "/")
+    readings = [name, slashed]
+    if not is_inside(name) or "://" in name:
+        parts = slashed.split("/")
+        readings = ["/".join(parts[i:]) for i in range(len(parts)) if ".." not in parts[i:]]
+    return next((r for r in readings if is_inside(r) and (folder / r).is_file()), None)
 
 
-def _check_image(entry: dict[str, Any], path: Path) -> None:
-    """Refuse an image outside the folder, or of a size that nobody can draw masks of."""
-    if not is_inside(str(entry["file_name"])):
-        raise ValueError(
-            f"Expected each file_name inside the folder of the images, got {entry['file_name']!r} "
-            f"in {path}, which leads out of it. Copy the file there, and name it from there."
-        )
-    height, width = entry["height"], entry["width"]
-    whole = all(isinstance(side, int | float) and side == int(side) for side in (height, width))
-    if not (whole and height > 0 and width > 0 and height * width <= MAX_PIXELS):
-        raise ValueError(
-            f"Expected a height and a width of at most {MAX_PIXELS:,} pixels together, got "
-            f"{height!r} and {width!r} for {entry['file_name']} in {path}. Correct the entry."
-        )
+def _check_own_files(found: dict[str, str | None], annotations: Path, folder: Path) -> None:
+    """Refuse two paths of another machine that would be one file here."""
+    owners: dict[str | None, str] = {}
+    for name, here in found.items():
+        other = owners.setdefault(here, name)
+        if other != name:
+            raise ValueError(
+                f"Expected each file_name of {annotations} to mean another file, got {other} and "
+                f"{name}, which are both {here} in {folder}. Keep the folders of the names there."
+            )

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 
 from kd_trainer.data.coco_files import file_for_split
-from kd_trainer.data.foreign_paths import confined
+from kd_trainer.data.foreign_paths import confined, is_address_inside
 from kd_trainer.data.listing import did_you_mean, show_names
 
 
@@ -81,9 +81,10 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
 
     Raises:
         FileNotFoundError: if the Hub cannot be reached or has no such data set.
-        ValueError: if the data set has no such split.
+        ValueError: if the data set has no such split, or is made of files of another place.
     """
     try:
+        _check_own_files(name)
         return datasets.load_dataset(name, split=split, streaming=streaming)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
@@ -91,17 +92,35 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
             f"Hub says: {str(error).splitlines()[0]}"
         ) from None
     except ValueError as error:
+        if str(error).startswith("Expected"):
+            raise
         raise ValueError(
             f"Expected the split {split!r} of {name} on the Hub, got: {str(error).splitlines()[0]} "
             "Name the splits with --train_split and --eval_split."
         ) from None
 
 
+def _check_own_files(name: str) -> None:
+    """Refuse a data set on the Hub whose card names files of this machine, or of another place.
+
+    `datasets` would read them, with the token of whoever loads it.
+    """
+    roots = [place for place in hub_places(name) if isinstance(place, str)]
+    files = datasets.load_dataset_builder(name).config.data_files or {}
+    for file in (str(file) for some in files.values() for file in some):
+        if not any(is_address_inside(file, root) for root in roots):
+            raise ValueError(
+                f"Expected the files of {name} in its own repository, got {file}, which its card "
+                "names. Load it from a copy of your own that holds all of its files."
+            )
+
+
 def hub_places(name: str) -> list[Path | str]:
     """Where the pictures of a data set on the Hub may lie: in its caches, or in its repository."""
     cache = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+    unpacked = Path(datasets.config.EXTRACTED_DATASETS_PATH)
     address = f"hf://datasets/{name}"
-    return [cache, Path(datasets.config.HF_DATASETS_CACHE), f"{address}@", f"{address}/"]
+    return [cache, unpacked, f"{address}@", f"{address}/"]
 
 
 def two_columns(

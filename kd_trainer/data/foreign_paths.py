@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+from urllib.parse import unquote
 
 import datasets
 
@@ -25,6 +26,17 @@ def is_inside(name: str) -> bool:
     return not rooted and ".." not in parts and "\0" not in name
 
 
+def is_address_inside(address: str, root: str) -> bool:
+    """Whether an address is one file below another address, by its text alone.
+
+    The library that reads `hf://` addresses decodes them and sends the token before anything takes
+    `..` out, and reads a chain of addresses (`file:///a.png::hf://...`) from either end.
+    """
+    rest = unquote(address.removeprefix(root))
+    one = "://" in root and "::" not in rest and "://" not in rest
+    return one and address.startswith(root) and is_inside(rest)
+
+
 def inside(path: str, roots: Sequence[str], name: str) -> str:
     """A path that stands in a row, as one that can be read.
 
@@ -39,9 +51,14 @@ def inside(path: str, roots: Sequence[str], name: str) -> str:
         ValueError: if the path leads out of all of them.
     """
     if "://" in path:
-        # `zip://a.png::hf://datasets/...` reads the last address first.
-        if any("://" in root and path.rpartition("::")[2].startswith(root) for root in roots):
+        if any(is_address_inside(path, root) for root in roots):
             return path
+        if "::" in path and any("://" in root and root in path for root in roots):
+            raise ValueError(
+                f"Expected one address of a picture in {name}, got a chain of them: {path}. Leave "
+                "--streaming out, which unpacks archives first, or store the pictures themselves "
+                "in the data."
+            )
     elif is_inside(path):
         return str(Path(roots[0]) / path)
     elif ".." not in Path(path).parts and any(Path(path).is_relative_to(root) for root in roots):

@@ -172,7 +172,12 @@ def _unknown_values(rule: MaskRule, found: Iterable[int], where: str) -> BadSamp
 
 
 def find_mask_rule(
-    masks: Iterable[Cell | None], *, num_labels: int, ignore_index: int, every_class: bool = True
+    masks: Iterable[Cell | None],
+    *,
+    num_labels: int,
+    ignore_index: int,
+    every_class: bool = True,
+    class_ids: bool = False,
 ) -> MaskRule:
     """Find the rule of a data set in some of its masks (see the module's text).
 
@@ -182,6 +187,8 @@ def find_mask_rule(
         ignore_index: value of pixels that count nowhere.
         every_class: doubt `num_labels` where the masks hold no foreground, or of several classes
             only the first.
+        class_ids: the values are known to be class ids and `ignore_index`, as in masks drawn from
+            COCO annotations.
 
     Returns:
         The rule; it reads every mask given.
@@ -209,6 +216,10 @@ def find_mask_rule(
         if every_class:
             _check_several(seen, bits, num_labels, ignore_index)
         return rule
+    if class_ids and (1 in seen or not every_class):
+        return MaskRule((0, 1), ignore_index)
+    if class_ids:
+        seen = {0: "all"}
     if not every_class and not bits and not set(seen) - {0}:
         return MaskRule((0, 1), ignore_index, ignore_alone=False)
     return _binary_rule(seen, bits, together, ignore_index)

@@ -22,6 +22,7 @@ from kd_trainer.data.bad_samples import (
 from kd_trainer.data.cells import BadSampleError, cell_name
 from kd_trainer.data.decoding import decode_mask, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule
+from kd_trainer.data.sources import is_coco
 from kd_trainer.data.transform import SegmentationTransform, size_error
 
 SAMPLE = 200
@@ -58,6 +59,7 @@ def mask_rule(
             num_labels=data.num_labels,
             ignore_index=data.ignore_index,
             every_class=every_class,
+            class_ids=is_coco(data),
         )
     if len(data.mask_values) != data.num_labels:
         raise ValueError(

@@ -103,19 +103,19 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         rows = _from_hub(data, split)
         places = hub_places(data.dataset)
         return two_columns(rows, name=data.dataset, places=places, **columns), None
-    paired = _is_pair_folder(data, path)
-    if _is_coco(data, path):
+    if is_coco(data):
         return load_coco(
             path,
             split,
             other_splits=others,
             category=data.category,
             num_labels=data.num_labels,
+            ignore_index=data.ignore_index,
             limit=limit,
             streaming=data.streaming,
         )
     _check_no_category(data)
-    if path.suffix == ".parquet" or (not paired and has_parquet(path)):
+    if path.suffix == ".parquet" or (not _is_pair_folder(data, path) and has_parquet(path)):
         files = parquet_files(path, split, others)
         rows, lengths = load_parquet(files, streaming=data.streaming)
         root = path.parent if path.is_file() else path
@@ -136,18 +136,20 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
 
 def source_class_names(data: DataArguments) -> list[str] | None:
     """Names of the classes that the data itself has, background first; None if it has none."""
-    path = Path(data.dataset).expanduser()
-    if not data.dataset or not path.exists() or not _is_coco(data, path):
+    if not data.dataset or not is_coco(data):
         return None
     if data.category is not None:
         return ["background", data.category]
+    path = Path(data.dataset).expanduser()
     return coco_class_names(path, data.train_split, (data.eval_split,))
 
 
-def _is_coco(data: DataArguments, path: Path) -> bool:
-    splits = (data.train_split, data.eval_split)
+def is_coco(data: DataArguments) -> bool:
+    """Whether the masks are drawn from COCO annotations."""
+    path = Path(data.dataset).expanduser()
     if path.suffix == ".json":
-        return True
+        return path.exists()
+    splits = (data.train_split, data.eval_split)
     return path.is_dir() and not _is_pair_folder(data, path) and is_coco_folder(path, splits)
 
 
