@@ -62,12 +62,13 @@ class SmpImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
 
     @classmethod
-    def from_model_config(cls, config: SmpConfig) -> "SmpImageProcessor":
-        """The processor that feeds a model of this configuration."""
+    def from_model_config(cls, config: SmpConfig, **options: Any) -> "SmpImageProcessor":
+        """The processor that feeds a model of this configuration; `options` are saved with it."""
         return cls(
             size={"height": config.image_size, "width": config.image_size},
             image_mean=list(config.image_mean),
             image_std=list(config.image_std),
+            **options,
         )
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kd_trainer.arguments import DataArguments
+from kd_trainer.data import load_splits, mask_rule
 from kd_trainer.data.decoding import decode_mask, decode_photograph, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 
@@ -281,3 +283,35 @@ def test_rules_that_cannot_be_are_refused():
 def test_present_values_are_the_distinct_ones(dtype):
     mask = np.random.default_rng(0).integers(0, 200, (37, 23)).astype(dtype)
     assert present_values(mask) == tuple(np.unique(mask.astype(int)))
+
+
+def test_reduced_labels_count_from_one_and_ignore_zero(tmp_path):
+    """Read as class ids, the masks of a model of ADE20K's convention are all shifted by one."""
+    root = tmp_path / "photos"
+    for split in ("train", "validation"):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        values = np.repeat(np.uint8([0, 1, 2, 3, 255]), 8)[None].repeat(40, 0)
+        cv2.imwrite(str(root / split / "images" / "a.png"), np.zeros((40, 40, 3), np.uint8))
+        cv2.imwrite(str(root / split / "masks" / "a.png"), values)
+    data = DataArguments(dataset=str(root), num_labels=3, reduce_labels=True)
+    splits = load_splits(data)
+    rule = mask_rule(splits, data)
+    labels = rule.labels(decode_mask(splits["train"][0]["mask"], 0), "a")
+    assert np.unique(labels).tolist() == [0, 1, 2, 255]
+    assert (labels[:, 8:16] == 0).all()
+    assert (labels[:, :8] == 255).all()
+    with pytest.raises(ValueError, match=r"^Expected either --reduce_labels or --mask_values"):
+        DataArguments(num_labels=3, reduce_labels=True, mask_values=[1, 2, 3])
+
+
+def test_masks_whose_whole_foreground_is_ignored_are_no_figures():
+    """eval.py gave a mIoU of 0.085, or 0.0000, where train.py refuses the same masks."""
+    masks = [cell([0, 255]), cell([255, 0, 0])]
+    for every_class in (False, True):
+        with pytest.raises(
+            ValueError, match=r"^Expected class ids 0\.\.3 .* only the values 0, 255"
+        ):
+            find_mask_rule(masks, num_labels=4, ignore_index=255, every_class=every_class)
+    some = [*masks, cell([0, 1])]  # images of the first classes alone can be measured
+    assert find_mask_rule(some, num_labels=4, ignore_index=255, every_class=False).num_labels == 4

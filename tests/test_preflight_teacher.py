@@ -138,6 +138,17 @@ def test_mixed_up_class_ids_are_found_and_named(order: list[int], words: str):
     assert words in finding.text
 
 
+@pytest.mark.parametrize("step", [-1, 1])
+def test_class_ids_that_are_shifted_by_one_are_found(step: int):
+    """ADE20K's convention: what one side calls 0 the other does not have. All was called well."""
+    labels = truth(num_labels=4)
+    # What one side does not have is found somewhere among the classes that both have.
+    finding = classes((noisy(labels, 4) + step).clamp(0, 3), labels, FOUR)
+    assert finding.grade == Grade.FAULT
+    assert f"shifted by one: mask value i fits class i {step:+d}".replace("1", " 1") in finding.text
+    assert "--reduce_labels" in finding.cure
+
+
 @pytest.mark.parametrize("kind", ["good", "one class taken for another", "random", "constant"])
 @pytest.mark.parametrize("names", [BINARY, FOUR], ids=["binary", "four"])
 def test_weak_teachers_are_not_called_mixed_up(kind: str, names: dict[int, str]):
@@ -152,7 +163,10 @@ def test_weak_teachers_are_not_called_mixed_up(kind: str, names: dict[int, str])
         "random": torch.randint(0, count, labels.shape, generator=random),
         "constant": torch.zeros_like(labels),
     }[kind]
-    assert classes(prediction, labels, names).grade == Grade.OK
+    compared = kind not in ("random", "constant")  # of what says nothing nothing is called well
+    finding = classes(prediction, labels, names)
+    assert finding.grade == (Grade.OK if compared else Grade.NOTE)
+    assert ("could not be compared" in finding.text) is not compared
 
 
 def position(prediction: Tensor, labels: Tensor, count: int = 2) -> Finding:

@@ -5,6 +5,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from small_runs import write_pairs
 from torch import nn
 from transformers import (
     SegformerConfig,
@@ -13,8 +14,11 @@ from transformers import (
     ViTConfig,
 )
 
+from kd_trainer.command_line import build
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher, load_teacher
+from kd_trainer.workflows.assemble import assemble
+from kd_trainer.workflows.entry_points import data_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OTHER = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -316,3 +320,27 @@ def test_model_for_another_task_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"a semantic segmentation model in .* 'vit'") as caught:
         load_teacher(str(tmp_path), num_labels=2)
     assert "\n" not in str(caught.value)
+
+
+def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys):
+    """Its class i is mask value i + 1: read as ids, all classes would be shifted."""
+    folder = tmp_path / "ade"
+    segformer(3).save_pretrained(folder)
+    SegformerImageProcessor(do_reduce_labels=True).save_pretrained(folder)
+    root = write_pairs(tmp_path / "data", num_labels=4)
+    settings = {"dataset": str(root), "num_labels": 3, "image_size": 64, "augmentation": "none"}
+    student = {"student_encoder": "resnet18", "encoder_weights": "none", "use_cpu": True}
+    run = build(settings | student | {"teacher": str(folder)})
+    parts = assemble(run)
+    assert "mask value 0 counts nowhere" in capsys.readouterr().err
+    assert run.resolved()["reduce_labels"] is True
+    assert parts.train_dataset.transform.rule.values == (1, 2, 3)
+    assert parts.processor.do_reduce_labels
+    parts.processor.save_pretrained(tmp_path / "student")
+    for source in (folder, tmp_path / "student"):  # what is measured later is measured alike
+        assert data_of(parts.student, str(source), {}).reduce_labels
+    given = {"mask_values": [1, 2, 3]}
+    assert data_of(parts.student, str(folder), given).reduce_labels is None
+    as_ids = build(settings | student | {"teacher": str(folder), "reduce_labels": False})
+    with pytest.raises(ValueError, match=r"^Expected the mask values 0, 1, 2 .* got 0, 1, 2, 3"):
+        assemble(as_ids)

@@ -37,6 +37,11 @@ class DataArguments:
     mask_values: list[int] | None = help_field(
         None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
     )
+    reduce_labels: bool | None = help_field(
+        None,
+        "Mask value 0 counts nowhere and value i is class i - 1, as in ADE20K (default: as the "
+        "preprocessing of the teacher, or of the model that is measured, has do_reduce_labels).",
+    )
     ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
     unlabelled: str | None = help_field(
         None, "Folder of photographs without masks, used by the distillation terms only."
@@ -73,6 +78,11 @@ class DataArguments:
             raise ValueError(
                 f"Expected {self.num_labels} --class_names (one per label, background first), got "
                 f"{len(self.class_names)}: {' '.join(self.class_names)}."
+            )
+        if self.reduce_labels and self.mask_values is not None:
+            raise ValueError(
+                "Expected either --reduce_labels or --mask_values, got both, which say two things "
+                "of the values in the masks. Leave one out."
             )
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if not 0 <= self.max_bad_share <= 1:

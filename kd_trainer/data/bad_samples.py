@@ -67,6 +67,8 @@ def known_values(data: DataArguments) -> frozenset[int]:
     """Every mask value that some rule for this data knows."""
     if data.mask_values is not None:
         return frozenset({*data.mask_values, data.ignore_index})
+    if data.reduce_labels:
+        return frozenset({*range(data.num_labels + 1), data.ignore_index})
     ids = range(data.num_labels) if data.num_labels > 2 else (0, 1, 255)
     return frozenset({*ids, data.ignore_index})
 

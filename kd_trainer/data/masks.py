@@ -58,6 +58,7 @@ class MaskRule:
         ignore_alone: whether a binary mask may hold `ignore_index` without any foreground. Only
             data whose sample showed it, or that came with `--mask_values`, may: elsewhere such a
             mask could as well be a 0/255 one.
+        also_ignored: further values, in files alone, of pixels that count nowhere.
 
     Raises:
         ValueError: if values repeat, or labels and `ignore_index` do not fit into a byte.
@@ -66,6 +67,7 @@ class MaskRule:
     values: tuple[int, ...]
     ignore_index: int = 255
     ignore_alone: bool = True
+    also_ignored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(set(self.values)) != len(self.values) or not all(
@@ -89,7 +91,7 @@ class MaskRule:
     @cached_property
     def _table(self) -> npt.NDArray[np.int16]:
         table = np.full(_VALUES, _UNKNOWN, np.int16)
-        table[self.ignore_index] = self.ignore_index
+        table[[self.ignore_index, *self.also_ignored]] = self.ignore_index
         table[list(self.values)] = np.arange(self.num_labels)
         return table
 
@@ -213,7 +215,9 @@ def find_mask_rule(
         raise ValueError("Expected masks to learn from, got none in the splits. Check --dataset.")
     if num_labels > 2:
         rule = _class_rule(seen, num_labels, ignore_index)
-        if every_class:
+        # The first classes alone are no fault of the images that a model is measured on; masks
+        # that mark everything they mark as ignored are one.
+        if every_class or bits or set(seen) - {0} == {ignore_index}:
             _check_several(seen, bits, num_labels, ignore_index)
         return rule
     if class_ids and (1 in seen or not every_class):

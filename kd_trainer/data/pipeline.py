@@ -53,7 +53,7 @@ def mask_rule(
     for index, row in enumerate(rows):
         check_sizes(row, index)
     masks = [row["mask"] for row in rows]
-    if data.mask_values is None:
+    if data.mask_values is None and not data.reduce_labels:
         return find_mask_rule(
             masks,
             num_labels=data.num_labels,
@@ -61,20 +61,26 @@ def mask_rule(
             every_class=every_class,
             class_ids=is_coco(data),
         )
-    if len(data.mask_values) != data.num_labels:
+    if data.mask_values is not None and len(data.mask_values) != data.num_labels:
         raise ValueError(
             f"Expected {data.num_labels} --mask_values (--num_labels, background first), got "
             f"{len(data.mask_values)}: {' '.join(map(str, data.mask_values))}."
         )
-    rule = MaskRule(tuple(data.mask_values), data.ignore_index)
+    reduced = tuple(range(1, data.num_labels + 1))
+    rule = MaskRule(
+        tuple(data.mask_values or reduced),
+        data.ignore_index,
+        also_ignored=(0,) if data.reduce_labels else (),
+    )
     ignored = 0
     for index, cell in enumerate(masks):
         labels = rule.labels(decode_mask(cell, index), cell_name(cell, index))
         ignored += bool((labels == rule.ignore_index).all())
     if masks and ignored == len(masks):
         raise ValueError(
-            f"Expected masks with pixels that count, got only {rule.ignore_index} (--ignore_index) "
-            f"in all {ignored} that were looked at. Check the masks, or --mask_values."
+            f"Expected masks with pixels that count, got only {rule.ignore_index} (--ignore_index"
+            f"{' and 0, by --reduce_labels' if data.reduce_labels else ''}) in all {ignored} that "
+            "were looked at. Check the masks, or --mask_values."
         )
     return rule
 

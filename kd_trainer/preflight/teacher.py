@@ -119,7 +119,8 @@ def classes_finding(
 ) -> Finding:
     """Whether a network and the masks mean the same by each class.
 
-    Of a binary task this finds inverted masks. Classes are called mixed up where each of at least
+    Of a binary task this finds inverted masks, of several classes ids that are shifted by one, as
+    where one side counts an unlabelled 0. Classes are called mixed up where each of at least
     two (of a binary task both) fits another one clearly better, no two the same.
 
     Args:
@@ -136,7 +137,23 @@ def classes_finding(
     match = {c: int(iou[c].argmax()) for c in occurs}
     mixed = {c: m for c, m in match.items() if m != c and iou[c, m] >= iou[c, c] + _SURE}
     trusted = knows_something(float(np.mean([iou[c, match[c]] for c in occurs])), constant)
-    if len(mixed) < 2 or len(set(match.values())) < len(match) or not trusted:
+    permuted = len(mixed) >= 2 and len(set(match.values())) == len(match) and trusted
+    shifted = 0 if permuted else _shift(table)
+    if shifted:
+        return fault(
+            check,
+            f"Expected the same class ids in {whose} and the masks, got ids shifted by one: mask "
+            f"value i fits class i {'-' if shifted < 0 else '+'} 1 of {whose}",
+            "Read the masks as it was trained: with --reduce_labels, value 0 counts nowhere and "
+            "value i is class i - 1; or name the value of each class with --mask_values.",
+        )
+    if not trusted:
+        return note(
+            check,
+            f"could not be compared: {whose} finds too little of what the masks mark",
+            "Look at some masks and at what it finds; classes in another order would look so too.",
+        )
+    if not permuted:
         return ok(check, f"{whose} and the masks mean the same by each class")
     if len(names) == 2:
         return fault(
@@ -155,6 +172,25 @@ def classes_finding(
         "Name the value of each class in the teacher's order with --mask_values, or its classes "
         "in the right order with --class_names.",
     )
+
+
+def _shift(table: np.ndarray) -> int:
+    """By how much the network's ids are the masks' ids, shifted: -1, 1, or 0 if they are not.
+
+    Args:
+        table: pixels of each true class (row) that the network gives each class (column).
+    """
+    count = len(table)
+    found = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    for step in (-1, 1):
+        both = [c for c in range(count) if 0 <= c + step < count and table[c].any()]
+        if len(both) < 2:
+            continue
+        moved = float(np.mean([found[c, c + step] for c in both]))
+        # More than a network that gives one class everywhere, which fits one of the classes.
+        if moved > max(0.5, float(np.mean([found[c, c] for c in both])) + _SURE):
+            return step
+    return 0
 
 
 def input_size_finding(trained: int, given: int) -> Finding:

@@ -227,14 +227,31 @@ def _announce_code(source: str, config: dict[str, Any]) -> None:
         print(f"Running Python code of {owner}, as --trust_remote_code asks for.", file=sys.stderr)
 
 
+def reduces_labels(source: str, **hub: Any) -> bool:
+    """Whether a saved model counts classes from mask value 1 on, as its preprocessing says.
+
+    `do_reduce_labels` is the convention of ADE20K: mask value 0 is not labelled.
+    """
+    if source.endswith(SUFFIXES):
+        return False
+    return bool(_preprocessing(source, hub).get("do_reduce_labels"))
+
+
+def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """The preprocessor_config.json of a model; empty without one."""
+    kept = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if cached_file(source, IMAGE_PROCESSOR_NAME, **kept) is None:
+        return {}
+    settings: dict[str, Any]
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
+    return settings
+
+
 def _statistics(
     source: str, config: dict[str, Any], hub: dict[str, Any]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std that the teacher's own preprocessing applies to values in 0..1."""
-    settings = dict(config)
-    kept = {"_raise_exceptions_for_missing_entries": False, **hub}
-    if cached_file(source, IMAGE_PROCESSOR_NAME, **kept) is not None:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
+    settings = _preprocessing(source, hub) or config
     mean = settings.get("image_mean") or IMAGENET_MEAN
     std = settings.get("image_std") or IMAGENET_STD
     if settings.get("do_normalize") is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +20,12 @@ from kd_trainer.data import (
     transforms,
     usable_splits,
 )
+from kd_trainer.data.sources import is_coco
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.teacher import Teacher
+from kd_trainer.teacher import Teacher, reduces_labels
 from kd_trainer.workflows.models import make_student, make_teacher
 from kd_trainer.workflows.student_options import student_options
 
@@ -81,6 +83,8 @@ def assemble(run: RunArguments) -> Parts:
     args, data = run.training, run.data
     _check_together(run)
     check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
+    if data.reduce_labels is None:
+        run.data = data = replace(data, reduce_labels=_reduces_labels(run))
     names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = load_splits(data, names)
@@ -108,9 +112,30 @@ def assemble(run: RunArguments) -> Parts:
         teacher=teacher,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processor=SmpImageProcessor.from_model_config(student.config),
+        processor=_processor(student, data),
         loss_weights=weights if teacher is not None else replace(weights, kl=0.0, mse=0.0),
     )
+
+
+def _reduces_labels(run: RunArguments) -> bool:
+    """Whether the masks are read as the teacher's were, from value 1 on; says so if they are."""
+    model, data = run.model, run.data
+    own_values = data.mask_values is not None or data.dataset == "synthetic" or is_coco(data)
+    if not model.has_teacher or own_values or not reduces_labels(model.teacher):
+        return False
+    if run.training.process_index == 0:
+        print(
+            "The teacher was trained with do_reduce_labels: mask value 0 counts nowhere, and value "
+            "i is class i - 1. --reduce_labels false reads the values as class ids.",
+            file=sys.stderr,
+        )
+    return True
+
+
+def _processor(student: SmpForSemanticSegmentation, data: DataArguments) -> SmpImageProcessor:
+    """The student's image processor, which also says how the masks it learned from were read."""
+    options = {"do_reduce_labels": True} if data.reduce_labels else {}
+    return SmpImageProcessor.from_model_config(student.config, **options)
 
 
 def _check_together(run: RunArguments) -> None:

@@ -19,7 +19,7 @@ from kd_trainer.fields import (
     help_field,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.teacher import Teacher
+from kd_trainer.teacher import Teacher, reduces_labels
 from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
 from kd_trainer.workflows.flags import EVALUATION_DATA, TEACHER, command_parser, given_settings
@@ -44,14 +44,18 @@ class EvaluateArguments:
         check_folder("output_dir", self.output_dir)
 
 
-def told_by(model: SmpForSemanticSegmentation | Teacher) -> dict[str, Any]:
-    """What a model says of the data it is for, as fields of DataArguments."""
+def data_of(
+    model: SmpForSemanticSegmentation | Teacher, source: str, given: dict[str, Any]
+) -> DataArguments:
+    """Settings of the data that a model saved at `source` is for, but for those that are given."""
     names = list(labels_of(model).values())
     told: dict[str, Any] = {"num_labels": len(names), "class_names": names}
     if isinstance(model, SmpForSemanticSegmentation):
         told["image_size"] = model.config.image_size
         told["ignore_index"] = model.config.semantic_loss_ignore_index
-    return told
+    if "mask_values" not in given and not given.get("category"):
+        told["reduce_labels"] = reduces_labels(source)
+    return DataArguments(**(told | given))
 
 
 def evaluate_main(arguments: Sequence[str] | None = None) -> None:
@@ -84,7 +88,7 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
         num_labels=data_settings.get("num_labels"),
         trust_remote_code=model.trust_remote_code,
     )
-    data = DataArguments(**(told_by(measured) | data_settings))
+    data = data_of(measured, source, data_settings)
     if isinstance(measured, SmpForSemanticSegmentation):
         check_image_size(data.image_size, measured)
     dataset = evaluation_dataset(data, batch_size=args.batch_size, workers=args.workers)

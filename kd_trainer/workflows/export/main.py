@@ -15,7 +15,7 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import given_flags
 from kd_trainer.fields import add_fields
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.workflows.entry_points import told_by
+from kd_trainer.workflows.entry_points import data_of
 from kd_trainer.workflows.export.exporter import ExportArguments, Exporter, check
 from kd_trainer.workflows.export.images import (
     Sample,
@@ -198,8 +198,9 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
             "Expected either --dataset or --images, the pictures to check the export on, got "
             f"{'both' if args.images else 'neither'}. Name pictures like those the device sees."
         )
-    student = load_student(student_folder(source), num_labels=data_settings.get("num_labels"))
-    result = export_student(student, args, DataArguments(**(told_by(student) | data_settings)))
+    folder = student_folder(source)
+    student = load_student(folder, num_labels=data_settings.get("num_labels"))
+    result = export_student(student, args, data_of(student, folder, data_settings))
     if result.get("kept_in_fp32"):
         print(f"Kept in fp32: {', '.join(result['kept_in_fp32'])}")
     output = Path(args.output)
