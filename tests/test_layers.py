@@ -18,7 +18,7 @@ LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_transforms", "stock_augmentation"),
         *("allocator", "fast_layers", "compiling", "extras", "fields", "statistics"),
-        "replacing",
+        *("replacing", "sources"),
     ),
     ("argument_checks", "augmentation", *PORTABLE),
     ("arguments",),

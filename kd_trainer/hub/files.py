@@ -15,6 +15,7 @@ from typing import Any
 
 from kd_trainer.hub.boards import copy_boards
 from kd_trainer.hub.names import BOARDS, CODE, PANEL, RESULTS, STUDENT
+from kd_trainer.sources import model_source, run_folder
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # Paths by their key, however they are written.
@@ -36,10 +37,11 @@ def find_source(folder: str | Path) -> Source:
     Raises:
         FileNotFoundError: if there is no complete student.
     """
-    given = Path(folder)
-    student = given / "student" if (given / "student").is_dir() else given
-    inside = student.name == "student" and (student.parent / "config.yaml").is_file()
-    run = given if student != given else student.parent if inside else None
+    given = Path(folder).expanduser()
+    inside = given / "student"
+    student = inside if inside.is_dir() else Path(model_source(str(given)))
+    around = run_folder(student)
+    run = given if student == inside else around if around != student else None
     missing = [name for name in STUDENT if not (student / name).is_file()]
     if missing:
         raise FileNotFoundError(

@@ -37,13 +37,6 @@ DATA_FLAGS = EVALUATION_DATA - {"image_size", "max_eval_samples"} | {"train_spli
 PACKAGES = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch": ("torch",)}
 
 
-def student_folder(source: str) -> str:
-    """The student in a run folder; anything else as it is."""
-    inside = Path(source) / "student"
-    is_run = not (Path(source) / "config.json").exists() and (inside / "config.json").is_file()
-    return str(inside) if is_run else source
-
-
 def export_student(
     student: SmpForSemanticSegmentation, args: ExportArguments, data: DataArguments
 ) -> dict[str, Any]:
@@ -211,7 +204,7 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
             "Expected either --dataset or --images, the pictures to check the export on, got "
             f"{'both' if args.images else 'neither'}. Name pictures like those the device sees."
         )
-    student = load_student(student_folder(source), num_labels=data_settings.get("num_labels"))
+    student = load_student(source, num_labels=data_settings.get("num_labels"))
     result = export_student(student, args, DataArguments(**(told_by(student) | data_settings)))
     if result.get("kept_in_fp32"):
         print(f"Kept in fp32: {', '.join(result['kept_in_fp32'])}")
