@@ -20,6 +20,7 @@ ALIASES = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "eval_batch_size": "per_device_eval_batch_size",
+    "pictures": "hub_pictures",
 }
 # A flag given without a value means this.
 WITHOUT_VALUE = {"mixed_precision": "auto", "resume": "latest"}

@@ -25,6 +25,7 @@ WITHOUT_EFFECT = frozenset(
     | {"report", "disable_tqdm", "save_total_limit", "no_preflight"}
     | {"teacher_cache", "teacher_cache_size", "teacher_stream", "keep_freed_memory"}
     | {"push_to_hub", "hub_model_id", "hub_license", "hub_strategy", "hub_private_repo"}
+    | {"hub_pictures"}
 )
 # The same among the fields of the Trainer that a configuration holds only where they were changed.
 _OF_THE_TRAINER = frozenset(

@@ -9,7 +9,7 @@ from small_runs import write_pairs
 from kd_trainer.command_line import build, load_recipe
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.workflows.demo import check, constant_miou
+from kd_trainer.workflows.demo import check, clear, constant_miou
 
 GOOD = {
     "teacher_miou": 0.85,
@@ -40,6 +40,25 @@ def test_a_demo_that_learned_nothing_is_an_error(change, message):
     """It would end with a table and exit code 0, and nobody reads the figures."""
     with pytest.raises(ValueError, match=f"^Expected of the demo {message}"):
         check(GOOD | change)
+
+
+def test_the_demo_removes_what_a_demo_made_and_nothing_else(tmp_path: Path):
+    """`runs/demo` is also where a training from the recipe `demo` goes."""
+    output = tmp_path / "demo"
+    (output / "student").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^Expected .*demo, got a folder with student that none"):
+        clear(output)
+    assert (output / "student").is_dir()
+    (output / "student").rmdir()
+    clear(output)
+    (output / "student").mkdir()
+    (output / "results.json").touch()
+    (output / "notes.txt").touch()
+    (output / "panels").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    clear(output)
+    assert sorted(p.name for p in output.iterdir()) == [".demo", "notes.txt"]
+    assert (tmp_path / "elsewhere").is_dir()
 
 
 def test_constant_prediction_is_counted_by_hand(tmp_path: Path):

@@ -28,7 +28,8 @@ FREE = {
     "dataloader_num_workers": 2,
     "disable_tqdm": False,
     "save_strategy": "epoch",
-    "hub_private_repo": True,
+    "hub_private_repo": False,
+    "hub_pictures": True,
     "keep_freed_memory": False,
 }
 BINDING = {

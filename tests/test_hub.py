@@ -17,14 +17,24 @@ from torch.utils.tensorboard import SummaryWriter
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits
-from kd_trainer.hub import check_access, clear, copy_files, find_source, upload
-from kd_trainer.hub.files import CARD, CODE, RESULTS, STUDENT
+from kd_trainer.hub import (
+    check_access,
+    check_regular,
+    copy_files,
+    find_source,
+    upload,
+    without_paths,
+)
+from kd_trainer.hub.names import CARD, CODE, RESULTS, STUDENT
+from kd_trainer.replacing import MARKER, check_replaceable, replacing
 
 ID = "me/student"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Everything that is published of a folder, and whatever else lies there."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p != folder / MARKER]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 @pytest.fixture
@@ -42,7 +52,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def made(hub: Hub) -> Hub:
-    check_access(ID)
+    check_access(ID, private=False)
     return hub
 
 
@@ -201,7 +211,10 @@ def test_each_refusal_is_one_clear_line(case, made, folder, monkeypatch, capfd):
     """The library's own messages are five lines about a URL, and never say what to do."""
     kind, message = REASONS[case]
     refuse(case, made, monkeypatch)
-    attempts = [lambda: check_access(ID), lambda: upload(folder, ID, message="First")]
+    attempts = [
+        lambda: check_access(ID, private=False),
+        lambda: upload(folder, ID, message="First"),
+    ]
     for attempt in attempts[:1] if case == "no token" else attempts:
         with pytest.raises(kind) as caught:
             attempt()
@@ -231,17 +244,71 @@ def test_bars_show_large_files_only_where_one_is_new(made: Hub, folder: Path, ca
     assert capfd.readouterr().err == ""
 
 
-def test_private_makes_a_private_repository(hub: Hub):
+def test_a_push_is_private_unless_told_otherwise(hub: Hub):
     """Public by mistake cannot be taken back."""
-    check_access("org/hidden", private=True)
+    check_access("org/hidden")
     assert hub.repos["models", "org/hidden"].private
-    check_access("org/hidden", private=True)
+    check_access("org/hidden")
+    check_access("org/shown", private=False)
+    assert not hub.repos["models", "org/shown"].private
 
 
-def test_private_refuses_a_repository_that_is_public(made: Hub):
+@pytest.mark.parametrize("private", [True, False])
+def test_an_existing_repository_of_the_other_kind_is_refused(private: bool, hub: Hub):
     """The Hub accepts the wish for an existing repository and does not fulfil it."""
-    with pytest.raises(ValueError, match="Expected me/student to be private"):
-        check_access(ID, private=True)
+    check_access(ID, private=not private)
+    wanted, found = ("private", "public")[:: 1 if private else -1]
+    with pytest.raises(
+        ValueError, match=rf"^Expected {ID} to be {wanted}, got a {found} .*--public"
+    ):
+        check_access(ID, private=private)
+
+
+LOADED = (
+    *("handler.py", "pytorch_model.bin", "requirements.txt", "adapter_config.json"),
+    *("extra/code.py", "processor_config.json", "model-00001-of-00002.safetensors"),
+)
+
+
+def test_files_that_change_how_the_student_loads_are_refused_without_force(made: Hub, folder: Path):
+    """An endpoint runs handler.py, and transformers takes an adapter or another processor."""
+    repo = made.repos["models", ID]
+    for name in LOADED:
+        repo.commits[-1][2].clear()
+        repo.commits[-1][2][name] = b"of somebody"
+        for attempt in (check_access, upload):
+            options = {"private": False} if attempt is check_access else {"message": "First"}
+            given = (ID,) if attempt is check_access else (folder, ID)
+            with pytest.raises(
+                ValueError, match=rf"^Expected nothing in {ID} .* got {name}\. .*--force"
+            ):
+                attempt(*given, **options)
+    assert made.messages(ID) == []
+    check_access(ID, private=False, force=True)
+    pushed = upload(folder, ID, message="First", force=True)
+    assert pushed.others == (LOADED[-1],)
+    assert made.files(ID) == contents(folder) | {LOADED[-1]: b"of somebody"}
+
+
+def test_harmless_files_of_others_stay_and_are_listed(made: Hub, folder: Path):
+    """An export and a picture beside the student change nothing; curves of others are not ours."""
+    others = dict.fromkeys(("model.onnx", "docs/a.png", "runs/notes.txt", "LICENSE"), b"x")
+    theirs = "runs/now/events.out.tfevents.12.a-host.7.0"
+    made.repos["models", ID].commits[-1][2].update(others | {theirs: b"y", ".gitattributes": b""})
+    check_access(ID, private=False)
+    pushed = upload(folder, ID, message="First")
+    assert pushed.others == tuple(sorted([*others, theirs]))
+    assert made.files(ID).items() >= others.items()
+
+
+@pytest.mark.parametrize("card", ["# Distilled with kd_trainer", "# By hand"])
+def test_a_panel_of_an_earlier_push_goes_with_it(card: str, made: Hub, folder: Path):
+    """Whoever leaves the pictures out now would leave the earlier ones public."""
+    earlier = {"panel.png": b"face", "results.json": b"{}", CARD: card.encode()}
+    made.repos["models", ID].commits[-1][2].update(earlier)
+    upload(folder, ID, message="Second")
+    stays = {"panel.png", "results.json"} if card == "# By hand" else set()
+    assert set(made.files(ID)) == {*contents(folder), *stays}
 
 
 def test_no_token_is_sent_anywhere_but_in_its_header(made: Hub, folder: Path):
@@ -274,19 +341,19 @@ def run(tmp_path: Path) -> Path:
         for step in range(3):
             writer.add_scalar("train/loss", 1 / (step + 1), step)
         writer.add_image("panel", torch.zeros(3, 8, 8), 1)
+        writer.add_image("mine/faces", torch.zeros(3, 8, 8), 1)
     return root
 
 
 def copied(run: Path, destination: Path, **options: bool) -> dict[str, bytes]:
-    source = find_source(run)
-    clear(destination, source)
-    copy_files(source, destination, **options)
+    with replacing(destination, "output_dir") as folder:
+        copy_files(find_source(run), folder, **options)
     return contents(destination)
 
 
 def test_nothing_but_the_named_files_is_copied(run: Path, tmp_path: Path):
     """training_args.bin names this machine and may hold a token; a teacher may not be ours."""
-    files = copied(run, tmp_path / "out")
+    files = copied(run, tmp_path / "out", pictures=True)
     boards = {name for name in files if name.startswith("runs/")}
     named = {*STUDENT, *CODE, "results.json", "trainer_state.json", "panel.png"}
     assert set(files) - boards == named
@@ -300,18 +367,18 @@ def test_nothing_but_the_named_files_is_copied(run: Path, tmp_path: Path):
 
 def test_curves_survive_and_settings_do_not(run: Path, tmp_path: Path):
     """A board that lost its curves looks like a run that logged nothing."""
-    copied(run, tmp_path / "out")
+    copied(run, tmp_path / "out", pictures=True)
     board = EventAccumulator(str(next((tmp_path / "out" / "runs").iterdir())))
     board.Reload()
     found = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert found == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
-    assert board.Tags()["images"] == ["panel"]
+    assert board.Tags()["images"] == ["panel", "mine/faces"]
     assert board.Tags()["tensors"] == []
 
 
-def test_pictures_can_be_left_out_of_panel_and_curves(run: Path, tmp_path: Path):
+def test_pictures_are_in_panel_and_curves_only_when_asked_for(run: Path, tmp_path: Path):
     """Panels show photographs of the evaluation data, and people on them."""
-    files = copied(run, tmp_path / "out", pictures=False)
+    files = copied(run, tmp_path / "out")
     assert "panel.png" not in files
     board = EventAccumulator(str(next((tmp_path / "out" / "runs").iterdir())))
     board.Reload()
@@ -321,7 +388,7 @@ def test_pictures_can_be_left_out_of_panel_and_curves(run: Path, tmp_path: Path)
 
 def test_results_of_an_earlier_run_are_not_those_of_a_student_in_training(run, tmp_path):
     """A resumed run still has the results.json of the student before."""
-    files = copied(run, tmp_path / "out", finished=False)
+    files = copied(run, tmp_path / "out", finished=False, pictures=True)
     assert not {"results.json"} & set(files)
     assert files["panel.png"] == b"panel 12"
     assert set(RESULTS) & set(files) == {"trainer_state.json"}
@@ -342,21 +409,93 @@ def test_an_incomplete_student_is_refused(run: Path):
         find_source(run)
 
 
-def test_only_an_earlier_publication_is_replaced(run: Path, tmp_path: Path):
-    """A folder named by mistake would be emptied."""
+def test_only_what_was_written_here_before_is_replaced(run: Path, tmp_path: Path, monkeypatch):
+    """A folder named by mistake would be emptied: all runs, or the model of somebody else."""
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     (photographs / "anna.jpg").write_bytes(b"anna")
     other = shutil.copytree(run / "student", tmp_path / "other")
+    (other / CARD).write_text("# A card, but not ours")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "forged").mkdir()
+    (tmp_path / "forged" / MARKER).write_text('{"files": ["../photographs/anna.jpg"]}')
+    shutil.copy(photographs / "anna.jpg", tmp_path / "forged" / "bert.jpg")
+    workplace = tmp_path / "above" / "work"
+    workplace.mkdir(parents=True)
+    monkeypatch.chdir(workplace)
+    before = contents(tmp_path)
     source = find_source(run)
-    for place in (photographs, run / "student", run, other, photographs / "anna.jpg"):
-        with pytest.raises(ValueError, match=r"Expected .*Name another --output_dir"):
-            clear(place, source)
-    assert (photographs / "anna.jpg").read_bytes() == b"anna"
-    copied(run, tmp_path / "out")
-    (tmp_path / "out" / CARD).write_text("card")
-    copied(run, tmp_path / "out")
-    assert not (tmp_path / "out" / CARD).exists()
+    forbidden = [photographs, source.student, run, run.parent, other, photographs / "anna.jpg"]
+    forbidden += [tmp_path / "link", tmp_path / "forged", Path(), Path("..")]
+    for place in forbidden:
+        with pytest.raises(ValueError, match=r"^Expected .*Name another --output_dir"):
+            check_replaceable(place, "output_dir", sources=(source.student, run))
+        with pytest.raises(ValueError, match="Expected"), replacing(place, "output_dir"):
+            pytest.fail("nothing may be written")
+    assert contents(tmp_path) == before
+
+
+def break_off(folder: Path) -> None:
+    with replacing(folder, "output_dir") as new:
+        (new / "half").write_bytes(b"half")
+        raise OSError("full")
+
+
+def test_an_earlier_folder_is_replaced_whole_or_not_at_all(run: Path, tmp_path: Path):
+    """What a cut-off push leaves would otherwise be half of one student and half of another."""
+    out = tmp_path / "out"
+    first = copied(run, out, pictures=True)
+    assert "panel.png" in first
+    with pytest.raises(OSError, match="full"):
+        break_off(out)
+    assert contents(out) == first
+    assert "panel.png" not in copied(run, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["machine-of-jane", "out"]
+    (out / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match=r"which holds mine\.txt"):
+        copied(run, out)
+
+
+LINKED = (
+    *("student/modeling.py", "student/model.safetensors", "results.json", "panels/step_000012.png"),
+    *("runs/now", "checkpoint-12", "export.json", "student"),
+)
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_in_a_run_is_never_published(name: str, run: Path, tmp_path: Path):
+    """A stranger's run whose modeling.py leads to a private file would make it public."""
+    check_regular(find_source(run))
+    path = run / name
+    moved = tmp_path / "private"
+    if path.exists():
+        path.rename(moved)
+    path.symlink_to(moved)
+    if not moved.exists():
+        moved.write_text("private")
+    with pytest.raises(
+        ValueError, match=rf"^Expected regular files .*{path.name}, which is a link"
+    ):
+        check_regular(find_source(run))
+
+
+PATHS = {
+    "runs/teacher/student": "teacher",
+    "../jane/big.pth": "big.pth",
+    "secret/big.pth": "big.pth",
+    "runs/teacher": "teacher",
+    "C:\\Users\\jane\\big": "big",
+    "~/big/": "big",
+    "/home/jane/big": "big",
+    "owner/name": "owner/name",
+    "cuda:0": "cuda:0",
+}
+
+
+def test_paths_leave_the_results_and_ids_stay():
+    """A relative path names people and projects as an absolute one does."""
+    found = without_paths({"teacher": list(PATHS), "best_model_checkpoint": "out/checkpoint-8"})
+    assert found == {"teacher": list(PATHS.values()), "best_model_checkpoint": "checkpoint-8"}
 
 
 def test_downloading_needs_no_token_for_a_public_repository(made, folder, monkeypatch):

@@ -22,7 +22,7 @@ LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_transforms", "stock_augmentation"),
         *("allocator", "fast_layers", "compiling", "extras", "fields", "statistics"),
-        "safe_files",
+        *("replacing", "safe_files", "sources"),
     ),
     ("argument_checks", "augmentation", *PORTABLE),
     ("arguments",),

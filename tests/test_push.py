@@ -70,11 +70,13 @@ def world(tmp_path_factory) -> Iterator[World]:
             root / "run",
             *(*HUB_FLAGS, "--hub_strategy", "every_save", "--hub_always_push", "true"),
             *("--report_to", "tensorboard", "--panel_images", "1"),
+            *("--hub_private_repo", "false", "--pictures"),
             teacher=save_network(root / "jane" / "big"),
         )
         run_train(parse(flags))
         classes = make_student(root / "four")
-        push_main([str(classes), CLASSES, "--license", "cc-by-4.0", "--dataset_name", "Boxes"])
+        flags = ["--public", "--license", "cc-by-4.0", "--dataset_name", "Boxes"]
+        push_main([str(classes), CLASSES, *flags])
         yield World(hub, root, root / "run" / "student", classes)
 
 
@@ -139,7 +141,7 @@ def test_a_student_in_training_comes_with_its_own_figures(world: World):
 def test_pushing_the_run_again_by_hand_changes_nothing(world: World, capsys):
     """Two ways to publish that differ would have to be explained to everybody."""
     before = len(world.hub.messages(BINARY))
-    push_main([str(world.run), BINARY])
+    push_main([str(world.run), BINARY, "--public", "--pictures"])
     assert len(world.hub.messages(BINARY)) == before
     assert "no commit" in capsys.readouterr().out
 
@@ -160,13 +162,31 @@ def test_dry_run_writes_the_folder_and_asks_nobody(world: World, tmp_path: Path,
     """It is there to look at what would become public, without a token or a network."""
     asked = len(world.hub.requests)
     flags = ["--license", "apache-2.0", "--dry_run", "--output_dir", str(tmp_path / "look")]
-    push_main([str(world.run), "me/other", *flags, "--dataset_name", "Boxes", "--pictures", "no"])
+    push_main([str(world.run), "me/other", *flags, "--dataset_name", "Boxes"])
     assert len(world.hub.requests) == asked
     card = (tmp_path / "look" / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "split `validation` of Boxes" in card
     assert not (tmp_path / "look" / "panel.png").exists()
     assert "nothing was pushed" in capsys.readouterr().out
+
+
+def test_a_push_into_the_working_folder_deletes_nothing(world: World, tmp_path: Path, monkeypatch):
+    """With a README.md and only familiar names in it, such a folder passed for an earlier push."""
+    shutil.copytree(world.run, tmp_path / "runs" / "mine")
+    (tmp_path / "README.md").write_text("# My experiments")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    for place in (".", "..", str(tmp_path), "runs"):
+        with pytest.raises(ValueError, match=r"^Expected a folder .* --output_dir"):
+            push_main(["runs/mine", "me/x", "--license", "mit", "--dry_run", "--output_dir", place])
+    assert contents(tmp_path) == before
+
+
+def test_the_teacher_is_named_without_its_folders(world: World):
+    """The path of a teacher says on whose disk, and in which project, it lies."""
+    assert json.loads((world.run / "results.json").read_text())["teacher"] == "big"
+    assert json.loads(world.hub.files(BINARY)["results.json"])["teacher"] == "big"
 
 
 def test_baseline_stands_beside_the_student(world: World, tmp_path: Path):
@@ -403,6 +423,12 @@ PUSH: dict[str, tuple[str, str]] = {
     "missing baseline": ("{four} me/x --license mit --baseline gone.json", "got gone.json"),
     "source as target": ("{four} me/x --license mit --output_dir {four}", "which is the source"),
     "folder of others": ("{four} me/x --license mit --output_dir {root}", "which holds"),
+    "public before": (
+        "{four} org/classes --license mit",
+        "to be private, got a public",
+    ),
+    "both": ("{four} me/x --license mit --public --private", "got both. Without either"),
+    "private false": ("{four} me/x --private false", "got --private false alone"),
     "empty message": ("{four} me/x --license mit --commit_message=", "got an empty one"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kd_trainer.fields import check_at_least, help_field
+from kd_trainer.sources import model_source
 
 
 @dataclass
@@ -13,8 +14,9 @@ class ModelArguments:
 
     teacher: str = help_field(
         "",
-        "Teacher: a folder, a Hub id or a checkpoint file (.pth, .safetensors; name its "
-        "architecture with --teacher_arch and --teacher_encoder). `none` trains the student alone.",
+        "Teacher: a folder (also that of a run), a Hub id or a checkpoint file (.pth, "
+        ".safetensors; name its architecture with --teacher_arch and --teacher_encoder). `none` "
+        "trains the student alone.",
     )
     teacher_arch: str = help_field("unet", "Architecture of a bare teacher checkpoint.")
     teacher_encoder: str = help_field(
@@ -49,6 +51,9 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
+        self.teacher = model_source(self.teacher)
+        if self.student is not None:
+            self.student = model_source(self.student)
         if (self.teacher_mean is None) != (self.teacher_std is None):
             raise ValueError(
                 "Expected --teacher_mean and --teacher_std together, got only one. Give both."

@@ -129,7 +129,12 @@ class DistillationArguments(TrainingArguments):
     hub_strategy: str = help_field(
         "end", "Push at the `end` only, or the student of `every_save` during training too."
     )
-    hub_private_repo: bool | None = help_field(None, "Push to a private repository.")
+    hub_private_repo: bool | None = help_field(
+        True, "Push to a private repository; `false`: to a public one."
+    )
+    hub_pictures: bool = help_field(
+        False, "Also publish the panel and its curves; they show pictures of the evaluation data."
+    )
     dataloader_num_workers: int = help_field(
         None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
     )

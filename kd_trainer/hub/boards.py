@@ -10,22 +10,21 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 _STARTED = re.compile(r"[A-Z][a-z]{2}\d\d_\d\d-\d\d-\d\d")
 _SETTINGS = {"args/text_summary", "model_config/text_summary"}
-_PANEL = "panel"
 
 
-def copy_boards(source: Path, destination: Path, *, pictures: bool = True) -> None:
+def copy_boards(source: Path, destination: Path, *, pictures: bool = False) -> None:
     """Copy the event files under `source`, named by their time alone and without settings.
 
     Args:
         source: folder of TensorBoard; there may be none.
         destination: gets a file for each.
-        pictures: also the panels.
+        pictures: also pictures, whoever logged them.
     """
-    left_out = _SETTINGS if pictures else {*_SETTINGS, _PANEL}
     for number, path in enumerate(sorted(source.rglob("events.out.tfevents.*"))):
         parts = []
         for part in path.parent.relative_to(source).parts:
@@ -34,13 +33,20 @@ def copy_boards(source: Path, destination: Path, *, pictures: bool = True) -> No
         second = path.name.split(".")[3]
         copy = destination.joinpath(*parts, f"events.out.tfevents.{second}.{number}")
         copy.parent.mkdir(parents=True, exist_ok=True)
-        _copy_board(path, copy, left_out)
+        _copy_board(path, copy, pictures=pictures)
 
 
-def _copy_board(source: Path, destination: Path, left_out: set[str]) -> None:
+def _copy_board(source: Path, destination: Path, *, pictures: bool) -> None:
     with destination.open("wb") as file:
         writer = RecordWriter(file)
         for record in RawEventFileLoader(str(source)).Load():
             event = Event.FromString(record)
-            if not any(value.tag in left_out for value in event.summary.value):
+            values = event.summary.value
+            hidden = any(value.tag in _SETTINGS for value in values)
+            if not hidden and (pictures or not any(map(_shows, values))):
                 writer.write(record)
+
+
+def _shows(value: Summary.Value) -> bool:
+    """Whether a logged value is a picture, in either way of TensorBoard."""
+    return value.HasField("image") or value.metadata.plugin_data.plugin_name == "images"

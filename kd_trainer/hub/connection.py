@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    hf_hub_download,
+)
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import (
@@ -18,25 +24,32 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
-WEIGHTS = "model.safetensors"
+from kd_trainer.hub.names import CARD, OURS, PANEL, RESULTS, WEIGHTS, changes_loading, is_board
+from kd_trainer.replacing import MARKER
+
 _LOGIN = "Log in with `hf auth login`, or put a token that may write into HF_TOKEN."
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where something was pushed to, its commit, and whether that commit is new."""
+    """Where something was pushed to, its commit, and whether that commit is new.
+
+    `others` are the files of the repository that are not of this push.
+    """
 
     url: str
     commit: str
     changed: bool
+    others: tuple[str, ...] = ()
 
 
-def check_access(repo_id: str, *, private: bool = False) -> str:
-    """Make sure of everything a push needs: a token, its permission, the repository.
+def check_access(repo_id: str, *, private: bool = True, force: bool = False) -> str:
+    """Make sure of everything a push needs: a token, its permission, a repository fit for it.
 
     Args:
         repo_id: OWNER/NAME; the repository is made if there is none.
-        private: make it private, and refuse one that is public.
+        private: make it private, and refuse one that is public; else the other way round.
+        force: take a repository with other files that change how the student loads.
 
     Returns:
         Its address.
@@ -44,45 +57,76 @@ def check_access(repo_id: str, *, private: bool = False) -> str:
     Raises:
         PermissionError: if there is no token, or it may not write there.
         ConnectionError: if the Hub cannot be reached.
-        ValueError: if the repository is public and should be private.
+        ValueError: if the repository is public and should be private or the other way round, or
+            holds such files.
     """
     with hub_errors(repo_id):
         api = HfApi()
         api.whoami()
-        url = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
         # An existing repository counts as created, whoever may write to it.
         api.auth_check(repo_id, write=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(
-                f"Expected {repo_id} to be private (--private), got a public repository. Change it "
-                "in its settings on the Hub, or push to another id."
-            )
+        found = api.model_info(repo_id)
+    if private and not found.private:
+        raise ValueError(
+            f"Expected {repo_id} to be private, got a public repository. Say that you mean it with "
+            "--public (in a training --hub_private_repo false), or push to another id."
+        )
+    if found.private and not private:
+        raise ValueError(
+            f"Expected {repo_id} to be public, got a private repository. Leave --public out (in a "
+            "training --hub_private_repo false), or change it in its settings on the Hub."
+        )
+    if not force:
+        _check_others(repo_id, {s.rfilename for s in found.siblings or ()} - OURS)
     return str(url)
 
 
-def upload(folder: Path, repo_id: str, *, message: str, progress: bool = True) -> Pushed:
+def _check_others(repo_id: str, names: set[str]) -> None:
+    """Refuse files beside the student that would be loaded with it or in its place."""
+    if loaded := changes_loading(names):
+        raise ValueError(
+            f"Expected nothing in {repo_id} that changes how the student loads, got "
+            f"{', '.join(loaded)}. Delete it there, push to another id, or with push.py --force."
+        )
+
+
+def upload(
+    folder: Path, repo_id: str, *, message: str, progress: bool = True, force: bool = False
+) -> Pushed:
     """Push a folder as one commit; none is made if the repository holds these files already.
 
-    Curves of earlier pushes are removed; whatever else the repository holds stays. A repeated
-    upload goes on with the large files that had not arrived.
+    What earlier pushes put there and this one does not is removed: curves, panel, results.
+    Whatever else the repository holds stays. A repeated upload goes on with the large files that
+    had not arrived.
 
     Args:
         folder: what is pushed, all of it.
         repo_id: OWNER/NAME of a repository that exists.
         message: of the commit.
         progress: show a bar for each large file.
+        force: also beside files that change how the student loads.
 
     Raises:
         PermissionError: if the token may not write there.
         FileNotFoundError: if there is no such repository.
         ConnectionError: if the Hub cannot be reached or breaks off.
+        ValueError: if it holds such files.
     """
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.pop(MARKER, None)
     with hub_errors(repo_id):
         api = HfApi()
         before = api.model_info(repo_id, files_metadata=True)
         stored = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in before.siblings or ()}
-        stale = [name for name in stored if name.startswith("runs/") and name not in files]
+        left = stored.keys() - files.keys()
+        stale = sorted(name for name in left if is_board(name))
+        named = sorted(left & {PANEL, *RESULTS})
+        if named and _is_ours(repo_id, before.sha, stored):
+            stale += named
+        others = left - set(stale)
+        if not force:
+            _check_others(repo_id, others - {PANEL, *RESULTS})
         operations: list[CommitOperationDelete | CommitOperationAdd] = [
             *(CommitOperationDelete(name) for name in stale),
             *(CommitOperationAdd(name, path) for name, path in files.items()),
@@ -92,7 +136,17 @@ def upload(folder: Path, repo_id: str, *, message: str, progress: bool = True) -
         with _bars(shown=progress and bool(news)):
             # A commit of its own, because upload_folder may spread one push over several.
             commit = api.create_commit(repo_id, operations, commit_message=message)
-    return Pushed(f"{api.endpoint}/{repo_id}", commit.oid, commit.oid != before.sha)
+    shown = tuple(sorted(others - {".gitattributes"}))
+    url = f"{api.endpoint}/{repo_id}"
+    return Pushed(url, commit.oid, commit.oid != before.sha, shown)
+
+
+def _is_ours(repo_id: str, revision: str | None, stored: Collection[str]) -> bool:
+    """Whether the card in a repository is one of an earlier push."""
+    if CARD not in stored:
+        return False
+    card = Path(hf_hub_download(repo_id, CARD, revision=revision))
+    return "kd_trainer" in card.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager

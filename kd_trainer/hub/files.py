@@ -8,26 +8,19 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kd_trainer.hub.boards import copy_boards
-from kd_trainer.hub.connection import WEIGHTS
+from kd_trainer.hub.names import BOARDS, CODE, PANEL, RESULTS, STUDENT
+from kd_trainer.sources import model_source, run_folder
 
-STUDENT = ("config.json", WEIGHTS, "preprocessor_config.json")
-# Copied only as far as they are there: smp and kd_trainer itself do without.
-CODE = (
-    "modeling.py",
-    "image_processing.py",
-    "configuration_smp.py",
-    "config_checks.py",
-    "encoder_units.py",
-    "weights.py",
-)
-RESULTS = ("results.json", "all_results.json", "trainer_state.json")
-CARD, PANEL, BOARDS = "README.md", "panel.png", "runs"
-_OURS = frozenset({*STUDENT, *CODE, *RESULTS, CARD, PANEL, BOARDS})
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Paths by their key, however they are written.
+_PATHS = frozenset({"best_model_checkpoint", "output_dir"})
+_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".onnx", ".json", ".yaml")
 
 
 @dataclass(frozen=True)
@@ -44,10 +37,11 @@ def find_source(folder: str | Path) -> Source:
     Raises:
         FileNotFoundError: if there is no complete student.
     """
-    given = Path(folder)
-    student = given / "student" if (given / "student").is_dir() else given
-    inside = student.name == "student" and (student.parent / "config.yaml").is_file()
-    run = given if student != given else student.parent if inside else None
+    given = Path(folder).expanduser()
+    inside = given / "student"
+    student = inside if inside.is_dir() else Path(model_source(str(given)))
+    around = run_folder(student)
+    run = given if student == inside else around if around != student else None
     missing = [name for name in STUDENT if not (student / name).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -57,36 +51,40 @@ def find_source(folder: str | Path) -> Source:
     return Source(student, run)
 
 
-def clear(destination: Path, source: Source) -> None:
-    """Empty the folder of an earlier publication, or make a new one.
+def check_regular(source: Source) -> None:
+    """Refuse links among what is read: a stranger's could lead to a private file.
 
     Raises:
-        ValueError: if the folder holds anything else, or is the student's own.
+        ValueError: names the first.
     """
-    if destination.resolve() in {p.resolve() for p in (source.student, source.run) if p}:
-        raise ValueError(
-            f"Expected a folder to write a copy into, got {destination}, which is the source. Name "
-            "another --output_dir."
-        )
-    present = {p.name for p in destination.iterdir()} if destination.is_dir() else set()
-    foreign = sorted(present - _OURS) or (sorted(present) if CARD not in present else [])
-    if (foreign and present) or destination.is_file():
-        raise ValueError(
-            f"Expected an empty folder or an earlier publication, got {destination}"
-            + (f", which holds {foreign[0]}" if foreign else ", which is a file")
-            + ". Name another --output_dir."
-        )
-    shutil.rmtree(destination, ignore_errors=True)
-    destination.mkdir(parents=True)
+    for path in _read(source):
+        if path.is_symlink():
+            raise ValueError(
+                f"Expected regular files to publish, got {path}, which is a link. Put the file "
+                "that you mean in its place."
+            )
+
+
+def _read(source: Source) -> Iterator[Path]:
+    yield from (source.student / name for name in (*STUDENT, *CODE))
+    run = source.run
+    if run is None:
+        return
+    yield source.student
+    yield from (run / name for name in ("config.yaml", "export.json", "panels", *RESULTS, BOARDS))
+    for pattern in ("panels/*", f"{BOARDS}/**/*", "checkpoint-*"):
+        yield from run.glob(pattern)
+    yield from (folder / name for folder in run.glob("checkpoint-*") for name in RESULTS)
 
 
 def copy_files(
-    source: Source, destination: Path, *, finished: bool = True, pictures: bool = True
+    source: Source, destination: Path, *, finished: bool = True, pictures: bool = False
 ) -> None:
     """Copy everything that is published but the card.
 
     The student is copied as it is. Paths of this machine are cut to their last part in the
     results, and left out of the curves together with the name of the machine.
+    `check_regular` comes first.
 
     Args:
         source: the student and its run.
@@ -113,15 +111,32 @@ def copy_files(
     copy_boards(run / BOARDS, destination / BOARDS, pictures=pictures)
 
 
-def without_paths(value: Any) -> Any:
-    """JSON with every absolute path cut to its last part."""
+def without_paths(value: Any, key: str = "") -> Any:
+    """JSON with every path cut to its last part; an id on the Hub stays."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {name: without_paths(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
-        return Path(value).name
+        return [without_paths(item, key) for item in value]
+    if isinstance(value, str) and (key in _PATHS or _is_path(value)):
+        return last_part(value)
     return value
+
+
+def last_part(path: str) -> str:
+    """What a path is called: its last part, for the `student` in a run the run's name."""
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".")]
+    return next((part for part in reversed(parts) if part != "student"), path)
+
+
+def _is_path(text: str) -> bool:
+    """Whether text names a place on this machine, which it may no longer be on.
+
+    `runs/...`, where trainings go, could be an id on the Hub, but for no teacher that is known.
+    """
+    if not re.search(r"[/\\]", text):
+        return False
+    is_id = _HUB_ID.fullmatch(text) and not text.startswith("runs/") and not text.endswith(_FILES)
+    return not is_id or Path(text).exists()
 
 
 def _copy_json(source: Path, destination: Path) -> None:

@@ -81,7 +81,7 @@ class CardFacts:
     @property
     def teacher(self) -> str | None:
         """Name of the teacher, None of a student trained without one, "" if it is not known."""
-        source = self.settings.get("teacher", self.results.get("teacher", ""))
+        source = self.results.get("teacher", self.settings.get("teacher", ""))
         if source is None or str(source).lower() == "none":
             return None
         text = str(source)

@@ -14,7 +14,7 @@ from kd_trainer.hub import (
     PANEL,
     Pushed,
     Source,
-    clear,
+    check_regular,
     copy_files,
     find_source,
     upload,
@@ -22,6 +22,7 @@ from kd_trainer.hub import (
 )
 from kd_trainer.model_card import CardFacts, dataset_name, render
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.replacing import replacing
 from kd_trainer.tracking import check_finite_weights
 
 # Optional files of a run with further measurements: a list of rows, each a mapping.
@@ -52,7 +53,7 @@ class Publication:
     baseline: Path | None = None
     results: dict[str, Any] | None = None
     progress: str | None = None
-    pictures: bool = True
+    pictures: bool = False
 
     def __post_init__(self) -> None:
         check_repo_id(self.repo_id)
@@ -66,13 +67,15 @@ def write_folder(source: Source, destination: Path, about: Publication) -> Path:
         FileNotFoundError: if the student or the baseline is not there.
         ValueError: if weights and configuration do not belong together, or the folder is not ours.
     """
-    facts = _facts(source, about)  # what is wrong shows before anything is written
-    clear(destination, source)
-    finished = about.progress is None
-    copy_files(source, destination, finished=finished, pictures=about.pictures)
-    has_panel = (destination / PANEL).is_file()
-    card = render(CardFacts(**(vars(facts) | {"has_panel": has_panel})))
-    (destination / "README.md").write_text(card, encoding="utf-8")
+    sources = [path for path in (source.student, source.run) if path is not None]
+    with replacing(destination, "output_dir", sources=sources) as folder:
+        check_regular(source)
+        facts = _facts(source, about)  # what is wrong shows before anything is replaced
+        finished = about.progress is None
+        copy_files(source, folder, finished=finished, pictures=about.pictures)
+        has_panel = (folder / PANEL).is_file()
+        card = render(CardFacts(**(vars(facts) | {"has_panel": has_panel})))
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return destination
 
 

@@ -46,13 +46,14 @@ class PublishingTrainer(Trainer):
             )
         if self.is_world_process_zero():
             wanted = self.args.hub_private_repo if private is None else private
-            check_access(self.args.hub_model_id, private=bool(wanted))
+            check_access(self.args.hub_model_id, private=wanted is not False)
         vars(self)["hub_model_id"] = self.args.hub_model_id  # the base class declares it as None
 
     def publication(self, **options: Any) -> Publication:
         """What the arguments say about the publication."""
         license_id = str(self.args.hub_license)  # type: ignore[attr-defined]
-        return Publication(str(self.args.hub_model_id), license_id, **options)
+        pictures: bool = self.args.hub_pictures  # type: ignore[attr-defined]
+        return Publication(str(self.args.hub_model_id), license_id, pictures=pictures, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push the student of a checkpoint in the background, as `--hub_strategy` says.

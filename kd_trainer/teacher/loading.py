@@ -19,6 +19,7 @@ from kd_trainer.configuration_smp import (
     architecture_class,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher.network import Statistics, Teacher
 from kd_trainer.weights import (
     SUFFIXES,
@@ -50,7 +51,7 @@ def load_teacher(
     """Load a teacher from a folder, the Hub, or a bare state dict.
 
     Args:
-        source: folder or Hub id of an smp model, of one of our students or of any
+        source: folder or Hub id of an smp model, of one of our students (or their run) or of any
             AutoModelForSemanticSegmentation; or a `.safetensors` or `.pth` state dict.
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
@@ -70,14 +71,14 @@ def load_teacher(
         FileNotFoundError: if there is no such file, folder or repository.
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
-    found_mean: Statistics = IMAGENET_MEAN
-    found_std: Statistics = IMAGENET_STD
+    source = model_source(source)
+    found: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD)
     if source.endswith(SUFFIXES):
         network = _from_state_dict(source, arch, encoder)
     else:
         config = _read_config(source, hub)
         network = _from_folder(source, config, trust_remote_code, hub)
-        found_mean, found_std = _statistics(source, config, hub)
+        found = _statistics(source, config, hub)
     labels = network.config.id2label
     num_labels = num_labels or max(len(labels), 2)
     _check_classes(labels, num_labels, source)
@@ -85,8 +86,8 @@ def load_teacher(
         network,
         num_labels=num_labels,
         image_size=image_size,
-        mean=mean or found_mean,
-        std=std or found_std,
+        mean=mean or found[0],
+        std=std or found[1],
         input_mean=input_mean,
         input_std=input_std,
         id2label=labels if len(labels) == num_labels else None,
@@ -116,6 +117,8 @@ def _check_classes(labels: dict[int, str], num_labels: int, source: str) -> None
 
 
 def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
+    if elsewhere := not_here(source):
+        raise FileNotFoundError(f"Expected a weight file, got {source!r}.{elsewhere}")
     if arch is None or encoder is None:
         raise ValueError(
             f"Expected the architecture and encoder of {source!r}, got arch={arch} and "
@@ -158,6 +161,7 @@ def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(
             f"Expected a teacher's config.json, got {found} at {source!r}. Give a folder, a Hub id "
             "that can be reached, or a weight file with its architecture and encoder."
+            f"{not_here(source)}"
         ) from problem
     return config
 
@@ -232,6 +236,7 @@ def reduces_labels(source: str, **hub: Any) -> bool:
 
     `do_reduce_labels` is the convention of ADE20K: mask value 0 is not labelled.
     """
+    source = model_source(source)
     if source.endswith(SUFFIXES):
         return False
     return bool(_preprocessing(source, hub).get("do_reduce_labels"))

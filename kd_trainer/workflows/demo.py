@@ -19,6 +19,11 @@ from kd_trainer.workflows.run import run_script
 from kd_trainer.workflows.train import summary_table, train
 
 OUTPUT = Path("runs/demo")
+MARKER = ".demo"  # in a folder whose contents by these names are a demo's
+MADE = (
+    *("student", "teacher", "checkpoint-*", "panels", "runs", "config.yaml"),
+    *("results.json", "trainer_state.json", "export.json"),
+)
 # What the demo has to reach; below it nothing was learned and it fails.
 TEACHER_MIOU = 0.80
 STUDENT_SHARE = 0.95
@@ -66,10 +71,32 @@ def check(results: dict[str, Any]) -> None:
             )
 
 
+def clear(output: Path) -> None:
+    """Remove what an earlier demo made, and nothing else that lies there.
+
+    Raises:
+        ValueError: if the folder is not one of a demo.
+    """
+    present = sorted(output.iterdir()) if output.is_dir() else []
+    if present and not (output / MARKER).is_file():
+        raise ValueError(
+            f"Expected {output} to be left by an earlier demo, got a folder with "
+            f"{present[0].name} that none has marked. Move it to another place, or delete it."
+        )
+    for pattern in MADE:
+        for path in output.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+
+
 def demo(output: Path = OUTPUT) -> dict[str, Any]:
     """Train both networks from their recipes; returns what `results.json` holds."""
     start = time.perf_counter()
-    shutil.rmtree(output, ignore_errors=True)
+    clear(output)
     print("1/2 teacher: draws the pictures and trains a large network without a teacher")
     teacher_settings = load_recipe("demo_teacher") | {"output_dir": str(output / "teacher")}
     train(build(teacher_settings), stops=False)  # Ctrl-C ends a demo at once

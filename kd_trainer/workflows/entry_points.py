@@ -69,8 +69,8 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "model",
-        help="A saved student, any semantic segmentation model (folder or Hub id), or a "
-        "checkpoint with --arch and --encoder.",
+        help="A saved student, any semantic segmentation model (its folder, that of a run, or a "
+        "Hub id), or a checkpoint with --arch and --encoder.",
     )
     add_fields(parser, EvaluateArguments, title="evaluation")
     add_fields(parser, DataArguments, title="data", only=EVALUATION_DATA)
@@ -118,7 +118,8 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
         "  predict.py runs/demo/student poster.jpg --tile --flip --outputs cutouts",
     )
     parser.add_argument(
-        "model", help="Saved student: a folder, a Hub id or an ONNX file of export.py."
+        "model",
+        help="Saved student: a folder, a run's folder, a Hub id or an ONNX file of export.py.",
     )
     parser.add_argument("pictures", nargs="+", help="Pictures, videos, folders or globs.")
     add_fields(

@@ -10,6 +10,7 @@ from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.config_checks import read_config
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
+from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.tracking import check_finite_weights
 from kd_trainer.weights import SUFFIXES
@@ -43,18 +44,19 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
 def load_student(
     source: str | Path, *, num_labels: int | None = None
 ) -> SmpForSemanticSegmentation:
-    """A saved student, from a folder or the Hub.
+    """A saved student, from a folder (its own, or that of its run) or the Hub.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
         ValueError: if it is another kind of model, or has other classes than `num_labels`.
     """
+    source = model_source(str(source))
     folder = Path(source)
     looks_local = folder.exists() or str(source).startswith((".", "/", "~", "runs"))
     if looks_local and not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"Expected a saved model with a config.json, got {source}. A training run leaves it in "
-            "the folder `student` of its output folder."
+            f"the folder `student` of its output folder.{not_here(source)}"
         )
     try:
         config = read_config(source)
@@ -62,6 +64,7 @@ def load_student(
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
             f"Expected a saved model, a folder here or an id on the Hub, got {source}: {reason}"
+            f"{not_here(source)}"
         ) from error
     if "_model_class" not in config:
         raise ValueError(
@@ -93,6 +96,7 @@ def load_measured(
         FileNotFoundError: if there is no such model.
         ValueError: if it has other classes than `num_labels`, or is no segmentation model.
     """
+    source = model_source(source)
     if not source.endswith(SUFFIXES):
         try:
             config = read_config(source)

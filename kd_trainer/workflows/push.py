@@ -12,6 +12,7 @@ from kd_trainer.fields import add_fields, help_field
 from kd_trainer.hub import Pushed, Source, check_access, find_source, upload
 from kd_trainer.publishing import HUB_FOLDER, Publication, write_folder
 from kd_trainer.publishing.folder import settings_of
+from kd_trainer.replacing import MARKER
 from kd_trainer.workflows.flags import command_parser, given_settings
 
 
@@ -24,7 +25,11 @@ class PushArguments:
         "Licence you give the student under, as the Hub writes it: apache-2.0, mit, cc-by-4.0, "
         "..., other (default: --hub_license of the run).",
     )
-    private: bool = help_field(False, "Push to a private repository.")
+    public: bool = help_field(False, "Push to a public repository, not to a private one.")
+    private: bool | None = help_field(None, "What is done without --public.")
+    force: bool = help_field(
+        False, "Push also into a repository whose other files change how the student loads."
+    )
     dry_run: bool = help_field(False, "Write the folder that would be pushed, and stop.")
     output_dir: str = help_field("", "Where that folder is written (default: FOLDER/hub).")
     dataset_name: str | None = help_field(
@@ -36,11 +41,19 @@ class PushArguments:
         None, "results.json of the same student trained with --teacher none, to compare with."
     )
     pictures: bool = help_field(
-        True, "Also publish the panel; it shows pictures of the evaluation data."
+        False,
+        "Also publish the panel, and those in the curves; they show pictures of the evaluation "
+        "data.",
     )
     commit_message: str = help_field("Push a student", "Message of the commit.")
 
     def __post_init__(self) -> None:
+        if self.private is not None and self.private == self.public:
+            got = "both" if self.public else "--private false alone"
+            raise ValueError(
+                f"Expected either --public or --private, got {got}. Without either the push is "
+                "private."
+            )
         if self.license:
             check_license(self.license, "license")
         if not self.commit_message.strip():
@@ -73,13 +86,12 @@ def push(args: PushArguments, folder: str, repo_id: str) -> Pushed | None:
         pictures=args.pictures,
     )
     if not args.dry_run:
-        private = args.private or bool(settings_of(source.run).get("hub_private_repo"))
-        check_access(repo_id, private=private)
+        check_access(repo_id, private=not args.public, force=args.force)
     destination = write_folder(source, _destination(args, source), about)
     print(_listing(destination))
     if args.dry_run:
         return None
-    return upload(destination, repo_id, message=args.commit_message)
+    return upload(destination, repo_id, message=args.commit_message, force=args.force)
 
 
 def _destination(args: PushArguments, source: Source) -> Path:
@@ -91,7 +103,7 @@ def _destination(args: PushArguments, source: Source) -> Path:
 
 def _listing(folder: Path) -> str:
     """The files and their sizes, one a line."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     return "\n".join(
         f"{file.stat().st_size / 2**10:10,.1f} KiB  {file.relative_to(folder)}" for file in files
     )
@@ -101,11 +113,11 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
     """Push, and say where."""
     parser = command_parser(
         "push.py",
-        "Publish a trained student with its card: the student alone, figures, panel and curves; "
+        "Publish a trained student with its card: the student alone, figures and curves; "
         "never the teacher, optimizer, training arguments or a token. The token is that of "
         "`hf auth login`, or HF_TOKEN.",
         "Examples:\n  push.py runs/distilled me/student --license apache-2.0 --dry_run\n"
-        "  push.py runs/distilled me/student --license apache-2.0 --private",
+        "  push.py runs/distilled me/student --license apache-2.0 --public",
     )
     parser.add_argument("folder", help="Output folder of a run, or a saved student.")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="Where on the Hub.")
@@ -120,4 +132,6 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
         print(f"\nWritten to {written}; nothing was pushed.")
     else:
         print("" if pushed.changed else "\nThe repository holds exactly this already: no commit.")
+        if pushed.others:
+            print(f"Also there, and not of this push: {', '.join(pushed.others)}")
         print(f"{pushed.url}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kd_trainer import sources
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.evaluation import agreement_of, figures_of, labels_of
 from kd_trainer.fields import check_at_least, help_field
@@ -93,7 +94,7 @@ def build_report(
         FileNotFoundError: if the folder is no finished run, or its evaluation data is not there.
         ValueError: if settings contradict the student.
     """
-    folder, args, changed = Path(run_folder), args or ReportArguments(), changed or {}
+    folder, args, changed = sources.run_folder(run_folder), args or ReportArguments(), changed or {}
     settings = run_settings(folder)
     data = _part(DataArguments, settings | changed)
     model = _part(ModelArguments, settings | changed)
@@ -134,7 +135,15 @@ def _dataset(
     never_evaluated = settings.get("eval_strategy") == "no" and "dataset" not in changed
     if data.dataset.lower() == "none" or never_evaluated:
         return None
-    return evaluation_dataset(data, batch_size=args.batch_size)
+    try:
+        return evaluation_dataset(data, batch_size=args.batch_size)
+    except FileNotFoundError as error:
+        if "dataset" in changed:
+            raise
+        raise FileNotFoundError(
+            f"{error} This is how the run names its data: name their present place with --dataset, "
+            "or go to the folder that the training was started in."
+        ) from error
 
 
 def _teacher(

@@ -16,7 +16,7 @@ from torch import nn
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.disk import FolderLock, check_own_files, writing
-from kd_trainer.hub import check_access
+from kd_trainer.hub import check_access, last_part
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.resuming import stoppable
@@ -79,7 +79,7 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
         lock.take()  # of a folder that is there; a new one is made below
     checkpoint = find_checkpoint(run)  # before anything is written or takes long
     if run.training.push_to_hub and first:
-        private = bool(run.training.hub_private_repo)
+        private = run.training.hub_private_repo is not False
         check_access(str(run.training.hub_model_id), private=private)
     parts = assemble(run)
     if checkpoint is None and not run.training.no_preflight:
@@ -178,7 +178,7 @@ def _results(
         "image_size": run.data.image_size,
         "mixed_precision": run.training.mixed_precision,
         "device": str(run.training.device),
-        "teacher": run.model.teacher if parts.teacher is not None else None,
+        "teacher": _public_name(run.model.teacher) if parts.teacher is not None else None,
     }
     if parts.teacher is not None:
         results["teacher_parameters"] = network_size(parts.teacher.network)[0]
@@ -216,6 +216,11 @@ def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:
     """Images in an epoch; a stream's length is announced, with the bad ones that it leaves out."""
     left_out = len(dataset.bad_samples) if isinstance(dataset, StreamedDataset) else 0
     return image_count(dataset) - left_out
+
+
+def _public_name(source: str) -> str:
+    """An id on the Hub, or what a path here is called: results.json is published."""
+    return last_part(source) if Path(source).expanduser().exists() else source
 
 
 def weight_file_mib(source: Path) -> float | None:

@@ -19,9 +19,10 @@ from torch import Tensor
 from kd_trainer.export.session import OnnxStudent
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.safe_files import read_json
+from kd_trainer.sources import model_source
 from kd_trainer.workflows.costs import RawLogits, file_mib, macs, onnx_bytes, onnx_call, picture
 from kd_trainer.workflows.export.exporter import FILES
-from kd_trainer.workflows.export.main import RESULTS, student_folder
+from kd_trainer.workflows.export.main import RESULTS
 from kd_trainer.workflows.latency import Call, passes, summary
 from kd_trainer.workflows.models import load_student, network_size
 
@@ -50,7 +51,7 @@ class Contender:
             FileNotFoundError: if there is none.
             ValueError: if it is no student of this package and no model of smp.
         """
-        network = load_student(student_folder(str(folder))).cpu().float().eval()
+        network = load_student(folder).cpu().float().eval()
         return cls(Path(folder), network)
 
     def file(self, export: str) -> Path:
@@ -97,7 +98,7 @@ class Contender:
             "int8_miou": exported.get("miou"),
             "int8_kept_in_fp32": exported.get("kept_in_fp32"),
             "mib": {
-                "safetensors": file_mib(student_folder(str(self.folder))),
+                "safetensors": file_mib(model_source(str(self.folder))),
                 "onnx": file_mib(self.file("onnx")) if self.file("onnx").is_file() else None,
                 "int8": file_mib(self.file("onnx-int8"))
                 if self.file("onnx-int8").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import given_flags
 from kd_trainer.fields import add_fields
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.replacing import check_replaceable, replacing
 from kd_trainer.workflows.entry_points import data_of
 from kd_trainer.workflows.export.exporter import ExportArguments, Exporter, check
 from kd_trainer.workflows.export.images import (
@@ -33,13 +35,6 @@ from kd_trainer.workflows.plan import markdown_table
 RESULTS = "export.json"
 DATA_FLAGS = EVALUATION_DATA - {"image_size", "max_eval_samples"} | {"train_split"}
 PACKAGES = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch": ("torch",)}
-
-
-def student_folder(source: str) -> str:
-    """The student in a run folder; anything else as it is."""
-    inside = Path(source) / "student"
-    is_run = not (Path(source) / "config.json").exists() and (inside / "config.json").is_file()
-    return str(inside) if is_run else source
 
 
 def export_student(
@@ -62,20 +57,32 @@ def export_student(
     output = Path(args.output)
     earlier = _earlier(output / RESULTS)
     student.cpu().eval()
+    target = output / args.file_name
+    if args.format == "smp":
+        check_replaceable(target, "output")
     samples = _images(args, data, data.eval_split, args.check_images)
     with tempfile.TemporaryDirectory(prefix="kd_trainer-export-") as work:
         exporter = Exporter(student, args, samples, Path(work), ignore_index=data.ignore_index)
         result = _result(exporter, data)
-        target = output / args.file_name
         output.mkdir(parents=True, exist_ok=True)
-        if target.is_symlink():  # a move between disks would write through it
-            target.unlink()
-        elif target.is_dir():
-            shutil.rmtree(target)
-        shutil.move(exporter.path, target)
+        _put(exporter.path, target)
     result["images_of"] = _name(data.dataset) if data.dataset else "pictures"
     write_json(output / RESULTS, earlier | {args.entry: result})
     return result
+
+
+def _put(made: Path, target: Path) -> None:
+    """Put a checked file or folder where it belongs, whole."""
+    if made.is_dir():
+        with replacing(target, "output") as folder:
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+        return
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(made, beside)  # from another disk, maybe
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _name(dataset: str) -> str:
@@ -198,9 +205,8 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
             "Expected either --dataset or --images, the pictures to check the export on, got "
             f"{'both' if args.images else 'neither'}. Name pictures like those the device sees."
         )
-    folder = student_folder(source)
-    student = load_student(folder, num_labels=data_settings.get("num_labels"))
-    result = export_student(student, args, data_of(student, folder, data_settings))
+    student = load_student(source, num_labels=data_settings.get("num_labels"))
+    result = export_student(student, args, data_of(student, source, data_settings))
     if result.get("kept_in_fp32"):
         print(f"Kept in fp32: {', '.join(result['kept_in_fp32'])}")
     output = Path(args.output)

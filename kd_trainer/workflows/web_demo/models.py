@@ -17,6 +17,7 @@ from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.sources import model_source
 from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.tracking import check_finite_weights
 from kd_trainer.weights import SUFFIXES
@@ -55,6 +56,7 @@ def load_demo_student(source: str) -> DemoModel:
     """
     if source.endswith(".onnx"):
         return _tried(_from_onnx(source), source, "its saved image size")
+    source = model_source(source)
     student = load_student(source)
     side = student.config.image_size
     check_image_size(side, student)
