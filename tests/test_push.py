@@ -303,7 +303,7 @@ def test_code_of_the_card_gives_the_masks_of_the_trained_student(number, kind, s
         mask = found.get(f"pipeline {name}", np.zeros(expected.shape, bool))
         assert (mask == (expected == index)).mean() > 0.9995, name
     if kind == "binary":  # background.png is written over by the other student
-        written = np.array(Image.open(stranger / "person.png")) > 0
+        written = np.array(Image.open(stranger / "foreground.png")) > 0
         assert (written == (expected == 1)).mean() > 0.9995
 
 
