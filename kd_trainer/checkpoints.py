@@ -225,7 +225,13 @@ def rotate(output: Path, limit: int | None, kept: Path, best: Path | None = None
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its marker first: half of one must not look complete."""
+    """Delete a checkpoint, its marker first: half of one must not look complete.
+
+    Of a link the link alone goes: what it leads to is not this run's.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / MARKER).unlink(missing_ok=True)
     # On network disks a file in use cannot go; the rest of the folder then counts as incomplete.
     shutil.rmtree(folder, ignore_errors=True)

@@ -195,6 +195,16 @@ def test_half_a_deletion_does_not_look_complete(tmp_path: Path, monkeypatch):
     assert "no COMPLETE.json" in str(fault(folder))
 
 
+def test_a_link_goes_and_the_checkpoint_of_another_run_stays(tmp_path: Path):
+    """A link in a run folder would cost another run its checkpoint."""
+    other, output = save(tmp_path / "other", 1), tmp_path / "run"
+    kept = save(output, 2)
+    (output / "checkpoint-1").symlink_to(other)
+    rotate(output, 1, kept)
+    assert names(output) == ["checkpoint-2"]
+    assert fault(other) is None
+
+
 def test_a_complete_checkpoint_stays_until_its_replacement_is_complete(tmp_path: Path):
     """Saving the same update again must not be the moment at which a crash loses it."""
     old = save(tmp_path, 3, text="old")

@@ -13,6 +13,7 @@ from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
 from kd_trainer.workflows.entry_points import predict_main
 from kd_trainer.workflows.models import load_student
+from kd_trainer.workflows.predict import PredictArguments, predict
 from kd_trainer.workflows.video import VideoFile, frame_count, frame_rate, read_frames
 
 FRAMES, RATE = 7, 12.0
@@ -83,6 +84,18 @@ def test_cutouts_keep_the_picture_and_hide_the_background(student: str, tmp_path
     assert 0 < (mask > 0).mean() < 1
     assert (cutout[..., 3] == mask).all()
     assert (cutout[..., :3] == picture).all()
+
+
+def test_labels_beside_the_pictures_are_not_written_over(tmp_path: Path):
+    """`--output_dir photos` is the natural wish, and photos/masks may hold days of work."""
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / kind / "x.png")
+    before = (tmp_path / "masks" / "x.png").read_bytes()
+    args = PredictArguments("no-model", output_dir=str(tmp_path), outputs=["masks"])
+    with pytest.raises(ValueError, match=r"^Expected an --output_dir apart .* masks/x\.png would"):
+        predict(args, [str(tmp_path / "images")])
+    assert (tmp_path / "masks" / "x.png").read_bytes() == before
 
 
 @pytest.mark.slow

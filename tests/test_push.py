@@ -408,6 +408,11 @@ def test_trainer_without_id_licence_or_processor_says_so(hub: Hub, tmp_path: Pat
     with pytest.raises(ValueError, match="Expected hub_model_id and hub_license"):
         python_trainer(tmp_path).push_to_hub()
     trainer = python_trainer(tmp_path, push_to_hub=True, hub_model_id=BINARY, hub_license="mit")
+    mine = tmp_path / "hub" / "mine.txt"
+    mine.parent.mkdir()
+    mine.touch()
+    with pytest.raises(ValueError, match=r"which holds mine\.txt"):
+        trainer.init_hf_repo()
     trainer.processing_class = None
     with pytest.raises(ValueError, match="Expected processing_class for a push"):
         trainer.init_hf_repo()

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from kd_trainer.hub import Pushed, Source, check_access, upload
 from kd_trainer.publishing.folder import Publication, publish, write_folder
+from kd_trainer.replacing import check_replaceable
 
 HUB_FOLDER = "hub"
 
@@ -45,6 +46,7 @@ class PublishingTrainer(Trainer):
                 "Pass SmpImageProcessor.from_model_config(model.config)."
             )
         if self.is_world_process_zero():
+            check_replaceable(Path(str(self.args.output_dir)) / HUB_FOLDER, "output_dir")
             wanted = self.args.hub_private_repo if private is None else private
             check_access(self.args.hub_model_id, private=wanted is not False)
         vars(self)["hub_model_id"] = self.args.hub_model_id  # the base class declares it as None

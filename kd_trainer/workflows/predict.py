@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     """
     files = find_pictures(sources)
     names = output_names(files)
+    _check_targets(args, names)
     pictures = [path for path in files if not is_video(path)]
     videos = [path for path in files if is_video(path)]
     total = len(pictures) + sum(map(frame_count, videos))
@@ -184,6 +185,25 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
                 found, args, names[path], rate=frame_rate(path), num_labels=num_labels
             )
     return done / (time.perf_counter() - start)
+
+
+def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
+    """Refuse to write over what lies beside the pictures: `masks/` there may be labels by hand.
+
+    Raises:
+        ValueError: names the file.
+    """
+    folder = Path(args.output_dir).resolve()
+    if not any(folder in path.resolve().parents for path in names):
+        return
+    for path, name in names.items():
+        for output in args.outputs:
+            target = folder / output / (name if is_video(path) else f"{name}{OUTPUTS[output]}")
+            if target.exists():
+                raise ValueError(
+                    f"Expected an --output_dir apart from the pictures, got {args.output_dir}, "
+                    f"where {target.relative_to(folder)} would be written over. Name another one."
+                )
 
 
 def _masks(
