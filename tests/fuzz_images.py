@@ -8,6 +8,7 @@ See `fuzzing` for the arguments and for what it prints.
 from __future__ import annotations
 
 import io
+import zlib
 from functools import cache
 
 import numpy as np
@@ -90,7 +91,23 @@ def mutated(data: bytes, draw: np.random.Generator) -> bytes:
                 _, foreign = sound(int(draw.integers(48)), bool(draw.integers(2)))
                 start = int(draw.integers(len(foreign)))
                 changed[place : place + size] = foreign[start : start + size]
-    return bytes(changed)
+    whole = bytes(changed)
+    return checked(whole) if draw.random() < 0.5 else whole
+
+
+def checked(data: bytes) -> bytes:
+    """A PNG with right checksums, without which its readers look no further."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        return data
+    place, parts = 8, [data[:8]]
+    while place + 12 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        body = data[place + 4 : place + 8 + length]
+        if len(body) < length + 4:
+            break
+        parts += [data[place : place + 4], body, zlib.crc32(body).to_bytes(4, "big")]
+        place += length + 12
+    return b"".join(parts) + data[place:]
 
 
 def case(number: int) -> dict[str, dict[str, object]]:

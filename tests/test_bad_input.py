@@ -9,6 +9,9 @@ import io
 import os
 import resource
 import struct
+import subprocess
+import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -103,7 +106,7 @@ def test_an_animation_is_refused_as_nobody_knows_which_picture_is_meant(kind, de
     """cv2 and PIL take the first frame without a word; the mask may belong to another."""
     frames = [grey(value).convert("RGB") for value in (10, 200, 90)]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(ValueError, match=r"^Expected one picture, got 3 .* in some.file"):
+    with pytest.raises(ValueError, match=r"^Expected one picture, got several .* in some.file"):
         decode(cell(data), 0)
     still = encode(frames[0], kind)
     assert image_shape(cell(still), 0) == (6, 9)
@@ -133,10 +136,158 @@ def test_a_grey_photograph_of_sixteen_bits_is_refused_in_training_as_in_deployme
         decode_photograph(cell(data), 0)
 
 
-def test_colours_of_sixteen_bits_keep_their_high_byte():
-    """What photo editors export uses the whole range, so nothing but depth is lost."""
-    data = cv2.imencode(".png", np.full((4, 4, 3), 0xABCD, np.uint16))[1].tobytes()
-    assert (decode_photograph(cell(data), 0) == 0xAB).all()
+@pytest.mark.parametrize("kind", [".png", ".tif"])
+def test_colours_of_sixteen_bits_are_treated_as_grey_is(kind):
+    """Cameras and satellites store 12 bits in 16: their high bytes are nearly black."""
+    data = cv2.imencode(kind, np.full((4, 4, 3), 4000, np.uint16))[1].tobytes()
+    with pytest.raises(ValueError, match=r"photograph of 8 bits .*mode RGB of 16 bits in some.f"):
+        decode_photograph(cell(data), 0)
+    with pytest.raises(ValueError, match=r"mask with one channel .*mode RGB of 16 bits in some.f"):
+        decode_mask(cell(data), 0)
+
+
+def tiff_bands(further: int | None) -> bytes:
+    """Four bands, of which the last is 9 throughout, with this meaning in its tag."""
+    bands = Image.new("RGBA", (5, 4), (200, 100, 50, 9))
+    data = bytearray(encode(bands, "TIFF"))
+    place = data.index(struct.pack("<HHI", 338, 3, 1))
+    if further is None:
+        data[place : place + 2] = struct.pack("<H", 40_000)  # a tag that nobody knows
+    else:
+        data[place + 8 : place + 10] = struct.pack("<H", further)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("decode", EVERY)
+def test_a_fourth_band_is_transparency_only_where_the_file_says_so(decode):
+    """PIL lays infrared over white, or drops it; which bands are meant is for the user to say."""
+    of_cv2 = cv2.imencode(".tif", np.full((4, 4, 4), 90, np.uint8))[1].tobytes()
+    for data in (tiff_bands(None), tiff_bands(0), of_cv2):
+        with pytest.raises(ValueError, match=r"got 4 bands in some.file .* without a meaning"):
+            decode(cell(data), 0)
+
+
+def test_transparency_that_a_tiff_names_shows_white():
+    assert decode_photograph(cell(tiff_bands(2)), 0)[0, 0].tolist() == [253, 250, 248]
+
+
+def test_a_grey_tiff_of_four_bits_holds_class_ids():
+    """PIL stretches them to 0..255, as it does those of a PNG."""
+    tags = {256: 4, 257: 2, 258: 4, 259: 1, 262: 1, 273: 8, 277: 1, 278: 2, 279: 4}
+    head = struct.pack("<2sHI4sH", b"II", 42, 12, bytes([0x01, 0x2F, 0x30, 0x45]), len(tags))
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    mask = decode_mask(cell(head + body + bytes(4)), 0)
+    np.testing.assert_array_equal(mask, [[0, 1, 2, 15], [3, 0, 4, 5]])
+
+
+def scans(further: int) -> bytes:
+    """A progressive JPEG whose last scan is repeated."""
+    data = encode(grey(90, (16, 16)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:-2] + data[last:-2] * further + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("decode", EVERY)
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(decode):
+    """Each of them goes through all pixels: 40 kB of 200 scans can take half a minute."""
+    decode(cell(scans(0)), 0)
+    with pytest.raises(ValueError, match=r"JPEG of at most 32 scans, got 206 in some.file .*anew"):
+        decode(cell(scans(200)), 0)
+
+
+def test_what_looks_like_scans_elsewhere_in_a_jpeg_is_none():
+    """A comment, a preview or a film behind the photograph holds any bytes."""
+    plain = encode(grey(90, (16, 16)), "JPEG")
+    noise = b"\xff\xda" * 100
+    comment = b"\xff\xfe" + struct.pack(">H", len(noise) + 2) + noise
+    for data in (plain[:2] + comment + plain[2:], plain + noise):
+        assert decode_photograph(cell(data), 0).shape == (16, 16, 3)
+
+
+def test_a_tiff_of_many_pages_is_refused_by_its_head():
+    """PIL counts them one by one, in a time that grows with the square: 5 MB took 18 s."""
+    values = {256: 1, 257: 1, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 279: 1}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in values.items())
+    size, count = len(entries) + 6, 20_000
+    pages = (
+        struct.pack("<H", len(values)) + entries + struct.pack("<I", 8 + size * (i + 1))
+        for i in range(count)
+    )
+    data = struct.pack("<2sHI", b"II", 42, 8) + b"".join(pages)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"^Expected one picture, got several"):
+        decode_photograph(cell(data), 0)
+    assert time.monotonic() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        *(("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("RGB", "BMP")),
+        *(("RGB", "TIFF"), ("P", "GIF"), ("RGBA", "WEBP"), ("I;16", "TIFF"), ("L", "TIFF")),
+    ],
+)
+def test_a_large_picture_is_converted_in_strips_to_the_same_pixels(mode, kind, monkeypatch):
+    draw = np.random.default_rng(3)
+    if mode == "I;16":
+        image = Image.fromarray(draw.integers(0, 9, (37, 23), dtype=np.uint16))
+    else:
+        image = Image.fromarray(draw.integers(0, 256, (37, 23, 4), dtype=np.uint8), "RGBA")
+        image = image.convert("RGB").quantize(9) if mode == "P" else image.convert(mode)
+    options = {"transparency": 3} if (mode, kind) == ("P", "PNG") else {}
+    data = encode(image, kind, **options)
+    whole = [result(decode, data) for decode in EVERY]
+    monkeypatch.setattr("kd_trainer.data.decoding._STRIP", 23 * 5)
+    for before, decode in zip(whole, EVERY, strict=True):
+        after = result(decode, data)
+        assert type(before) is type(after)
+        np.testing.assert_array_equal(before, after)
+
+
+def result(decode, data: bytes) -> object:
+    try:
+        return decode(cell(data), 0)
+    except ValueError as error:
+        return str(error)
+
+
+MEASURE = """
+import io, resource, sys
+from PIL import Image
+from kd_trainer.data.decoding import decode_photograph
+data = open(sys.argv[1], "rb").read()
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 900 * 2**20,) * 2)
+assert decode_photograph({"bytes": data, "path": None}, 0).shape == (9459, 9459, 3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_largest_transparent_picture_takes_no_more_than_900_mib(turned, tmp_path):
+    """A PNG of 0.4 MB took 1.47 GiB, in each worker."""
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    path = tmp_path / "large.png"
+    Image.new("RGBA", (9459, 9459), (9, 9, 9, 9)).save(path, exif=exif)
+    subprocess.run([sys.executable, "-c", MEASURE, str(path)], check=True)
+
+
+def test_memory_that_a_file_asks_for_without_need_is_its_fault(monkeypatch):
+    """Lengths in a broken file may ask for anything; a machine without memory is another matter."""
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    data = encode(grey(9).convert("RGBA"))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", full)
+    with pytest.raises(
+        ValueError, match=r"^Expected a readable image, got some.file .*: MemoryErr"
+    ):
+        decode_photograph(cell(data), 0)
+    monkeypatch.setattr("kd_trainer.data.decoding.np.empty", full)
+    with pytest.raises(MemoryError):
+        decode_photograph(cell(data), 0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

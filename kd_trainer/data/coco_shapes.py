@@ -6,6 +6,7 @@ the edges). It looks at nothing that it is given, so it gets what was looked at 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def _decoded(rle: Any) -> npt.NDArray[np.bool_]:
 
 def _no_shape(where: str, reason: str) -> ValueError:
     return ValueError(
-        f"Expected polygons or RLE as the segmentation, got something else ({reason}) in {where}. "
-        "Correct the annotation, or remove it."
+        f"Expected polygons or RLE as the segmentation, got something else ({reason[:100]}) in "
+        f"{where}. Correct the annotation, or remove it."
     )
 
 
@@ -70,8 +71,8 @@ def _run_lengths(shape: Any, height: int, width: int, where: str) -> Any:
     if isinstance(shape, dict):
         if list(shape["size"]) != [height, width]:
             raise ValueError(
-                f"Expected RLE of size {[height, width]} like its image, got {shape['size']} in "
-                f"{where}."
+                f"Expected RLE of size {[height, width]} like its image, got "
+                f"{reprlib.repr(shape['size'])} in {where}."
             )
         size, counts = [height, width], shape["counts"]
         if isinstance(counts, str):

@@ -2,8 +2,9 @@
 
 cv2 decodes JPEG and PNG photographs into arrays 1.3 times faster than PIL, to the same pixels, and
 `plain_png` unpacks the plainest masks; the rest (CMYK, transparency, other formats) is left to PIL,
-which opens a file once. The size that a file claims is looked at before it is decoded. Whatever is
-wrong with a file is a `BadSampleError` that names it.
+which opens a file once. The size that a file claims, its bits, bands and scans are looked at before
+it is decoded (`headers`), and large pictures are converted in strips. Whatever is wrong with a file
+is a `BadSampleError` that names it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from kd_trainer.data.cells import BadSampleError, Cell, cell_name, read_cell
+from kd_trainer.data.headers import bits_of, check_header, grey_scale, mode_of, too_large
 from kd_trainer.data.plain_png import plain_png
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
@@ -34,10 +37,9 @@ A file of a few bytes can claim any size. PIL has the same limit but only warns 
 # gets only files that end as their format does.
 _ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _OPAQUE = ("RGB", "L", "P", "1")
-_PNG_GREY = 0
 _FIRST_TURNED = 5  # EXIF orientations 5 to 8 exchange height and width
-# Phones keep a depth map or a preview behind the photograph: further pictures, but no animation.
-_OF_SEVERAL_PARTS = "MPO"
+_STRIP = 2**20
+"""Pixels that are converted at once."""
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
@@ -57,13 +59,18 @@ def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
     name = cell_name(cell, index)
     data = read_cell(cell, name)
     header = _open(data, name)
+    if header.mode.startswith(("I", "F")) or bits_of(header) > 8:
+        raise BadSampleError(
+            f"Expected a photograph of 8 bits a channel, got {mode_of(header)} in {name}. Scale "
+            "its values to 0..255 first, by the range that they really have."
+        )
     opaque = header.mode in _OPAQUE and "transparency" not in header.info
     ending = _ENDINGS.get(header.format or "")
     if opaque and ending and data.rstrip(b"\x00").endswith(ending):
         image = _by_cv2(data)
         if image is not None and sorted(image.shape[:2]) == sorted(header.size):
             return image
-    return np.array(_on_white(_load(header, name), name), np.uint8)  # a copy: torch needs to write
+    return _filled(_load(header, name), lambda strip: _on_white(strip, name))
 
 
 def _by_cv2(data: bytes) -> npt.NDArray[np.uint8] | None:
@@ -74,21 +81,37 @@ def _by_cv2(data: bytes) -> npt.NDArray[np.uint8] | None:
     return None if image is None else np.asarray(image, np.uint8)
 
 
-def _on_white(image: Image.Image, name: str) -> Image.Image:
+def _filled(
+    image: Image.Image, convert: Callable[[Image.Image], npt.NDArray[Any]]
+) -> npt.NDArray[Any]:
+    """A new array of what `convert` makes of a picture, of a large one strip by strip.
+
+    Each conversion is a copy: of a whole transparent picture of `MAX_PIXELS` they take 1.5 GiB.
+    """
+    rows = max(1, _STRIP // image.width)
+    if rows >= image.height:
+        return convert(image)
+    whole: npt.NDArray[Any] | None = None
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = convert(image.crop((0, top, image.width, bottom)))
+        if whole is None:
+            whole = np.empty((image.height, *strip.shape[1:]), strip.dtype)
+        whole[top:bottom] = strip
+    assert whole is not None
+    return whole
+
+
+def _on_white(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
     """Convert to RGB as image processors do: what is transparent shows white."""
-    if image.mode.startswith(("I", "F")):
-        raise BadSampleError(
-            f"Expected a photograph of 8 bits a channel, got mode {image.mode} in {name}. Scale "
-            "its values to 0..255 first."
-        )
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image
+        return np.array(image)  # a copy: torch needs to write
     try:
         image = image.convert("RGBA")
     except (ValueError, OSError) as error:  # CIE LAB, and other spaces that PIL cannot leave
         raise _unreadable(error, name) from None
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image).convert("RGB")
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
@@ -109,17 +132,28 @@ def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
     plain = plain_png(data, MAX_PIXELS)
     if plain is not None:
         return plain
-    image = _load(_open(data, name), name)
-    if image.mode in ("1", "P"):
-        return np.asarray(image)
+    image = _open(data, name)
+    scale = grey_scale(image)
+    if bits_of(image) > 8 and not image.mode.startswith(("I", "F")):
+        raise _no_mask(mode_of(image), name)
+    return _filled(_load(image, name), lambda strip: _values(strip, name, scale))
+
+
+def _values(image: Image.Image, name: str, scale: int) -> npt.NDArray[Any]:
     values = np.asarray(image)
+    if image.mode in ("1", "P"):
+        return values
     if values.ndim == 2 and values.dtype.kind in "iu":
-        return _small(values, name, _grey_scale(data))
-    if image.mode in ("LA", "RGB", "RGBA") and not (_is_png(data) and data[24] == 16):
+        return _small(values, name, scale)
+    if image.mode in ("LA", "RGB", "RGBA"):
         return _one_channel(values, image.mode, name)
-    raise BadSampleError(
-        f"Expected a mask with one channel of whole numbers, got mode {image.mode} in {name}. "
-        "Store class ids in a PNG with one channel of 8 or 16 bits."
+    raise _no_mask(f"mode {image.mode}", name)
+
+
+def _no_mask(what: str, name: str) -> BadSampleError:
+    return BadSampleError(
+        f"Expected a mask with one channel of whole numbers, got {what} in {name}. Store class ids "
+        "in a PNG with one channel of 8 or 16 bits."
     )
 
 
@@ -145,9 +179,11 @@ def _open(data: bytes, name: str) -> Image.Image:
     # PIL's readers raise whatever they stumble over in a broken file: struct.error, KeyError, ...
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        check_header(image, data, name, MAX_PIXELS)
+    except BadSampleError:
+        raise
     except Exception as error:
         raise _unreadable(error, name) from None
-    _check_header(image, name)
     return image
 
 
@@ -155,59 +191,26 @@ def _load(image: Image.Image, name: str) -> Image.Image:
     """Decode an open image and turn it as its EXIF orientation says."""
     try:
         image.load()
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except MemoryError as error:
+        # Of the file, if there is room for what its pixels take; else of the machine.
+        np.empty((image.height, image.width, 4), np.uint8)
+        raise _unreadable(error, name) from None
     except Exception as error:
         raise _unreadable(error, name) from None
-
-
-def _check_header(image: Image.Image, name: str) -> None:
-    """Refuse what claims too many pixels, or holds more than one picture."""
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(f"{width:,} x {height:,}", name)
-    if width < 1 or height < 1:
-        raise BadSampleError(f"Expected a picture, got {width} x {height} pixels in {name}.")
-    try:
-        frames = 1 if image.format == _OF_SEVERAL_PARTS else getattr(image, "n_frames", 1)
-    except Exception as error:
-        raise _unreadable(error, name) from None
-    if frames != 1:
-        raise BadSampleError(
-            f"Expected one picture, got {frames} (an animation, or pages) in {name}. Save the one "
-            "that is meant as a file of its own."
-        )
-
-
-def _too_large(size: str, name: str) -> BadSampleError:
-    return BadSampleError(
-        f"Expected a picture of at most {MAX_PIXELS:,} pixels, got {size} in {name}. Shrink it, "
-        "cut it into pieces, or remove it."
-    )
 
 
 def _unreadable(error: Exception, name: str) -> BadSampleError:
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         pixels = re.search(r"\d+", str(error))
-        return _too_large(f"{int(pixels[0]):,}" if pixels else "more", name)
+        return too_large(f"{int(pixels[0]):,}" if pixels else "more", name, MAX_PIXELS)
     reason = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = f"it is none of {', '.join(FORMATS)}, or its head is broken"
     return BadSampleError(
         f"Expected a readable image, got {name}: {reason}. Replace or remove the file."
     )
-
-
-def _is_png(data: bytes) -> bool:
-    return data[:4] == b"\x89PNG"
-
-
-def _grey_scale(data: bytes) -> int:
-    """By how much PIL stretched the stored values: greyscale PNGs of 2 and 4 bits go to 0..255."""
-    if not _is_png(data) or data[25] != _PNG_GREY:
-        return 1
-    return {2: 85, 4: 17}.get(data[24], 1)
 
 
 def _small(values: npt.NDArray[Any], name: str, scale: int) -> npt.NDArray[Any]:
