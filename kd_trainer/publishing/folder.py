@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from kd_trainer.argument_checks import check_license, check_repo_id
+from kd_trainer.disk import write_text
 from kd_trainer.hub import (
     PANEL,
     Pushed,
@@ -72,7 +73,7 @@ def write_folder(source: Source, destination: Path, about: Publication) -> Path:
     copy_files(source, destination, finished=finished, pictures=about.pictures)
     has_panel = (destination / PANEL).is_file()
     card = render(CardFacts(**(vars(facts) | {"has_panel": has_panel})))
-    (destination / "README.md").write_text(card, encoding="utf-8")
+    write_text(destination / "README.md", card)
     return destination
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset, collate
+from kd_trainer.disk import write_text
 from kd_trainer.evaluation import (
     Measured,
     classes_of,
@@ -125,6 +126,6 @@ def evaluate_model(
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     """Write `eval_results.json` and `eval_results.md`."""
     write_json(folder / "eval_results.json", evaluation.results())
-    (folder / "eval_results.md").write_text(evaluation.markdown(), encoding="utf-8")
+    write_text(folder / "eval_results.md", evaluation.markdown())
     if evaluation.bad_samples is not None:
         write_bad_samples(folder, evaluation.bad_samples)

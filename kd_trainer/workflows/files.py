@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.data import BadSample
+from kd_trainer.disk import write_text
 
 BAD_SAMPLES = "bad_samples.txt"
 
 
 def write_bad_samples(folder: Path, bad: Sequence[BadSample]) -> int:
     """Write `bad_samples.txt`: split, row, file and reason of each, between tabs; how many."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = ["split\trow\tfile\treason", *(sample.line() for sample in bad)]
-    (folder / BAD_SAMPLES).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(folder / BAD_SAMPLES, "\n".join(lines) + "\n")
     return len(bad)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values`, a figure that does not exist (a class that never occurs) as null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(values), indent=2, allow_nan=False, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _plain(value: Any) -> Any:

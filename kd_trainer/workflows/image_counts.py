@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.data import StreamedDataset, TransformedDataset, collate
+from kd_trainer.disk import replacing
 from kd_trainer.evaluation import (
     EvaluationSettings,
     agreement_of,
@@ -66,9 +67,8 @@ class ImageCounts:
     def save(self, path: Path) -> None:
         """Write them, all or nothing."""
         tables: dict[str, Any] = {name: getattr(self, name) for name in _TABLES}
-        unfinished = path.with_suffix(".partial.npz")
-        np.savez_compressed(unfinished, **tables)
-        unfinished.replace(path)
+        with replacing(path) as unfinished:
+            np.savez_compressed(unfinished, **tables)
 
 
 def load_counts(path: Path) -> ImageCounts:

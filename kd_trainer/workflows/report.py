@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.disk import write_text
 from kd_trainer.evaluation import agreement_of, figures_of, labels_of
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.metrics import SegmentationCounts
@@ -112,8 +113,7 @@ def build_report(
         networks = Networks(student, teacher, data.ignore_index, device)
         contents = _with_images(contents, networks, dataset, args, data)
     path = Path(args.output) if args.output else folder / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_html(contents), encoding="utf-8")
+    write_text(path, report_html(contents))
     return path
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.disk import write_text
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.statistics import (
     GapClosed,
@@ -50,7 +51,7 @@ def write_report(
     summary = summarise(runs, resamples) | {"costs": measured_costs(runs, repeats)}
     write_json(output / "comparison.json", summary)
     text = markdown(summary)
-    (output / "comparison.md").write_text(text, encoding="utf-8")
+    write_text(output / "comparison.md", text)
     print(f"\n{text}\nWritten to {output}/comparison.json and comparison.md")
     return summary
 

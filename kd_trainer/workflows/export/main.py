@@ -7,12 +7,14 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import given_flags
+from kd_trainer.disk import replacing
 from kd_trainer.fields import add_fields
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.workflows.entry_points import told_by
@@ -67,10 +69,11 @@ def export_student(
         exporter = Exporter(student, args, samples, Path(work), ignore_index=data.ignore_index)
         result = _result(exporter, data)
         target = output / args.file_name
-        output.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             shutil.rmtree(target)
-        shutil.move(exporter.path, target)
+        with replacing(target) if exporter.path.is_file() else nullcontext(target) as place:
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.move(exporter.path, place)
     result["images_of"] = _name(data.dataset) if data.dataset else "pictures"
     write_json(output / RESULTS, earlier | {args.entry: result})
     return result
