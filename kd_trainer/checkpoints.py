@@ -134,6 +134,15 @@ def fault(folder: Path, *, contents: bool = True) -> str | None:
     return None
 
 
+def never_complete(folder: Path) -> bool:
+    """Whether a save of ours was cut off there, so that nothing is lost without it.
+
+    A stock Trainer leaves no marker either, but no `progress_*.pt` beside its last file.
+    """
+    finished = (folder / "trainer_state.json").is_file() and not any(folder.glob("progress_*.pt"))
+    return not (folder / MARKER).is_file() and not finished
+
+
 def check_complete(folder: Path) -> None:
     """Refuse a checkpoint that cannot be gone on from.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kd_trainer.safe_files import check_regular, open_regular
+from kd_trainer.safe_files import check_regular, open_regular, sync
 
 # How torch.save says that a write failed: its archive writer passes no reason on.
 _OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
@@ -110,6 +110,19 @@ class FolderLock:
             (self.folder / self.FILE).unlink(missing_ok=True)
             os.close(self._handle)
             self._handle = None
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose files take their places in `folder` when the block ends well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+        yield Path(partial)
+        for file in sorted(p for p in Path(partial).rglob("*") if p.is_file()):
+            place = folder / file.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            sync(file)
+            file.replace(place)
 
 
 @contextmanager

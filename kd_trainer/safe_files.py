@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,24 +71,42 @@ def read_regular(path: Path, most: int = MOST_BYTES) -> bytes:
     return content
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in the place of whatever had its name.
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which takes its place when the block has ended well.
+
+    So a reader meets the file before or the new one, never half of one, however the process ends.
 
     Raises:
-        ValueError: if there is a folder or a device in its place.
+        ValueError: if there is a folder or a device in its place; a link is replaced, not followed.
     """
-    if not path.is_symlink():  # which is replaced, not followed
+    if not path.is_symlink():
         check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)
-    handle = open_regular(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    partial.unlink(missing_ok=True)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        beside.replace(path)
+        yield partial
+        sync(partial)  # else a power cut may leave the new name without its content
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, see `replacing_file`."""
+    with replacing_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync(file: Path) -> None:
+    """Have the disk hold what was written to a file."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def read_json(path: Path) -> Any:

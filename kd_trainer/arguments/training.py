@@ -102,7 +102,8 @@ class DistillationArguments(TrainingArguments):
     resume: str | None = help_field(
         None,
         "Go on after an interruption: without a value from the newest complete checkpoint in the "
-        "output folder, else from this checkpoint-N folder. Give the settings of the run again "
+        "output folder, with `auto` likewise or from the start if there is none, else from this "
+        "checkpoint-N folder. Give the settings of the run again "
         "(--config OUTPUT/config.yaml); other ones that change what is learned are refused.",
     )
     no_preflight: bool = help_field(

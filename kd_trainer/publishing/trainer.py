@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import Trainer
 
+from kd_trainer.disk import replacing_files
 from kd_trainer.hub import Pushed, Source, check_access, upload
 from kd_trainer.publishing.folder import Publication, publish, write_folder
 from kd_trainer.replacing import check_replaceable
@@ -114,9 +115,10 @@ class PublishingTrainer(Trainer):
         if not self.is_world_process_zero():
             return None
         output = Path(str(self.args.output_dir))
-        self.accelerator.unwrap_model(self.model).save_pretrained(output / "student")
         processor: Any = self.processing_class
-        processor.save_pretrained(output / "student")
+        with replacing_files(output / "student") as partial:
+            self.accelerator.unwrap_model(self.model).save_pretrained(partial)
+            processor.save_pretrained(partial)
         about = self.publication()
         message = commit_message or "Push a student"
         return publish(output, output / HUB_FOLDER, about, message=message)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from kd_trainer.safe_files import replacing_file
+
 Picture = np.ndarray
 """uint8 (H, W, 3)."""
 
@@ -146,5 +148,5 @@ def _fit(picture: Picture, side: int) -> Image.Image:
 
 def save_picture(picture: Picture, path: Path) -> None:
     """Write a picture, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    with replacing_file(path) as partial:
+        Image.fromarray(picture).save(partial)

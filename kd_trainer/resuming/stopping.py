@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the update is finished, a checkpoint saved, and the process ends.
+"""A signal or Ctrl-C: the update is finished, a checkpoint saved, and the process ends.
 
 A signal only sets a flag here; the trainer looks at it after each update.
 """
@@ -22,6 +22,10 @@ import torch.distributed as dist
 # torchrun passes a Ctrl-C on to processes that the terminal has told already.
 _ONE_PRESS = 1.0
 _PR_SET_PDEATHSIG = 1
+# What schedulers send before they take the machine away (SIGUSR1), and what a lost terminal does.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Set for their children by torchrun, and by `accelerate launch` with one process; by no user.
+_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
 
 
 class Stopped(Exception):  # noqa: N818 (no error: it was asked for)
@@ -46,7 +50,7 @@ class StopRequest:
         self._owner = os.getpid()
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
-        """Handle SIGTERM or SIGINT; a second Ctrl-C stops at once."""
+        """Handle one of `_SIGNALS`; a second Ctrl-C stops at once."""
         if os.getpid() != self._owner:
             return  # a process that reads data: Ctrl-C reaches it too, and it is needed to the end
         again = number == signal.SIGINT and self.signal == signal.SIGINT
@@ -85,7 +89,7 @@ class StopRequest:
 
 @contextmanager
 def stoppable(trainer: Any) -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C stop the training of a `ResumableTrainer` after an update.
+    """Let a signal or Ctrl-C stop the training of a `ResumableTrainer` after an update.
 
     One that arrives too late for that acts as usual at the end of the block.
 
@@ -96,7 +100,9 @@ def stoppable(trainer: Any) -> Iterator[None]:
         yield  # Python gives signals to the main thread alone
         return
     request = StopRequest()
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = list(_SIGNALS)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)  # `nohup`: the run shall outlive its terminal
     before = {number: signal.signal(number, request.receive) for number in numbers}
     _outlive_launcher()
     trainer.stop = request
@@ -116,9 +122,19 @@ def _outlive_launcher() -> None:
     Without that a SIGTERM to it would leave the training running on its own. On Linux alone:
     elsewhere send the signal to the training itself.
     """
-    try:
-        launcher = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-    except OSError:
+    launcher = os.getppid()
+    if not _is_launcher(launcher):
         return
-    if b"accelerate" in launcher or b"torch" in launcher:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it has died meanwhile, and the system tells of it no more
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _is_launcher(parent: int) -> bool:
+    """Whether the parent has set for this process what launchers set, and not inherited it."""
+    try:
+        inherited = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    variables = (f"{n}={os.environ[n]}".encode() for n in _OF_LAUNCHERS if n in os.environ)
+    return any(variable not in inherited for variable in variables)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as hf_logging
 
@@ -36,9 +37,11 @@ from kd_trainer.checkpoints import (
 )
 from kd_trainer.disk import writing
 from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
+from kd_trainer.resuming.deaths import Peer, naming_the_dead, processes_of_run
 from kd_trainer.resuming.keeper import Keeper
 from kd_trainer.resuming.stopping import Stopped, StopRequest
 from kd_trainer.resuming.together import together
+from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums
 
@@ -47,6 +50,7 @@ class ResumableTrainer(Trainer):
     """Complete checkpoints, exact resume, and an end on request.
 
     Attributes:
+        peers: the processes of the training, by rank.
         facts: what is compared on resume beside the arguments, the networks and the number of
             images: set by who knows more, such as the content of the data.
         stop: a request to stop, looked at after each update; None without one.
@@ -55,6 +59,7 @@ class ResumableTrainer(Trainer):
     """
 
     facts: Mapping[str, Any] = {}
+    peers: Sequence[Peer] = ()
     stop: StopRequest | None = None
     teacher: Teacher | None
     tracked: TermSums
@@ -139,7 +144,8 @@ class ResumableTrainer(Trainer):
         self.add_callback(keeper)
         try:
             resumed = None if self._resumed is None else str(self._resumed)
-            return super().train(resumed, trial, ignore_keys_for_eval)
+            with naming_the_dead(self):
+                return super().train(resumed, trial, ignore_keys_for_eval)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"Expected a checkpoint of tensors and plain values in {self._resumed}, got other "
@@ -169,7 +175,8 @@ class ResumableTrainer(Trainer):
 
     def restore(self) -> None:
         """Set what the Trainer starts at zero to what it was in the checkpoint."""
-        self._began, self._earlier = time.time(), 0.0
+        self.peers = processes_of_run()
+        self._began, self._earlier = time.monotonic(), 0.0
         if self._resumed is None:
             return
         # Steps between logs and evaluations are the old run's in the file; a new logging counts.
@@ -187,6 +194,16 @@ class ResumableTrainer(Trainer):
         self._initial_global_step = 0  # so that means and speeds are those of the whole run
         self.tracked.restore(saved["terms"], self.args.device)
 
+    def _seconds(self) -> float:
+        """Seconds of training so far: the clock on the wall may be set meanwhile."""
+        return self._earlier + time.monotonic() - self._began
+
+    def save_state(self) -> None:
+        """The Trainer's logs, as a whole file."""
+        if self.is_world_process_zero():
+            with replacing_file(Path(str(self.args.output_dir)) / TRAINER_STATE_NAME) as partial:
+                self.state.save_to_json(str(partial))
+
     def _progress_file(self) -> str:
         return f"progress_{self.args.process_index}.pt"
 
@@ -194,7 +211,7 @@ class ResumableTrainer(Trainer):
         """The state of the random generators, and beside it what each process has summed up."""
         super()._save_rng_state(output_dir)
         progress = {
-            "seconds": self._earlier + time.time() - self._began,
+            "seconds": self._seconds(),
             "loss": self._tr_loss,
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
@@ -229,8 +246,9 @@ class ResumableTrainer(Trainer):
                     together(args, lambda: write(model, trial))
                     together(args, declare if first else None)
                 except BaseException:
-                    if first:
-                        remove(folder)  # it is incomplete, and its room may be needed
+                    if first:  # the end of another process leaves a complete one as it is
+                        if fault(folder, contents=False) is not None:
+                            remove(folder)  # its room may be needed
                         settle(output)
                     raise
                 together(args, tidy if first else None)
@@ -243,11 +261,11 @@ class ResumableTrainer(Trainer):
         return best or (self.stop is not None and self.stop.agreed)
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """Count the seconds of the parts before as well."""
+        """Count the seconds of the parts before as well, by a clock that nobody can set."""
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:  # with a limit of 1 the Trainer would delete the newest checkpoint here
-            started = start_time - self._earlier
-            return super()._finalize_training(trial, num_train_samples, started)
+            start_time = time.time() - self._seconds()  # which is subtracted from time.time()
+            return super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
 

@@ -28,6 +28,7 @@ from kd_trainer.evaluation import (
 )
 from kd_trainer.losses import LossWeights
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 
 Rows = npt.NDArray[np.int32]
@@ -66,10 +67,8 @@ class ImageCounts:
     def save(self, path: Path) -> None:
         """Write them, all or nothing."""
         tables: dict[str, Any] = {name: getattr(self, name) for name in _TABLES}
-        unfinished = path.with_suffix(".partial.npz")
-        unfinished.unlink(missing_ok=True)  # which may be a link in a folder of somebody else
-        np.savez_compressed(unfinished, **tables)
-        unfinished.replace(path)
+        with replacing_file(path) as unfinished:
+            np.savez_compressed(unfinished, **tables)
 
 
 def load_counts(path: Path) -> ImageCounts:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.checkpoints import check_complete, checkpoint_folders
+from kd_trainer.checkpoints import check_complete, checkpoint_folders, never_complete
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data.content import content_digest
 from kd_trainer.disk import check_writable
@@ -36,10 +36,13 @@ def find_checkpoint(run: RunArguments) -> Path | None:
     resume, output = args.resume, Path(str(args.output_dir))
     settle_all(args)  # else one that waits to be replaced would be found by nobody here
     own = checkpoint_folders(output)
-    if resume is None and own:
+    if resume == "auto":  # for what restarts the same command: it may have died before any save
+        resume = None if all(map(never_complete, own)) else "latest"
+    elif resume is None and own:
         raise ValueError(
             f"Expected --resume or an output folder without checkpoints, got {output}, which has "
-            "some. Add --resume to go on, name another --output_dir, or delete it."
+            "some. Add --resume to go on (--resume auto starts or goes on), name another "
+            "--output_dir, or delete it."
         )
     found = None
     if resume == "latest":

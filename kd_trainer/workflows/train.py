@@ -15,7 +15,7 @@ from torch import nn
 
 from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.disk import FolderLock, check_own_files, writing
+from kd_trainer.disk import FolderLock, check_own_files, replacing_files, writing
 from kd_trainer.hub import check_access, last_part
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
@@ -114,9 +114,9 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
         return {}
     student_folder = output / "student"
     student = trainer.accelerator.unwrap_model(trainer.model)
-    with writing("the student", student_folder):
-        student.save_pretrained(student_folder, state_dict=weights)
-        parts.processor.save_pretrained(student_folder)
+    with writing("the student", student_folder), replacing_files(student_folder) as partial:
+        student.save_pretrained(partial, state_dict=weights)
+        parts.processor.save_pretrained(partial)
     results = _results(run, parts, student_folder, trained)
     results["eval_history"] = eval_history(trainer.state.log_history)
     if run.data.on_bad_sample == "skip":
