@@ -26,6 +26,7 @@ LAYERS = (
         "evaluation",
         "tracking",
         "optim",
+        "loaders",
         "export",
         "model_card",
         "reports",

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as hf_logging
@@ -36,6 +35,7 @@ from kd_trainer.checkpoints import (
 )
 from kd_trainer.disk import writing
 from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
+from kd_trainer.loaders import own_generator
 from kd_trainer.resuming.keeper import Keeper
 from kd_trainer.resuming.stopping import Stopped, StopRequest
 from kd_trainer.resuming.together import together
@@ -268,14 +268,3 @@ def settle_all(args: TrainingArguments) -> None:
     if args.process_index == 0:
         settle(Path(str(args.output_dir)))
     PartialState().wait_for_everyone()
-
-
-def own_generator(loader: Any, args: TrainingArguments) -> Any:
-    """Let a DataLoader draw the seeds of its workers elsewhere than DropPath draws on a CPU.
-
-    With persistent workers it draws once in a run, else once in an epoch; a resumed run draws once
-    more, and would see other DropPath draws.
-    """
-    base: DataLoader[Any] = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper
-    base.generator = torch.Generator().manual_seed(args.seed)
-    return loader
