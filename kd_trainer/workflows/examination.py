@@ -54,7 +54,7 @@ class Networks:
         self.statistics = pixel_statistics(self.student, self.device)
         self.labels = labels_of(self.student)
         # Only counts are asked for: the weights of the losses play no part.
-        weights = LossWeights(kl=0, mse=0, bce=0, dice=0)
+        weights = LossWeights()
         self.settings = EvaluationSettings(len(self.labels), self.ignore_index, weights)
 
     @torch.no_grad()
