@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from kd_trainer.fields import closest
-from kd_trainer.losses import TERMS, LossWeights, distillation_terms, weighted_sum
+from kd_trainer.losses import (
+    TERMS,
+    LossWeights,
+    class_ids,
+    distillation_terms,
+    weighted_sum,
+)
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher
@@ -87,7 +93,7 @@ def student_rows(raw_logits: Tensor, labels: Tensor, settings: EvaluationSetting
     """Counts of a prediction against the labels, int64 (B, C), one row an image."""
     return image_counts(
         classes_of(raw_logits),
-        labels.long(),
+        class_ids(labels),
         settings.num_labels,
         ignore_index=settings.ignore_index,
     )
@@ -98,7 +104,7 @@ def agreement_rows(
 ) -> Tensor:
     """Counts of the student's classes against the teacher's on the valid pixels, int64 (B, C)."""
     teacher_classes = classes_of(teacher)
-    teacher_classes[labels.long() == settings.ignore_index] = settings.ignore_index
+    teacher_classes[class_ids(labels) == settings.ignore_index] = settings.ignore_index
     return image_counts(
         classes_of(student),
         teacher_classes,
@@ -123,7 +129,7 @@ def term_rows(
         terms = distillation_terms(
             student[one],
             None if teacher is None else teacher[one],
-            labels[one].long(),
+            labels[one],
             temperature=1.0,
             ignore_index=settings.ignore_index,
             weights=settings.weights,

@@ -10,11 +10,20 @@ from transformers import Trainer, TrainingArguments
 
 from kd_trainer.arguments import DistillationArguments
 
+LOSS_COLUMNS = ("distil_mask", "teacher_logits")
+
 
 class LoadingTrainer(Trainer):
     """Makes the loaders of map-style data sets and of streams."""
 
     args: DistillationArguments
+    _signature_columns: list[str] | None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what the loss needs, which is more than the student's forward pass takes."""
+        super()._set_signature_columns_if_needed()
+        own = [name for name in LOSS_COLUMNS if name not in (self._signature_columns or ())]
+        self._signature_columns = [*(self._signature_columns or ()), *own]
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any

@@ -47,7 +47,7 @@ from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.resuming import ResumableTrainer, together
-from kd_trainer.teacher import Teacher
+from kd_trainer.teacher import Teacher, state_of
 from kd_trainer.teaching import TaughtTrainer
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
@@ -102,7 +102,7 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
             check_best_metric(args.metric_for_best_model, names)
         self.tracked = TermSums(self.loss_weights)
-        self._teacher_figures: tuple[Any, dict[str, float]] | None = None
+        self._teacher_figures: tuple[tuple[Any, Any], dict[str, float]] | None = None
         self.timetable = Timetable(args, len(encoder_units(model)), args.num_train_epochs)
         unfreezing = ProgressiveUnfreezing(self.timetable.unfreezing)
         super().__init__(
@@ -179,7 +179,7 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
         terms = distillation_terms(
             outputs["raw_logits"],
             self.joined(teacher),
-            inputs["labels"].long(),
+            inputs["labels"],
             temperature=self.timetable.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
             distil_mask=inputs.get("distil_mask"),
@@ -227,13 +227,13 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
 
     def _knows_teacher(self) -> bool:
         known = self._teacher_figures
-        return known is not None and known[0] is self._evaluated
+        return known is not None and known[0] == self._evaluated
 
     @property
-    def _evaluated(self) -> Any:
-        """The data set of the running evaluation."""
+    def _evaluated(self) -> tuple[Any, Any]:
+        """The data set of the running evaluation, and the teacher as it is."""
         loader: Any = self.callback_handler.eval_dataloader
-        return loader.dataset
+        return id(loader.dataset), None if self.teacher is None else state_of(self.teacher)
 
     def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of the data set from the rows of all processes."""

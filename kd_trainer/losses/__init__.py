@@ -1,5 +1,6 @@
 """Pure loss functions on logits: the recipe's four terms, for binary and multi-class models."""
 
+from kd_trainer.losses.checks import class_ids
 from kd_trainer.losses.terms import (
     TEACHER_TERMS,
     TERMS,
@@ -17,6 +18,7 @@ __all__ = [
     "LossTerms",
     "LossWeights",
     "Term",
+    "class_ids",
     "distillation_terms",
     "weight_hint",
     "weighted_sum",

@@ -14,7 +14,7 @@ from typing import Self
 from torch import Tensor
 
 from kd_trainer.losses.binary import binary_cross_entropy, binary_kl, binary_mse
-from kd_trainer.losses.checks import check_inputs, check_pos_weight, check_temperature
+from kd_trainer.losses.checks import check_inputs, check_pos_weight, check_temperature, class_ids
 from kd_trainer.losses.dice import binary_dice, softmax_dice
 from kd_trainer.losses.multiclass import centred_mse, softmax_cross_entropy, softmax_kl
 from kd_trainer.losses.pixels import keep_pixels, working_precision
@@ -171,7 +171,7 @@ def distillation_terms(
     check_pos_weight(pos_weight, student_logits.shape[1])
     factors = (weights or ALL_TERMS).effective()
     wanted = {name for name, factor in factors.items() if factor > 0}
-    student, labels = working_precision(student_logits), labels.long()
+    student, labels = working_precision(student_logits), class_ids(labels)
     valid = labels != ignore_index
     terms: dict[str, Tensor] = {}
     if teacher_logits is not None and wanted & TEACHER_TERMS:
