@@ -7,17 +7,19 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from kd_trainer.evaluation import TERMS
+from kd_trainer.losses import TERMS
 
 
 def console_line(logs: dict[str, Any]) -> str | None:
     """One readable line of a training log or an evaluation; None for anything else."""
     if "loss" in logs:
-        terms = " ".join(f"{name} {logs[name]:.3f}" for name in TERMS if name in logs)
+        logged = [term for term in TERMS if term.name in logs]
+        terms = " ".join(f"{term.name} {logs[term.name]:.3f}" for term in logged)
         rate = logs.get("learning_rate", 0.0)
         line = f"loss {logs['loss']:.3f} ({terms}) lr {rate:.1e} free units"
         line += f" {logs.get('free_units', 0):.0f}"
-        return f"{line} T {logs['temperature']:.2f}" if "kl" in logs else line
+        softened = any(term.softened for term in logged)
+        return f"{line} T {logs['temperature']:.2f}" if softened else line
     if "eval_miou" in logs:
         shown = {
             "mIoU": "eval_miou",

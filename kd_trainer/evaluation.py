@@ -6,19 +6,25 @@ batch size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kd_trainer.fields import closest
-from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
+from kd_trainer.losses import (
+    TERMS,
+    LossWeights,
+    class_ids,
+    distillation_terms,
+    weighted_sum,
+)
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher
 
-TERMS = tuple(field.name for field in fields(LossTerms))
+NAMES = tuple(term.name for term in TERMS)
 
 
 Measured = SmpForSemanticSegmentation | Teacher
@@ -87,7 +93,7 @@ def student_rows(raw_logits: Tensor, labels: Tensor, settings: EvaluationSetting
     """Counts of a prediction against the labels, int64 (B, C), one row an image."""
     return image_counts(
         classes_of(raw_logits),
-        labels.long(),
+        class_ids(labels),
         settings.num_labels,
         ignore_index=settings.ignore_index,
     )
@@ -98,7 +104,7 @@ def agreement_rows(
 ) -> Tensor:
     """Counts of the student's classes against the teacher's on the valid pixels, int64 (B, C)."""
     teacher_classes = classes_of(teacher)
-    teacher_classes[labels.long() == settings.ignore_index] = settings.ignore_index
+    teacher_classes[class_ids(labels) == settings.ignore_index] = settings.ignore_index
     return image_counts(
         classes_of(student),
         teacher_classes,
@@ -111,26 +117,26 @@ def agreement_rows(
 def term_rows(
     student: Tensor, teacher: Tensor | None, labels: Tensor, settings: EvaluationSettings
 ) -> Tensor:
-    """Loss terms of each image at temperature 1, float64 (B, 5): kl, mse, bce, dice, total.
+    """Loss terms of each image at temperature 1, float64 (B, T + 1): those of `TERMS`, total.
 
     A term that is not computed is NaN. Image by image, so that the mean over the set does not
     depend on how it was batched.
     """
-    rows = torch.full((len(student), len(TERMS) + 1), torch.nan, dtype=torch.float64)
+    rows = torch.full((len(student), len(NAMES) + 1), torch.nan, dtype=torch.float64)
     rows = rows.to(student.device)
     for index in range(len(student)):
         one = slice(index, index + 1)
         terms = distillation_terms(
             student[one],
             None if teacher is None else teacher[one],
-            labels[one].long(),
+            labels[one],
             temperature=1.0,
             ignore_index=settings.ignore_index,
             weights=settings.weights,
             pos_weight=settings.pos_weight,
         )
         for name, value in terms.named().items():
-            rows[index, TERMS.index(name)] = value
+            rows[index, NAMES.index(name)] = value
         rows[index, -1] = weighted_sum(terms, settings.weights)
     return rows
 
@@ -208,7 +214,7 @@ def terms_of(rows: np.ndarray, counts: np.ndarray, weights: LossWeights) -> dict
     because `dice` is a metric.
 
     Args:
-        rows: of `term_rows`, float64 (N, 5).
+        rows: of `term_rows`, float64 (N, T + 1).
         counts: of `student_rows`, int64 (N, C).
         weights: those of the loss; a term of weight 0 was not computed.
 
@@ -218,7 +224,7 @@ def terms_of(rows: np.ndarray, counts: np.ndarray, weights: LossWeights) -> dict
     factors = weights.effective()
     counted = counts.any(axis=1)
     rows = rows[counted] if counted.any() else rows
-    means = dict(zip((*TERMS, "loss"), rows.mean(axis=0).tolist(), strict=True))
+    means = dict(zip((*NAMES, "loss"), rows.mean(axis=0).tolist(), strict=True))
     means = {name: value for name, value in means.items() if factors.get(name, 1.0) > 0}
     for name, value in means.items():
         if not np.isfinite(value):

@@ -8,13 +8,16 @@ that it does not.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES
@@ -59,6 +62,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _FLAGS = {field: alias for alias, field in ALIASES.items()}
 _SHOWN = 8
+_SAMPLES = 4
 # What to say beside the two values.
 _REASONS = {
     "num_train_epochs": "learning rates and temperature are curves over all epochs, so more or "
@@ -148,6 +152,34 @@ def settings_of(args: DistillationArguments) -> dict[str, Any]:
         if plain and field.init and field.name not in ignored:
             values[field.name] = value
     return values
+
+
+def samples_digest(dataset: Any) -> str | None:
+    """A short hash of a few samples spread over a data set; None if they cannot tell it.
+
+    Each is drawn twice: where both differ, the data set draws augmentations that no number decides.
+    The random generators are left as they were.
+    """
+    if isinstance(dataset, IterableDataset) or dataset is None or not len(dataset):
+        return None
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            drawn = [_drawn(dataset) for _ in range(2)]
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+    return drawn[0] if drawn[0] == drawn[1] else None
+
+
+def _drawn(dataset: Any) -> str:
+    digest = hashlib.sha256()
+    count = min(_SAMPLES, len(dataset))
+    for index in range(count):
+        sample = dataset[len(dataset) * index // count]
+        values = {name: torch.as_tensor(sample[name]) for name in ("pixel_values", "labels")}
+        digest.update(tensors_digest(values, values=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def tensors_digest(state: Mapping[str, Tensor], *, values: bool) -> str:

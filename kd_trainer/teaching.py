@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import Trainer
 
 from kd_trainer.arguments import DistillationArguments
+from kd_trainer.evaluation import input_statistics
+from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Answers, Teacher
 
 
@@ -20,12 +22,15 @@ class TaughtTrainer(Trainer):
     """
 
     args: DistillationArguments
+    model: SmpForSemanticSegmentation
     teacher: Teacher | None
     _answers: Answers | None = None
 
     def placed(self, teacher: Teacher | None) -> Teacher | None:
         """The teacher, on the device and ready to be asked unless its cached logits are enough."""
         args = self.args
+        if teacher is not None:
+            teacher.expect_input(*input_statistics(self.model))
         if teacher is None or args.teacher_targets == "cached":
             return teacher
         teacher = teacher.to(args.device)
@@ -50,6 +55,8 @@ class TaughtTrainer(Trainer):
         """
         if self.teacher is None:
             return None
+        if self._answers is not None and self._answers.teacher is not self.teacher:
+            self.teacher = self.placed(self.teacher)  # a callback has put another one here
         if self._answers is None:
             if "teacher_logits" not in inputs:
                 raise ValueError(

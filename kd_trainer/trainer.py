@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -41,12 +41,13 @@ from kd_trainer.evaluation import (
     terms_of,
 )
 from kd_trainer.fast_layers import use_fast_layers
+from kd_trainer.loaders import LoadingTrainer
 from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
-from kd_trainer.resuming import ResumableTrainer, own_generator, together
-from kd_trainer.teacher import Teacher
+from kd_trainer.resuming import ResumableTrainer, together
+from kd_trainer.teacher import Teacher, state_of
 from kd_trainer.teaching import TaughtTrainer
 from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
@@ -54,14 +55,14 @@ from kd_trainer.tracking import TermSums, check_finite_weights, watched
 Batch = dict[str, Any]
 
 
-class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
+class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, PublishingTrainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
         model: the student.
         args: the run's arguments.
         teacher: frozen network whose logits the student follows; None trains without one, and the
-            weights of `kl` and `mse` are then 0.
+            weights of the terms that need one are then 0.
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
             samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
             with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
@@ -90,7 +91,9 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
         **kwargs: Any,
     ) -> None:
         weights = args.loss_weights
-        self.loss_weights = weights if teacher is not None else replace(weights, kl=0.0, mse=0.0)
+        if teacher is not None:
+            weights.check_teacher()
+        self.loss_weights = weights if teacher is not None else weights.without_teacher()
         self.id2label = labels_of(model)
         self.settings = EvaluationSettings(
             len(self.id2label), ignore_index, self.loss_weights, args.pos_weight
@@ -99,7 +102,7 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
             check_best_metric(args.metric_for_best_model, names)
         self.tracked = TermSums(self.loss_weights)
-        self._teacher_figures: tuple[Any, dict[str, float]] | None = None
+        self._teacher_figures: tuple[tuple[Any, Any], dict[str, float]] | None = None
         self.timetable = Timetable(args, len(encoder_units(model)), args.num_train_epochs)
         unfreezing = ProgressiveUnfreezing(self.timetable.unfreezing)
         super().__init__(
@@ -134,33 +137,6 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
         epochs = args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
         self.timetable = replace(self.timetable, epochs=epochs, updates_per_epoch=updates)
         return values
-
-    def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
-        self, dataset: Any, description: str, batch_size: int, **options: Any
-    ) -> Any:
-        """The Trainer's loader, but for two of its habits.
-
-        It would drop the last short batch of an evaluation too, and give the rows of a stream,
-        which has split itself among ranks and workers already, to the ranks once more.
-        """
-        args, is_training = self.args, options.get("is_training", False)
-        if isinstance(dataset, IterableDataset):
-            workers = args.dataloader_num_workers
-            loader = DataLoader(
-                dataset,
-                batch_size=batch_size,
-                collate_fn=self.data_collator,
-                num_workers=workers,
-                persistent_workers=args.dataloader_persistent_workers and workers > 0,
-                drop_last=args.dataloader_drop_last and is_training,
-            )
-            return own_generator(loader, args)
-        drop_last = args.dataloader_drop_last
-        args.dataloader_drop_last = drop_last and is_training
-        try:
-            return super()._get_dataloader(dataset, description, batch_size, **options)
-        finally:
-            args.dataloader_drop_last = drop_last
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group a part of the network, all built before anything is frozen."""
@@ -197,13 +173,13 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         pixels = inputs["pixel_values"]
-        asks_teacher = self.loss_weights.kl > 0 or self.loss_weights.mse > 0
+        asks_teacher = self.loss_weights.ask_teacher
         teacher = self.teacher_logits(inputs, join=False) if asks_teacher else None
         outputs = model(pixel_values=pixels)
         terms = distillation_terms(
             outputs["raw_logits"],
             self.joined(teacher),
-            inputs["labels"].long(),
+            inputs["labels"],
             temperature=self.timetable.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
             distil_mask=inputs.get("distil_mask"),
@@ -251,13 +227,13 @@ class DistillationTrainer(TaughtTrainer, ResumableTrainer, PublishingTrainer):
 
     def _knows_teacher(self) -> bool:
         known = self._teacher_figures
-        return known is not None and known[0] is self._evaluated
+        return known is not None and known[0] == self._evaluated
 
     @property
-    def _evaluated(self) -> Any:
-        """The data set of the running evaluation."""
+    def _evaluated(self) -> tuple[Any, Any]:
+        """The data set of the running evaluation, and the teacher as it is."""
         loader: Any = self.callback_handler.eval_dataloader
-        return loader.dataset
+        return id(loader.dataset), None if self.teacher is None else state_of(self.teacher)
 
     def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of the data set from the rows of all processes."""

@@ -56,6 +56,14 @@ def test_values_and_gradients_are_those_of_the_enlarged_map(skip_channels: int, 
         assert torch.allclose(ours, right, rtol=0, atol=1e-11)
 
 
+def test_a_skip_without_channels_adds_nothing():
+    """Mix transformers and ConvNeXt have no map of half the size: smp passes one of no channels."""
+    features, weight = torch.randn(1, 4, 5, 6), torch.randn(3, 4, 3, 3)
+    empty = torch.empty(1, 0, 10, 12)
+    alone = enlarged_convolution(features, None, weight, None)
+    assert torch.equal(enlarged_convolution(features, empty, weight, None), alone)
+
+
 def test_weights_are_added_before_they_are_rounded():
     """In bf16, 1 + 2**-9 is 1: four of them must be added in fp32, and rounded once."""
     weight = torch.full((1, 1, 3, 3), 1.0)

@@ -31,6 +31,7 @@ LAYERS = (
         "evaluation",
         "tracking",
         "optim",
+        "loaders",
         "export",
         "model_card",
         "reports",

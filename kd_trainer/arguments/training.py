@@ -19,7 +19,7 @@ from kd_trainer.argument_checks import (
 )
 from kd_trainer.arguments.loading import set_loading
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
-from kd_trainer.losses import LossWeights
+from kd_trainer.losses import TERMS, LossWeights
 from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
 
 PRECISIONS = ("auto", "bf16", "fp16", "no")
@@ -239,13 +239,8 @@ class DistillationArguments(TrainingArguments):
     @property
     def loss_weights(self) -> LossWeights:
         """Weights of the loss terms."""
-        return LossWeights(
-            kl=self.kl_weight,
-            mse=self.mse_weight,
-            bce=self.bce_weight,
-            dice=self.dice_weight,
-            task=self.task_weight,
-        )
+        weights = {term.name: getattr(self, term.flag) for term in TERMS}
+        return LossWeights(**weights, task=self.task_weight)
 
     @property
     def temperature(self) -> TemperatureSchedule:

@@ -1,5 +1,25 @@
 """Pure loss functions on logits: the recipe's four terms, for binary and multi-class models."""
 
-from kd_trainer.losses.terms import LossTerms, LossWeights, distillation_terms, weighted_sum
+from kd_trainer.losses.checks import class_ids
+from kd_trainer.losses.terms import (
+    TEACHER_TERMS,
+    TERMS,
+    LossTerms,
+    LossWeights,
+    Term,
+    distillation_terms,
+    weight_hint,
+    weighted_sum,
+)
 
-__all__ = ["LossTerms", "LossWeights", "distillation_terms", "weighted_sum"]
+__all__ = [
+    "TEACHER_TERMS",
+    "TERMS",
+    "LossTerms",
+    "LossWeights",
+    "Term",
+    "class_ids",
+    "distillation_terms",
+    "weight_hint",
+    "weighted_sum",
+]

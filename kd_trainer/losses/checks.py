@@ -15,11 +15,7 @@ def check_inputs(
         _check_logits("teacher", teacher)
         _check_teacher(tuple(student.shape), tuple(teacher.shape))
     pixels = (student.shape[0], *student.shape[2:])
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(
-            f"Expected integer labels, got {labels.dtype}. "
-            "Pass class ids, for instance as torch.uint8 or torch.int64."
-        )
+    class_ids(labels)
     _check_pixels("labels", labels, pixels)
     if distil_mask is not None:
         if distil_mask.dtype != torch.bool:
@@ -28,6 +24,20 @@ def check_inputs(
                 "Pass True where a pixel counts."
             )
         _check_pixels("distil_mask", distil_mask, pixels)
+
+
+def class_ids(labels: Tensor) -> Tensor:
+    """The same labels as int64; 0.9 would become class 0 without a word.
+
+    Raises:
+        TypeError: if they are no integers.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(
+            f"Expected integer labels, got {labels.dtype}. "
+            "Pass class ids, for instance as torch.uint8 or torch.int64."
+        )
+    return labels.long()
 
 
 def check_temperature(temperature: float) -> None:

@@ -9,14 +9,48 @@ the device. At high temperature T²·KL tends to (s − t)²/8, so there KL and 
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
 from kd_trainer.losses.binary import binary_cross_entropy, binary_kl, binary_mse
-from kd_trainer.losses.checks import check_inputs, check_pos_weight, check_temperature
+from kd_trainer.losses.checks import check_inputs, check_pos_weight, check_temperature, class_ids
 from kd_trainer.losses.dice import binary_dice, softmax_dice
 from kd_trainer.losses.multiclass import centred_mse, softmax_cross_entropy, softmax_kl
 from kd_trainer.losses.pixels import keep_pixels, working_precision
+
+
+@dataclass(frozen=True)
+class Term:
+    """What the package knows of a loss term; everything that shows or weighs terms reads this.
+
+    Attributes:
+        name: of its field in `LossTerms` and `LossWeights`; its flag is `--NAME_weight`.
+        needs_teacher: it compares with the teacher's logits, the others with labels.
+        title: in a model card, for a student of one logit.
+        title_of_many: the same for a student of several, where it differs.
+        softened: the temperature of the run is one of its inputs.
+    """
+
+    name: str
+    needs_teacher: bool
+    title: str
+    title_of_many: str | None = None
+    softened: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Name of its weight on the command line and in a configuration."""
+        return f"{self.name}_weight"
+
+
+TERMS = (
+    Term("kl", needs_teacher=True, title="KL(T)", softened=True),
+    Term("mse", needs_teacher=True, title="MSE"),
+    Term("bce", needs_teacher=False, title="BCE", title_of_many="cross entropy"),
+    Term("dice", needs_teacher=False, title="Dice"),
+)
+TEACHER_TERMS = frozenset(term.name for term in TERMS if term.needs_teacher)
 
 
 @dataclass(frozen=True)
@@ -66,16 +100,36 @@ class LossWeights:
                 )
 
     def effective(self) -> dict[str, float]:
-        """The factor of each term in the total, by the names of `LossTerms`."""
+        """The factor of each term in the total, in the order of `TERMS`."""
         return {
-            "kl": self.kl,
-            "mse": self.mse,
-            "bce": self.task * self.bce,
-            "dice": self.task * self.dice,
+            term.name: getattr(self, term.name) * (1.0 if term.needs_teacher else self.task)
+            for term in TERMS
         }
 
+    @property
+    def ask_teacher(self) -> bool:
+        """Whether a term that counts needs the teacher's logits."""
+        return any(factor > 0 for name, factor in self.effective().items() if name in TEACHER_TERMS)
 
-ALL_TERMS = LossWeights(kl=1.0, mse=1.0, bce=1.0, dice=1.0)
+    def without_teacher(self) -> Self:
+        """The same without the terms that need one."""
+        return dataclasses.replace(self, **dict.fromkeys(TEACHER_TERMS, 0.0))
+
+    def check_teacher(self) -> None:
+        """Refuse a teacher that would be loaded, and never be asked.
+
+        Raises:
+            ValueError: if no term that needs a teacher has a weight.
+        """
+        if not self.ask_teacher:
+            flags = [f"--{term.flag}" for term in TERMS if term.needs_teacher]
+            raise ValueError(
+                f"Expected a loss term that follows the teacher, got a weight of 0 for each of "
+                f"them ({', '.join(flags)}). Give one a weight, or train without the teacher."
+            )
+
+
+ALL_TERMS = LossWeights(**{term.name: 1.0 for term in TERMS})
 
 
 def distillation_terms(
@@ -101,12 +155,12 @@ def distillation_terms(
         labels: integer (B, H, W), class ids or `ignore_index`.
         temperature: > 0, softens both sides of the KL and nothing else.
         ignore_index: label of the pixels that count in no task term.
-        distil_mask: bool (B, H, W), the pixels of kl and mse; by default the labelled ones.
+        distil_mask: bool (B, H, W), the pixels of the teacher terms; by default the labelled ones.
         weights: terms of weight 0 are not computed; None computes all.
         pos_weight: factor of the foreground in the bce of a one-logit model.
 
     Returns:
-        Terms as scalars on the student's device; kl and mse are None without a teacher.
+        Terms as scalars on the student's device; those of a teacher are None without one.
 
     Raises:
         TypeError: if a tensor has the wrong kind of type, or temperature is no number.
@@ -117,15 +171,23 @@ def distillation_terms(
     check_pos_weight(pos_weight, student_logits.shape[1])
     factors = (weights or ALL_TERMS).effective()
     wanted = {name for name, factor in factors.items() if factor > 0}
-    student, labels = working_precision(student_logits), labels.long()
+    student, labels = working_precision(student_logits), class_ids(labels)
     valid = labels != ignore_index
     terms: dict[str, Tensor] = {}
-    if teacher_logits is not None and wanted & {"kl", "mse"}:
+    if teacher_logits is not None and wanted & TEACHER_TERMS:
         teacher = teacher_logits.detach().to(student.dtype)
         mask = valid if distil_mask is None else distil_mask
         terms |= _teacher_terms(student, teacher, mask, wanted, temperature)
-    if wanted & {"bce", "dice"}:
+    if wanted - TEACHER_TERMS:
         terms |= _task_terms(student, labels, valid, wanted, pos_weight)
+    if teacher_logits is None:
+        wanted -= TEACHER_TERMS
+    missing = sorted(wanted - terms.keys())
+    if missing:  # a term that was added and is not computed would leave the total without a word
+        raise NotImplementedError(
+            f"Expected the terms {sorted(wanted)}, got none of {missing}. Compute them in "
+            "losses/terms.py."
+        )
     return LossTerms(**terms)
 
 
@@ -136,10 +198,10 @@ def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:
         ValueError: if nothing is left to sum, or a task term that has a weight was not computed.
     """
     named, factors = terms.named(), weights.effective()
-    for name in ("bce", "dice"):
-        if factors[name] > 0 and name not in named:
+    for name, factor in factors.items():
+        if name not in TEACHER_TERMS and factor > 0 and name not in named:
             raise ValueError(
-                f"Expected the term {name}, whose weight is {factors[name]}, got None. "
+                f"Expected the term {name}, whose weight is {factor}, got None. "
                 "Compute the terms with the weights they are summed with."
             )
     # A weight of 0 leaves its term out altogether: 0 times a non-finite term would be NaN.
@@ -147,12 +209,20 @@ def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:
     if not parts:
         raise ValueError(
             f"Expected at least one term with a weight above 0, got {factors} for the computed "
-            f"terms {sorted(named)}. Give bce or dice a weight; kl and mse need a teacher."
+            f"terms {sorted(named)}. {weight_hint()}"
         )
     total = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
+
+
+def weight_hint() -> str:
+    """Cure of a loss without any term."""
+    task, taught = (
+        [term.name for term in TERMS if term.needs_teacher == needs] for needs in (False, True)
+    )
+    return f"Give {' or '.join(task)} a weight; {' and '.join(taught)} need a teacher."
 
 
 def _teacher_terms(

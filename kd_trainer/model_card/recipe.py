@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kd_trainer.losses import TERMS
 from kd_trainer.model_card.facts import CardFacts
 
 
@@ -31,20 +32,18 @@ def recipe(facts: CardFacts) -> str:
 
 def _loss(settings: dict[str, Any], *, taught: bool) -> str:
     task = settings.get("task_weight", 1.0)
-    names = {"kl": "KL(T)", "mse": "MSE", "bce": "BCE", "dice": "Dice"}
-    if settings.get("num_labels", 2) > 2:
-        names["bce"] = "cross entropy"
+    several = settings.get("num_labels", 2) > 2
     terms = []
-    for key, name in names.items():
-        weight = settings.get(f"{key}_weight", 0.0)
-        factor = weight * task if key in ("bce", "dice") else weight if taught else 0.0
+    for term in TERMS:
+        factor = settings.get(term.flag, 0.0) * (float(taught) if term.needs_teacher else task)
         if factor:
-            terms.append(f"{factor:g} {name}")
+            title = (several and term.title_of_many) or term.title
+            terms.append(f"{factor:g} {title}")
     return " + ".join(terms)
 
 
 def _temperature(settings: dict[str, Any]) -> str:
-    if not settings.get("kl_weight"):
+    if not any(term.softened and settings.get(term.flag) for term in TERMS):
         return ""
     kind, per = settings.get("temperature_schedule"), settings.get("temperature_per", "epoch")
     start, end = settings.get("temperature_start"), settings.get("temperature_end")

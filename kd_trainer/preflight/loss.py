@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_trainer.losses import LossTerms
+from kd_trainer.losses import TEACHER_TERMS, LossTerms, weight_hint
 from kd_trainer.preflight.finding import Finding, fault, note, ok, several
 
 Compute = Callable[[Tensor, Tensor, Tensor], LossTerms]
@@ -17,7 +17,6 @@ Compute = Callable[[Tensor, Tensor, Tensor], LossTerms]
 _NOTHING = 1e-6  # of the whole gradient
 _ALMOST_ALL = 0.9
 _SHOWN = 3
-_DISTILLATION = ("kl", "mse")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def share_finding(gradients: Gradients) -> Finding:
             f"Check the teacher and the masks, or set --{idle[0]}_weight 0.",
         )
     top = max(shares, key=lambda name: shares[name])
-    if len(shares) > 1 and top in _DISTILLATION and shares[top] > _ALMOST_ALL:
+    if len(shares) > 1 and top in TEACHER_TERMS and shares[top] > _ALMOST_ALL:
         return note(
             check,
             f"{top} makes up {shares[top]:.0%} of the gradient at the student's first logits "
@@ -144,7 +143,7 @@ def degenerate_finding(channels: int, compute: Compute) -> Finding:
         return fault(
             check,
             "Expected a loss term with a weight above 0, got none",
-            "Give --bce_weight or --dice_weight one; kl and mse need a teacher.",
+            weight_hint(),
         )
     found = degenerate(norms)
     if found:

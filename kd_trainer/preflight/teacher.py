@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_trainer.losses import TERMS
 from kd_trainer.preflight.counts import Rows, confusion, knows_something
 from kd_trainer.preflight.finding import Finding, fault, note, ok, several
 
@@ -106,10 +107,11 @@ def quality_finding(figure: float, constant: float, name: str, images: int) -> F
 def student_finding(teacher: float, student: float) -> Finding:
     """Whether a saved student is ahead of its teacher already (mIoU on the same images)."""
     if student > teacher + _WORSE:
+        flags = " and ".join(f"--{term.flag}" for term in TERMS if term.needs_teacher)
         return note(
             "student",
             f"the student is at mIoU {student:.3f} before it starts, its teacher at {teacher:.3f}",
-            "Take a better teacher, or lower --kl_weight and --mse_weight.",
+            f"Take a better teacher, or lower {flags}.",
         )
     return ok("student", f"starts at mIoU {student:.3f}, its teacher has {teacher:.3f}")
 

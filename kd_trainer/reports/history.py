@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kd_trainer.losses import TERMS
 from kd_trainer.reports.curves import Point, line_chart
 
 Logs = Sequence[Mapping[str, Any]]
 
-TERMS = ("kl", "mse", "bce", "dice")
 METRICS = {
     "dice": "Dice",
     "iou_foreground": "IoU foreground",
@@ -49,7 +49,9 @@ def _spans_decades(series: Mapping[str, Sequence[Point]]) -> bool:
 
 def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
     """All charts for which something was logged, as `<svg>` elements."""
-    terms = {name: name for name in TERMS}
+    terms = {term.name: term.name for term in TERMS}
+    shares = {f"grad_share/{name}": name for name in terms}
+    softened = {term.name for term in TERMS if term.softened}
     evaluated = {f"eval_{k}": v for k, v in {**terms, "dice_loss": "dice"}.items() if k != "dice"}
     classes = {f"eval_iou_{name}": name for name in class_names}
     return [
@@ -60,12 +62,12 @@ def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
         *_chart(logs, "Loss", {"loss": "training", "eval_loss": "evaluation (T = 1)"}, "loss"),
         *_chart(logs, "Loss terms, training", terms, "unweighted"),
         *_chart(logs, "Loss terms, evaluation (T = 1)", evaluated, "unweighted"),
-        *_chart(logs, "Shares of the gradient", {f"grad_share/{t}": t for t in TERMS}, "share"),
+        *_chart(logs, "Shares of the gradient", shares, "share"),
         *_chart(logs, "Gradient norm before clipping", {"grad_norm": "norm"}, "norm"),
         *_chart(logs, "Learning rates", _under(logs, "lr/"), "rate"),
         *(
             _chart(logs, "Temperature", {"temperature": "temperature"}, "T", step=True)
-            if any("kl" in log for log in logs)
+            if any(softened & log.keys() for log in logs)
             else []
         ),
         *_chart(logs, "Free encoder units", {"free_units": "free units"}, "units", step=True),

@@ -5,7 +5,6 @@ from kd_trainer.resuming.together import together
 from kd_trainer.resuming.trainer import (
     ResumableTrainer,
     newest_checkpoint,
-    own_generator,
     settle_all,
 )
 
@@ -14,7 +13,6 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "newest_checkpoint",
-    "own_generator",
     "settle_all",
     "stoppable",
     "together",

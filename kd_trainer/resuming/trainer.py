@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -36,7 +35,13 @@ from kd_trainer.checkpoints import (
     settle,
 )
 from kd_trainer.disk import writing
-from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
+from kd_trainer.fingerprint import (
+    check_same_run,
+    samples_digest,
+    settings_of,
+    tensors_digest,
+)
+from kd_trainer.loaders import own_generator
 from kd_trainer.resuming.deaths import Peer, naming_the_dead, processes_of_run
 from kd_trainer.resuming.keeper import Keeper
 from kd_trainer.resuming.stopping import Stopped, StopRequest
@@ -44,6 +49,8 @@ from kd_trainer.resuming.together import together
 from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums
+
+CONTENT = {"train_content": "train_images", "eval_content": "eval_images"}
 
 
 class ResumableTrainer(Trainer):
@@ -82,6 +89,8 @@ class ResumableTrainer(Trainer):
             "teacher_weights": None,
             **{name: len(data) if data is not None else 0 for name, data in images.items()},
         }
+        if not self.facts:  # from Python nobody has looked at the files
+            known |= {name: samples_digest(images[of]) for name, of in CONTENT.items()}
         if self.teacher is not None:
             known["teacher_weights"] = tensors_digest(self.teacher.state_dict(), values=True)
         plain: dict[str, Any] = json.loads(json.dumps(known | dict(self.facts)))
@@ -97,8 +106,10 @@ class ResumableTrainer(Trainer):
         if self._checked == checkpoint:
             return
         check_complete(checkpoint)
-        self._fingerprint = self.fingerprint()
-        check_same_run(read_marker(checkpoint)["run"], self._fingerprint, str(checkpoint))
+        self._fingerprint, before = self.fingerprint(), read_marker(checkpoint)["run"]
+        unknown = CONTENT.keys() - before.keys()  # of a version that did not look
+        now = {name: value for name, value in self._fingerprint.items() if name not in unknown}
+        check_same_run(before, now, str(checkpoint))
         best = self._best_of(checkpoint)
         wrong = None
         if self.args.load_best_model_at_end and best not in (None, checkpoint):
@@ -286,14 +297,3 @@ def settle_all(args: TrainingArguments) -> None:
     if args.process_index == 0:
         settle(Path(str(args.output_dir)))
     PartialState().wait_for_everyone()
-
-
-def own_generator(loader: Any, args: TrainingArguments) -> Any:
-    """Let a DataLoader draw the seeds of its workers elsewhere than DropPath draws on a CPU.
-
-    With persistent workers it draws once in a run, else once in an epoch; a resumed run draws once
-    more, and would see other DropPath draws.
-    """
-    base: DataLoader[Any] = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper
-    base.generator = torch.Generator().manual_seed(args.seed)
-    return loader

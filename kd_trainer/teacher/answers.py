@@ -14,11 +14,17 @@ from kd_trainer.teacher.network import Teacher
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def state_of(teacher: Teacher) -> tuple[tuple[int, int], ...]:
+    """What changes when somebody writes into a teacher's tensors; reads no value."""
+    tensors = (*teacher.network.parameters(), *teacher.network.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
 class Answers:
     """Asks a copy of the teacher that was made for this training, and leaves the teacher alone.
 
-    The copy is made at the first question: a run that never asks has none. It is no part of the
-    teacher, whose weights a run is recognised by.
+    The copy is made at the first question, and again when the teacher has changed; a run that never
+    asks has none. It is no part of the teacher, whose weights a run is recognised by.
 
     Args:
         teacher: on the device where it is to answer.
@@ -46,6 +52,7 @@ class Answers:
         self._type = _TYPES.get(precision, torch.float32)
         self._stream = torch.cuda.Stream() if stream else None
         self.asked: Teacher | None = None
+        self._made_of: tuple[tuple[int, int], ...] = ()
 
     def _prepare(self, pixel_values: Tensor) -> Teacher:
         if not self.fold and self.backend is None:
@@ -80,8 +87,9 @@ class Answers:
         Call it under the autocast that was named. With a stream of its own the logits may not be
         computed yet: see `join`.
         """
-        if self.asked is None:
-            self.asked = self._prepare(pixel_values)
+        state = state_of(self.teacher)
+        if self.asked is None or state != self._made_of:
+            self.asked, self._made_of = self._prepare(pixel_values), state
         teacher = self.asked
         if self._stream is None:
             return teacher(pixel_values)

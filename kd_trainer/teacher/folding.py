@@ -17,11 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_trainer.fast_layers import FastDepthwise, is_plain, use_fast_layers
+from kd_trainer.fast_layers import (
+    FastDepthwise,
+    SubsampledPointwise,
+    is_plain,
+    use_fast_layers,
+)
 from kd_trainer.teacher.network import logits_of
 
 _ROUNDING = 1e-3  # beside the largest logit: far above rounding, far below a wrong scale
-_CONVOLUTIONS = (nn.Conv2d, Conv2dSame, FastDepthwise)
+_CONVOLUTIONS = (nn.Conv2d, Conv2dSame, FastDepthwise, SubsampledPointwise)
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 # Under autocast these would cast their weights at each call; nothing else is cast beforehand, so
 # that every other operation runs in the precision that autocast chooses for it.

@@ -60,14 +60,22 @@ class Teacher(nn.Module):
         self.image_size = image_size
         self.id2label = id2label or default_labels(num_labels)
         self.order = None if order is None else list(order)
-        self.input_mean, self.input_std = list(input_mean), list(input_std)
-        own_mean, own_std = _column(mean, "mean"), _column(std, "std")
-        new_mean, new_std = _column(input_mean, "input_mean"), _column(input_std, "input_std")
-        self.same_statistics = torch.equal(own_mean, new_mean) and torch.equal(own_std, new_std)
-        self.register_buffer("scale", new_std / own_std, persistent=False)
-        self.register_buffer("shift", (new_mean - own_mean) / own_std, persistent=False)
+        self.mean, self.std = list(mean), list(std)
+        self.register_buffer("scale", torch.ones(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.zeros(1, 3, 1, 1), persistent=False)
+        self.expect_input(input_mean, input_std)
         self.requires_grad_(False)
         super().train(False)
+
+    def expect_input(self, mean: Statistics, std: Statistics) -> Self:
+        """Take pictures that are normalised so: those of a student that is trained or measured."""
+        own_mean, own_std = _column(self.mean, "mean"), _column(self.std, "std")
+        new_mean, new_std = _column(mean, "input_mean"), _column(std, "input_std")
+        self.input_mean, self.input_std = list(mean), list(std)
+        self.same_statistics = torch.equal(own_mean, new_mean) and torch.equal(own_std, new_std)
+        self.scale = (new_std / own_std).to(self.scale.device)
+        self.shift = ((new_mean - own_mean) / own_std).to(self.shift.device)
+        return self
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 (the name nn.Module gives it)
         """Do nothing: a teacher in train mode would drift with every batch."""
@@ -86,6 +94,8 @@ class Teacher(nn.Module):
         Raises:
             ValueError: if the network gives another number of channels.
         """
+        if any(module.training for module in self.network.modules()):
+            self.network.eval()  # somebody has called train() on what is in here
         height, width = pixel_values.shape[-2:]
         images = pixel_values
         if not self.same_statistics:

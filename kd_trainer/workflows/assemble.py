@@ -113,7 +113,7 @@ def assemble(run: RunArguments) -> Parts:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processor=_processor(student, data),
-        loss_weights=weights if teacher is not None else replace(weights, kl=0.0, mse=0.0),
+        loss_weights=weights if teacher is not None else weights.without_teacher(),
     )
 
 
@@ -147,6 +147,8 @@ def _check_together(run: RunArguments) -> None:
             "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
             "train the student alone with --teacher none."
         )
+    if run.model.has_teacher:
+        run.training.loss_weights.check_teacher()
     if run.data.unlabelled is not None and not run.model.has_teacher:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "

@@ -15,11 +15,13 @@ from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset, coll
 from kd_trainer.evaluation import (
     Measured,
     classes_of,
+    input_statistics,
     labels_of,
     normalise,
     pixel_statistics,
     raw_logits,
 )
+from kd_trainer.losses import class_ids
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.safe_files import write_text
 from kd_trainer.teacher import Teacher
@@ -94,12 +96,12 @@ def evaluate_model(
         for who in compared
     }
     if teacher is not None:
-        teacher.to(device)
+        teacher.expect_input(*input_statistics(student)).to(device)
     images, finite = 0, torch.tensor(True, device=device)
     loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
     for batch in tqdm(loader, desc="evaluate", unit="batch", disable=None):
         pixels = normalise(batch["pixel_values"].to(device), statistics)
-        truth = batch["labels"].long()
+        truth = class_ids(batch["labels"])
         raw = raw_logits(student, pixels)
         finite &= raw.isfinite().all()
         found = classes_of(raw).cpu()

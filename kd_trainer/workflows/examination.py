@@ -20,6 +20,7 @@ from kd_trainer.evaluation import (
     agreement_rows,
     classes_of,
     figures_of,
+    input_statistics,
     labels_of,
     normalise,
     pixel_statistics,
@@ -50,11 +51,11 @@ class Networks:
         network: nn.Module = self.student
         network.to(self.device).eval().to(memory_format=torch.channels_last)
         if self.teacher is not None:
-            self.teacher.to(self.device)
+            self.teacher.expect_input(*input_statistics(self.student)).to(self.device)
         self.statistics = pixel_statistics(self.student, self.device)
         self.labels = labels_of(self.student)
         # Only counts are asked for: the weights of the losses play no part.
-        weights = LossWeights(kl=0, mse=0, bce=0, dice=0)
+        weights = LossWeights()
         self.settings = EvaluationSettings(len(self.labels), self.ignore_index, weights)
 
     @torch.no_grad()

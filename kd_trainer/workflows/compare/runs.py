@@ -16,6 +16,7 @@ from kd_trainer.allocator import give_back
 from kd_trainer.checkpoints import checkpoint_folders, fault, update_of
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
+from kd_trainer.losses import TERMS
 from kd_trainer.safe_files import read_regular
 from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.compare.budget import Budget, baseline_settings
@@ -30,8 +31,8 @@ COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
-    {"kl_weight", "mse_weight", "temperature_schedule", "temperature_start", "temperature_end"}
-    | {"temperature_points", "temperature_per", "teacher_targets"}
+    {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
+    | {"temperature_per", "teacher_targets", *(t.flag for t in TERMS if t.needs_teacher)}
 )
 
 

@@ -32,7 +32,7 @@ def terms_of_run(
     return distillation_terms(
         student,
         teacher,
-        batch["labels"].long().to(student.device),
+        batch["labels"].to(student.device),
         temperature=table.temperature(0),
         ignore_index=run.data.ignore_index,
         distil_mask=batch["distil_mask"].to(student.device) if "distil_mask" in batch else None,
