@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as hf_logging
 
@@ -34,8 +34,10 @@ from kd_trainer.checkpoints import (
     set_aside,
     settle,
 )
+from kd_trainer.data import StreamedDataset
 from kd_trainer.disk import writing
 from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
+from kd_trainer.resuming.epochs import CountedTrainer
 from kd_trainer.resuming.keeper import Keeper
 from kd_trainer.resuming.stopping import Stopped, StopRequest
 from kd_trainer.resuming.together import together
@@ -43,7 +45,7 @@ from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(CountedTrainer):
     """Complete checkpoints, exact resume, and an end on request.
 
     Attributes:
@@ -75,7 +77,7 @@ class ResumableTrainer(Trainer):
             **settings_of(self.args),  # type: ignore[arg-type] # DistillationArguments
             "student_tensors": tensors_digest(student, values=False),
             "teacher_weights": None,
-            **{name: len(data) if data is not None else 0 for name, data in images.items()},
+            **{name: _announced(data) for name, data in images.items()},
         }
         if self.teacher is not None:
             known["teacher_weights"] = tensors_digest(self.teacher.state_dict(), values=True)
@@ -177,9 +179,7 @@ class ResumableTrainer(Trainer):
         best = self._best_of(self._resumed)
         self.state.best_model_checkpoint = None if best is None else str(best)
         self.args.eval_on_start = False  # the log of it is in the checkpoint
-        file = self._resumed / self._progress_file()
-        # Not straight to the device: torch does not know the cpu:0 of several processes.
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = self._saved_progress()
         self._earlier = saved["seconds"]
         self._tr_loss = saved["loss"].to(self.args.device)
         self._total_loss_scalar = saved["total_loss"]
@@ -190,6 +190,16 @@ class ResumableTrainer(Trainer):
     def _progress_file(self) -> str:
         return f"progress_{self.args.process_index}.pt"
 
+    def _saved_progress(self) -> Any:
+        assert self._resumed is not None
+        # Not straight to the device: torch does not know the cpu:0 of several processes.
+        file = self._resumed / self._progress_file()
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    def saved_position(self) -> dict[str, Any] | None:
+        """Of the checkpoint; None in one of version 0.1, whose epochs all had the same length."""
+        return None if self._resumed is None else self._saved_progress().get("position")
+
     def _save_rng_state(self, output_dir: str) -> None:
         """The state of the random generators, and beside it what each process has summed up."""
         super()._save_rng_state(output_dir)
@@ -199,6 +209,7 @@ class ResumableTrainer(Trainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "terms": self.tracked.saved(),
+            "position": self.position(),
         }
         torch.save(progress, Path(output_dir) / self._progress_file())
 
@@ -250,6 +261,13 @@ class ResumableTrainer(Trainer):
             return super()._finalize_training(trial, num_train_samples, started)
         finally:
             self.args.save_total_limit = limit
+
+
+def _announced(data: Any) -> int:
+    """Number of images; of a stream before it has left any out."""
+    if data is None:
+        return 0
+    return data.announced if isinstance(data, StreamedDataset) else len(data)
 
 
 def newest_checkpoint(args: TrainingArguments) -> Newest:
