@@ -1,7 +1,7 @@
-"""What happens between epochs: units are freed, the data learns the epoch, panels are drawn.
+"""What happens between epochs: units are freed, and panels are drawn.
 
-The callbacks hold no state of their own. What is free follows from the epoch alone, so a resumed
-run frees the same units as one that was never interrupted.
+The callbacks hold no state of their own. What is free follows from the epoch alone, which the
+trainer counts and saves, so a resumed run frees the same units as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from kd_trainer.data import collate
 from kd_trainer.evaluation import EvaluationSettings
 from kd_trainer.reports.panels import comparison_panel, save_picture
-from kd_trainer.schedules import UnfreezeSchedule
-
-
-def current_epoch(state: TrainerState) -> int:
-    """Index of the running epoch; at the boundary that of the epoch that begins."""
-    return int((state.epoch or 0.0) + 1e-6)
+from kd_trainer.timetable import RunningEpoch
 
 
 class ProgressiveUnfreezing(TrainerCallback):
@@ -37,10 +32,12 @@ class ProgressiveUnfreezing(TrainerCallback):
 
     Args:
         schedule: number of free units as a function of the epoch.
+        running: the epoch, counted by the trainer: `state.epoch` lags behind after a short one.
     """
 
-    def __init__(self, schedule: UnfreezeSchedule) -> None:
+    def __init__(self, schedule: Callable[[int], int], running: RunningEpoch) -> None:
         self.schedule = schedule
+        self.running = running
 
     def on_train_begin(
         self,
@@ -50,7 +47,7 @@ class ProgressiveUnfreezing(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Set the free units of the epoch that the run starts (or goes on) in."""
-        kwargs["model"].set_free_units(self.schedule(current_epoch(state)))
+        kwargs["model"].set_free_units(self.schedule(self.running.index))
 
     def on_epoch_begin(
         self,
@@ -60,26 +57,7 @@ class ProgressiveUnfreezing(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Set the free units of the epoch that begins."""
-        kwargs["model"].set_free_units(self.schedule(current_epoch(state)))
-
-
-class DatasetEpoch(TrainerCallback):
-    """Tells the training data the epoch, from which the augmentation is drawn.
-
-    accelerate forwards `set_epoch` neither in runs of several processes nor in a resumed epoch.
-    """
-
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Call `set_epoch` of the training data set, if it has one."""
-        set_epoch = getattr(kwargs["train_dataloader"].dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(current_epoch(state))
+        kwargs["model"].set_free_units(self.schedule(self.running.index))
 
 
 def tensorboard_of(callbacks: Iterable[Any]) -> TensorBoardCallback | None:

@@ -17,13 +17,12 @@ class LoadingTrainer(Trainer):
     """Makes the loaders of map-style data sets and of streams."""
 
     args: DistillationArguments
-    _signature_columns: list[str] | None
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep what the loss needs, which is more than the student's forward pass takes."""
         super()._set_signature_columns_if_needed()
-        own = [name for name in LOSS_COLUMNS if name not in (self._signature_columns or ())]
-        self._signature_columns = [*(self._signature_columns or ()), *own]
+        known: list[str] = vars(self)["_signature_columns"]  # the base class declares it as None
+        vars(self)["_signature_columns"] = [*known, *(c for c in LOSS_COLUMNS if c not in known)]
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any

@@ -6,24 +6,17 @@ learning rates, the evaluation step, and what is logged.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kd_trainer.allocator import keep_freed_memory
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.callbacks import (
-    DatasetEpoch,
-    EvaluationPanels,
-    ProgressiveUnfreezing,
-    tensorboard_of,
-)
+from kd_trainer.callbacks import EvaluationPanels, ProgressiveUnfreezing, tensorboard_of
 from kd_trainer.compiling import allow_recompiles, forget_earlier_training
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
@@ -46,10 +39,10 @@ from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import parameter_groups
 from kd_trainer.publishing import PublishingTrainer
-from kd_trainer.resuming import ResumableTrainer, together
+from kd_trainer.resuming import EpochCounter, ResumableTrainer, together
 from kd_trainer.teacher import Teacher, state_of
 from kd_trainer.teaching import TaughtTrainer
-from kd_trainer.timetable import Timetable
+from kd_trainer.timetable import RunningEpoch, Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
 
 Batch = dict[str, Any]
@@ -104,7 +97,8 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
         self.tracked = TermSums(self.loss_weights)
         self._teacher_figures: tuple[tuple[Any, Any], dict[str, float]] | None = None
         self.timetable = Timetable(args, len(encoder_units(model)), args.num_train_epochs)
-        unfreezing = ProgressiveUnfreezing(self.timetable.unfreezing)
+        self.running = RunningEpoch()
+        unfreezing = ProgressiveUnfreezing(lambda e: self.timetable.free_units(e), self.running)
         super().__init__(
             model=model,
             args=args,
@@ -112,7 +106,7 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
             eval_dataset=eval_dataset,
             data_collator=kwargs.pop("data_collator", collate),
             compute_metrics=self._figures,
-            callbacks=[unfreezing, DatasetEpoch(), *(callbacks or [])],
+            callbacks=[EpochCounter(self), unfreezing, *(callbacks or [])],
             **kwargs,
         )
         forget_earlier_training(model)
@@ -130,14 +124,6 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
             panels = EvaluationPanels(self.found_classes, eval_dataset, self.settings, board)
             self.add_callback(panels)
 
-    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
-        """Remember the updates per epoch, which the schedules count with."""
-        values = super().set_initial_training_values(args, dataloader)
-        updates = values[1]
-        epochs = args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
-        self.timetable = replace(self.timetable, epochs=epochs, updates_per_epoch=updates)
-        return values
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group a part of the network, all built before anything is frozen."""
         if self.optimizer is None:
@@ -152,7 +138,7 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
         """A LambdaLR with one pure function of the update for each group."""
         if self.lr_scheduler is None:
             optimizer = self.create_optimizer() if optimizer is None else optimizer
-            rates = [self.timetable.rate(group["name"]) for group in optimizer.param_groups]
+            rates = [self.rate(group["name"]) for group in optimizer.param_groups]
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
             self._created_lr_scheduler = True
         return self.lr_scheduler

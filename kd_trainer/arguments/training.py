@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,11 @@ class DistillationArguments(TrainingArguments):
     )
     unfreeze_warmup_epochs: float = help_field(
         0.0, "Linear ramp of a unit's learning rate after it is freed, in epochs."
+    )
+    plan_epochs: float | None = help_field(
+        None,
+        "Epochs that warm-up and unfreezing are written for (the recipes: 50): scale them to those "
+        "of the run, or to --max_steps.",
     )
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
     encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
@@ -191,6 +197,11 @@ class DistillationArguments(TrainingArguments):
         staged = ("unfreeze_warmup_epochs", "unfreeze_start_epoch", "unfreeze_every")
         for name in (*rates, *staged):
             check_at_least(name, getattr(self, name), 0)
+        if self.plan_epochs is not None and not 0 < self.plan_epochs < math.inf:
+            raise ValueError(
+                f"Expected --plan_epochs above 0, got {self.plan_epochs:g}. Name the epochs that "
+                "warm-up and unfreezing are written for, or leave it out."
+            )
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"Expected --min_learning_rate of at most the learning rate {self.learning_rate:g},"

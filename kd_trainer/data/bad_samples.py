@@ -3,7 +3,8 @@
 No other sample ever takes the place of a bad one. Indexed data is looked through once before the
 run and its bad rows are dropped, so that batches, epochs, processes and a resumed run are those of
 a data set that never held them. A stream is not read twice: its bad rows are left out when they
-come, so that a batch is filled by the rows behind them and an epoch is that much shorter.
+come, so that a batch is filled by the rows behind them and an epoch is that much shorter. From the
+next epoch on they are known, and are left out as if they were not there.
 """
 
 from __future__ import annotations
@@ -191,6 +192,7 @@ class StreamedBad:
         self.total = total
         self.limit = limit
         self._seen = torch.zeros(total, dtype=torch.uint8).share_memory_()
+        self._left_out = torch.zeros(total, dtype=torch.uint8).share_memory_()
         handle, self._path = tempfile.mkstemp(prefix="kd_trainer-bad-")
         os.close(handle)
         weakref.finalize(self, _remove, self._path, os.getpid())
@@ -212,6 +214,26 @@ class StreamedBad:
             tqdm.write(f"left out: {sample}", file=sys.stderr)
         if count > self.limit * self.total:
             check_share(self.found(), self.total, self.limit)
+
+    def leave_out(self) -> None:
+        """Leave out what is known now, until the next call; before workers begin an epoch.
+
+        They would not agree on the batches of an epoch if each left out what it has found itself.
+        """
+        self._left_out.copy_(self._seen)
+
+    def leaves_out(self, row: int) -> bool:
+        """Whether the running epoch does without a row from its beginning."""
+        return bool(self._left_out[row])
+
+    @property
+    def missing(self) -> int:
+        """Rows that the running epoch does without."""
+        return int(self._left_out.sum())
+
+    def left_out(self) -> list[BadSample]:
+        """What the running epoch does without from its beginning."""
+        return [sample for sample in self.found() if self.leaves_out(sample.row)]
 
     def found(self) -> list[BadSample]:
         """All rows so far, in the order of the stream."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kd_trainer.data.bad_samples import BadSample, StreamedBad
 from kd_trainer.data.cells import BadSampleError, cell_name
+from kd_trainer.data.collate import padding_like
 from kd_trainer.data.dataset import SharedEpoch
 from kd_trainer.data.transform import SegmentationTransform
 
@@ -152,23 +153,45 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         """What has been left out so far, by all processes that read for this rank."""
         return [] if self._bad is None else self._bad.found()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next draws; call it before the DataLoader's iterator is made."""
-        self._epoch.set(epoch)
+    @property
+    def left_out(self) -> list[BadSample]:
+        """Those that are not counted in the length, because they were known in time."""
+        return [] if self._bad is None else self._bad.left_out()
 
-    def __len__(self) -> int:
-        """Samples of this rank in an epoch."""
+    def restore(self, bad: Iterable[BadSample]) -> None:
+        """Know the bad rows that an interrupted run knew."""
+        for sample in bad:
+            if self._bad is not None:
+                self._bad.add(sample.row, sample.file, sample.reason)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next draws, which leave out the bad rows that are known by now.
+
+        Call it before the DataLoader's iterator is made.
+        """
+        self._epoch.set(epoch)
+        if self._bad is not None:
+            self._bad.leave_out()
+
+    @property
+    def announced(self) -> int:
+        """Samples of this rank in an epoch, if all can be used."""
         start, stop = self._share()
         return stop - start + self._missing()
+
+    def __len__(self) -> int:
+        """Samples of this rank in an epoch, as far as is known."""
+        return self.announced - (self._bad.missing if self._bad else 0)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Samples of this rank, and in a DataLoader worker of this worker, in the current epoch."""
         epoch = self._epoch.get()
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        rows = chain(self._rows(epoch), repeat(None, self._missing()))
+        bad = self._bad
+        rows = (row for row in self._rows(epoch) if not (bad and bad.leaves_out(row[0])))
         last: Row = (0, {})
-        for position, row in enumerate(rows):
+        for position, row in enumerate(chain(rows, repeat(None, self._missing()))):
             last = row or last
             if position // self.batch_size % workers != number:
                 continue
@@ -256,14 +279,6 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             f"got {got}. Correct --max_train_samples or --max_eval_samples, or leave out "
             "--streaming."
         )
-
-
-def padding_like(sample: dict[str, Tensor], ignore_index: int) -> dict[str, Tensor]:
-    """A sample of the same shapes without a pixel that counts."""
-    return sample | {
-        "labels": torch.full_like(sample["labels"], ignore_index),
-        "distil_mask": torch.zeros_like(sample["distil_mask"]),
-    }
 
 
 def shuffled(rows: Iterable[Row], draw: np.random.Generator, size: int) -> Iterator[Row]:

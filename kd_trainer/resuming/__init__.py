@@ -1,5 +1,6 @@
 """Runs that can be interrupted: complete checkpoints, exact resume, an end on request."""
 
+from kd_trainer.resuming.epochs import EpochCounter
 from kd_trainer.resuming.stopping import Stopped, StopRequest, stoppable
 from kd_trainer.resuming.together import together
 from kd_trainer.resuming.trainer import (
@@ -9,6 +10,7 @@ from kd_trainer.resuming.trainer import (
 )
 
 __all__ = [
+    "EpochCounter",
     "ResumableTrainer",
     "StopRequest",
     "Stopped",

@@ -41,7 +41,8 @@ class Keeper(TrainerCallback):
         """
         if self.trainer.stop is not None and self.trainer.stop.agree(args.device):
             control.should_save = True
-        closing = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        ends = control.should_epoch_stop or state.global_step >= state.max_steps
+        closing = ends or float(state.epoch).is_integer()
         if control.should_save and closing:
             control.should_save, self._later = False, True
 

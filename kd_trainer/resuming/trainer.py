@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as hf_logging
@@ -34,6 +34,7 @@ from kd_trainer.checkpoints import (
     set_aside,
     settle,
 )
+from kd_trainer.data import StreamedDataset
 from kd_trainer.disk import writing
 from kd_trainer.fingerprint import (
     check_same_run,
@@ -43,6 +44,7 @@ from kd_trainer.fingerprint import (
 )
 from kd_trainer.loaders import own_generator
 from kd_trainer.resuming.deaths import Peer, naming_the_dead, processes_of_run
+from kd_trainer.resuming.epochs import CountedTrainer
 from kd_trainer.resuming.keeper import Keeper
 from kd_trainer.resuming.stopping import Stopped, StopRequest
 from kd_trainer.resuming.together import together
@@ -53,7 +55,7 @@ from kd_trainer.tracking import TermSums
 CONTENT = {"train_content": "train_images", "eval_content": "eval_images"}
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(CountedTrainer):
     """Complete checkpoints, exact resume, and an end on request.
 
     Attributes:
@@ -87,7 +89,7 @@ class ResumableTrainer(Trainer):
             **settings_of(self.args),  # type: ignore[arg-type] # DistillationArguments
             "student_tensors": tensors_digest(student, values=False),
             "teacher_weights": None,
-            **{name: len(data) if data is not None else 0 for name, data in images.items()},
+            **{name: _announced(data) for name, data in images.items()},
         }
         if not self.facts:  # from Python nobody has looked at the files
             known |= {name: samples_digest(images[of]) for name, of in CONTENT.items()}
@@ -195,9 +197,7 @@ class ResumableTrainer(Trainer):
         best = self._best_of(self._resumed)
         self.state.best_model_checkpoint = None if best is None else str(best)
         self.args.eval_on_start = False  # the log of it is in the checkpoint
-        file = self._resumed / self._progress_file()
-        # Not straight to the device: torch does not know the cpu:0 of several processes.
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = self._saved_progress()
         self._earlier = saved["seconds"]
         self._tr_loss = saved["loss"].to(self.args.device)
         self._total_loss_scalar = saved["total_loss"]
@@ -218,6 +218,16 @@ class ResumableTrainer(Trainer):
     def _progress_file(self) -> str:
         return f"progress_{self.args.process_index}.pt"
 
+    def _saved_progress(self) -> Any:
+        assert self._resumed is not None
+        # Not straight to the device: torch does not know the cpu:0 of several processes.
+        file = self._resumed / self._progress_file()
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    def saved_position(self) -> dict[str, Any] | None:
+        """Of the checkpoint; None in one of version 0.1, whose epochs all had the same length."""
+        return None if self._resumed is None else self._saved_progress().get("position")
+
     def _save_rng_state(self, output_dir: str) -> None:
         """The state of the random generators, and beside it what each process has summed up."""
         super()._save_rng_state(output_dir)
@@ -227,6 +237,7 @@ class ResumableTrainer(Trainer):
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "terms": self.tracked.saved(),
+            "position": self.position(),
         }
         torch.save(progress, Path(output_dir) / self._progress_file())
 
@@ -279,6 +290,13 @@ class ResumableTrainer(Trainer):
             return super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
+
+
+def _announced(data: Any) -> int:
+    """Number of images; of a stream before it has left any out."""
+    if data is None:
+        return 0
+    return data.announced if isinstance(data, StreamedDataset) else len(data)
 
 
 def newest_checkpoint(args: TrainingArguments) -> Newest:
