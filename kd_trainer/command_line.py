@@ -83,6 +83,9 @@ class RunArguments:
                 values[field.name] = value
         values = {k: v for k, v in values.items() if _is_plain(v)}
         values |= {k: v for k, v in self.given.items() if k not in values}
+        if self.training.mixed_precision != "no" and not values.get("mixed_precision"):
+            # Asked for by --bf16, or by the accelerate configuration through the environment.
+            values["mixed_precision"] = self.training.mixed_precision
         return {k: v for k, v in values.items() if k not in _LEFT_OUT}
 
 
