@@ -94,6 +94,9 @@ class RunArguments:
                 "mixed_precision", self.training.mixed_precision
             )
         values |= {k: v for k, v in self.given.items() if k not in values}
+        if self.training.mixed_precision != "no" and not values.get("mixed_precision"):
+            # Asked for by --bf16, or by the accelerate configuration through the environment.
+            values["mixed_precision"] = self.training.mixed_precision
         return {k: v for k, v in values.items() if k not in _LEFT_OUT}
 
 

@@ -290,6 +290,38 @@ def test_resolved_configuration_loads_again_and_gives_the_same_settings(tmp_path
             assert str(left) == str(right), field.name
 
 
+@pytest.mark.parametrize("way", ["--bf16", "--mixed_precision", "accelerate"])
+def test_precision_is_written_down_however_it_was_given(way: str, tmp_path: Path, monkeypatch):
+    """The same configuration then trained in fp32, and was refused on `--resume`."""
+    flags = {"--bf16": ["--bf16"], "--mixed_precision": ["--mixed_precision", "bf16"]}.get(way, [])
+    with monkeypatch.context() as patch:
+        if way == "accelerate":
+            patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+        first = parse(["--use_cpu", *flags])
+    path = written(tmp_path, yaml.safe_dump(first.resolved(), sort_keys=False))
+    second = parse(["--config", path])
+    assert second.training.mixed_precision == "bf16"
+    assert settings_of(second.training) == settings_of(first.training)
+
+
+def test_no_switch_that_changes_a_run_is_missing_in_its_configuration():
+    """A setting that counts on resume and is not written down cannot be given again."""
+    base = ["--dataset", "photos", "--output_dir", "out", "--use_cpu"]
+    switches = [f for f in dataclasses.fields(DistillationArguments) if f.init]
+    tried = []
+    for field in (f for f in switches if isinstance(f.default, bool)):
+        try:
+            first = parse([*base, f"--{field.name}", str(not field.default).lower()])
+        except ValueError:
+            continue  # refused: it changes nothing
+        if field.name == "torch_compile":
+            continue  # looks for a compiler
+        second = build(yaml.safe_load(yaml.safe_dump(first.resolved())))
+        assert settings_of(second.training) == settings_of(first.training), field.name
+        tried.append(field.name)
+    assert len(tried) > 20
+
+
 def test_resolved_configuration_does_not_pin_the_machine(tmp_path: Path):
     """Resolved on a laptop, `use_cpu` would keep the next machine's GPU idle; a seed that was
     derived would stay when another `--seed` is given.

@@ -228,7 +228,6 @@ def test_nothing_of_a_run_is_written_in_place(data: Path, tmp_path: Path, monkey
     out = tmp_path / "out"
     train(parse(train_flags(data, out, "--epochs", "1", "--report", "true", "--panel_images", "1")))
     files = [p for p in out.rglob("*") if p.is_file() and "checkpoint-" not in str(p.parent)]
-    assert {"config.yaml", "results.json", "report.html", "step_000002.png"} <= {
-        p.name for p in files
-    }
-    assert {p.name for p in files} - placed == set()
+    names = {p.name for p in files}
+    assert {"config.yaml", "results.json", "report.html", "step_000002.png"} <= names
+    assert names - placed == set()

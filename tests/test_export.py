@@ -62,6 +62,17 @@ def student() -> SmpForSemanticSegmentation:
     return trained()
 
 
+def test_a_folder_that_no_export_wrote_is_not_deleted(student, tmp_path: Path):
+    """`student_smp` may be the folder of a model that was put there by hand."""
+    mine = tmp_path / "student_smp" / "notes.txt"
+    mine.parent.mkdir()
+    mine.touch()
+    args = ExportArguments(format="smp", output=str(tmp_path), images="*.png")
+    with pytest.raises(ValueError, match=r"holds notes\.txt of another origin"):
+        export_student(student, args, DataArguments())
+    assert mine.is_file()
+
+
 @pytest.fixture(scope="module")
 def plain(student: SmpForSemanticSegmentation, tmp_path_factory) -> Path:
     """The binary student as ONNX: normalised floats in, logits out."""

@@ -290,6 +290,27 @@ def test_files_that_change_how_the_student_loads_are_refused_without_force(made:
     assert made.files(ID) == contents(folder) | {LOADED[-1]: b"of somebody"}
 
 
+CARDS = {
+    "---\nlicense: mit\n---\n": True,
+    "---\nlicense: mit\n---\n# Distilled with kd_trainer\n": True,
+    "---\nlicense: mit\n---\n# My model\n": False,
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_model_of_another_origin_is_not_written_over(card: str, made: Hub):
+    """A slip in the id would replace another model, and a card that somebody wrote."""
+    files = made.repos["models", ID].commits[-1][2]
+    files[CARD] = card.encode()
+    if CARDS[card]:
+        check_access(ID, private=False)
+    files["config.json"] = b"{}"
+    if "kd_trainer" not in card:
+        with pytest.raises(ValueError, match=rf"^Expected {ID} to be new .*got another README"):
+            check_access(ID, private=False)
+    check_access(ID, private=False, force=True)
+
+
 def test_harmless_files_of_others_stay_and_are_listed(made: Hub, folder: Path):
     """An export and a picture beside the student change nothing; curves of others are not ours."""
     others = dict.fromkeys(("model.onnx", "docs/a.png", "runs/notes.txt", "LICENSE"), b"x")

@@ -26,6 +26,10 @@ LAUNCHERS = {
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--standalone", "--nproc_per_node", "2"),
     ],
+    "restarts": [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *("--standalone", "--nproc_per_node", "2", "--max-restarts", "2"),
+    ],
 }
 UPDATES = 24
 
@@ -163,3 +167,27 @@ def test_a_save_that_fails_on_one_process_ends_all_of_them(rank: int, tmp_path: 
     assert "No space left on device" in done.stderr
     assert f"got a failure of 1, which says why. Process {1 - rank} stops with it." in done.stderr
     assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_torchrun_restarts_a_training_that_lost_a_process(tmp_path: Path):
+    """It gives the same command each time: one that only starts, or only goes on, ends for good.
+
+    Without restarts the end is one line that names the process, instead of a reset connection.
+    """
+    data = write_pairs(tmp_path / "data", train=8, validation=2)
+    finish("torchrun", data, tmp_path / "whole")
+    out = tmp_path / "out"
+    process = start("restarts", data, out, "--resume", "auto")
+    when_saved(process, out)
+    victim = psutil.Process(process.pid).children()[-1]
+    victim.kill()
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said[-3000:]
+    assert re.search(rf"error: Expected all 2 processes .* process \d \(pid {victim.pid}\)", said)
+    assert "Traceback" not in said
+    students = [
+        load_file(tmp_path / name / "student/model.safetensors") for name in ("whole", "out")
+    ]
+    assert_same_tensors(*students)

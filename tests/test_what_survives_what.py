@@ -22,7 +22,11 @@ def times(file: str) -> str:
 
 def test_cases_are_those_that_are_collected():
     """A page that counts by hand is wrong after the next test."""
-    files = ("tests/test_interruptions.py", "tests/test_stopped_launches.py")
+    files = (
+        "tests/test_interruptions.py",
+        "tests/test_stopped_launches.py",
+        "tests/test_deaths.py",
+    )
     collected = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", *files],
         cwd=TESTS.parent,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,19 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
-from kd_trainer.hub.names import CARD, OURS, PANEL, RESULTS, WEIGHTS, changes_loading, is_board
+from kd_trainer.hub.names import (
+    CARD,
+    OURS,
+    PANEL,
+    RESULTS,
+    STUDENT,
+    WEIGHTS,
+    changes_loading,
+    is_board,
+)
 from kd_trainer.replacing import MARKER
 
+_HEAD = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)  # a card's metadata
 _LOGIN = "Log in with `hf auth login`, or put a token that may write into HF_TOKEN."
 
 
@@ -49,7 +60,8 @@ def check_access(repo_id: str, *, private: bool = True, force: bool = False) -> 
     Args:
         repo_id: OWNER/NAME; the repository is made if there is none.
         private: make it private, and refuse one that is public; else the other way round.
-        force: take a repository with other files that change how the student loads.
+        force: take a repository with other files that change how the student loads, or with a
+            model or a card that was not pushed from here.
 
     Returns:
         Its address.
@@ -58,7 +70,7 @@ def check_access(repo_id: str, *, private: bool = True, force: bool = False) -> 
         PermissionError: if there is no token, or it may not write there.
         ConnectionError: if the Hub cannot be reached.
         ValueError: if the repository is public and should be private or the other way round, or
-            holds such files.
+            holds such files, or another model.
     """
     with hub_errors(repo_id):
         api = HfApi()
@@ -67,6 +79,9 @@ def check_access(repo_id: str, *, private: bool = True, force: bool = False) -> 
         # An existing repository counts as created, whoever may write to it.
         api.auth_check(repo_id, write=True)
         found = api.model_info(repo_id)
+        names = {s.rfilename for s in found.siblings or ()}
+        taken = sorted(names & {CARD, *STUDENT})
+        foreign = bool(taken) and not _is_ours(repo_id, found.sha, names)
     if private and not found.private:
         raise ValueError(
             f"Expected {repo_id} to be private, got a public repository. Say that you mean it with "
@@ -78,7 +93,12 @@ def check_access(repo_id: str, *, private: bool = True, force: bool = False) -> 
             "training --hub_private_repo false), or change it in its settings on the Hub."
         )
     if not force:
-        _check_others(repo_id, {s.rfilename for s in found.siblings or ()} - OURS)
+        _check_others(repo_id, names - OURS)
+    if foreign and not force:
+        raise ValueError(
+            f"Expected {repo_id} to be new or of an earlier push, got another {taken[0]}, which "
+            "would be written over. Push to another id, or with push.py --force."
+        )
     return str(url)
 
 
@@ -122,7 +142,7 @@ def upload(
         left = stored.keys() - files.keys()
         stale = sorted(name for name in left if is_board(name))
         named = sorted(left & {PANEL, *RESULTS})
-        if named and _is_ours(repo_id, before.sha, stored):
+        if named and _is_ours(repo_id, before.sha, stored.keys()):
             stale += named
         others = left - set(stale)
         if not force:
@@ -141,12 +161,17 @@ def upload(
     return Pushed(url, commit.oid, commit.oid != before.sha, shown)
 
 
-def _is_ours(repo_id: str, revision: str | None, stored: Collection[str]) -> bool:
-    """Whether the card in a repository is one of an earlier push."""
+def _is_ours(repo_id: str, revision: str | None, stored: Set[str]) -> bool:
+    """Whether the card in a repository is one of an earlier push, or as good as none.
+
+    The Hub's page for new repositories writes a card that holds the licence and nothing else.
+    """
     if CARD not in stored:
         return False
-    card = Path(hf_hub_download(repo_id, CARD, revision=revision))
-    return "kd_trainer" in card.read_text(encoding="utf-8", errors="replace")
+    path = Path(hf_hub_download(repo_id, CARD, revision=revision))
+    card = path.read_text(encoding="utf-8", errors="replace")
+    alone = stored <= {CARD, ".gitattributes"}
+    return "kd_trainer" in card or (alone and not _HEAD.sub("", card).strip())
 
 
 @contextmanager

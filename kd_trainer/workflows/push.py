@@ -28,7 +28,9 @@ class PushArguments:
     public: bool = help_field(False, "Push to a public repository, not to a private one.")
     private: bool | None = help_field(None, "What is done without --public.")
     force: bool = help_field(
-        False, "Push also into a repository whose other files change how the student loads."
+        False,
+        "Push also into a repository whose other files change how the student loads, and over a "
+        "model or a card that was not pushed from here.",
     )
     dry_run: bool = help_field(False, "Write the folder that would be pushed, and stop.")
     output_dir: str = help_field("", "Where that folder is written (default: FOLDER/hub).")
