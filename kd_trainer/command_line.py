@@ -89,10 +89,6 @@ class RunArguments:
             if field.name in own_fields() or value != _default(field):
                 values[field.name] = value
         values = {k: v for k, v in values.items() if _is_plain(v)}
-        if self.training.mixed_precision != "no":  # asked for by a flag or by `accelerate launch`
-            values["mixed_precision"] = self.given.get(
-                "mixed_precision", self.training.mixed_precision
-            )
         values |= {k: v for k, v in self.given.items() if k not in values}
         if self.training.mixed_precision != "no" and not values.get("mixed_precision"):
             # Asked for by --bf16, or by the accelerate configuration through the environment.

@@ -333,22 +333,6 @@ def test_resolved_configuration_does_not_pin_the_machine(tmp_path: Path):
     assert parse(["--config", path, "--seed", "7"]).training.data_seed == 7
 
 
-@pytest.mark.parametrize("how", ["--bf16", "--mixed_precision bf16", "ACCELERATE_MIXED_PRECISION"])
-def test_the_precision_is_written_down_however_it_was_asked_for(monkeypatch, how):
-    """The configuration of a run in bf16 trained in fp32, and could not resume it."""
-    if how.startswith("--"):
-        run = parse([*how.split(), "--use_cpu"])
-    else:
-        monkeypatch.setenv(how, "bf16")
-        run = parse(["--use_cpu"])
-        monkeypatch.delenv(how)
-    again = build(run.resolved())
-    assert run.training.bf16 or run.training.mixed_precision == "bf16"
-    assert again.training.bf16
-    assert again.resolved() == run.resolved()
-    assert settings_of(again.training) == settings_of(run.training)
-
-
 def test_two_precisions_are_refused():
     """One of them would win without a word."""
     with pytest.raises(
