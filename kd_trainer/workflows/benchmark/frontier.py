@@ -18,12 +18,12 @@ from torch import Tensor
 
 from kd_trainer.export.session import OnnxStudent
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.safe_files import read_json
 from kd_trainer.workflows.costs import RawLogits, file_mib, macs, onnx_bytes, onnx_call, picture
 from kd_trainer.workflows.export.exporter import FILES
 from kd_trainer.workflows.export.main import RESULTS, student_folder
 from kd_trainer.workflows.latency import Call, passes, summary
 from kd_trainer.workflows.models import load_student, network_size
-from kd_trainer.workflows.run_folder import read_json
 
 TORCH, ONNX, INT8 = "torch fp32", "onnxruntime fp32", "onnxruntime int8"
 ENGINES = (TORCH, ONNX, INT8)
