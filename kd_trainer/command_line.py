@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from kd_trainer.argument_checks import check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.fields import add_fields, closest, convert, hints_of
+from kd_trainer.fields import add_fields, closest, convert, expanded, hints_of
 from kd_trainer.safe_files import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -243,7 +243,7 @@ def given_flags(
             f"Expected each value behind its flag, got {unknown[0]!r} behind none. Write "
             "--name value; quote a value with spaces."
         )
-    return vars(namespace)
+    return {name: expanded(value) for name, value in vars(namespace).items()}
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunArguments:

@@ -45,6 +45,18 @@ def check_folder(name: str, path: str) -> None:
         )
 
 
+def expanded(value: Any) -> Any:
+    """Text that names a place in a home folder, in full; anything else as it is.
+
+    A shell expands only the `~` that starts a word, so `--flag=~/x` and YAML arrive as written.
+    """
+    if isinstance(value, list):
+        return [expanded(item) for item in value]
+    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
+        return str(Path(value).expanduser())
+    return value
+
+
 def help_field(default: Any, text: str) -> Any:
     """A dataclass field whose help is shown by `--help`."""
     if isinstance(default, list):
@@ -84,7 +96,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(f"Expected a value for --{name}, got none.")
     for option in options:
         try:
-            return _convert_to(value, option)
+            return expanded(_convert_to(value, option))
         except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
             continue
     wanted = " or ".join(_type_name(o) for o in options if o is not type(None))

@@ -11,7 +11,9 @@ from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArgu
 from kd_trainer.command_line import (
     ALIASES,
     DEFAULT_RECIPE,
+    Parser,
     build,
+    given_flags,
     load_recipe,
     own_fields,
     parse,
@@ -368,3 +370,28 @@ def test_every_field_of_ours_has_a_help_text():
         for field in dataclasses.fields(cls):
             if cls is not DistillationArguments or field.name in own_fields():
                 assert field.metadata.get("help"), field.name
+
+
+def test_a_home_folder_is_the_same_in_every_flag_and_in_yaml(tmp_path, monkeypatch):
+    """A shell leaves `--flag=~/x` and YAML alone: a folder called `~` would be made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teacher: ~/teacher\nunlabelled: ~/more\nencoder_weights: ~/a.pth\n")
+    flags = ["--config=~/recipe.yaml", "--dataset=~/photos", "--output_dir=~/runs", "--resume=~/c"]
+    run = parse(flags)
+    found = (run.model.teacher, run.data.unlabelled, run.model.encoder_weights, run.data.dataset)
+    assert found == tuple(str(tmp_path / name) for name in ("teacher", "more", "a.pth", "photos"))
+    assert run.training.output_dir == str(tmp_path / "runs")
+    assert run.training.resume == str(tmp_path / "c")
+
+
+def test_a_home_folder_is_expanded_where_a_script_takes_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = Parser(prog="x", allow_abbrev=False)
+    words.add_argument("model")
+    words.add_argument("pictures", nargs="+")
+    given = given_flags(words, ["~/student", "~/a.jpg", "b~/c", "~"])
+    assert given == {
+        "model": str(tmp_path / "student"),
+        "pictures": [str(tmp_path / "a.jpg"), "b~/c", str(tmp_path)],
+    }
