@@ -88,7 +88,8 @@ def _tags(image: Image.Image) -> Any:
 
 def _raw_mode(image: Image.Image) -> str:
     """The layout of the stored values in PIL's words, before they are loaded."""
-    args = image.tile[0].args if image.tile else ""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0].args if tiles else ""
     return str(args[0]) if isinstance(args, tuple) and args else str(args)
 
 
