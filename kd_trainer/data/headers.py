@@ -88,7 +88,7 @@ def _tags(image: Image.Image) -> Any:
 
 def _raw_mode(image: Image.Image) -> str:
     """The layout of the stored values in PIL's words, before they are loaded."""
-    tiles: Any = getattr(image, "tile", ())  # of files alone
+    tiles = getattr(image, "tile", None)
     args = tiles[0].args if tiles else ""
     return str(args[0]) if isinstance(args, tuple) and args else str(args)
 
