@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,8 @@ def test_eval_script_measures_any_segmentation_model(finished: Run, tmp_path: Pa
         )
     assert found["student_miou"] == pytest.approx(counts.metrics(names)["miou"], abs=1e-3)
 
-    bare = str(Path(finished.student) / "model.safetensors")
+    weights = Path(finished.student) / "model.safetensors"
+    bare = str(shutil.copy(weights, tmp_path / "bare.safetensors"))
     sizes = ["--image_size", str(SIDE), "--num_labels", str(count)]
     with pytest.raises(ValueError, match="give both"):
         evaluate_main([bare, *data, *sizes])
