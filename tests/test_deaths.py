@@ -39,20 +39,17 @@ def ended() -> int:
 
 def test_launcher_is_who_set_the_variables_not_whose_name_says_so(monkeypatch: Any):
     """A script in a folder called `torch` that starts a training and ends would stop it."""
-    parent = os.getppid()
-    for name in stopping._OF_LAUNCHERS:
-        monkeypatch.delenv(name, raising=False)
-    assert not stopping._is_launcher(parent)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one-that-the-parent-does-not-have")
-    assert stopping._is_launcher(parent)
-    inherited = os.environ | {"TORCHELASTIC_RUN_ID": "one-that-the-parent-does-not-have"}
-    child = subprocess.Popen(["cat"], env=inherited, stdin=subprocess.PIPE)
+    launched = os.environ | {"TORCHELASTIC_RUN_ID": "one-that-this-process-does-not-have"}
+    child = subprocess.Popen(["cat"], env=launched, stdin=subprocess.PIPE)
     try:
         while not Path(f"/proc/{child.pid}/environ").read_bytes():
             time.sleep(0.01)
-        assert not stopping._is_launcher(child.pid)  # as after `torchrun script.sh`
+        assert stopping._is_launcher(os.getpid(), child.pid)
+        assert not stopping._is_launcher(child.pid, child.pid)  # as after `torchrun script.sh`
     finally:
         child.communicate()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "default")  # as the Trainer sets it
+    assert not stopping._is_launcher(os.getppid())
 
 
 @pytest.mark.slow

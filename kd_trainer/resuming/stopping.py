@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 # What schedulers send before they take the machine away (SIGUSR1), and what a lost terminal does.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Set for their children by torchrun, and by `accelerate launch` with one process; by no user.
-_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_DYNAMO_MODE")
+_OF_LAUNCHERS = (b"TORCHELASTIC_RUN_ID=", b"ACCELERATE_DYNAMO_MODE=")
 
 
 class Stopped(Exception):  # noqa: N818 (no error: it was asked for)
@@ -130,11 +130,16 @@ def _outlive_launcher() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def _is_launcher(parent: int) -> bool:
-    """Whether the parent has set for this process what launchers set, and not inherited it."""
+def _is_launcher(parent: int, process: int | str = "self") -> bool:
+    """Whether the parent has set for a process what launchers set, and not inherited it.
+
+    As they were at the start: the Trainer sets such variables for itself.
+    """
     try:
-        inherited = Path(f"/proc/{parent}/environ").read_bytes().split(b"\0")
+        own, inherited = (
+            Path(f"/proc/{number}/environ").read_bytes().split(b"\0")
+            for number in (process, parent)
+        )
     except OSError:
         return False
-    variables = (f"{n}={os.environ[n]}".encode() for n in _OF_LAUNCHERS if n in os.environ)
-    return any(variable not in inherited for variable in variables)
+    return any(v.startswith(_OF_LAUNCHERS) and v not in inherited for v in own)
