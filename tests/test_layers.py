@@ -33,6 +33,7 @@ LAYERS = (
         "fingerprint",
     ),
     (
+        "accepted",
         "callbacks",
         "console",
         "inference",

@@ -82,7 +82,7 @@ class ResumableTrainer(Trainer):
             **settings_of(self.args),  # type: ignore[arg-type] # DistillationArguments
             "student_tensors": tensors_digest(student, values=False),
             "teacher_weights": None,
-            **{name: len(data) if data is not None else 0 for name, data in images.items()},
+            **{name: _count(data) for name, data in images.items()},
         }
         if not self.facts:  # from Python nobody has looked at the files
             known |= {name: samples_digest(images[of]) for name, of in CONTENT.items()}
@@ -261,6 +261,12 @@ class ResumableTrainer(Trainer):
             return super()._finalize_training(trial, num_train_samples, started)
         finally:
             self.args.save_total_limit = limit
+
+
+def _count(data: Any) -> Any:
+    if isinstance(data, Mapping):  # several sets by name
+        return {name: _count(one) for name, one in data.items()}
+    return len(data) if data is not None else 0
 
 
 def newest_checkpoint(args: TrainingArguments) -> Newest:
