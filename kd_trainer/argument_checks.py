@@ -37,6 +37,10 @@ _UNUSABLE = {
     "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint here anyway. Leave it out",
     "auto_find_batch_size": "another batch size is another run, which could not be resumed. Say "
     "how many images fit with --batch_size",
+    "bf16_full_eval": "a student is measured in the precision it is trained in. Set "
+    "--mixed_precision, and leave it out",
+    "fp16_full_eval": "a student is measured in the precision it is trained in. Set "
+    "--mixed_precision, and leave it out",
     "resume_from_checkpoint": "it has another name here. Use --resume",
 }
 
@@ -47,6 +51,12 @@ def check_run(args: Any) -> None:
         value = getattr(args, name)
         if bool(value) != bool(_default(args, name)):
             raise ValueError(f"Expected no --{name}, got {value}: {reason}.")
+    if args.label_names not in (None, ["labels"]):
+        raise ValueError(
+            f"Expected no --label_names, got {args.label_names}: the loss reads `labels` and "
+            "`distil_mask` of a sample. Leave it out."
+        )
+    check_choice("train_sampling_strategy", args.train_sampling_strategy, ("random", "sequential"))
     check_folder("output_dir", str(args.output_dir))
     if args.torch_compile_backend is not None:
         from accelerate.utils import DynamoBackend  # not above: `--help` needs none of it

@@ -160,6 +160,8 @@ def samples_digest(dataset: Any) -> str | None:
     Each is drawn twice: where both differ, the data set draws augmentations that no number decides.
     The random generators are left as they were.
     """
+    if isinstance(dataset, Mapping):  # several sets by name
+        return ", ".join(f"{name} {samples_digest(one)}" for name, one in dataset.items())
     if isinstance(dataset, IterableDataset) or dataset is None or not len(dataset):
         return None
     before = random.getstate(), np.random.get_state()

@@ -41,6 +41,10 @@ class LoadingTrainer(Trainer):
                 collate_fn=self.data_collator,
                 num_workers=workers,
                 persistent_workers=args.dataloader_persistent_workers and workers > 0,
+                pin_memory=args.dataloader_pin_memory,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                multiprocessing_context=args.dataloader_multiprocessing_context,
+                in_order=args.dataloader_in_order,
                 drop_last=args.dataloader_drop_last and is_training,
             )
             return own_generator(loader, args)

@@ -8,12 +8,16 @@ learning-rate scheduler and a resumed run never meet a group that was not there 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import Trainer
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.timetable import Timetable
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -56,3 +60,37 @@ def parameter_groups(
                     }
                 )
     return groups
+
+
+class GroupedTrainer(Trainer):
+    """Trains the parts of a student in groups of their own, each at its own rates."""
+
+    args: DistillationArguments
+    model: SmpForSemanticSegmentation
+    timetable: Timetable
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One group a part of the network, all built before anything is frozen."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.args)
+            optimizer_class, options = (
+                self.optimizer_cls_and_kwargs
+                or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """A LambdaLR with one pure function of the update for each group."""
+        if self.lr_scheduler is None:
+            optimizer = self.create_optimizer() if optimizer is None else optimizer
+            rates = [self.rate(group["name"]) for group in optimizer.param_groups]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def rate(self, part: str) -> Callable[[int], float]:
+        """Learning rate of a part as the schedules of the running epoch have it."""
+        return lambda update: self.timetable.rate(part)(update)

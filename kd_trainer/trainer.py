@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from kd_trainer.accepted import as_teacher, check_accepted
 from kd_trainer.allocator import keep_freed_memory
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import EvaluationPanels, ProgressiveUnfreezing, tensorboard_of
@@ -37,7 +38,7 @@ from kd_trainer.fast_layers import use_fast_layers
 from kd_trainer.loaders import LoadingTrainer
 from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
-from kd_trainer.optim import parameter_groups
+from kd_trainer.optim import GroupedTrainer
 from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.resuming import EpochCounter, ResumableTrainer, together
 from kd_trainer.teacher import Teacher, state_of
@@ -48,21 +49,24 @@ from kd_trainer.tracking import TermSums, check_finite_weights, watched
 Batch = dict[str, Any]
 
 
-class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, PublishingTrainer):
+class DistillationTrainer(
+    TaughtTrainer, GroupedTrainer, LoadingTrainer, ResumableTrainer, PublishingTrainer
+):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
         model: the student.
         args: the run's arguments.
         teacher: frozen network whose logits the student follows; None trains without one, and the
-            weights of the terms that need one are then 0.
+            weights of the terms that need one are then 0. A student is wrapped.
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
             samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
             with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
-        eval_dataset: the same for evaluation.
+        eval_dataset: the same for evaluation, or several by name: figures are then `NAME_miou`.
         ignore_index: label of the pixels that count nowhere.
         callbacks: more callbacks, after ours.
-        kwargs: anything else `transformers.Trainer` takes.
+        kwargs: anything else `transformers.Trainer` takes, but for what `accepted` refuses.
+            `compute_metrics` adds its figures to ours; it gets the rows of `evaluation_rows`.
     """
 
     # The loss is a mean per micro-batch: the Trainer divides it by the accumulation steps.
@@ -83,19 +87,24 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_accepted(model, args, teacher, kwargs)
         weights = args.loss_weights
         if teacher is not None:
             weights.check_teacher()
         self.loss_weights = weights if teacher is not None else weights.without_teacher()
         self.id2label = labels_of(model)
+        self.own_metrics = kwargs.pop("compute_metrics", None)
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {}
         self.settings = EvaluationSettings(
             len(self.id2label), ignore_index, self.loss_weights, args.pos_weight
         )
         if args.load_best_model_at_end or args.save_strategy == "best":
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
-            check_best_metric(args.metric_for_best_model, names)
+            several = [f"{one}_{name}" for one in sets for name in names]
+            if self.own_metrics is None:  # whose figures nobody knows yet
+                check_best_metric(args.metric_for_best_model, several or names)
         self.tracked = TermSums(self.loss_weights)
-        self._teacher_figures: tuple[tuple[Any, Any], dict[str, float]] | None = None
+        self._teacher_figures: tuple[Any, Any, dict[str, float]] | None = None
         self.timetable = Timetable(args, len(encoder_units(model)), args.num_train_epochs)
         self.running = RunningEpoch()
         unfreezing = ProgressiveUnfreezing(lambda e: self.timetable.free_units(e), self.running)
@@ -113,7 +122,7 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
         use_fast_layers(model)
         if args.keep_freed_memory and args.device.type == "cpu":
             keep_freed_memory()
-        self.teacher = self.placed(teacher)
+        self.teacher = self.placed(as_teacher(teacher, len(self.id2label)))
         if args.torch_compile:
             allow_recompiles(self.timetable.units)
         self._statistics = pixel_statistics(model, args.device)
@@ -121,27 +130,9 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
         if args.panel_images > 0 and eval_dataset is not None:
             board = tensorboard_of(self.callback_handler.callbacks)
-            panels = EvaluationPanels(self.found_classes, eval_dataset, self.settings, board)
+            shown = next(iter(sets.values()), eval_dataset)
+            panels = EvaluationPanels(self.found_classes, shown, self.settings, board)
             self.add_callback(panels)
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group a part of the network, all built before anything is frozen."""
-        if self.optimizer is None:
-            groups = parameter_groups(self.model, self.args)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """A LambdaLR with one pure function of the update for each group."""
-        if self.lr_scheduler is None:
-            optimizer = self.create_optimizer() if optimizer is None else optimizer
-            rates = [self.rate(group["name"]) for group in optimizer.param_groups]
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """Move to the device and normalise there: as uint8, pictures are a quarter of the bytes."""
@@ -198,6 +189,11 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
     ) -> tuple[None, Any, Tensor]:
         """Counts and terms of each image instead of logits: memory independent of the set."""
         inputs = self._prepare_inputs(inputs)
+        if "labels" not in inputs:
+            raise ValueError(
+                f"Expected labels in every sample, got {', '.join(inputs)}: figures are counts "
+                "against them. For class maps of images without, use scripts/predict.py."
+            )
         pixels, labels = inputs["pixel_values"], inputs["labels"]
         with torch.no_grad(), self.accelerator.autocast():
             student = model(pixel_values=pixels)["raw_logits"].float()
@@ -213,25 +209,41 @@ class DistillationTrainer(TaughtTrainer, LoadingTrainer, ResumableTrainer, Publi
 
     def _knows_teacher(self) -> bool:
         known = self._teacher_figures
-        return known is not None and known[0] == self._evaluated
+        if known is None or self.teacher is None:
+            return False
+        return known[0] is self._evaluated and known[1] == state_of(self.teacher)
 
     @property
-    def _evaluated(self) -> tuple[Any, Any]:
-        """The data set of the running evaluation, and the teacher as it is."""
+    def _evaluated(self) -> Any:
+        """The data set of the running evaluation."""
         loader: Any = self.callback_handler.eval_dataloader
-        return id(loader.dataset), None if self.teacher is None else state_of(self.teacher)
+        return loader.dataset
 
     def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Our metrics of the data set, and those of the user's `compute_metrics`."""
+        figures = self._own_figures(prediction)
+        more = self.own_metrics(prediction) if self.own_metrics is not None else {}
+        twice = sorted(figures.keys() & more.keys())
+        if twice:
+            raise ValueError(
+                f"Expected other names from compute_metrics than ours, got {', '.join(twice)}. "
+                "Rename them."
+            )
+        return figures | more
+
+    def _own_figures(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of the data set from the rows of all processes."""
         student, terms, *rest = (np.asarray(rows) for rows in prediction.predictions)
         figures = figures_of(student, self.id2label) | terms_of(terms, student, self.loss_weights)
         if not rest:
             return figures
         if len(rest) == 2:
-            self._teacher_figures = (self._evaluated, figures_of(rest[1], self.id2label))
+            assert self.teacher is not None
+            own = figures_of(rest[1], self.id2label)
+            self._teacher_figures = (self._evaluated, state_of(self.teacher), own)
         assert self._teacher_figures is not None
         figures |= agreement_of(rest[0], self.id2label)
-        return figures | {f"teacher_{k}": v for k, v in self._teacher_figures[1].items()}
+        return figures | {f"teacher_{k}": v for k, v in self._teacher_figures[2].items()}
 
     def found_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""

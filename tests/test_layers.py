@@ -38,6 +38,7 @@ LAYERS = (
         "fingerprint",
     ),
     (
+        "accepted",
         "callbacks",
         "console",
         "inference",

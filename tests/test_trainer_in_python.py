@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
 
 from kd_trainer.evaluation import evaluation_rows
 from kd_trainer.teacher import Teacher
@@ -123,3 +124,112 @@ def test_data_that_draws_freely_can_be_resumed(tmp_path: Path):
     resumed = trainer_of(tmp_path, data=Changed(4, pixel_values=noise), **options)
     resumed.train(str(tmp_path / "checkpoint-1"))
     assert resumed.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "start"),
+    [
+        ({"compute_loss_func": print}, "Expected no compute_loss_func, got one"),
+        ({"optimizers": (object(), None)}, "Expected no optimizers, got one"),
+        ({"preprocess_logits_for_metrics": print}, "Expected no preprocess_logits_for_metrics"),
+        ({"model_init": print}, "Expected no model_init, got one"),
+        (
+            {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})},
+            "Expected lr as learning_rate of the arguments",
+        ),
+    ],
+)
+def test_what_could_only_be_ignored_is_refused_by_name(tmp_path: Path, more, start):
+    """A loss or optimizer that is taken and not used gives another run than was asked for."""
+    with pytest.raises(ValueError, match=f"^{start}"):
+        trainer_of(tmp_path, more=more)
+
+
+def test_other_networks_and_arguments_end_in_one_line(tmp_path: Path):
+    """Errors from inside the Trainer do not say what it is that does not fit."""
+    with pytest.raises(TypeError, match=r"^Expected a student of SmpForSemanticSegmentation, got"):
+        trainer_of(tmp_path, student=nn.Conv2d(3, 1, 1))
+    with pytest.raises(TypeError, match=r"^Expected a kd_trainer.Teacher, got Conv2d\. Wrap it"):
+        trainer_of(tmp_path, teacher=nn.Conv2d(3, 1, 1))
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(TypeError, match=r"^Expected args as DistillationArguments, got Training"):
+        DistillationTrainer(tiny_student(), plain)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("label_names", ["mask"]),
+        ("bf16_full_eval", True),
+        ("fp16_full_eval", True),
+        ("train_sampling_strategy", "group_by_length"),
+    ],
+)
+def test_settings_that_do_nothing_here_are_refused_by_name(tmp_path: Path, option, value):
+    """They were taken without a word, or ended in a traceback of torch."""
+    with pytest.raises(ValueError, match=f"^Expected .*--{option}"):
+        arguments(tmp_path, **{option: value})
+
+
+def test_an_own_optimizer_class_and_own_metrics_are_used(tmp_path: Path):
+    """Both are what a script changes first."""
+    more = {
+        "optimizer_cls_and_kwargs": (torch.optim.SGD, {"momentum": 0.5}),
+        "compute_metrics": lambda prediction: {"images": float(len(prediction.predictions[0]))},
+    }
+    trainer = trainer_of(tmp_path, more=more, teacher=tiny_student(seed=7))
+    figures = trainer.evaluate()
+    assert figures["eval_images"] == 2
+    assert "eval_miou" in figures
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+    trainer.own_metrics = lambda prediction: {"miou": 1.0}
+    with pytest.raises(ValueError, match=r"^Expected other names .*, got miou"):
+        trainer.evaluate()
+
+
+def test_several_evaluation_sets_are_measured_each(tmp_path: Path):
+    """The Trainer takes a dict of them; the best student is then found by one of them."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    sets = {"day": Squares(2, offset=50), "night": Squares(2, offset=60)}
+    args = arguments(tmp_path, max_steps=2, panel_images=1, **options)
+    data = {"train_dataset": Squares(4), "eval_dataset": sets, "teacher": tiny_teacher()}
+    with pytest.raises(ValueError, match="There are day_miou"):
+        DistillationTrainer(tiny_student(), args, **data)
+    args.metric_for_best_model = "night_miou"
+    trainer = DistillationTrainer(tiny_student(), args, **data)
+    trainer.train()
+    keys = {key for log in trainer.state.log_history for key in log}
+    assert {"eval_day_miou", "eval_night_miou", "eval_night_teacher_miou"} <= keys
+    assert trainer.state.best_model_checkpoint is not None
+
+
+def test_predicting_without_labels_says_where_class_maps_come_from(tmp_path: Path):
+    """A KeyError does not."""
+
+    class Bare(Squares):
+        def __getitem__(self, index: int):
+            return {"pixel_values": super().__getitem__(index)["pixel_values"]}
+
+    def collate(samples):
+        return {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+
+    trainer = trainer_of(tmp_path, more={"data_collator": collate})
+    with pytest.raises(ValueError, match=r"^Expected labels in every sample, got pixel_values"):
+        trainer.predict(Bare(2))
+
+
+def test_streams_are_read_as_the_arguments_say(tmp_path: Path):
+    """Each of these settings was honoured for tables alone."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (Squares(4)[index] for index in range(4))
+
+    options = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3}
+    trainer = trainer_of(tmp_path, data=Stream(), **options)
+    loader = trainer.get_train_dataloader()
+    assert loader.prefetch_factor == 3
+    trainer.args.dataloader_pin_memory = True
+    assert trainer.get_train_dataloader().pin_memory

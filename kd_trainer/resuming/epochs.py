@@ -8,7 +8,6 @@ updates would then lag behind, and a resumed run would start in an earlier epoch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -115,10 +114,6 @@ class CountedTrainer(Trainer):
             "first_update": self.state.global_step if over else running.first_update,
             "bad_samples": [asdict(sample) for sample in bad],
         }
-
-    def rate(self, part: str) -> Callable[[int], float]:
-        """Learning rate of a part as the schedules of the running epoch have it."""
-        return lambda update: self.timetable.rate(part)(update)
 
     def _updates_of(self, loader: Any) -> int:
         return max(1, math.ceil(len(loader) / self.args.gradient_accumulation_steps))

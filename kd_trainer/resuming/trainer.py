@@ -292,8 +292,10 @@ class ResumableTrainer(CountedTrainer):
             self.args.save_total_limit = limit
 
 
-def _announced(data: Any) -> int:
-    """Number of images; of a stream before it has left any out."""
+def _announced(data: Any) -> Any:
+    """Number of images, of several sets by name; of a stream before it has left any out."""
+    if isinstance(data, Mapping):
+        return {name: _announced(one) for name, one in data.items()}
     if data is None:
         return 0
     return data.announced if isinstance(data, StreamedDataset) else len(data)

@@ -203,8 +203,8 @@ def _training_dataset(
     return StreamedDataset(
         rows,
         transform,
-        shuffle=True,
-        seed=args.seed,
+        shuffle=args.train_sampling_strategy == "random",
+        seed=args.seed if args.data_seed is None else args.data_seed,
         batch_size=args.per_device_train_batch_size,
         rank=args.process_index,
         world_size=args.world_size,

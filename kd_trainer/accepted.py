@@ -1,0 +1,69 @@
+"""What `DistillationTrainer` accepts: anything else of the Trainer's would be ignored, or crash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.evaluation import input_statistics, labels_of
+from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.teacher import Teacher
+
+# Arguments of the Trainer, and why they cannot be followed.
+_REFUSED = {
+    "compute_loss_func": "the loss is the sum of our terms. Set their weights, or add a term as "
+    "docs/design.md says",
+    "optimizers": "its groups are the encoder's units, which are freed one after the other. Give "
+    "the class as optimizer_cls_and_kwargs",
+    "preprocess_logits_for_metrics": "an evaluation keeps counts of each image, and no logits. "
+    "Leave it out",
+    "model_init": "a student is made before the trainer. Give it as model",
+}
+_OF_THE_GROUPS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+
+
+def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, Any]) -> None:
+    """Refuse networks, arguments and options that the trainer could only ignore or trip over.
+
+    Raises:
+        TypeError: for a student, teacher or arguments of another kind.
+        ValueError: names the option.
+    """
+    if not isinstance(args, DistillationArguments):
+        raise TypeError(
+            f"Expected args as DistillationArguments, got {type(args).__name__}. They take "
+            "everything that TrainingArguments do, and the settings of the distillation."
+        )
+    if not isinstance(model, SmpForSemanticSegmentation):
+        raise TypeError(
+            f"Expected a student of SmpForSemanticSegmentation, got {type(model).__name__}. Make "
+            "one with its create() or from_pretrained(); other networks can be teachers."
+        )
+    if teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
+        raise TypeError(
+            f"Expected a kd_trainer.Teacher, got {type(teacher).__name__}. Wrap it: Teacher(network"
+            f", num_labels={len(labels_of(model))}, mean=..., std=...), with the mean and std that "
+            "it was trained with."
+        )
+    for name, reason in _REFUSED.items():
+        if options.get(name) not in (None, (None, None)):
+            raise ValueError(f"Expected no {name}, got one: {reason}.")
+    _, own = options.get("optimizer_cls_and_kwargs") or (None, {})
+    for name, setting in _OF_THE_GROUPS.items():
+        if name in own:
+            raise ValueError(
+                f"Expected {name} as {setting} of the arguments, got it in "
+                "optimizer_cls_and_kwargs. Each group has its own."
+            )
+
+
+def as_teacher(
+    teacher: Teacher | SmpForSemanticSegmentation | None, num_labels: int
+) -> Teacher | None:
+    """A teacher; a network of ours is wrapped, as it says how it is fed."""
+    if teacher is None or isinstance(teacher, Teacher):
+        return teacher
+    mean, std = input_statistics(teacher)
+    labels = labels_of(teacher)
+    return Teacher(teacher, num_labels=num_labels, mean=mean, std=std, id2label=labels)
