@@ -64,7 +64,7 @@ class CountedTrainer(Trainer):
         running.over = running.entered = False
         return index, batches
 
-    def _run_epoch(
+    def _run_epoch(  # type: ignore[override] # all are given by name
         self,
         *,
         train_dataloader: Any,
@@ -100,6 +100,7 @@ class CountedTrainer(Trainer):
         self._set_rates()
         # Micro-batches that a short epoch left behind filled no update, and a checkpoint does not
         # hold their gradients.
+        assert self.model is not None
         self.model.zero_grad()
 
     def position(self) -> dict[str, Any]:

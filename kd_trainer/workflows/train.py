@@ -116,6 +116,7 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
         student.save_pretrained(student_folder, state_dict=weights)
         parts.processor.save_pretrained(student_folder)
     results = _results(run, parts, student_folder, trained)
+    results["epochs"] = round(float(trainer.state.epoch or 0.0), 4)
     results["eval_history"] = eval_history(trainer.state.log_history)
     if run.data.on_bad_sample == "skip":
         results["bad_samples"] = write_bad_samples(output, parts.bad_samples)
@@ -172,7 +173,6 @@ def _results(
         "images_per_second": trained["train_samples_per_second"],
         "peak_memory_mib": peak_memory_mib(),
         "train_images": _train_images(parts.train_dataset),
-        "epochs": run.training.num_train_epochs,
         "image_size": run.data.image_size,
         "mixed_precision": run.training.mixed_precision,
         "device": str(run.training.device),
