@@ -36,7 +36,7 @@ from kd_trainer.evaluation import (
 )
 from kd_trainer.fast_layers import use_fast_layers
 from kd_trainer.loaders import LoadingTrainer
-from kd_trainer.losses import distillation_terms, weighted_sum
+from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import GroupedTrainer
 from kd_trainer.publishing import PublishingTrainer
@@ -47,6 +47,7 @@ from kd_trainer.timetable import RunningEpoch, Timetable
 from kd_trainer.tracking import TermSums, check_finite_weights, watched
 
 Batch = dict[str, Any]
+DICE_IMAGES = "dice_images"
 
 
 class DistillationTrainer(
@@ -141,6 +142,15 @@ class DistillationTrainer(
             inputs["pixel_values"] = normalise(inputs["pixel_values"], self._statistics)
         return inputs
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
+        """The batches of an update, each with the number of images its Dice is divided by."""
+        batches, items = super().get_batch_samples(*args)
+        if batches and all("labels" in batch for batch in batches):
+            images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
+            images = self.accelerator.reduce(images, reduction="mean")
+            batches = [{**batch, DICE_IMAGES: images} for batch in batches]
+        return batches, items
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -162,6 +172,7 @@ class DistillationTrainer(
             distil_mask=inputs.get("distil_mask"),
             weights=self.loss_weights,
             pos_weight=self.args.pos_weight,
+            dice_images=inputs.get(DICE_IMAGES),
         )
         loss = weighted_sum(terms, self.loss_weights)
         self.tracked.add(terms, outputs["raw_logits"])

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
+from kd_trainer.losses import (
+    LossTerms,
+    LossWeights,
+    distillation_terms,
+    labelled_images,
+    weighted_sum,
+)
 
 IGNORE = 255
 CHANNELS = pytest.mark.parametrize("channels", [1, 2, 4])
@@ -74,7 +80,7 @@ def reference(student, teacher, labels, temperature, mask=None, pos_weight=1.0):
                     overlap[label] += p[label]
         classes = [1] if channels == 1 else sorted(shown)
         ratios = [1 - (2 * overlap[c] + 1) / (areas[c] + 1) for c in classes]
-        dice.append(np.mean(ratios) if ratios else 0.0)
+        dice += [np.mean(ratios)] if shown else []
     named = {"kl": kl, "mse": mse, "bce": bce, "dice": dice}
     return {name: np.mean(pixels) for name, pixels in named.items()}
 
@@ -233,6 +239,32 @@ def test_dice_of_micro_batches_averages_to_that_of_the_whole(channels):
     assert whole == pytest.approx(np.mean(parts), rel=1e-12)
 
 
+@CHANNELS
+def test_dice_of_unevenly_labelled_micro_batches_on_two_ranks_is_that_of_the_whole(channels):
+    """The mean over the labelled images of each would give one beside unlabelled ones more weight.
+
+    What is averaged over micro-batches and ranks is the mean over the labelled images of all, in
+    value and gradient; one micro-batch has none at all.
+    """
+    student, _, labels = draw(channels, batch=8)
+    student.requires_grad_()
+    labels[[1, 4, 5, 7]] = IGNORE
+    options = {"temperature": 1.0, "weights": LossWeights(dice=1.0)}
+    whole = distillation_terms(student, None, labels, **options).dice
+    expected = torch.autograd.grad(whole, student)[0]
+    ranks = [(slice(0, 2), slice(2, 4)), (slice(4, 6), slice(6, 8))]
+    counts = [labelled_images([{"labels": labels[s]} for s in rank], IGNORE) for rank in ranks]
+    images = torch.stack(counts).mean()
+    parts = [
+        distillation_terms(student[s], None, labels[s], dice_images=images, **options).dice
+        for rank in ranks
+        for s in rank
+    ]
+    mean = torch.stack(parts).mean()
+    assert mean.item() == pytest.approx(whole.item(), rel=1e-12)
+    assert torch.allclose(torch.autograd.grad(mean, student)[0], expected, rtol=1e-12, atol=0)
+
+
 def test_an_empty_picture_predicted_empty_has_no_dice_loss_and_a_false_alarm_has():
     """Without ε in the numerator a correct empty prediction would cost 1."""
     labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
@@ -254,13 +286,13 @@ def test_a_picture_without_valid_pixels_gives_zero_and_a_gradient_of_zero(channe
 
 
 @CHANNELS
-def test_a_picture_without_valid_pixels_counts_as_zero_in_the_mean_dice(channels):
-    """Dropping it from the mean would weigh the other pictures by their company."""
+def test_a_picture_without_valid_pixels_does_not_count_in_the_mean_dice(channels):
+    """As a zero it would take weight from the Dice, and not from the other terms."""
     student, teacher, labels = draw(channels, batch=2)
     alone = values(distillation_terms(student[:1], teacher[:1], labels[:1], temperature=1.0))
     labels[1] = IGNORE
     both = values(distillation_terms(student, teacher, labels, temperature=1.0))
-    assert both["dice"] == pytest.approx(alone["dice"] / 2, rel=1e-12)
+    assert both["dice"] == pytest.approx(alone["dice"], rel=1e-12)
     assert both["bce"] == pytest.approx(alone["bce"], rel=1e-12)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import Squares, arguments, tiny_student, tiny_teacher
+from tiny import BINARY, Squares, arguments, tiny_student, tiny_teacher
 from torch import Tensor
 from transformers import TrainerCallback
 
-from kd_trainer.evaluation import classes_of
+from kd_trainer.evaluation import classes_of, figure_names
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.modeling import encoder_units
 from kd_trainer.trainer import DistillationTrainer
@@ -170,7 +170,9 @@ def test_accumulation_of_four_single_images_equals_one_batch_of_four(tmp_path: P
     assert worst < (5e-5 if precision == "no" else 3e-4)
 
 
-def gradients_after_one_step(tmp_path: Path, **options) -> tuple[dict[str, Tensor], float]:
+def gradients_after_one_step(
+    tmp_path: Path, data=None, **options
+) -> tuple[dict[str, Tensor], float]:
     seen: dict[str, Tensor] = {}
 
     class Grab(TrainerCallback):
@@ -183,7 +185,7 @@ def gradients_after_one_step(tmp_path: Path, **options) -> tuple[dict[str, Tenso
         tiny_student(norm=False),
         arguments(tmp_path, max_steps=1, **options),
         teacher=tiny_teacher(),
-        train_dataset=Squares(4),
+        train_dataset=data or Squares(4),
         callbacks=[Grab()],
     )
     trainer.train()
@@ -200,6 +202,35 @@ def test_accumulated_gradient_is_the_gradient_of_the_whole_batch(tmp_path: Path)
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
         max_grad_norm=0.0,
+    )
+    assert one_norm == pytest.approx(four_norm, rel=1e-5)
+    for name in one:
+        assert torch.allclose(one[name], four[name], rtol=1e-4, atol=1e-6), name
+
+
+class HalfLabelled(Squares):
+    """Squares of which the first and the last are unlabelled."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        return (
+            sample | {"labels": sample["labels"].clone().fill_(255)} if index % 3 == 0 else sample
+        )
+
+
+def test_accumulated_dice_beside_unlabelled_images_is_that_of_the_whole_batch(tmp_path: Path):
+    """Averaged over micro-batches, one without a label would halve the gradient of the others."""
+    dice = {"kl_weight": 0.0, "mse_weight": 0.0, "bce_weight": 0.0, "max_grad_norm": 0.0}
+    data = HalfLabelled(4)
+    one, one_norm = gradients_after_one_step(
+        tmp_path / "one", data, per_device_train_batch_size=4, **dice
+    )
+    four, four_norm = gradients_after_one_step(
+        tmp_path / "four",
+        data,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=4,
+        **dice,
     )
     assert one_norm == pytest.approx(four_norm, rel=1e-5)
     for name in one:
@@ -441,6 +472,17 @@ def test_best_student_by_loss_is_the_one_of_the_lowest(tmp_path: Path):
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     assert len(set(losses)) == 4
     assert trainer.state.best_metric == min(losses)
+
+
+def test_best_is_least_of_each_loss_and_most_of_each_metric(tmp_path: Path):
+    """A term of the loss does not end in `loss`: the worst student would be kept."""
+    names = figure_names(BINARY, arguments(tmp_path).loss_weights, teacher=True)
+    least = {"kl", "mse", "bce", "dice_loss", "loss"}
+    assert least < set(names)
+    for name in names:
+        for metric in (name, f"eval_{name}"):
+            args = arguments(tmp_path, metric_for_best_model=metric)
+            assert args.greater_is_better is (name not in least), metric
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class DistillationArguments(TrainingArguments):
     load_best_model_at_end: bool = help_field(True, "Keep the student of the best evaluation.")
     metric_for_best_model: str | None = help_field("miou", "What `best` means.")
     greater_is_better: bool | None = help_field(
-        None, "Whether more of it is better (default: unless its name ends in `loss`)."
+        None, "Whether more of it is better (default: unless it is a loss or a term of the loss)."
     )
     report_to: str | list[str] | None = help_field("tensorboard", "tensorboard, none, wandb, ...")
     # Publishing.
@@ -178,6 +178,8 @@ class DistillationArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # there is nothing to pin for
         if self.unfreeze_start_epoch > 0 or self.unfreeze_every > 0:
             check_staged(self)  # before transformers looks for a DeepSpeed that is not installed
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self._best_is_a_loss
         wanted = self.mixed_precision
         super().__post_init__()
         check_reports(self)
@@ -241,6 +243,13 @@ class DistillationArguments(TrainingArguments):
                 "Expected --mixed_precision bf16 or no on a CPU, got fp16, which would run in "
                 "fp32. Use bf16, here or in the accelerate configuration."
             )
+
+    @property
+    def _best_is_a_loss(self) -> bool:
+        """Whether the best student is the one with least of its metric."""
+        name = str(self.metric_for_best_model).removeprefix("eval_")
+        # `dice` is the metric: the term of that name is called dice_loss.
+        return name.endswith("loss") or name in set(self.loss_weights.effective()) - {"dice"}
 
     @property
     def teacher_backend(self) -> str | None:

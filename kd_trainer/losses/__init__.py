@@ -1,6 +1,7 @@
 """Pure loss functions on logits: the recipe's four terms, for binary and multi-class models."""
 
 from kd_trainer.losses.checks import class_ids
+from kd_trainer.losses.dice import labelled_images
 from kd_trainer.losses.terms import (
     TEACHER_TERMS,
     TERMS,
@@ -20,6 +21,7 @@ __all__ = [
     "Term",
     "class_ids",
     "distillation_terms",
+    "labelled_images",
     "weight_hint",
     "weighted_sum",
 ]

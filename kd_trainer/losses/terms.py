@@ -2,8 +2,9 @@
 
     total = kl·KL(T) + mse·MSE + task·(bce·BCE + dice·Dice)
 
-Each term is a mean over valid pixels (Dice: over pictures), in fp32, without clamps, and stays on
-the device. At high temperature T²·KL tends to (s − t)²/8, so there KL and MSE are nearly one term.
+Each term is a mean over valid pixels (Dice: over pictures that have any), in fp32, without clamps,
+and stays on the device. At high temperature T²·KL tends to (s − t)²/8, so there KL and MSE are
+nearly one term.
 """
 
 import dataclasses
@@ -142,6 +143,7 @@ def distillation_terms(
     distil_mask: Tensor | None = None,
     weights: LossWeights | None = None,
     pos_weight: float | None = None,
+    dice_images: Tensor | None = None,
 ) -> LossTerms:
     """Compute the recipe's terms; one channel is a binary model, more are a softmax model.
 
@@ -158,6 +160,8 @@ def distillation_terms(
         distil_mask: bool (B, H, W), the pixels of the teacher terms; by default the labelled ones.
         weights: terms of weight 0 are not computed; None computes all.
         pos_weight: factor of the foreground in the bce of a one-logit model.
+        dice_images: what `labelled_images` says of the micro-batches and processes of an update;
+            None takes the mean over the labelled images of this batch.
 
     Returns:
         Terms as scalars on the student's device; those of a teacher are None without one.
@@ -180,6 +184,9 @@ def distillation_terms(
         terms |= _teacher_terms(student, teacher, mask, wanted, temperature)
     if wanted - TEACHER_TERMS:
         terms |= _task_terms(student, labels, valid, wanted, pos_weight)
+    if "dice" in wanted:
+        dice = binary_dice if student.shape[1] == 1 else softmax_dice
+        terms["dice"] = dice(keep_pixels(student, valid), labels, valid, dice_images)
     if teacher_logits is None:
         wanted -= TEACHER_TERMS
     missing = sorted(wanted - terms.keys())
@@ -251,6 +258,4 @@ def _task_terms(
             if binary
             else softmax_cross_entropy(student, labels, valid)
         )
-    if "dice" in wanted:
-        terms["dice"] = (binary_dice if binary else softmax_dice)(student, labels, valid)
     return terms

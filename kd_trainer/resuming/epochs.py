@@ -63,7 +63,7 @@ class CountedTrainer(Trainer):
         running.over = running.entered = False
         return index, batches
 
-    def _run_epoch(  # type: ignore[override] # the Trainer names all of them
+    def _run_epoch(  # type: ignore[override] # all are given by name
         self,
         *,
         train_dataloader: Any,
@@ -99,8 +99,8 @@ class CountedTrainer(Trainer):
         self._set_rates()
         # Micro-batches that a short epoch left behind filled no update, and a checkpoint does not
         # hold their gradients.
-        if self.model is not None:
-            self.model.zero_grad()
+        assert self.model is not None
+        self.model.zero_grad()
 
     def position(self) -> dict[str, Any]:
         """What a resumed run has to know of the epochs, as plain values."""

@@ -118,6 +118,7 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
         student.save_pretrained(partial, state_dict=weights)
         parts.processor.save_pretrained(partial)
     results = _results(run, parts, student_folder, trained)
+    results["epochs"] = round(float(trainer.state.epoch or 0.0), 4)
     results["eval_history"] = eval_history(trainer.state.log_history)
     if run.data.on_bad_sample == "skip":
         results["bad_samples"] = write_bad_samples(output, parts.bad_samples)
@@ -174,7 +175,6 @@ def _results(
         "images_per_second": trained["train_samples_per_second"],
         "peak_memory_mib": peak_memory_mib(),
         "train_images": _train_images(parts.train_dataset),
-        "epochs": run.training.num_train_epochs,
         "image_size": run.data.image_size,
         "mixed_precision": run.training.mixed_precision,
         "device": str(run.training.device),
