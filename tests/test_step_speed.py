@@ -369,6 +369,7 @@ def test_ten_steps_are_those_of_the_plain_loop(tmp_path: Path, encoder: str):
         teacher=teacher,
         train_dataset=data,
     )
+    trainer.facts = {"train_content": None}  # else some samples are read to know them again
     trainer.train()
     ours = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     order = [data.read[i : i + 2] for i in range(0, 20, 2)]
