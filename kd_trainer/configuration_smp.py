@@ -8,8 +8,10 @@ Travels with a saved model as remote code; imports nothing of the package.
 
 import difflib
 import inspect
+import math
 import warnings
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import segmentation_models_pytorch as smp
@@ -45,6 +47,29 @@ def architecture_class(name: str) -> type[nn.Module]:
         hint = nearest_hint(name.lower(), known)
         raise ValueError(f"Expected an architecture of smp, got {name!r}. {hint}")
     return known[name.lower()]
+
+
+def check_statistics(mean: Any, std: Any, where: str) -> None:
+    """Refuse what a file gives as mean or std of an image, and no image can be normalised with.
+
+    NaN, or a std of 0, would make every logit NaN, which a class map does not show.
+
+    Raises:
+        ValueError: unless both are three finite numbers, those of the std above 0.
+    """
+    for name, values, least in (("image_mean", mean, -math.inf), ("image_std", std, 0.0)):
+        fits = isinstance(values, list | tuple) and len(values) == 3
+        if not (fits and all(is_finite_number(v) and v > least for v in values)):
+            wanted = "three finite numbers" + (" above 0" if least == 0 else "")
+            raise ValueError(
+                f"Expected {name} of {wanted} in {where}, got {str(values)[:80]}. Give those that "
+                "the model was trained with."
+            )
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value of a file is a number to calculate with: true, 1e999 and NaN are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def check_encoder_name(name: str) -> None:
@@ -117,6 +142,7 @@ class SmpConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Complete smp's arguments and the label names, then check them."""
+        check_statistics(self.image_mean, self.image_std, "the model's config.json")
         self._model_class = architecture_class(self._model_class).__name__
         check_encoder_name(self.encoder_name)
         own_fields = type(self).__dataclass_fields__

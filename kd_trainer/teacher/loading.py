@@ -15,6 +15,8 @@ from kd_trainer.configuration_smp import (
     IMAGENET_STD,
     SmpConfig,
     architecture_class,
+    check_statistics,
+    is_finite_number,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher.network import Statistics, Teacher
@@ -198,11 +200,22 @@ def _statistics(
     kept = {"_raise_exceptions_for_missing_entries": False, **hub}
     if cached_file(source, IMAGE_PROCESSOR_NAME, **kept) is not None:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
-    mean = settings.get("image_mean") or IMAGENET_MEAN
-    std = settings.get("image_std") or IMAGENET_STD
+    mean, std = (
+        usual if settings.get(name) is None else settings[name]
+        for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+    )
+    # transformers takes one number for all channels too.
+    mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
     if settings.get("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    brightest = 255 * settings.get("rescale_factor", 1 / 255)
+    check_statistics(mean, std, f"the preprocessing of the teacher {source}")
+    factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
-        brightest = 255.0
+        factor = 1.0
+    if not (is_finite_number(factor) and factor > 0):
+        raise ValueError(
+            "Expected rescale_factor as a finite number above 0 in the preprocessing of the "
+            f"teacher {source}, got {str(factor)[:80]}. Give that which it was trained with."
+        )
+    brightest = 255 * factor
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
