@@ -131,12 +131,27 @@ def check_labels(id2label: Any, num_labels: Any) -> None:
             refuse("id2label", "names of up to 200 characters", label)
 
 
-def check_statistics(name: str, values: Any, *, above: float = -math.inf) -> None:
-    """Refuse what is no finite number for each channel."""
-    plain = isinstance(values, list | tuple) and 0 < len(values) <= MOST
-    if not plain or not all(_is_number(v) and v > above for v in values):
-        more = "" if above == -math.inf else f" above {above:g}"
-        refuse(name, f"a finite number{more} for each channel", values)
+def check_statistics(mean: Any, std: Any, where: str) -> None:
+    """Refuse what a file gives as mean or std of an image, and no image can be normalised with.
+
+    NaN, or a std of 0, would make every logit NaN, which a class map does not show.
+
+    Raises:
+        ValueError: unless both are three finite numbers, those of the std above 0.
+    """
+    for name, values, least in (("image_mean", mean, -math.inf), ("image_std", std, 0.0)):
+        fits = isinstance(values, list | tuple) and len(values) == 3
+        if not (fits and all(is_finite_number(v) and v > least for v in values)):
+            wanted = "three finite numbers" + (" above 0" if least == 0 else "")
+            raise ValueError(
+                f"Expected {name} of {wanted} in {where}, got {str(values)[:80]}. Give those that "
+                "the model was trained with."
+            )
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value of a file is a number to calculate with: true, 1e999 and NaN are none."""
+    return type(value) is not bool and isinstance(value, int | float) and abs(value) < math.inf
 
 
 def _is_number(value: Any) -> bool:

@@ -138,6 +138,7 @@ class SmpConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Complete smp's arguments and the label names, then check them."""
+        check_statistics(self.image_mean, self.image_std, "the model's config.json")
         self._model_class = architecture_class(self._model_class).__name__
         check_encoder_name(self.encoder_name)
         self._check_own()
@@ -171,8 +172,6 @@ class SmpConfig(PreTrainedConfig):
         check_whole("classes", self.classes, 1, MOST)
         check_whole("image_size", self.image_size, 1, LARGEST_SIDE)
         check_whole("semantic_loss_ignore_index", self.semantic_loss_ignore_index, -(2**31), 2**31)
-        check_statistics("image_mean", self.image_mean)
-        check_statistics("image_std", self.image_std, above=0)
         if not isinstance(self.encoder_kwargs, dict | None):
             refuse("encoder_kwargs", "arguments by name", self.encoder_kwargs)
         if self.encoder_kwargs:

@@ -15,7 +15,12 @@ from transformers import AutoImageProcessor, AutoVideoProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 
-from .configuration_smp import IMAGENET_MEAN, IMAGENET_STD, SmpConfig
+from .config_checks import check_statistics, is_finite_number
+from .configuration_smp import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SmpConfig,
+)
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
@@ -60,6 +65,20 @@ class SmpImageProcessor(TorchvisionBackend):
     rescale_factor = 1 / 255
     do_normalize = True
     do_convert_rgb = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        """The processor of these settings.
+
+        Raises:
+            ValueError: if nothing can be normalised with them.
+        """
+        super().__init__(**kwargs)
+        check_statistics(self.image_mean, self.image_std, "preprocessor_config.json")
+        if not (is_finite_number(self.rescale_factor) and self.rescale_factor > 0):
+            raise ValueError(
+                "Expected rescale_factor as a finite number above 0 in preprocessor_config.json, "
+                f"got {str(self.rescale_factor)[:80]}. It is 1/255 unless the training says else."
+            )
 
     @classmethod
     def from_model_config(cls, config: SmpConfig, **options: Any) -> "SmpImageProcessor":

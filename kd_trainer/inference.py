@@ -103,6 +103,12 @@ class Segmenter:
             raw = self.network(images).float()
             if self.flip:
                 raw = (raw + self.network(images.flip(-1)).float().flip(-1)) / 2
+            # NaN is no class, but argmax and a threshold make one of it.
+            if not raw.isfinite().all():
+                raise ValueError(
+                    "Expected finite logits, got NaN or infinity from the model. Its weights or "
+                    "its normalisation are broken: export or train it anew."
+                )
             yield from raw
 
 

@@ -312,7 +312,7 @@ def test_an_alias_that_repeats_a_list_is_taken():
         ({"encoder_name": None}, "the name of an encoder as encoder_name"),
         ({"dtype": "float12"}, "float32, float16, bfloat16 or float64 as dtype"),
         ({"quantization_config": {"quant_method": "x"}}, "nothing as quantization_config"),
-        ({"image_std": [0.2, 0.0, 0.2]}, "a finite number above 0 for each channel as image_std"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "image_std of three finite numbers above 0"),
     ],
 )
 def test_a_damaged_config_json_is_one_line_with_its_entry(entry, wanted, tmp_path):

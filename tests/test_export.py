@@ -24,6 +24,7 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.export.calibration import PERCENTILE, write_ranges
 from kd_trainer.export.files import read_program, write_program, write_smp
 from kd_trainer.export.graph import ExportGraph, export_program, metadata_of
+from kd_trainer.export.metadata import read_metadata
 from kd_trainer.export.onnx_file import save_onnx, write_half, write_onnx
 from kd_trainer.export.quantize import Quantiser, part_name, parts_of
 from kd_trainer.export.session import OnnxStudent, load_onnx
@@ -602,3 +603,97 @@ def test_script_exports_a_run_as_a_user_calls_it(flags, folder, used, monkeypatc
     (result,) = json.loads((tmp_path / "out" / RESULTS).read_text()).values()
     assert (tmp_path / "out" / result["file"]).exists()
     assert result["mask_iou"] > 0.999
+
+
+ODD_METADATA = {
+    "size_multiple": ["0", "-8", "x", "9" * 5000, "²", "7", None],
+    "image_size": ["0", "1e9", "999999999", "", None],
+    "class_names": ["{", "[]", "3", '["a"]', "[1, 2]", "[" * 100_000, None],
+    "image_mean": ["[NaN, 0, 0]", "[0, 0]", "null", '["0", "0", "0"]', "[true, 0, 0]", None],
+    "image_std": ["[0, 1, 1]", "[NaN, 1, 1]", "[1e999, 1, 1]", "[-1, 1, 1]", "5", None],
+    "preprocessing": ["maybe", None],
+    "architecture": [None],
+    "input": [None],
+}
+
+
+@pytest.mark.parametrize("name", ODD_METADATA)
+def test_odd_metadata_is_one_line_that_names_the_entry(name, student):
+    """A size_multiple of 0 ended in a ZeroDivisionError, a std of 0 in a mask of NaN."""
+    good = metadata_of(student, with_preprocessing=False, precision="fp32")
+    assert read_metadata(good, "x.onnx").image_size == student.config.image_size
+    for value in ODD_METADATA[name]:
+        told = {k: v for k, v in good.items() if k != name}
+        told |= {} if value is None else {name: value}
+        with pytest.raises(ValueError, match=f"^Expected .*{name}.* of x.onnx"):
+            read_metadata(told, "x.onnx")
+
+
+def graph_file(path: Path, student: SmpForSemanticSegmentation, nodes: list, output: list) -> Path:
+    """An ONNX file of these nodes, with the metadata of a student."""
+    floats = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        [onnx.helper.make_tensor_value_info("pixel_values", floats, ["b", 3, "h", "w"])],
+        [onnx.helper.make_tensor_value_info("logits", floats, output)],
+    )
+    opsets = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    told = metadata_of(student, with_preprocessing=False, precision="fp32")
+    onnx.helper.set_model_props(model, told)
+    onnx.save(model, str(path))
+    return path
+
+
+def endless(student: SmpForSemanticSegmentation, path: Path) -> Path:
+    """A file that counts without end."""
+    make, floats = onnx.helper, onnx.TensorProto.FLOAT
+    body = make.make_graph(
+        [make.make_node("Identity", ["go"], ["on"]), make.make_node("Abs", ["x"], ["y"])],
+        "body",
+        [
+            make.make_tensor_value_info("i", onnx.TensorProto.INT64, []),
+            make.make_tensor_value_info("go", onnx.TensorProto.BOOL, []),
+            make.make_tensor_value_info("x", floats, None),
+        ],
+        [
+            make.make_tensor_value_info("on", onnx.TensorProto.BOOL, []),
+            make.make_tensor_value_info("y", floats, None),
+        ],
+    )
+    nodes = [
+        make.make_node("Constant", [], ["true"], value_int=1),
+        make.make_node("Cast", ["true"], ["go"], to=onnx.TensorProto.BOOL),
+        make.make_node("Loop", ["", "go", "pixel_values"], ["logits"], body=body),
+    ]
+    return graph_file(path, student, nodes, ["b", 3, "h", "w"])
+
+
+def test_a_file_that_never_ends_is_stopped(student, tmp_path):
+    """The web demo and a script over many images would hang without a word."""
+    run = load_onnx(endless(student, tmp_path / "endless.onnx"), time_limit=0.3)
+    with pytest.raises(ValueError, match=r"endless.onnx to answer within 0.3 seconds"):
+        run(np.zeros((1, 3, SIDE, SIDE), np.float32))
+
+
+def test_outputs_of_another_shape_are_refused(student, tmp_path):
+    """Three channels under two class names would be read as three classes."""
+    nodes = [onnx.helper.make_node("Identity", ["pixel_values"], ["logits"])]
+    run = load_onnx(graph_file(tmp_path / "three.onnx", student, nodes, ["b", 3, "h", "w"]))
+    with pytest.raises(ValueError, match="names 2 classes, got"):
+        run(np.zeros((1, 3, SIDE, SIDE), np.float32))
+
+
+def test_what_onnxruntime_refuses_is_one_line(student, tmp_path):
+    """Its traceback names a node deep in the graph and no file."""
+    make = onnx.helper
+    shape = make.make_tensor("shape", onnx.TensorProto.INT64, [1], [7])
+    nodes = [
+        make.make_node("Constant", [], ["shape"], value=shape),
+        make.make_node("Reshape", ["pixel_values", "shape"], ["logits"]),
+    ]
+    run = load_onnx(graph_file(tmp_path / "seven.onnx", student, nodes, [7]))
+    with pytest.raises(ValueError, match=r"^Expected an ONNX file that takes float32") as found:
+        run(np.zeros((1, 3, SIDE, SIDE), np.float32))
+    assert "\n" not in str(found.value)

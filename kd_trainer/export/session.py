@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kd_trainer.export.extras import require
+from kd_trainer.export.metadata import read_metadata
 
+# Seconds an image: far more than a student takes, so that only a graph without an end meets it.
+TIME_LIMIT = 60.0
 Batch = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -19,6 +22,7 @@ class OnnxStudent:
     Args:
         path: of the file.
         threads: that one picture may use; 0 leaves the choice to onnxruntime.
+        time_limit: seconds an image may take; a file can hold a loop without end.
 
     Attributes:
         class_names: name of each class, background first.
@@ -34,7 +38,9 @@ class OnnxStudent:
         ValueError: if a package is missing, or the file is not one of scripts/export.py.
     """
 
-    def __init__(self, path: str | Path, *, threads: int = 0) -> None:
+    def __init__(
+        self, path: str | Path, *, threads: int = 0, time_limit: float = TIME_LIMIT
+    ) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"Expected an ONNX file, got {path}, which does not exist. scripts/export.py "
@@ -51,20 +57,17 @@ class OnnxStudent:
         except Exception as error:  # onnxruntime's errors share no base class of their own
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"Expected a readable ONNX file, got {path}: {reason}") from error
-        told: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
-        if "kd_trainer_metadata" not in told:
-            raise ValueError(
-                f"Expected an ONNX file of scripts/export.py, got {path}, which does not say what "
-                "it takes. Export the student anew."
-            )
-        self.metadata = told
-        self.class_names: list[str] = json.loads(told["class_names"])
-        self.image_size = int(told["image_size"])
-        self.size_multiple = int(told["size_multiple"])
-        self.fixed_size = told.get("fixed_size") == "true"
-        self.image_mean: list[float] = json.loads(told["image_mean"])
-        self.image_std: list[float] = json.loads(told["image_std"])
-        self.with_preprocessing = told["preprocessing"] == "inside"
+        told = read_metadata(self.session.get_modelmeta().custom_metadata_map, path)
+        self.path = path
+        self.time_limit = time_limit
+        self.metadata: dict[str, str] = told.text
+        self.class_names = told.class_names
+        self.image_size = told.image_size
+        self.size_multiple = told.size_multiple
+        self.fixed_size = told.text.get("fixed_size") == "true"
+        self.image_mean, self.image_std = told.image_mean, told.image_std
+        self.with_preprocessing = told.with_preprocessing
+        self._runtime = runtime
         self._input = self.session.get_inputs()[0].name
 
     def __call__(self, pixels: Batch) -> Batch:
@@ -100,18 +103,44 @@ class OnnxStudent:
                     f"Expected height and width divisible by {self.size_multiple}, got {side}. "
                     f"Resize to {self.image_size}x{self.image_size}, for which it was trained."
                 )
+        found = self._run(np.ascontiguousarray(pixels))
+        height, width = pixels.shape[rows : rows + 2]
+        channels = 1 if len(self.class_names) == 2 else len(self.class_names)
+        shapes = {(len(pixels), k, height, width) for k in (channels, len(self.class_names))}
+        if getattr(found, "shape", None) not in shapes:
+            raise ValueError(
+                f"Expected {channels} channels of {height}x{width} from {self.path}, whose "
+                f"metadata names {len(self.class_names)} classes, got "
+                f"{getattr(found, 'shape', type(found).__name__)}. Export the student anew."
+            )
+        return found
+
+    def _run(self, pixels: Batch) -> Batch:
+        """One call of the graph, stopped between two of its nodes when its time is over."""
+        options = self._runtime.RunOptions()
+        seconds = self.time_limit * max(1, len(pixels))
+        timer = threading.Timer(seconds, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
         try:
-            found: Batch = self.session.run(None, {self._input: np.ascontiguousarray(pixels)})[0]
+            found: Batch = self.session.run(None, {self._input: pixels}, options)[0]
         except Exception as error:  # onnxruntime's errors share no base class of their own
+            if options.terminate:
+                raise ValueError(
+                    f"Expected {self.path} to answer within {seconds:g} seconds, got no answer. "
+                    "Export a smaller network, or raise time_limit of load_onnx."
+                ) from error
             reason = " ".join(str(error).split())[:200].rstrip(".")
             cure = "--format torch-export" if self.fixed_size else "--fixed_size"
             raise ValueError(
-                f"Expected an ONNX file that onnxruntime runs, got one of "
-                f"{self.metadata.get('architecture')}: {reason}. Export it with {cure}."
+                f"Expected an ONNX file that onnxruntime runs on {pixels.dtype} {pixels.shape}, "
+                f"got {self.path}: {reason}. Export the student with {cure}."
             ) from error
+        finally:
+            timer.cancel()
         return found
 
 
-def load_onnx(path: str | Path, *, threads: int = 0) -> OnnxStudent:
+def load_onnx(path: str | Path, *, threads: int = 0, time_limit: float = TIME_LIMIT) -> OnnxStudent:
     """The student in an ONNX file, as a function; see `OnnxStudent`."""
-    return OnnxStudent(path, threads=threads)
+    return OnnxStudent(path, threads=threads, time_limit=time_limit)

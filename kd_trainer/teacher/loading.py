@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.config_checks import read_config
+from kd_trainer.config_checks import check_statistics, is_finite_number, read_config
 from kd_trainer.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -257,11 +257,22 @@ def _statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std that the teacher's own preprocessing applies to values in 0..1."""
     settings = _preprocessing(source, hub) or config
-    mean = settings.get("image_mean") or IMAGENET_MEAN
-    std = settings.get("image_std") or IMAGENET_STD
+    mean, std = (
+        usual if settings.get(name) is None else settings[name]
+        for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+    )
+    # transformers takes one number for all channels too.
+    mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
     if settings.get("do_normalize") is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    brightest = 255 * settings.get("rescale_factor", 1 / 255)
+    check_statistics(mean, std, f"the preprocessing of the teacher {source}")
+    factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
-        brightest = 255.0
+        factor = 1.0
+    if not (is_finite_number(factor) and factor > 0):
+        raise ValueError(
+            "Expected rescale_factor as a finite number above 0 in the preprocessing of the "
+            f"teacher {source}, got {str(factor)[:80]}. Give that which it was trained with."
+        )
+    brightest = 255 * factor
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)

@@ -5,6 +5,7 @@ hides all of it, so the losses see fp32 logits of the student's shape.
 Re-normalising the student's input follows the idea of timm's distillation task.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -122,9 +123,10 @@ class Teacher(nn.Module):
 
 
 def _column(values: Statistics, name: str) -> Tensor:
-    if len(values) != 3 or (name.endswith("std") and min(values) <= 0):
+    finite = len(values) == 3 and all(map(math.isfinite, values))
+    if not finite or (name.endswith("std") and min(values) <= 0):
         raise ValueError(
-            f"Expected three numbers (positive ones for std) as {name}, got {list(values)}. "
+            f"Expected three finite numbers (positive ones for std) as {name}, got {list(values)}. "
             "Give one a channel, of values in 0..1."
         )
     return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)

@@ -22,7 +22,7 @@ from kd_trainer.inference import Network, Segmenter, classes_at
 from kd_trainer.reports.panels import overlay
 from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.pictures import find_pictures, is_video, output_names, read_picture
-from kd_trainer.workflows.video import VideoFile, frame_count, frame_rate, read_frames
+from kd_trainer.workflows.video import CutOffError, VideoFile, frame_count, frame_rate, read_frames
 
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
@@ -127,7 +127,10 @@ def onnx_network(exported: OnnxStudent) -> Network:
         pictures = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
         probability = torch.from_numpy(exported(pictures.numpy())).double()
         binary = probability.shape[1] == 1
-        return (probability.logit(eps=1e-12) if binary else probability.log()).float()
+        # A softmax may underflow to 0, whose logarithm would spread as NaN in a resize.
+        smallest = torch.finfo(torch.float32).tiny
+        raw = probability.logit(eps=1e-12) if binary else probability.clamp(min=smallest).log()
+        return raw.float()
 
     return logits
 
@@ -160,6 +163,9 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
 
     Returns:
         Images (and frames) per second, reading and writing included.
+
+    Raises:
+        ValueError: after everything is written, if a video has fewer frames than it promises.
     """
     files = find_pictures(sources)
     names = output_names(files)
@@ -179,11 +185,16 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
                 file = f"{names[path]}{OUTPUTS[output]}"
                 _write(picture, Path(args.output_dir) / output / file)
             done += 1
+        cut_off: list[CutOffError] = []
         for path in videos:
-            found = _masks(segmenter, read_frames(path), args, bar)
+            frames = _whole_or_noted(path, cut_off)
+            found = _masks(segmenter, frames, args, bar)
             done += _write_video(
                 found, args, names[path], rate=frame_rate(path), num_labels=num_labels
             )
+    if cut_off:
+        others = f" {len(cut_off) - 1} further videos likewise." if len(cut_off) > 1 else ""
+        raise ValueError(f"{cut_off[0]}{others} What was found of it is written.")
     return done / (time.perf_counter() - start)
 
 
@@ -204,6 +215,14 @@ def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
                     f"Expected an --output_dir apart from the pictures, got {args.output_dir}, "
                     f"where {target.relative_to(folder)} would be written over. Name another one."
                 )
+
+
+def _whole_or_noted(path: Path, cut_off: list[CutOffError]) -> Iterator[np.ndarray]:
+    """The frames of a video; that it is cut off is noted, so that the other videos are done too."""
+    try:
+        yield from read_frames(path)
+    except CutOffError as error:
+        cut_off.append(error)
 
 
 def _masks(

@@ -17,9 +17,37 @@ _CODEC = cv2.VideoWriter.fourcc(*"mp4v")
 _USUAL_RATE = 25.0
 
 
+# How containers begin: bytes from a position. FFmpeg goes by the content whatever the suffix is,
+# and to it a text can be a list of further files and addresses to read (ffconcat, HLS).
+_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
+_BEGINNINGS = (
+    *((4, box) for box in _BOXES),  # MP4, MOV
+    (0, b"RIFF"),  # AVI
+    (0, b"\x1a\x45\xdf\xa3"),  # Matroska, WebM
+    *((0, start) for start in (b"FLV", b"OggS", b"\x30\x26\xb2\x75", b"\x00\x00\x01\xba")),
+    *((position, b"G") for position in (0, 4)),  # MPEG-TS: checked once more a packet later
+)
+_PACKET = 188
+# Containers that count their frames; in others OpenCV estimates the count from the duration.
+_COUNTED = frozenset({".mp4", ".m4v", ".mov", ".avi"})
+
+
+def _is_container(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(2 * _PACKET + 16)
+    found = [(at, sign) for at, sign in _BEGINNINGS if start.startswith(sign, at)]
+    return any(sign != b"G" or start[at + _PACKET + at :][:1] == b"G" for at, sign in found)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
-    capture = cv2.VideoCapture(str(path))
+    if not _is_container(path):
+        raise ValueError(
+            f"Expected a video as its suffix says, got {path}, which begins like none. Convert it "
+            "to .mp4 (H.264) first."
+        )
+    # By its whole path, which no protocol and no pattern of numbered images can be read into.
+    capture = cv2.VideoCapture(str(path.resolve()), cv2.CAP_FFMPEG)
     try:
         if not capture.isOpened():
             raise ValueError(
@@ -55,14 +83,29 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
     Raises:
         ValueError: if it cannot be read, or holds no frame.
+        CutOffError: behind the last frame, if the file promises more.
     """
     with _opened(path) as capture:
         ok, frame = capture.read()
         if not ok:
             raise ValueError(f"Expected a video with frames, got none in {path}.")
+        promised, number = capture.get(cv2.CAP_PROP_FRAME_COUNT), 0
         while ok:
+            number += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             ok, frame = capture.read()
+        if path.suffix.lower() not in _COUNTED:
+            promised = 0.95 * promised - 2
+        if number < promised:
+            raise CutOffError(
+                f"Expected the {promised:.0f} frames that {path} promises, got {number}: it is cut "
+                "off or damaged, and frames behind a hole have the wrong number. Copy it anew, or "
+                "convert it to .mp4 (H.264)."
+            )
+
+
+class CutOffError(ValueError):
+    """A video ends before the number of frames that it promises."""
 
 
 class VideoFile:
@@ -72,22 +115,46 @@ class VideoFile:
         self.path = path
         self.rate = rate
         self._writer: cv2.VideoWriter | None = None
+        self._size = (0, 0)
+        self._frames = 0
 
     def add(self, frame: np.ndarray) -> None:
         """Append a frame, uint8 RGB (H, W, 3) of the size of the first.
 
         Raises:
             OSError: if the file cannot be written.
+            ValueError: if the frame has another size, which OpenCV would leave out in silence.
         """
+        size = (frame.shape[1], frame.shape[0])
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            size = (frame.shape[1], frame.shape[0])
+            self._size = size
             self._writer = cv2.VideoWriter(str(self.path), _CODEC, self.rate, size)
             if not self._writer.isOpened():
                 raise OSError(f"Expected to write the video {self.path}, but it cannot be opened.")
+        if size != self._size:
+            raise ValueError(
+                f"Expected frames of {self._size[0]}x{self._size[1]} for {self.path}, got one of "
+                f"{size[0]}x{size[1]}. Convert the video to one size first."
+            )
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        self._frames += 1
 
     def close(self) -> None:
-        """Finish the file."""
-        if self._writer is not None:
-            self._writer.release()
+        """Finish the file.
+
+        Raises:
+            OSError: if it does not hold all frames, of which OpenCV says nothing (a full disk).
+        """
+        if self._writer is None:
+            return
+        self._writer.release()
+        self._writer = None
+        try:
+            written = frame_count(self.path)
+        except ValueError:
+            written = 0
+        if written != self._frames:
+            raise OSError(
+                f"Expected {self._frames} frames in {self.path}, got {written}. Is the disk full?"
+            )
