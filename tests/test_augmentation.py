@@ -1,5 +1,6 @@
 """Augmentation: draws that depend on (seed, epoch, index) only, one geometry for image and mask."""
 
+import itertools
 import os
 import pickle
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 
 import kd_trainer.augmentation
 import kd_trainer.fast_transforms
+from kd_trainer.arguments.data import AUGMENTATIONS, DataArguments
 from kd_trainer.augmentation import FILL, OUTSIDE, Augmentation
 
 
@@ -30,7 +32,7 @@ def picture(size=32):
     return image, mask
 
 
-@pytest.mark.parametrize("kind", ["heavy", "light"])
+@pytest.mark.parametrize("kind", ["heavy", "seed", "light"])
 def test_a_draw_depends_on_seed_epoch_and_index_only(kind):
     """Else a resumed run, or one with other workers, would see other pictures."""
     forward, backward = make(kind), make(kind)
@@ -115,6 +117,30 @@ def test_every_transform_of_the_heavy_list_occurs_and_only_one_of_a_group():
     assert all(len(sample & members) <= 1 for sample in names for _, members in GROUPS.values())
 
 
+def test_the_seed_list_draws_each_of_its_transforms_at_its_own_rate_and_independently():
+    """In a group colour jitter comes with 0.27 and Gaussian blur with 0.017: another list."""
+    rates = {
+        "HorizontalFlip": 0.5,
+        "FastColorJitter": 0.8,
+        "RandomBrightnessContrast": 0.8,
+        "GaussianBlur": 0.05,
+    }
+    count = 3000
+    names = fired(make("seed", size=16), count)
+    assert set().union(*names) == set(rates)
+    hits = {name: np.array([name in sample for sample in names]) for name in rates}
+    for name, rate in rates.items():
+        assert abs(hits[name].mean() - rate) < 5 * np.sqrt(rate * (1 - rate) / count), name
+    for one, two in itertools.combinations(rates, 2):
+        expected = rates[one] * rates[two]
+        assert abs((hits[one] & hits[two]).mean() - expected) < 5 * np.sqrt(expected / count)
+
+
+def test_heavy_stays_the_augmentation_that_nobody_asked_for():
+    assert DataArguments().augmentation == "heavy"
+    assert set(AUGMENTATIONS) == set(kd_trainer.augmentation.KINDS)
+
+
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_the_brightness_probability_is_that_of_its_group(probability):
     names = fired(make("heavy", size=16, probability=probability), 60)
@@ -178,7 +204,7 @@ def test_it_survives_pickling():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="heavy, light or none, got 'hevy'"):
+    with pytest.raises(ValueError, match="heavy, seed, light, none, got 'hevy'"):
         make("hevy")
     with pytest.raises(ValueError, match="seed >= 0, got -1"):
         make("none", seed=-1)

@@ -97,8 +97,16 @@ def break_pairs(root, what):
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("no mask", ValueError, r"mask of the same stem .* for 1 of 8: person3.jpg\."),
-        ("no image", ValueError, r"image of the same stem .* for 1 of 8 .*: person3.png"),
+        (
+            "no mask",
+            ValueError,
+            r"mask of the same stem .* for 1 of 8: person3.jpg \(there is: person0.png\)\.",
+        ),
+        (
+            "no image",
+            ValueError,
+            r"image of the same stem .* for 1 of 8 .*: person3.png \(there is: person0.jpg\)\.",
+        ),
         ("twice", ValueError, r"one file for each name, got person3.jpg and person3.png"),
         ("lossy", ValueError, r"person3.jpg is no mask: JPEG changes values"),
         ("empty", ValueError, r"got an empty split"),

@@ -26,6 +26,67 @@ def cell(values, dtype=np.uint8):
     return encode(Image.fromarray(np.array([values], dtype)))
 
 
+@pytest.mark.parametrize(
+    ("values", "cure", "classes"),
+    [
+        ([0, 128], "--mask_values 0 128, or .* --mask_threshold 64", None),
+        ([0, 65535], "--mask_values 0 65535, or .* --mask_threshold 32768", None),
+        ([*range(0, 255, 2), 255], "Take .* --mask_threshold 128", None),
+        ([0, 3, 90, 254, 255], "Take .* --mask_threshold 128", None),
+        ([0, 4, 12], "Take .* --mask_threshold 6", None),
+        ([0, 1, 2, 255], "--mask_values, or", 3),
+        (list(range(150)), "--mask_values, or", 150),
+        ([1, 2], "--mask_values 1 2, or", 3),
+    ],
+    ids=["0/128", "16-bit", "soft", "few shades", "gaps", "ids", "many ids", "1/2"],
+)
+def test_a_cure_names_only_as_many_classes_as_the_values_can_be(values, cure, classes):
+    """129 classes of which 127 never occur train without a word, and are of no use to anybody."""
+    mask = cell(values, np.uint16 if max(values) > 255 else np.uint8)
+    with pytest.raises(ValueError, match=cure) as caught:
+        find_mask_rule([mask], num_labels=2, ignore_index=255)
+    said = str(caught.value)
+    assert ("--num_labels" in said) == (classes is not None)
+    assert classes is None or said.endswith(f"--num_labels {classes}.")
+    assert ("--mask_threshold" in said) == (classes is None)
+
+
+def thresholded(masks, **settings):
+    image = encode(Image.fromarray(np.zeros((1, 4, 3), np.uint8)))
+    rows = {"train": [{"image": image, "mask": mask} for mask in masks]}
+    return mask_rule(rows, DataArguments(mask_threshold=128, **settings))
+
+
+def test_a_threshold_makes_two_classes_of_any_values():
+    masks = [
+        cell([0, 127, 128, 255]),
+        cell([0, 300, 65535, 100], np.uint16),
+        bit_cell([0, 1, 1, 0]),
+    ]
+    expected = [[0, 0, 1, 1], [0, 1, 1, 0], [0, 1, 1, 0]]
+    rule = thresholded(masks)
+    for mask, labels in zip(masks, expected, strict=True):
+        np.testing.assert_array_equal(rule.labels(decode_mask(mask, 0), "x")[0], labels)
+    ignoring = thresholded(masks, ignore_index=200)
+    np.testing.assert_array_equal(
+        ignoring.labels(np.array([[199, 200, 201, 1]], np.uint8), "x")[0], [1, 200, 1, 0]
+    )
+
+
+def test_a_threshold_that_nothing_reaches_is_refused():
+    """Every pixel would be background, and the student would learn that."""
+    with pytest.raises(ValueError, match="no foreground in the 1 that"):
+        thresholded([cell([0, 1, 1, 0])])
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_labels": 3}, {"mask_values": [0, 1]}, {"reduce_labels": True}]
+)
+def test_a_threshold_beside_another_rule_is_refused(other):
+    with pytest.raises(ValueError, match="Expected --mask_threshold 128 for a binary task alone"):
+        DataArguments(mask_threshold=128, **other)
+
+
 def bit_cell(values):
     return encode(Image.fromarray(np.array([values], bool)))
 

@@ -22,6 +22,7 @@ PAGES = tuple(
 )
 FRONTIER = ROOT / "docs" / "frontier.md"
 SEARCH = ROOT / "docs" / "results" / "frontier_search.json"
+MEMORY = ROOT / "docs" / "results" / "frontier_memory.json"
 COLUMNS = {
     "mIoU": "student_miou",
     "IoU person": "student_iou_foreground",
@@ -177,7 +178,7 @@ def test_every_result_file_is_published():
     assert len(shown) > 3
     parts = ("", "_compiled", "_processes", "_data", "_evaluation")
     speed = {ROOT / "docs" / "results" / f"speed{part}.json" for part in parts}
-    assert shown | speed | {SEARCH} == set((ROOT / "docs" / "results").glob("*.json"))
+    assert shown | speed | {SEARCH, MEMORY} == set((ROOT / "docs" / "results").glob("*.json"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -239,3 +240,17 @@ def test_speed_of_the_data_path_is_that_of_its_files():
         assert f"{small:.0f} and {large:.0f} images/s" in summary
     shown = [f"{growth[images]:.1f}" for images in ("100", "1000", "10000")]
     assert f"{', '.join(shown[:2])} and {shown[2]} MiB" in summary
+
+
+def test_published_memory_is_that_of_its_file():
+    """A promise that is not kept has to stay told, with the figures that were measured."""
+    found = json.loads(MEMORY.read_text("utf-8"))
+    page = FRONTIER.read_text(encoding="utf-8")
+    assert (found["side"], found["batch_size"], found["device"]) == (640, 1, "cpu")
+    teacher = found["models"]["teacher, B3"]["mib"]
+    for name, row in found["models"].items():
+        cells = [
+            f"{row['mib'][work]:.0f} ({100 * row['mib'][work] / teacher[work]:.0f} %)"
+            for work in ("inference", "training")
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in page

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kd_trainer.fields import check_at_least, check_choice, help_field
 from kd_trainer.metrics import check_class_names
 
-AUGMENTATIONS = ("heavy", "light", "none")
+AUGMENTATIONS = ("heavy", "seed", "light", "none")
 ON_BAD_SAMPLE = ("error", "skip")
 
 
@@ -42,15 +42,20 @@ class DataArguments:
         "Mask value 0 counts nowhere and value i is class i - 1, as in ADE20K (default: as the "
         "preprocessing of the teacher, or of the model that is measured, has do_reduce_labels).",
     )
+    mask_threshold: int | None = help_field(
+        None, "Binary masks: values from this one on are foreground, all below background."
+    )
     ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
     unlabelled: str | None = help_field(
         None, "Folder of photographs without masks, used by the distillation terms only."
     )
     streaming: bool = help_field(False, "Stream the data instead of indexing it.")
     image_size: int = help_field(640, "Side of the square network input in pixels.")
-    augmentation: str = help_field("heavy", "heavy, light or none.")
+    augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
-        0.8, "Probability of the brightness/CLAHE/gamma group of the heavy augmentation."
+        0.8,
+        "Probability of the brightness/CLAHE/gamma group of the heavy augmentation, and of "
+        "brightness and contrast in seed.",
     )
     synthetic_train: int = help_field(480, "Pictures drawn for training (dataset `synthetic`).")
     synthetic_eval: int = help_field(120, "Pictures drawn for evaluation, likewise.")
@@ -84,6 +89,8 @@ class DataArguments:
                 "Expected either --reduce_labels or --mask_values, got both, which say two things "
                 "of the values in the masks. Leave one out."
             )
+        if self.mask_threshold is not None:
+            self._check_threshold()
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(
@@ -100,6 +107,16 @@ class DataArguments:
             raise ValueError(
                 "Expected --brightness_contrast_probability between 0 and 1, got "
                 f"{self.brightness_contrast_probability}."
+            )
+
+    def _check_threshold(self) -> None:
+        check_at_least("mask_threshold", self.mask_threshold or 0, 1)
+        if self.num_labels != 2 or self.mask_values is not None or self.reduce_labels:
+            other = "--mask_values" if self.mask_values is not None else "--reduce_labels"
+            other = other if self.num_labels == 2 else f"--num_labels {self.num_labels}"
+            raise ValueError(
+                f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got it "
+                f"with {other}. Leave one out."
             )
 
     @property

@@ -66,6 +66,8 @@ class Look(NamedTuple):
 
 def known_values(data: DataArguments) -> frozenset[int]:
     """Every mask value that some rule for this data knows."""
+    if data.mask_threshold is not None:
+        return frozenset(range(2**16))
     if data.mask_values is not None:
         return frozenset({*data.mask_values, data.ignore_index})
     if data.reduce_labels:

@@ -81,10 +81,17 @@ def _by_stem(files: list[Path], folder: Path) -> dict[str, Path]:
         if stem in by_stem:
             raise ValueError(
                 f"Expected one file for each name, got {by_stem[stem].name} and {file.name} in "
-                f"{folder}. Remove one."
+                f"{folder}. Remove one, or rename it and give it a mask of its own name."
             )
         by_stem[stem] = file
     return by_stem
+
+
+def _other_side(names: dict[str, Path], partners: dict[str, Path], what: str) -> str:
+    """A name of the other side, without a partner if there is one: it shows how names differ."""
+    alone = [file.name for stem, file in names.items() if stem not in partners]
+    shown = alone or [file.name for file in names.values()]
+    return f" ({what if alone else 'there is'}: {shown[0]})" if shown else ""
 
 
 def _check_pairs(images: dict[str, Path], masks: dict[str, Path], mask_folder: Path) -> None:
@@ -94,13 +101,15 @@ def _check_pairs(images: dict[str, Path], masks: dict[str, Path], mask_folder: P
         hint = f" {lossy[0]} is no mask: JPEG changes values, store PNG." if lossy else ""
         raise ValueError(
             f"Expected a mask of the same stem for each image, got none in {mask_folder} for "
-            f"{len(bare)} of {len(images)}: {show_names(bare)}.{hint} Add the masks, or move the "
-            "images to a folder of their own and pass it as --unlabelled."
+            f"{len(bare)} of {len(images)}: {show_names(bare)}"
+            f"{_other_side(masks, images, 'masks without an image')}.{hint} Add the masks, or "
+            "move the images to a folder of their own and pass it as --unlabelled."
         )
     orphans = [file.name for stem, file in masks.items() if stem not in images]
     if orphans:
         raise ValueError(
             f"Expected an image of the same stem for each mask, got none for {len(orphans)} of "
-            f"{len(masks)} in {mask_folder}: {show_names(orphans)}. Add the images or remove the "
+            f"{len(masks)} in {mask_folder}: {show_names(orphans)}"
+            f"{_other_side(images, masks, 'the images')}. Add the images or remove the "
             "masks."
         )

@@ -7,6 +7,8 @@ With `--mask_values` the i-th value is class i. Without it the rule is found in 
 - binary, values 0 and 255 only: 255 is the **foreground**, also where `ignore_index` is 255;
 - binary, 0, 1 and 255, with 1 and 255 together in at least one mask: 255 is `ignore_index`. If no
   mask has both, files of both kinds may be mixed: an error asks for `--mask_values`;
+- with `--mask_threshold` (a binary task) values from the threshold on are foreground, all below
+  are background: for soft edges and for values that differ from file to file;
 - 1-bit files say which pixels are foreground without a number, so they fit each rule.
 
 `ignore_index` is honoured in each case but the third. What the sample did not show and the rule
@@ -29,6 +31,7 @@ from kd_trainer.data.decoding import decode_mask
 
 _VALUES = 2**16
 _UNKNOWN = -1
+_MOST_CLASSES_A_VALUE, _MOST_CLASSES = 3, 240
 
 
 def present_values(mask: npt.NDArray[Any]) -> tuple[int, ...]:
@@ -59,6 +62,8 @@ class MaskRule:
             data whose sample showed it, or that came with `--mask_values`, may: elsewhere such a
             mask could as well be a 0/255 one.
         also_ignored: further values, in files alone, of pixels that count nowhere.
+        threshold: the lowest value of the foreground; `values` are then those of the labels, and
+            255 is foreground even where it is `ignore_index`.
 
     Raises:
         ValueError: if values repeat, or labels and `ignore_index` do not fit into a byte.
@@ -68,6 +73,7 @@ class MaskRule:
     ignore_index: int = 255
     ignore_alone: bool = True
     also_ignored: tuple[int, ...] = ()
+    threshold: int | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.values)) != len(self.values) or not all(
@@ -80,7 +86,9 @@ class MaskRule:
         if not len(self.values) <= self.ignore_index <= 255:
             raise ValueError(
                 f"Expected --ignore_index between {len(self.values)} (the number of labels) and "
-                f"255, got {self.ignore_index}. Labels travel as bytes."
+                f"255, got {self.ignore_index}. Lower values are classes: where 0 is to be "
+                "ignored and classes begin at 1, use --reduce_labels; else store ignored pixels as "
+                "255."
             )
 
     @property
@@ -90,6 +98,11 @@ class MaskRule:
 
     @cached_property
     def _table(self) -> npt.NDArray[np.int16]:
+        if self.threshold is not None:
+            table = (np.arange(_VALUES) >= self.threshold).astype(np.int16)
+            if self.ignore_index != 255:
+                table[self.ignore_index] = self.ignore_index
+            return table
         table = np.full(_VALUES, _UNKNOWN, np.int16)
         table[[self.ignore_index, *self.also_ignored]] = self.ignore_index
         table[list(self.values)] = np.arange(self.num_labels)
@@ -124,6 +137,8 @@ class MaskRule:
         bits = mask.dtype == np.bool_
         self.check(present_values(mask), name, bits=bits)
         if bits:  # without a value for the set bit, no bit is set
+            if self.threshold is not None:
+                return mask.astype(np.uint8)
             values = mask.astype(np.uint8) * np.uint8(self._bit_value or 0)
             return self._bytes[values]
         if mask.dtype == np.uint8:
@@ -268,12 +283,29 @@ def _binary_rule(seen: dict[int, str], bits: int, together: int, ignore_index: i
 
 def _not_binary(foreground: set[int], seen: dict[int, str]) -> ValueError:
     first = seen[min(foreground - {1, 255})]
-    labels = max(foreground - {255}) + 1
     return ValueError(
         f"Expected masks of 0 and 1 or of 0 and 255, got the values {show_values(seen)} (first in "
-        f"{first}). Name background and foreground with --mask_values, or, if these are class "
-        f"ids, set --num_labels {labels}."
+        f"{first}). {_binary_cure({*foreground, 0} & {*seen})}"
     )
+
+
+def _binary_cure(values: Collection[int]) -> str:
+    """What makes classes of these values: never a number of classes far above theirs."""
+    low, high = min(values), max(values)
+    cures = []
+    if len(values) == 2:
+        cures.append(f"name background and foreground with --mask_values {low} {high}")
+    ids = {*values} - {255}
+    # A few more classes than the sample has shown; near 255 they are shades of an edge.
+    if max(ids) < min(_MOST_CLASSES_A_VALUE * len(ids), _MOST_CLASSES):
+        cures.append(f"if these are class ids, set --num_labels {max(ids) + 1}")
+        if len(values) > 2:
+            cures.insert(0, "name background and foreground with --mask_values")
+    else:
+        threshold = f"--mask_threshold {(low + high + 1) // 2}"
+        cures.append(f"take the values from a threshold on as foreground with {threshold}")
+    text = ", or ".join(cures)
+    return text[0].upper() + text[1:] + "."
 
 
 def _two_readings(seen: dict[int, str]) -> ValueError:

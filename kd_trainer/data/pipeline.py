@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,7 @@ from kd_trainer.data.bad_samples import (
 )
 from kd_trainer.data.cells import BadSampleError, cell_name
 from kd_trainer.data.decoding import decode_mask, image_shape
-from kd_trainer.data.masks import MaskRule, find_mask_rule
+from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 from kd_trainer.data.sources import is_coco
 from kd_trainer.data.transform import SegmentationTransform, size_error
 
@@ -53,6 +53,8 @@ def mask_rule(
     for index, row in enumerate(rows):
         check_sizes(row, index)
     masks = [row["mask"] for row in rows]
+    if data.mask_threshold is not None:
+        return _threshold_rule(masks, data, every_class=every_class)
     if data.mask_values is None and not data.reduce_labels:
         return find_mask_rule(
             masks,
@@ -81,6 +83,23 @@ def mask_rule(
             f"Expected masks with pixels that count, got only {rule.ignore_index} (--ignore_index"
             f"{' and 0, by --reduce_labels' if data.reduce_labels else ''}) in all {ignored} that "
             "were looked at. Check the masks, or --mask_values."
+        )
+    return rule
+
+
+def _threshold_rule(masks: Sequence[Any], data: DataArguments, *, every_class: bool) -> MaskRule:
+    rule = MaskRule((0, 1), data.ignore_index, threshold=data.mask_threshold)
+    classes: set[int] = set()
+    for index, cell in enumerate(masks):
+        if not {0, 1} <= classes:
+            labels = rule.labels(decode_mask(cell, index), cell_name(cell, index))
+            classes |= set(present_values(labels))
+    if every_class and not {0, 1} <= classes:
+        missing = "background" if 1 in classes else "foreground"
+        raise ValueError(
+            f"Expected foreground and background in the masks, got no {missing} in the "
+            f"{len(masks)} that were looked at with --mask_threshold {data.mask_threshold}. "
+            "Choose a value between theirs."
         )
     return rule
 

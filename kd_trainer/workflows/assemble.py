@@ -120,7 +120,8 @@ def assemble(run: RunArguments) -> Parts:
 def _reduces_labels(run: RunArguments) -> bool:
     """Whether the masks are read as the teacher's were, from value 1 on; says so if they are."""
     model, data = run.model, run.data
-    own_values = data.mask_values is not None or data.dataset == "synthetic" or is_coco(data)
+    own_values = bool(data.mask_values or data.mask_threshold)
+    own_values |= data.dataset == "synthetic" or is_coco(data)
     if not model.has_teacher or own_values or not reduces_labels(model.teacher):
         return False
     if run.training.process_index == 0:

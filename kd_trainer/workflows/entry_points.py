@@ -53,7 +53,7 @@ def data_of(
     if isinstance(model, SmpForSemanticSegmentation):
         told["image_size"] = model.config.image_size
         told["ignore_index"] = model.config.semantic_loss_ignore_index
-    if "mask_values" not in given and not given.get("category"):
+    if not {"mask_values", "mask_threshold"} & set(given) and not given.get("category"):
         told["reduce_labels"] = reduces_labels(source)
     return DataArguments(**(told | given))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kd_trainer.arguments.data import AUGMENTATIONS
 from kd_trainer.fields import check_at_least, check_choice, help_field
 
 CONTENDERS = ("plain", "student", "ours", "cached")
@@ -23,7 +24,9 @@ class StepArguments:
     free_units: int | None = help_field(
         None, "Encoder units of the student that are trained: 0 is the decoder alone, default all."
     )
-    augmentation: str = help_field("heavy", "heavy, light or none; the plain loop has heavy only.")
+    augmentation: str = help_field(
+        "heavy", "heavy, seed, light or none; the plain loop has heavy only."
+    )
     dataset: str | None = help_field(
         None, "Pair folder to read (<split>/images, <split>/masks); default: drawn for this run."
     )
@@ -40,7 +43,7 @@ class StepArguments:
         check_at_least("workers", self.workers, 0)
         check_choice("device", self.device, DEVICES)
         check_choice("mixed_precision", self.mixed_precision, ("bf16", "fp16", "no"))
-        check_choice("augmentation", self.augmentation, ("heavy", "light", "none"))
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("Expected a GPU with --device cuda, got none. Leave --device out.")
 
