@@ -312,7 +312,6 @@ def test_an_alias_that_repeats_a_list_is_taken():
         ({"encoder_name": None}, "the name of an encoder as encoder_name"),
         ({"dtype": "float12"}, "float32, float16, bfloat16 or float64 as dtype"),
         ({"quantization_config": {"quant_method": "x"}}, "nothing as quantization_config"),
-        ({"image_std": [0.2, 0.0, 0.2]}, "image_std of three finite numbers above 0"),
     ],
 )
 def test_a_damaged_config_json_is_one_line_with_its_entry(entry, wanted, tmp_path):
@@ -324,6 +323,20 @@ def test_a_damaged_config_json_is_one_line_with_its_entry(entry, wanted, tmp_pat
         error = complaint(lambda load=load: load(tmp_path))
         check_one_line(error, entry)
         assert str(error).startswith(f"Expected {wanted} of a model, got "), error
+
+
+def test_a_std_of_zero_is_one_line_with_its_entry(tmp_path):
+    """Every logit would be NaN, which a class map does not show."""
+    student = tiny_student()
+    student.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"image_std": [0.2, 0.0, 0.2]}
+    written(tmp_path, config)
+    for load in (load_student, lambda folder: load_teacher(str(folder), num_labels=2)):
+        error = complaint(lambda load=load: load(tmp_path))
+        check_one_line(error, {"image_std": 0})
+        assert str(error).startswith("Expected image_std of three finite numbers above 0 in "), (
+            error
+        )
 
 
 @pytest.mark.parametrize("entry", [{"depths": "x"}, {"hidden_sizes": [-1] * 4}, {"id2label": []}])
