@@ -17,8 +17,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from kd_trainer.data import collate
-from kd_trainer.evaluation import EvaluationSettings
+from kd_trainer.evaluation import EvaluationSettings, Statistics, bytes_of
 from kd_trainer.reports.panels import comparison_panel, save_picture
 from kd_trainer.timetable import RunningEpoch
 
@@ -71,6 +70,8 @@ class EvaluationPanels(TrainerCallback):
     Args:
         find: gives the classes that student and teacher find in a batch.
         dataset: the evaluation data; its first `args.panel_images` samples are drawn.
+        collator: makes a batch of such samples, as the trainer's own loaders do.
+        statistics: mean and std of the student's input, for pictures that come normalised.
         settings: number of classes and the ignored label.
         tensorboard: the callback whose writer shows the picture, or None.
     """
@@ -79,11 +80,16 @@ class EvaluationPanels(TrainerCallback):
         self,
         find: Callable[[dict[str, Any]], tuple[Tensor, Tensor | None]],
         dataset: Any,
+        *,
+        collator: Callable[[list[Any]], Any],
+        statistics: Statistics,
         settings: EvaluationSettings,
         tensorboard: TensorBoardCallback | None,
     ) -> None:
         self.find = find
         self.dataset = dataset
+        self.collator = collator
+        self.statistics = statistics
         self.settings = settings
         self.tensorboard = tensorboard
 
@@ -92,11 +98,11 @@ class EvaluationPanels(TrainerCallback):
         samples = self.dataset
         if not isinstance(samples, IterableDataset):
             samples = (self.dataset[i] for i in range(len(self.dataset)))
-        batch = collate(list(itertools.islice(samples, count)))
+        batch = self.collator(list(itertools.islice(samples, count)))
         student, teacher = self.find(batch)
         return comparison_panel(
-            batch["pixel_values"].permute(0, 2, 3, 1).numpy(),
-            batch["labels"].numpy(),
+            bytes_of(batch["pixel_values"], self.statistics).permute(0, 2, 3, 1).cpu().numpy(),
+            batch["labels"].cpu().numpy(),
             None if teacher is None else teacher.cpu().numpy(),
             student.cpu().numpy(),
             num_labels=self.settings.num_labels,
