@@ -93,6 +93,7 @@ def _check_numbers(args: Any) -> None:
         ("adam_beta2", 0),
         ("adam_epsilon", 0),
         ("panel_images", 0),
+        ("panel_limit", 0),
     ):
         check_at_least(name, getattr(args, name), bound)
     if not (args.learning_rate > 0 and math.isfinite(args.learning_rate)):

@@ -69,6 +69,14 @@ def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
     return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
+def bytes_of(pixels: Tensor, statistics: Statistics) -> Tensor:
+    """The uint8 pictures (B, 3, H, W) that `normalise` made floats of; bytes stay as they are."""
+    if pixels.dtype == torch.uint8:
+        return pixels
+    mean, std = (value.to(pixels.device) for value in statistics)
+    return (pixels.float() * std + mean).round().clamp(0, 255).byte()
+
+
 def classes_of(raw_logits: Tensor) -> Tensor:
     """Class of each pixel, (B, H, W) int64, from raw logits (B, K, H, W).
 

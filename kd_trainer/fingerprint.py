@@ -25,7 +25,7 @@ from kd_trainer.command_line import ALIASES
 # Where a run lies and what it shows while it goes do not change what it learns.
 WITHOUT_EFFECT = frozenset(
     {"output_dir", "panel_images", "report_to", "logging_steps", "dataloader_num_workers"}
-    | {"report", "disable_tqdm", "save_total_limit", "no_preflight"}
+    | {"panel_limit", "report", "disable_tqdm", "save_total_limit", "no_preflight"}
     | {"teacher_cache", "teacher_cache_size", "teacher_stream", "keep_freed_memory"}
     | {"push_to_hub", "hub_model_id", "hub_license", "hub_strategy", "hub_private_repo"}
     | {"hub_pictures"}

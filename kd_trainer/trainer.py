@@ -130,10 +130,17 @@ class DistillationTrainer(
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
         if args.panel_images > 0 and eval_dataset is not None:
-            board = tensorboard_of(self.callback_handler.callbacks)
-            shown = next(iter(sets.values()), eval_dataset)
-            panels = EvaluationPanels(self.found_classes, shown, self.settings, board)
-            self.add_callback(panels)
+            self.add_callback(self._panels(next(iter(sets.values()), eval_dataset)))
+
+    def _panels(self, dataset: Any) -> EvaluationPanels:
+        return EvaluationPanels(
+            self.found_classes,
+            dataset,
+            collator=self.data_collator,
+            statistics=self._statistics,
+            settings=self.settings,
+            tensorboard=tensorboard_of(self.callback_handler.callbacks),
+        )
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         """Move to the device and normalise there: as uint8, pictures are a quarter of the bytes."""

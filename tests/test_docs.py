@@ -32,7 +32,8 @@ from kd_trainer.workflows.train import train
 from kd_trainer.workflows.web_demo import main as web_demo
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
 SPACE = {*web_demo.SPACE_VARIABLES, *web_demo.SERVER_VARIABLES}

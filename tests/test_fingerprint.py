@@ -23,6 +23,7 @@ FREE = {
     "output_dir": "elsewhere",
     "logging_steps": 7,
     "panel_images": 2,
+    "panel_limit": 0,
     "report": False,
     "save_total_limit": 9,
     "dataloader_num_workers": 2,

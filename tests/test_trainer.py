@@ -525,6 +525,53 @@ def test_panel_is_drawn_at_each_evaluation_and_sent_to_tensorboard(tmp_path: Pat
     assert {"eval/miou", "eval/teacher_miou", "eval/agreement", "eval/kl"} <= scalars
 
 
+def test_a_long_run_keeps_few_panels_and_that_of_the_best(tmp_path: Path):
+    """Each takes 0.2 MiB, twice with TensorBoard: a thousand evaluations would fill the disk."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    evaluations = {"eval_strategy": "epoch", "num_train_epochs": 12}
+    best = {"metric_for_best_model": "early", "greater_is_better": True}
+    saves = {"save_strategy": "steps", "save_steps": 1000, "load_best_model_at_end": False}
+    trainer = DistillationTrainer(
+        tiny_student(),
+        arguments(
+            tmp_path, **evaluations, **best, **saves, panel_images=1, report_to="tensorboard"
+        ),
+        train_dataset=Squares(4),
+        eval_dataset=Squares(1),
+        compute_metrics=lambda _: {"early": -abs(trainer.state.global_step - 4)},
+    )
+    trainer.train()
+    assert panel_steps(tmp_path / "panels") == [4, 24]
+    (folder,) = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"images": 0})
+    events.Reload()
+    shown = [image.step for image in events.Images("panel")]
+    assert shown == [2, 4, 6, 8, 10, 12, 16, 18, 20, 22, 24], "14 is in the same tenth as 12"
+
+
+def panel_steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("step_")) for path in folder.glob("step_0*.png"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [(0, [2, 4, 6, 8, 50]), (1, [4, 8]), (2, [4, 8]), (3, [4, 6, 8]), (5, [2, 4, 6, 8, 50])],
+)
+def test_as_many_panels_are_kept_as_asked_for(tmp_path: Path, limit: int, left: list[int]):
+    """The best student's is published; one of later updates is of another run."""
+    args = arguments(tmp_path, panel_images=1, panel_limit=limit)
+    trainer = DistillationTrainer(tiny_student(), args, eval_dataset=Squares(1))
+    folder = tmp_path / "panels"
+    folder.mkdir()
+    for name in ("000002", "000004", "000006", "000050", "mine"):
+        (folder / f"step_{name}.png").touch()
+    trainer.state.global_step, trainer.state.best_global_step = 8, 4
+    trainer.evaluate()
+    assert panel_steps(folder) == left
+    assert (folder / "step_mine.png").exists()
+
+
 def test_state_of_the_trainer_is_json(tmp_path: Path):
     """Logged values must be plain numbers, or the checkpoint cannot be written."""
     trainer = DistillationTrainer(

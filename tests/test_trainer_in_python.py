@@ -8,7 +8,7 @@ from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from kd_trainer.evaluation import evaluation_rows
+from kd_trainer.evaluation import evaluation_rows, normalise
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
 
@@ -203,6 +203,36 @@ def test_several_evaluation_sets_are_measured_each(tmp_path: Path):
     keys = {key for log in trainer.state.log_history for key in log}
     assert {"eval_day_miou", "eval_night_miou", "eval_night_teacher_miou"} <= keys
     assert trainer.state.best_model_checkpoint is not None
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["bytes", "normalised"])
+def test_panels_show_the_batches_of_the_trainers_own_collator(tmp_path: Path, floats: bool):
+    """Samples of one's own have other names and types; ours would fail at the first evaluation."""
+
+    class Arrays(Squares):
+        def __getitem__(self, index: int):
+            sample = super().__getitem__(index)
+            return {"photo": sample["pixel_values"].numpy(), "mask": sample["labels"].numpy()}
+
+    def stack(samples):
+        names = {"pixel_values": "photo", "labels": "mask"}
+        batch = {n: torch.stack([torch.tensor(s[k]) for s in samples]) for n, k in names.items()}
+        if floats:
+            batch["pixel_values"] = normalise(batch["pixel_values"], trainer._statistics)
+        return batch
+
+    trainer = DistillationTrainer(
+        tiny_student(),
+        arguments(tmp_path, panel_images=2),
+        train_dataset=Arrays(4),
+        eval_dataset=Arrays(2),
+        data_collator=stack,
+    )
+    plain = arguments(tmp_path / "plain", panel_images=2)
+    for one in (trainer, DistillationTrainer(tiny_student(), plain, eval_dataset=Squares(2))):
+        one.evaluate()
+    name = Path("panels", "step_000000.png")
+    assert (tmp_path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
 def test_predicting_without_labels_says_where_class_maps_come_from(tmp_path: Path):

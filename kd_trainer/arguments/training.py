@@ -116,6 +116,9 @@ class DistillationArguments(TrainingArguments):
         False, "Start without the checks of scripts/doctor.py, which take seconds."
     )
     panel_images: int = help_field(4, "Pictures in the panel drawn at each evaluation; 0 = none.")
+    panel_limit: int = help_field(
+        2, "Panels kept in the output folder (that of the best student is among them); 0 = all."
+    )
     report: bool = help_field(True, "Write report.html at the end: curves, images, reliability.")
     eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
     save_strategy: str = help_field("epoch", "Save each epoch, every --save_steps, or no.")
