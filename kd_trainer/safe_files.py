@@ -194,3 +194,8 @@ def _check_numbers(value: Any) -> None:
         value = [*value, *value.values()]
     for item in value if isinstance(value, list | tuple | set) else ():
         _check_numbers(item)
+
+
+def plain(value: object) -> str:
+    """Text without what a terminal would obey, or a table break at: names are a stranger's."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))

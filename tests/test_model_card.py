@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from kd_trainer.command_line import DEFAULT_RECIPE, load_recipe, parse
 from kd_trainer.model_card import CardFacts, DatasetName, dataset_name, render
@@ -184,3 +185,38 @@ def test_a_student_in_training_says_so():
     """Figures of the first epoch would be read as the result."""
     assert "**In training, update 4 of 8.**" in render(facts(progress="update 4 of 8"))
     assert "In training" not in render(facts())
+
+
+def test_names_of_a_stranger_are_text_in_the_card():
+    """Classes come from a data set: on the Hub's page they would be markup, or a broken table."""
+    evil = "a|b <img src=x> [c](d) `e`\x1b[2J\n## f"
+    shown = r"a\|b \<img src=x\> \[c\](d) \`e\`\\x1b\[2J\\n## f"
+    labels = {"0": "sky", "1": "class_1", "2": evil}
+    results = {**RESULTS, f"student_iou_{evil}": 0.5, "student_iou_class_1": 0.25}
+    card = render(
+        facts(
+            config={**CONFIG, "classes": 3, "id2label": labels},
+            results=results,
+            dataset=DatasetName("p|q"),
+            measured={"Latency": [{"runtime": evil, "median_ms": 1.0}]},
+        )
+    )
+    assert f"out of sky, class_1, {shown}." in card
+    assert f"\n| IoU of {shown} | 0.5000 |  |\n" in card
+    assert row(card, "IoU of class_1") == ["0.2500", ""]
+    assert f"\n| {shown} | 1 |\n" in card
+    assert "of p\\|q (1,200 images)" in card
+    assert all(line.isprintable() for line in card.split("\n"))
+
+
+def test_the_masks_of_the_snippet_stay_in_their_folder(tmp_path: Path, monkeypatch):
+    """A class may be called `../../x` or `a/b`, and two may differ in one such character only."""
+    (snippet,) = re.findall(r"^```python\n(from transformers.*?)^```", render(facts()), re.M | re.S)
+    labels = ["../up", "/root", "a/b", "a|b", "stra\u00dfe", "x" * 300]
+    parts = [{"label": label, "mask": Image.new("1", (1, 1))} for label in labels]
+    monkeypatch.setattr("transformers.pipeline", lambda *_, **__: lambda _: parts)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    found = sorted(path.name for path in tmp_path.rglob("*"))
+    assert found[:3] == ["0____up.png", "1__root.png", "2_a_b.png"]
+    assert len(found) == len(labels)

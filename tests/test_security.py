@@ -19,10 +19,13 @@ from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.checkpoints import complete, read_marker
 from kd_trainer.command_line import load_recipe
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.preflight.finding import note, summary, table
 from kd_trainer.publishing.folder import settings_of
+from kd_trainer.resuming import Stopped
 from kd_trainer.teacher import load_teacher
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.models import load_measured, load_student, make_student, make_teacher
+from kd_trainer.workflows.run import run_script
 from kd_trainer.workflows.run_folder import run_settings
 
 ROOT = Path(__file__).parents[1]
@@ -314,3 +317,53 @@ def test_a_student_brings_its_code_along_and_does_not_need_it(tmp_path, marker):
     assert isinstance(load_student(folder), SmpForSemanticSegmentation)
     load_teacher(str(folder), num_labels=2, trust_remote_code=True)
     assert not marker.exists()
+
+
+EVIL = "x\x1b[2K\rerror: paid\x07\u202e"
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError(f"Expected a split, got {EVIL}."), OSError(f"nothing at {EVIL}")]
+)
+def test_a_name_cannot_draw_on_the_terminal(raised, capsys):
+    """An escape sequence in a file name or category writes a line of its own, or a title."""
+
+    def stop():
+        raise raised
+
+    with pytest.raises(SystemExit):
+        run_script(stop)
+    told = capsys.readouterr().err
+    assert told.endswith("\n")
+    assert told[:-1].isprintable()
+    assert r"\x1b[2K" in told
+
+
+def test_the_line_of_a_stopped_run_is_printable(capsys):
+    """It names the checkpoint, and a folder may be called anything."""
+
+    def stop():
+        raise Stopped(f"Saved {EVIL}.", 130)
+
+    with pytest.raises(SystemExit):
+        run_script(stop)
+    assert capsys.readouterr().err[:-1].isprintable()
+
+
+@pytest.mark.parametrize("show", [table, lambda found: summary(found, 1.0)])
+def test_what_a_preflight_tells_is_printable(show):
+    """Its lines name files and classes."""
+    shown = show([note("masks", f"a class {EVIL}", f"Rename {EVIL}.")])
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert r"\x1b" in shown
+
+
+def test_the_owner_of_code_cannot_hide_itself(tmp_path, capfd):
+    """The line that says whose code runs would be erased by the name in the config."""
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "strange", "auto_map": {"AutoConfig": f"{EVIL}--code.C"}})
+    )
+    with pytest.raises((ValueError, OSError)):
+        load_teacher(str(tmp_path), num_labels=2, trust_remote_code=True)
+    told = next(line for line in capfd.readouterr().err.split("\n") if "Running Python" in line)
+    assert told.isprintable()

@@ -4,7 +4,11 @@ import ast
 import os
 import socket
 import sys
+from importlib import import_module
+from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ from kd_trainer.workflows.entry_points import predict_main
 from kd_trainer.workflows.latency import Latency
 from kd_trainer.workflows.models import load_student
 from kd_trainer.workflows.web_demo import main as web_demo
+from kd_trainer.workflows.web_demo import page
 from kd_trainer.workflows.web_demo.main import WebDemoArguments, load_models, web_demo_main
 from kd_trainer.workflows.web_demo.result import (
     LONGEST,
@@ -186,6 +191,32 @@ def test_names_of_classes_are_text(pair, folders: Path):
     told = found(result, ("background", "<script>x</script>"))
     assert "<script>" not in told
     assert "&lt;script&gt;" in told
+
+
+def test_uploads_and_the_queue_are_bounded(pair, monkeypatch):
+    """One visitor with files of 600 MB fills the disk, and a thousand waiting pictures the rest."""
+    gradio = MagicMock()
+    blocks = gradio.Blocks.return_value.__enter__.return_value
+    for module in (page, web_demo):
+        monkeypatch.setattr(module, "require", lambda *_, **__: gradio)
+    built = page.build_page(pair, threshold=0.5, repeats=1)
+    blocks.queue.assert_called_once_with(max_size=page.MOST_WAITING)
+    assert built is blocks.queue.return_value
+    monkeypatch.setattr(web_demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(web_demo.threading, "Event", MagicMock(side_effect=KeyboardInterrupt))
+    web_demo.serve(built, WebDemoArguments(), 7860)
+    assert built.launch.call_args.kwargs["max_file_size"] == page.MOST_BYTES
+    told = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    assert f"more than {page.MOST_BYTES // 2**20} MiB" in told
+    assert f"while {page.MOST_WAITING} wait" in told
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="needs the extra demo")
+def test_gradio_has_these_bounds():
+    """A name that gradio changes would be noticed in the browser's test alone."""
+    blocks = import_module("gradio").Blocks
+    assert "max_size" in signature(blocks.queue).parameters
+    assert "max_file_size" in signature(blocks.launch).parameters
 
 
 @pytest.mark.slow

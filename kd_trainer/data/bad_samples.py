@@ -29,6 +29,7 @@ from kd_trainer.data.cells import BadSampleError, cell_name
 from kd_trainer.data.decoding import decode_mask, decode_photograph
 from kd_trainer.data.masks import present_values, show_values
 from kd_trainer.data.transform import one_thread_per_worker, size_error
+from kd_trainer.safe_files import plain
 
 PRINTED = 20
 """Bad samples of a split that are printed; all of them are in bad_samples.txt."""
@@ -45,15 +46,10 @@ class BadSample:
 
     def line(self) -> str:
         """All four between tabs, as in bad_samples.txt."""
-        return "\t".join(map(_plain, astuple(self)))
+        return "\t".join(map(plain, astuple(self)))
 
     def __str__(self) -> str:
-        return _plain(f"{self.split} row {self.row}: {self.reason}")
-
-
-def _plain(value: object) -> str:
-    """Text without what a terminal would obey, or a table break at: names are a stranger's."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+        return plain(f"{self.split} row {self.row}: {self.reason}")
 
 
 class Look(NamedTuple):

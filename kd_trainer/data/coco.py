@@ -26,6 +26,7 @@ from kd_trainer.data.coco_files import find_annotations, find_images
 from kd_trainer.data.coco_shapes import draw
 from kd_trainer.data.listing import FEATURES, did_you_mean, show_names, stream_shards
 from kd_trainer.data.masks import MaskRule
+from kd_trainer.safe_files import plain
 
 DRAWING = 2
 """Counts up when the same annotations are drawn as other pixels: it invalidates cached masks."""
@@ -160,8 +161,10 @@ def _tell_moved(source: CocoSplit) -> None:
     moved = [(name, file) for name, file in zip(names, files, strict=True) if name != file]
     if moved and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         tqdm.write(
-            f"{len(moved)} of {len(names)} file names of {source.annotations} are paths of another "
-            f"machine; in {folder} {moved[0][0]} is {moved[0][1]}.",
+            plain(
+                f"{len(moved)} of {len(names)} file names of {source.annotations} are paths of "
+                f"another machine; in {folder} {moved[0][0]} is {moved[0][1]}."
+            ),
             file=sys.stderr,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,10 @@ from kd_trainer.model_card.facts import CardFacts
 from kd_trainer.model_card.metadata import FIGURES, card_data
 from kd_trainer.model_card.recipe import recipe
 from kd_trainer.model_card.snippets import usage
+from kd_trainer.safe_files import plain
 
+# What would end a cell, or be read as markup or HTML; an underscore within a word is none.
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
 _CITATION = """\
 ```bibtex
 @software{kd_trainer,
@@ -48,6 +52,15 @@ def render(facts: CardFacts) -> str:
     return f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}\n"
 
 
+def markup(text: str) -> str:
+    """A name as Markdown that shows it as it is: it may be a stranger's."""
+    return _MARKUP.sub(r"\\\g<0>", plain(text))
+
+
+def _code(text: str) -> str:
+    return "`" + plain(text).replace("`", "'") + "`"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, names to the left and figures to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
@@ -55,7 +68,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _head(facts: CardFacts) -> str:
-    labels, name = facts.labels, facts.repo_id.split("/")[1]
+    labels, name = [markup(label) for label in facts.labels], facts.repo_id.split("/")[1]
     named = "the foreground" if labels[-1] == "foreground" else labels[-1]
     what = f"finds {named} in photographs" if len(labels) == 2 else "labels photographs"
     text = (
@@ -63,7 +76,7 @@ def _head(facts: CardFacts) -> str:
         f"one class a pixel, out of {', '.join(labels)}."
     )
     if facts.teacher:
-        text += f" It was distilled from `{facts.teacher}`."
+        text += f" It was distilled from {_code(facts.teacher)}."
     if facts.progress:
         text += f"\n\n**In training, {facts.progress}.** Figures are those of this moment."
     if facts.has_panel:
@@ -92,7 +105,7 @@ def _figures(facts: CardFacts) -> str:
         return ""
     binary = len(facts.labels) == 2  # whose foreground is the one class
     wanted = [(key, name) for key, _, name in FIGURES if not (binary and key == "iou_foreground")]
-    wanted += [(f"iou_{label}", f"IoU of {label}") for label in facts.labels]
+    wanted += [(f"iou_{label}", f"IoU of {markup(label)}") for label in facts.labels]
     rows = []
     for key, name in wanted:
         values = [values.get(f"{who}_{key}") for values, who in known.values()]
@@ -110,7 +123,8 @@ def _figures(facts: CardFacts) -> str:
 def _measured_on(facts: CardFacts) -> str:
     images = facts.results.get("eval_images")
     split = facts.settings.get("eval_split")
-    where = f"the split `{split}` of {facts.dataset.name}" if split else facts.dataset.name
+    name = markup(facts.dataset.name)
+    where = f"the split {_code(split)} of {name}" if split else name
     count = f" ({images:,} images)" if images else ""
     return (
         f"On {where}{count}. mIoU, IoU and Dice are those of the whole set, from summed counts of "
@@ -153,17 +167,18 @@ def _measured(heading: str, rows: list[dict[str, Any]]) -> str:
     """A table of whatever was measured beside the training."""
     header = list(rows[0])
     cells = [[_cell(row.get(name)) for name in header] for row in rows]
-    return f"## {heading}\n\n{table([name.replace('_', ' ') for name in header], cells)}"
+    titles = [markup(name.replace("_", " ")) for name in header]
+    return f"## {markup(heading)}\n\n{table(titles, cells)}"
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else str(value).replace("|", "/")
+    return "" if value is None else markup(str(value))
 
 
 def _data(facts: CardFacts) -> str:
-    name = facts.dataset.name
+    name = markup(facts.dataset.name)
     if facts.dataset.hub_id:
         name = f"[{name}](https://huggingface.co/datasets/{facts.dataset.hub_id})"
     elif name == "synthetic":

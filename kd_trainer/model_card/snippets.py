@@ -9,8 +9,9 @@ _PIPELINE = """\
 from transformers import pipeline
 
 segment = pipeline("image-segmentation", model="{id}", trust_remote_code=True)
-for part in segment("photograph.jpg"):
-    part["mask"].save(part["label"] + ".png")
+for number, part in enumerate(segment("photograph.jpg")):
+    name = "".join(c if c.isalnum() else "_" for c in part["label"])
+    part["mask"].save(f"{{number}}_{{name[:50]}}.png")
 ```"""
 
 _AUTO = """\

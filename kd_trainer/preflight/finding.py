@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
 
+from kd_trainer.safe_files import plain
+
 GO_ON = "(--no_preflight goes on all the same)"
 _HEADER = ("check", "", "finding", "what to do")
 _WIDTHS = (16, 5, 44, 40)
@@ -60,7 +62,7 @@ def graded(findings: Sequence[Finding], grade: Grade) -> list[Finding]:
 
 def table(findings: Sequence[Finding]) -> str:
     """All findings as a table that fits into a terminal."""
-    rows = [(f.check, str(f.grade), f.text, f.cure) for f in findings]
+    rows = [(f.check, str(f.grade), plain(f.text), plain(f.cure)) for f in findings]
     lines = [_line(_HEADER), "-+-".join("-" * width for width in _WIDTHS)]
     for row in rows:
         cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, _WIDTHS, strict=True)]
@@ -88,7 +90,7 @@ def summary(findings: Sequence[Finding], seconds: float) -> str:
     notes = graded(findings, Grade.NOTE)
     how = f"checks, {several(len(notes), 'note')}," if notes else "checks passed"
     first = f"Preflight: {len(findings)} {how} in {seconds:.1f} s"
-    return "\n".join([first, *(f"- {f.check}: {f.text}. {f.cure}" for f in notes)])
+    return "\n".join([first, *(plain(f"- {f.check}: {f.text}. {f.cure}") for f in notes)])
 
 
 def several(count: int, word: str) -> str:

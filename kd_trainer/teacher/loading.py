@@ -19,6 +19,7 @@ from kd_trainer.configuration_smp import (
     architecture_class,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.safe_files import plain
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher.network import Statistics, Teacher
 from kd_trainer.weights import (
@@ -227,7 +228,7 @@ def _announce_code(source: str, config: dict[str, Any]) -> None:
     named = config.get("auto_map")
     values = [str(v) for v in named.values()] if isinstance(named, dict) else []
     owners = dict.fromkeys(v.split("--")[0] if "--" in v else source for v in values)
-    for owner in owners:
+    for owner in map(plain, owners):
         print(f"Running Python code of {owner}, as --trust_remote_code asks for.", file=sys.stderr)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.disk import writing
+from kd_trainer.safe_files import plain
 from kd_trainer.teacher_cache.coding import as_half, encode
 from kd_trainer.teacher_cache.room import Room
 from kd_trainer.teacher_cache.shards import (
@@ -170,7 +171,9 @@ class _Filler:
         for partial in self.folder.glob(f"{bucket:02d}-*{PARTIAL}"):
             partial.unlink()
         for path, error in stored(self.folder, bucket).damaged.items():
-            tqdm.write(f"teacher cache: {path.name} is filled again: {error}", file=sys.stderr)
+            tqdm.write(
+                f"teacher cache: {path.name} is filled again: {plain(error)}", file=sys.stderr
+            )
             path.unlink()
 
     def _write(self, bucket: int, entries: Mapping[bytes, bytes]) -> None:

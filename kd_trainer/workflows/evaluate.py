@@ -23,7 +23,7 @@ from kd_trainer.evaluation import (
 )
 from kd_trainer.losses import class_ids
 from kd_trainer.reports.metric import load_metric
-from kd_trainer.safe_files import write_text
+from kd_trainer.safe_files import plain, write_text
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.files import write_bad_samples, write_json
 from kd_trainer.workflows.plan import markdown_table
@@ -56,7 +56,7 @@ class Evaluation:
         """Metrics as rows, student and teacher as columns."""
         header = ["metric", "student", *(["teacher"] if self.teacher else [])]
         rows = [
-            [name, *(f"{who[name]:.4f}" for who in (self.student, self.teacher) if who)]
+            [plain(name), *(f"{who[name]:.4f}" for who in (self.student, self.teacher) if who)]
             for name in self.student
         ]
         table = markdown_table(header, rows)

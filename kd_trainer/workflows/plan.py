@@ -12,6 +12,7 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.command_line import RunArguments
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.optim import DECODER, unit_parameters
+from kd_trainer.safe_files import plain
 from kd_trainer.timetable import Timetable
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.models import network_name, network_size
@@ -123,10 +124,10 @@ def describe(run: RunArguments, parts: Parts) -> str:
     updates = updates_per_epoch(train, args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
-        "source": run.data.dataset,
+        "source": plain(run.data.dataset),
         "train": f"{train:,} images ({updates:,} updates an epoch)",
         "evaluation": f"{evaluation:,} images",
-        "classes": ", ".join(run.data.id2label.values()),
+        "classes": plain(", ".join(run.data.id2label.values())),
         "input": f"{run.data.image_size} x {run.data.image_size}",
     }
     weights = parts.loss_weights.effective()

@@ -13,6 +13,7 @@ from kd_trainer.hub import Pushed, Source, check_access, find_source, upload
 from kd_trainer.publishing import HUB_FOLDER, Publication, write_folder
 from kd_trainer.publishing.folder import settings_of
 from kd_trainer.replacing import MARKER
+from kd_trainer.safe_files import plain
 from kd_trainer.workflows.flags import command_parser, given_settings
 
 
@@ -107,7 +108,8 @@ def _listing(folder: Path) -> str:
     """The files and their sizes, one a line."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     return "\n".join(
-        f"{file.stat().st_size / 2**10:10,.1f} KiB  {file.relative_to(folder)}" for file in files
+        f"{file.stat().st_size / 2**10:10,.1f} KiB  {plain(file.relative_to(folder))}"
+        for file in files
     )
 
 
@@ -135,5 +137,5 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
     else:
         print("" if pushed.changed else "\nThe repository holds exactly this already: no commit.")
         if pushed.others:
-            print(f"Also there, and not of this push: {', '.join(pushed.others)}")
+            print(f"Also there, and not of this push: {plain(', '.join(pushed.others))}")
         print(f"{pushed.url}")

@@ -12,6 +12,7 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.data.content import content_digest
 from kd_trainer.disk import check_writable
 from kd_trainer.resuming import newest_checkpoint, settle_all
+from kd_trainer.safe_files import plain
 from kd_trainer.workflows.assemble import Parts
 
 
@@ -50,7 +51,7 @@ def find_checkpoint(run: RunArguments) -> Path | None:
         for folder, wrong in skipped.items():
             if args.process_index == 0:
                 told = f"skipped {folder}: {wrong}. Going on from {found.name}: what came after it"
-                print(f"{told} is done again.", file=sys.stderr)
+                print(f"{plain(told)} is done again.", file=sys.stderr)
     elif resume is not None:
         found = Path(resume)
         check_complete(found)

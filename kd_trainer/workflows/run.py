@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 from transformers.utils.logging import disable_progress_bar
 
+from kd_trainer.safe_files import plain
+
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
 USER_ERRORS = (ValueError, TypeError, OSError, FloatingPointError)
 
@@ -42,12 +44,12 @@ def run_script(main: Callable[[], None], *, go_on: str = GO_ON) -> None:
         if not isinstance(stop, Stopped):
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"{stop} {go_on}", file=sys.stderr)
+            print(f"{plain(stop)} {go_on}", file=sys.stderr)
         sys.exit(stop.code)
 
 
 def user_message(error: BaseException) -> str | None:
-    """The message on one line, or None if the error is no fault of the user's.
+    """The message on one printable line, or None if the error is no fault of the user's.
 
     Messages of the house start with `Expected`; those of the operating system name a path. An error
     from a process that reads data arrives as the text of its traceback, whose end it is.
@@ -57,4 +59,4 @@ def user_message(error: BaseException) -> str | None:
         text = re.split(r"^[\w.]+Error: (?=Expected)", text, flags=re.MULTILINE)[-1]
     if not (text.startswith("Expected") or isinstance(error, OSError)):
         return None
-    return " ".join(text.split())
+    return plain(" ".join(text.split()))

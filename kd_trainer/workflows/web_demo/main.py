@@ -24,7 +24,7 @@ from kd_trainer.workflows.flags import command_parser, given_settings
 from kd_trainer.workflows.pictures import find_pictures, is_video, read_picture
 from kd_trainer.workflows.predict import THRESHOLD, check_threshold
 from kd_trainer.workflows.web_demo.models import load_demo_student, load_demo_teacher
-from kd_trainer.workflows.web_demo.page import STYLE, build_page
+from kd_trainer.workflows.web_demo.page import MOST_BYTES, STYLE, build_page
 from kd_trainer.workflows.web_demo.result import Models
 
 FIRST_PORT, PORTS = 7860, 100
@@ -149,6 +149,7 @@ def serve(page: Any, args: WebDemoArguments, port: int) -> None:
         server_port=port,
         inbrowser=args.open,
         css=STYLE,
+        max_file_size=MOST_BYTES,
         share=False,
         quiet=True,
         pwa=False,

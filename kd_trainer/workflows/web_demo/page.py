@@ -18,6 +18,8 @@ from kd_trainer.workflows.web_demo.result import (
 )
 
 HOUR = 3600
+MOST_BYTES = 64 * 2**20  # of an upload; a photograph of a large camera has some 40 MiB
+MOST_WAITING = 20  # pictures; each takes a second or so, and whoever comes later is told
 QUEUE = "models"  # one picture at a time: two at once would slow each other's milliseconds down
 STYLE = """
 .gradio-container{max-width:1360px!important;margin:0 auto!important}
@@ -95,7 +97,7 @@ def build_page(
         shared |= {"concurrency_id": QUEUE, "concurrency_limit": 1}
         photograph.change(_answer(models, repeats, gr.skip), **shared)
         level.release(_answer(models, 0, gr.skip), **shared)
-    return page
+    return page.queue(max_size=MOST_WAITING)
 
 
 def _photograph(gr: Any) -> Any:
