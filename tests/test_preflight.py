@@ -10,7 +10,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 from preflight_runs import Green, bad, flags, knowing, looked, teach
-from small_runs import save_network, write_pairs
+from small_runs import SIDE, save_network, write_pairs
 from torch import nn
 
 from kd_trainer.command_line import parse
@@ -90,6 +90,22 @@ def test_each_fault_of_masks_is_found(
     assert found[check].grade == Grade.FAULT
     assert word in found[check].text
     assert splits == "*" or found[check].text.endswith(f"(in the split {splits})")
+
+
+def test_masks_are_counted_at_the_size_of_the_training(data: Path, tmp_path: Path):
+    """A line of one pixel in a large picture is no line in a small one: 7 of 10 masks are empty."""
+    copy = shutil.copytree(data, tmp_path / "thin")
+    side = 4 * SIDE  # pixels 2, 6, 10, ... of it are those that are taken
+    for number, file in enumerate(sorted((copy / "train" / "masks").glob("*.png"))):
+        mask = np.zeros((side, side), np.uint8)
+        mask[20 + 2 * (number < 3)] = 255
+        cv2.imwrite(str(file), mask)
+        image = file.parents[1] / "images" / file.name
+        cv2.imwrite(str(image), cv2.resize(cv2.imread(str(image)), (side, side)))
+    found = looked(parse(flags(copy, tmp_path / "out")))["masks, train"]
+    assert found.grade == Grade.NOTE
+    assert found.text.startswith("3 of 10 masks mark something")
+    assert "7 more only before they are resized to --image_size" in found.text
 
 
 def test_inverted_masks_of_one_split_show_without_a_teacher(spoiled, tmp_path: Path):
