@@ -19,6 +19,7 @@ from kd_trainer.configuration_smp import (
     architecture_class,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.own_errors import is_own
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher.network import Statistics, Teacher
 from kd_trainer.weights import (
@@ -182,7 +183,7 @@ def _from_folder(
         load = AutoModelForSemanticSegmentation.from_pretrained
         model, _ = load_pretrained(load, source, trust_remote_code=trust_remote_code, **hub)
     except wrong as error:
-        if str(error).startswith("Expected"):
+        if is_own(error):
             raise
         if config.get("model_type") in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
             reason = " ".join(str(error).split()) or type(error).__name__

@@ -27,6 +27,7 @@ from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher, reduces_labels
 from kd_trainer.workflows.models import make_student, make_teacher
+from kd_trainer.workflows.smallest_batch import check_smallest_batch
 from kd_trainer.workflows.student_options import student_options
 
 
@@ -105,7 +106,7 @@ def assemble(run: RunArguments) -> Parts:
     eval_dataset = None
     if evaluation in splits:
         eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
-    _check_enough(train_dataset, run)
+    _check_enough(train_dataset, run, student)
     weights = args.loss_weights
     return Parts(
         student=student,
@@ -183,8 +184,15 @@ def image_count(dataset: TransformedDataset | StreamedDataset) -> int:
     return dataset.rows if isinstance(dataset, StreamedDataset) else len(dataset)
 
 
-def _check_enough(dataset: TransformedDataset | StreamedDataset, run: RunArguments) -> None:
-    """Refuse a training set of less than one batch: a short batch is dropped."""
+def _check_enough(
+    dataset: TransformedDataset | StreamedDataset,
+    run: RunArguments,
+    student: SmpForSemanticSegmentation,
+) -> None:
+    """Refuse a training set of less than one batch: a short batch is dropped.
+
+    Also one with batches too small for the student.
+    """
     args = run.training
     images = image_count(dataset)
     needed = args.train_batch_size * args.world_size
@@ -193,6 +201,8 @@ def _check_enough(dataset: TransformedDataset | StreamedDataset, run: RunArgumen
             f"Expected at least {needed} training images (one batch), got {images}. Lower "
             "--batch_size or add images."
         )
+    streamed = isinstance(dataset, StreamedDataset)
+    check_smallest_batch(student, images, args, streamed=streamed)
 
 
 def _training_dataset(
