@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from kd_trainer.argument_checks import check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.fields import add_fields, closest, convert, expanded, hints_of
+from kd_trainer.own_errors import is_own
 from kd_trainer.safe_files import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -169,7 +170,7 @@ def build(settings: dict[str, Any], *, dry_run: bool = False) -> RunArguments:
     try:
         training = DistillationArguments(**part(DistillationArguments))
     except (ValueError, ImportError) as error:
-        if str(error).startswith("Expected"):
+        if is_own(error):
             raise
         reason = " ".join(str(error).split())
         raise ValueError(f"Expected settings that transformers accepts, got: {reason}") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from kd_trainer.own_errors import is_own
 from kd_trainer.safe_files import check_regular, open_regular, sync
 
 # How torch.save says that a write failed: its archive writer passes no reason on.
@@ -149,7 +150,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 def _reason(error: BaseException) -> str | None:
     """Why the disk did not take it; None if the error is not of the disk."""
     text = " ".join(str(error).split())
-    if text.startswith("Expected"):
+    if is_own(error):
         return None  # says it already
     if isinstance(error, SafetensorError):
         _, found, reason = text.partition("I/O error: ")

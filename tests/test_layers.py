@@ -22,7 +22,7 @@ LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_transforms", "stock_augmentation"),
         *("allocator", "fast_layers", "compiling", "extras", "fields", "statistics"),
-        *("replacing", "safe_files", "sources"),
+        *("replacing", "safe_files", "sources", "own_errors"),
     ),
     ("argument_checks", "augmentation", *PORTABLE),
     ("arguments",),

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
+from small_runs import train_flags, write_pairs
 
 from kd_trainer.command_line import DEFAULT_RECIPE, load_recipe, parse
 from kd_trainer.model_card import CardFacts, DatasetName, dataset_name, render
+from kd_trainer.workflows.push import PushArguments, push
+from kd_trainer.workflows.train import train
 
 CONFIG = {
     "_model_class": "Unet",
@@ -220,3 +223,27 @@ def test_the_masks_of_the_snippet_stay_in_their_folder(tmp_path: Path, monkeypat
     found = sorted(path.name for path in tmp_path.rglob("*"))
     assert found[:3] == ["0____up.png", "1__root.png", "2_a_b.png"]
     assert len(found) == len(labels)
+
+
+def test_a_run_is_as_long_as_it_was(tmp_path: Path):
+    """The setting is but a limit: 3 updates of 2 in an epoch are 1.5 epochs, not the 50 of it."""
+    data = write_pairs(tmp_path / "data", train=4, validation=1)
+    more = ("--max_steps", "3", "--epochs", "50", "--save_strategy", "no")
+    results = train(parse(train_flags(data, tmp_path / "run", *more)))
+    assert results["epochs"] == 1.5
+    push(PushArguments(license="mit", dry_run=True), str(tmp_path / "run"), "me/little-net")
+    (card,) = (tmp_path / "run").glob("*/README.md")
+    line = "- Length: 1.5 epochs (of at most 3 updates), 2 images an update and device"
+    assert line in card.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("ran", "said"),
+    [(7.0, "7 epochs (of at most 50 epochs)"), (50.0, "50 epochs"), (None, "50 epochs")],
+)
+def test_an_early_stop_shows_in_the_card(ran: float | None, said: str):
+    """Results of earlier versions do not say what ran; then the setting is all that is known."""
+    settings = {"num_train_epochs": 50, "per_device_train_batch_size": 8}
+    results = RESULTS if ran is None else RESULTS | {"epochs": ran}
+    card = render(facts(settings=settings, results=results))
+    assert f"- Length: {said}, 8 images an update and device" in card

@@ -78,6 +78,23 @@ def test_masks_that_mark_nothing_are_found(facts, complete: bool, grade: Grade):
     assert mask_finding("train", facts, complete=complete).grade == grade
 
 
+@pytest.mark.parametrize(
+    ("facts", "lost", "grade"),
+    [
+        ([EMPTY] * 5, 5, Grade.FAULT),
+        ([EMPTY] * 2 + [FULL] * 8, 2, Grade.NOTE),
+        ([EMPTY] + [FULL] * 9, 1, Grade.OK),
+    ],
+)
+def test_masks_that_mark_something_in_their_own_size_only_are_counted(facts, lost, grade: Grade):
+    """Thin things go when masks are made small; then the size is to blame and not the masks."""
+    finding = mask_finding("train", facts, complete=True, lost=lost)
+    assert finding.grade == grade
+    assert f"{lost} " in finding.text
+    assert "--image_size" in finding.text
+    assert "mask_values" not in finding.cure
+
+
 def test_masks_that_look_inverted_are_a_note():
     """Without a teacher nothing else would say so; close-ups may look alike."""
     assert inverted_finding([mask_facts(disc(inverted=True), 255)] * 3).grade == Grade.NOTE

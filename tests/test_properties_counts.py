@@ -65,7 +65,7 @@ def test_learning_rates_rise_once_and_fall_once_between_0_and_the_base_rate(
 ):
     """A factor above 1 trains faster than anybody asked for."""
     settings = {"warmup_epochs": warmup, "unfreeze_warmup_epochs": 0.0}
-    args = SimpleNamespace(**settings, learning_rate=1.0, min_learning_rate=floor)
+    args = SimpleNamespace(**settings, learning_rate=1.0, min_learning_rate=floor, plan_epochs=None)
     table = Timetable(args, 7, epochs, updates_per_epoch=updates)
     rates = [table.rate("decoder")(update) for update in range(updates * epochs)]
     top = min(math.ceil(updates * warmup), len(rates))

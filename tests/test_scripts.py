@@ -358,7 +358,10 @@ PREDICT = {
     "broken weights": ("{good}/broken {good}/data", "Expected finite weights"),
     "overlap": ("{good}/two {good}/data --overlap 1", "--overlap from 0 to below 1"),
     "output": ("{good}/two {good}/data --outputs mask", "one of masks, overlays, cutouts"),
-    "file that is no video": ("{good}/two {good}/broken.mp4", "Expected a readable video"),
+    "file that is no video": (
+        "{good}/two {good}/broken.mp4",
+        "Expected a video as its suffix says",
+    ),
     "no picture": ("{good}/two", "pictures"),
     "missing keys": ("{good}/short {good}/data", "missing: decoder"),
     "cut-off weights": ("{good}/cut {good}/data", "cut/model.safetensors"),

@@ -122,7 +122,7 @@ def test_wrong_number_of_channels_is_refused():
     """Broadcasting would compare three classes with one."""
     with pytest.raises(ValueError, match="Expected a teacher of 4 classes, got 3 channels"):
         Teacher(Mean(3), num_labels=4)(torch.randn(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="Expected three numbers"):
+    with pytest.raises(ValueError, match="Expected three finite numbers"):
         Teacher(Mean(), num_labels=2, std=(0.2, 0.0, 0.2))
 
 

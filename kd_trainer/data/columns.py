@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from kd_trainer.data.coco_files import file_for_split
 from kd_trainer.data.foreign_paths import confined, is_address_inside
 from kd_trainer.data.listing import did_you_mean, show_names
+from kd_trainer.own_errors import is_own
 
 
 def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[Path]:
@@ -92,7 +93,7 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
             f"Hub says: {str(error).splitlines()[0]}"
         ) from None
     except ValueError as error:
-        if str(error).startswith("Expected"):
+        if is_own(error):
             raise
         raise ValueError(
             f"Expected the split {split!r} of {name} on the Hub, got: {str(error).splitlines()[0]} "

@@ -111,7 +111,7 @@ class SegmentationTransform:
         labels = self._labels(row, image.shape[:2], index)
         size = self.image_size
         pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), size, size)
-        mask = cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+        mask = resize_labels(labels, size)
         clean = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
         if logits is None:
             changed, changed_mask = self.augment(*clean, epoch=epoch, index=index)
@@ -156,6 +156,11 @@ class SegmentationTransform:
         if mask.shape != shape:
             raise size_error(mask.shape, shape, name, cell_name(row["image"], index))
         return self.rule.labels(mask, name)
+
+
+def resize_labels(labels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """Class ids (H, W) at the size (S, S) of the training; what is thinner than a pixel may go."""
+    return cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8)
 
 
 def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -189,13 +189,18 @@ def distillation_terms(
         terms["dice"] = dice(keep_pixels(student, valid), labels, valid, dice_images)
     if teacher_logits is None:
         wanted -= TEACHER_TERMS
+    _check_computed(wanted, terms)
+    return LossTerms(**terms)
+
+
+def _check_computed(wanted: set[str], terms: dict[str, Tensor]) -> None:
+    """A term that was added and is not computed would leave the total without a word."""
     missing = sorted(wanted - terms.keys())
-    if missing:  # a term that was added and is not computed would leave the total without a word
+    if missing:
         raise NotImplementedError(
             f"Expected the terms {sorted(wanted)}, got none of {missing}. Compute them in "
             "losses/terms.py."
         )
-    return LossTerms(**terms)
 
 
 def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:

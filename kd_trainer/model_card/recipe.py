@@ -19,7 +19,7 @@ def recipe(facts: CardFacts) -> str:
         "Temperature": _temperature(settings) if taught else "",
         "Encoder": _unfreezing(settings),
         "Learning rate": _rates(settings),
-        "Length": _length(settings),
+        "Length": _length(settings, facts.results.get("epochs")),
         "Input": f"{facts.side} x {facts.side} pixels, aspect ratio not kept",
         "Augmentation": str(settings.get("augmentation", "")),
         "Precision": str(settings.get("mixed_precision") or ""),
@@ -85,9 +85,13 @@ def _rates(settings: dict[str, Any]) -> str:
     )
 
 
-def _length(settings: dict[str, Any]) -> str:
+def _length(settings: dict[str, Any], ran: Any) -> str:
+    """How long the run was, as far as it is known (`ran`, in epochs), and what its limit was."""
     batch = settings.get("per_device_train_batch_size", 1)
     batch *= settings.get("gradient_accumulation_steps", 1)
-    steps = settings.get("max_steps", -1)
-    length = f"{steps} updates" if steps > 0 else f"{settings.get('num_train_epochs'):g} epochs"
+    steps, epochs = settings.get("max_steps", -1), settings.get("num_train_epochs")
+    limit = f"{steps} updates" if steps > 0 else f"{epochs:g} epochs"
+    length = limit
+    if isinstance(ran, int | float) and f"{ran:g} epochs" != limit:
+        length = f"{ran:g} epochs (of at most {limit})"
     return f"{length}, {batch} images an update and device"

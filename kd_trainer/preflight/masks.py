@@ -14,6 +14,7 @@ Array = npt.NDArray[np.integer]
 
 MANY = 100  # masks without foreground from which chance is ruled out for all but the rarest objects
 _MOSTLY = 0.5
+_LOST = 0.1  # of the masks: small things are smaller still at the size of the training
 _BORDER = 0.8
 
 
@@ -47,18 +48,26 @@ def mask_facts(labels: Array, ignore_index: int) -> MaskFacts:
     )
 
 
+def marks(labels: Array, ignore_index: int) -> bool:
+    """Whether a mask (H, W) holds any class above 0."""
+    return bool(((labels > 0) & (labels != ignore_index)).any())
+
+
 def _foreground(labels: Array, ignore_index: int) -> float:
     valid = labels[labels != ignore_index]
     return float((valid > 0).mean()) if valid.size else 0.0
 
 
-def mask_finding(split: str, facts: Sequence[MaskFacts], *, complete: bool) -> Finding:
-    """Whether the masks of a split mark anything.
+def mask_finding(
+    split: str, facts: Sequence[MaskFacts], *, complete: bool, lost: int = 0
+) -> Finding:
+    """Whether the masks of a split mark anything at the size of the training.
 
     Args:
         split: its name.
-        facts: of the masks that were looked at.
+        facts: of the masks that were looked at, at that size.
         complete: whether these are all of the split.
+        lost: how many of them mark something in their own size only.
     """
     check, looked = f"masks, {split}", several(len(facts), "mask")
     grade = fault if complete or len(facts) >= MANY else note
@@ -69,6 +78,15 @@ def mask_finding(split: str, facts: Sequence[MaskFacts], *, complete: bool) -> F
             "Say how the masks are read: --mask_values and --ignore_index.",
         )
     marked = [f for f in facts if f.classes - {0}]
+    own = f"; {lost} more only before they are resized to --image_size" if lost else ""
+    larger = "Raise --image_size: what is thinner than a pixel there is lost."
+    if not marked and lost:
+        return grade(
+            check,
+            f"Expected foreground in the masks at the size of the training, got none in any of "
+            f"{looked}{own.replace(' more', '')}",
+            larger,
+        )
     if not marked:
         return grade(
             check,
@@ -76,7 +94,9 @@ def mask_finding(split: str, facts: Sequence[MaskFacts], *, complete: bool) -> F
             "Check the masks, or name the values of background and foreground with --mask_values.",
         )
     share = float(np.mean([f.foreground for f in facts]))
-    found = f"{len(marked)} of {looked} mark something, {share:.0%} of the pixels"
+    found = f"{len(marked)} of {looked} mark something, {share:.0%} of the pixels{own}"
+    if lost > _LOST * len(facts):
+        return note(check, found, larger)
     if len(marked) < _MOSTLY * len(facts):
         return note(check, found, "Check that this is how the data is meant to be.")
     return ok(check, found)

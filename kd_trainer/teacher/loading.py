@@ -19,6 +19,7 @@ from kd_trainer.configuration_smp import (
     architecture_class,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.own_errors import is_own
 from kd_trainer.safe_files import plain
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher.network import Statistics, Teacher
@@ -183,7 +184,7 @@ def _from_folder(
         load = AutoModelForSemanticSegmentation.from_pretrained
         model, _ = load_pretrained(load, source, trust_remote_code=trust_remote_code, **hub)
     except wrong as error:
-        if str(error).startswith("Expected"):
+        if is_own(error):
             raise
         if config.get("model_type") in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -240,7 +241,11 @@ def reduces_labels(source: str, **hub: Any) -> bool:
     source = model_source(source)
     if source.endswith(SUFFIXES):
         return False
-    return bool(_preprocessing(source, hub).get("do_reduce_labels"))
+    try:
+        settings = _preprocessing(source, hub)
+    except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
+        return False
+    return bool(settings.get("do_reduce_labels"))
 
 
 def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher, reduces_labels
 from kd_trainer.workflows.models import make_student, make_teacher
+from kd_trainer.workflows.smallest_batch import check_smallest_batch
 from kd_trainer.workflows.student_options import student_options
 
 
@@ -83,13 +84,10 @@ def assemble(run: RunArguments) -> Parts:
     args, data = run.training, run.data
     _check_together(run)
     check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
-    if data.reduce_labels is None:
-        run.data = data = replace(data, reduce_labels=_reduces_labels(run))
+    data = learn_from_sources(run)
     names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = load_splits(data, names)
-    if data.class_names is None:  # the configuration that is written names them too
-        run.data = data = replace(data, class_names=source_class_names(data))
     splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     set_seed(args.seed)  # the student's random weights
@@ -105,7 +103,7 @@ def assemble(run: RunArguments) -> Parts:
     eval_dataset = None
     if evaluation in splits:
         eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
-    _check_enough(train_dataset, run)
+    _check_enough(train_dataset, run, student)
     weights = args.loss_weights
     return Parts(
         student=student,
@@ -115,6 +113,18 @@ def assemble(run: RunArguments) -> Parts:
         processor=_processor(student, data),
         loss_weights=weights if teacher is not None else weights.without_teacher(),
     )
+
+
+def learn_from_sources(run: RunArguments) -> DataArguments:
+    """The settings of the data with what teacher and annotations say of it, which `run` takes over.
+
+    So the configuration that is written has them too.
+    """
+    if run.data.reduce_labels is None and _reduces_labels(run):
+        run.data = replace(run.data, reduce_labels=True)
+    if run.data.class_names is None:
+        run.data = replace(run.data, class_names=source_class_names(run.data))
+    return run.data
 
 
 def _reduces_labels(run: RunArguments) -> bool:
@@ -183,8 +193,15 @@ def image_count(dataset: TransformedDataset | StreamedDataset) -> int:
     return dataset.rows if isinstance(dataset, StreamedDataset) else len(dataset)
 
 
-def _check_enough(dataset: TransformedDataset | StreamedDataset, run: RunArguments) -> None:
-    """Refuse a training set of less than one batch: a short batch is dropped."""
+def _check_enough(
+    dataset: TransformedDataset | StreamedDataset,
+    run: RunArguments,
+    student: SmpForSemanticSegmentation,
+) -> None:
+    """Refuse a training set of less than one batch: a short batch is dropped.
+
+    Also one with batches too small for the student.
+    """
     args = run.training
     images = image_count(dataset)
     needed = args.train_batch_size * args.world_size
@@ -193,6 +210,8 @@ def _check_enough(dataset: TransformedDataset | StreamedDataset, run: RunArgumen
             f"Expected at least {needed} training images (one batch), got {images}. Lower "
             "--batch_size or add images."
         )
+    streamed = isinstance(dataset, StreamedDataset)
+    check_smallest_batch(student, images, args, streamed=streamed)
 
 
 def _training_dataset(

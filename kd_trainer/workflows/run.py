@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 
 from transformers.utils.logging import disable_progress_bar
 
+from kd_trainer.own_errors import is_own, own_message_of_worker
 from kd_trainer.safe_files import plain
 
 # What a user can mend. Anything else is a defect of ours and keeps its traceback.
@@ -51,12 +51,11 @@ def run_script(main: Callable[[], None], *, go_on: str = GO_ON) -> None:
 def user_message(error: BaseException) -> str | None:
     """The message on one printable line, or None if the error is no fault of the user's.
 
-    Messages of the house start with `Expected`; those of the operating system name a path. An error
-    from a process that reads data arrives as the text of its traceback, whose end it is.
+    Messages of the operating system name a path. An error from a process that reads data arrives as
+    the text of its traceback, whose end it is.
     """
     text = str(error)
-    if "DataLoader worker" in text:
-        text = re.split(r"^[\w.]+Error: (?=Expected)", text, flags=re.MULTILINE)[-1]
-    if not (text.startswith("Expected") or isinstance(error, OSError)):
-        return None
-    return plain(" ".join(text.split()))
+    message = own_message_of_worker(text) if "DataLoader worker" in text else None
+    if message is None and (is_own(error) or isinstance(error, OSError)):
+        message = text
+    return None if message is None else plain(" ".join(message.split()))

@@ -18,7 +18,7 @@ from kd_trainer.command_line import RunArguments, build
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.losses import TERMS
 from kd_trainer.safe_files import read_regular
-from kd_trainer.workflows.assemble import assemble
+from kd_trainer.workflows.assemble import assemble, learn_from_sources
 from kd_trainer.workflows.compare.budget import Budget, baseline_settings
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.image_counts import count_images
@@ -103,6 +103,7 @@ class PlannedRun:
         if not path.is_file():
             return
         before = written_settings(self.folder)
+        learn_from_sources(self.run)  # as the run did before it wrote its settings
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
         unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
         found = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]

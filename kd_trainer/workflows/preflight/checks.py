@@ -121,7 +121,7 @@ class Preflight:
             if dataset is None:
                 continue
             found = self.masks[split] = split_masks(dataset, self.limits.masks, skip_bad=skip)
-            yield mask_finding(split, found.facts, complete=found.complete)
+            yield mask_finding(split, found.facts, complete=found.complete, lost=found.lost)
             chosen[split] = choose(dataset, found, self.limits.images, skip_bad=skip)
         # In turn, so that few images are of both splits too.
         longest = max(map(len, chosen.values()))

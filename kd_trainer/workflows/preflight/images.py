@@ -21,10 +21,11 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.cells import cell_name
 from kd_trainer.data.decoding import decode_mask
+from kd_trainer.data.transform import resize_labels
 from kd_trainer.evaluation import classes_of, normalise, raw_logits
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.preflight.counts import Rows, rows_of
-from kd_trainer.preflight.masks import MaskFacts, mask_facts
+from kd_trainer.preflight.masks import MaskFacts, marks, mask_facts
 from kd_trainer.preflight.sharing import Shared, find_shared
 from kd_trainer.preflight.teacher import OutputRange
 from kd_trainer.teacher import Teacher
@@ -53,19 +54,21 @@ class SplitMasks:
     Attributes:
         facts: one for each mask looked at, in the order of `sample_rows`.
         complete: whether these are all of the split.
+        lost: how many mark something in their own size and nothing at the size of the training.
     """
 
     facts: list[MaskFacts]
     complete: bool
+    lost: int = 0
 
 
 def split_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> SplitMasks:
-    """Look at up to `MASKS` masks, in their own size.
+    """Look at up to `MASKS` masks, at the size of the training.
 
     With `skip_bad` one that cannot be read counts as one without valid pixels: a stream still has
     the rows that its reader will leave out.
     """
-    rule, facts = dataset.transform.rule, []
+    rule, facts, lost = dataset.transform.rule, list[MaskFacts](), 0
     rows = dataset.dataset
     rows = rows.select_columns("mask") if isinstance(rows, datasets.Dataset) else rows
     timed_out = True
@@ -81,8 +84,10 @@ def split_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> 
                 raise
             facts.append(_UNREADABLE)
         else:
-            facts.append(mask_facts(labels, rule.ignore_index))
-    return SplitMasks(facts, complete=not timed_out and len(facts) < MASKS)
+            small = resize_labels(labels, dataset.transform.image_size)
+            facts.append(mask_facts(small, rule.ignore_index))
+            lost += marks(labels, rule.ignore_index) and not marks(small, rule.ignore_index)
+    return SplitMasks(facts, not timed_out and len(facts) < MASKS, lost)
 
 
 def _and_end(rows: Iterable[Any]) -> Iterator[Any | None]:

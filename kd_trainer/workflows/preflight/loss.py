@@ -63,10 +63,11 @@ def backward(
     for module in student.modules():
         if isinstance(module, nn.SyncBatchNorm):
             module.eval()  # it would wait for the other processes, which do not look
-    batch = collate(seen.samples[:GRADIENT_IMAGES])
+    # A single image is taken twice.
+    batch = collate((seen.samples * GRADIENT_IMAGES)[:GRADIENT_IMAGES])
     pixels = normalise(batch["pixel_values"].to(statistics[0].device), statistics)
     logits = student(pixel_values=pixels)["raw_logits"]
-    guide = torch.cat(seen.logits) if seen.logits else None
+    guide = torch.cat((seen.logits * GRADIENT_IMAGES)[:GRADIENT_IMAGES]) if seen.logits else None
     terms = terms_of_run(run, parts, logits, guide, batch)
     tracked = TermSums(parts.loss_weights)
     tracked.add(terms, logits)
