@@ -41,6 +41,8 @@ _UNUSABLE = {
     "--mixed_precision, and leave it out",
     "fp16_full_eval": "a student is measured in the precision it is trained in. Set "
     "--mixed_precision, and leave it out",
+    "do_train": "scripts/train.py always trains. Leave it out",
+    "do_predict": "a training predicts nothing. Leave it out, and use scripts/predict.py",
     "resume_from_checkpoint": "it has another name here. Use --resume",
 }
 

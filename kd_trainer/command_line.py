@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from kd_trainer.argument_checks import check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.fields import add_fields, closest, convert, expanded, hints_of
+from kd_trainer.fields import add_fields, closest, convert, expanded, flag_hint, hints_of
 from kd_trainer.own_errors import is_own
 from kd_trainer.safe_files import read_yaml
 
@@ -148,7 +148,7 @@ def _read_recipe(name_or_path: str) -> dict[str, Any]:
         if name not in known:
             raise ValueError(
                 f"Expected known fields in {path.name}, got {key!r}."
-                f"{closest(str(key), [*known, *ALIASES])}"
+                f"{flag_hint(str(key), [*known, *ALIASES])}"
             )
         settings[name] = convert(key, value, known[name])
     return settings
@@ -238,7 +238,7 @@ def given_flags(
     flag = next((u.split("=")[0] for u in unknown if u.startswith("-")), None)
     if flag is not None:
         known = [option for a in from_parser._actions for option in a.option_strings]
-        raise ValueError(f"Expected known flags, got {flag}.{closest(flag, known)}")
+        raise ValueError(f"Expected known flags, got {flag}.{flag_hint(flag, known)}")
     if unknown:
         raise ValueError(
             f"Expected each value behind its flag, got {unknown[0]!r} behind none. Write "
@@ -268,6 +268,11 @@ def check_given(run: RunArguments, given: Collection[str]) -> None:
     Raises:
         ValueError: names the flag.
     """
+    if "do_eval" in run.given:
+        raise ValueError(
+            "Expected no --do_eval: --eval_strategy says when a run is measured, scripts/eval.py "
+            "measures a saved student. Leave it out."
+        )
     check_ends(run.training, given)
     decided = [name for name in _OF_A_NEW_STUDENT if name in given]
     if run.model.student is not None and decided:

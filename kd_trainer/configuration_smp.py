@@ -44,7 +44,7 @@ _LISTED = 12  # names in a message: all architectures of smp, but not the thousa
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """The end of an error message: the nearest known name, or the first ones when none is near."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
     if near:
         return f"Did you mean {near[0]!r}?"
     more = f" or {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -19,6 +19,53 @@ _LARGEST = 2**63
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+# Flags of other programs, and what they are called here: the first that a script has.
+RENAMED = {
+    **dict.fromkeys(("lr", "base_lr", "max_lr"), ("learning_rate",)),
+    **dict.fromkeys(("min_lr", "lr_min", "eta_min"), ("min_learning_rate",)),
+    **dict.fromkeys(("wd",), ("weight_decay",)),
+    **dict.fromkeys(("bs", "b", "train_batch_size"), ("batch_size",)),
+    **dict.fromkeys(("num_epochs", "max_epochs", "n_epochs"), ("epochs",)),
+    **dict.fromkeys(("workers", "num_workers", "j"), ("dataloader_num_workers", "workers")),
+    **dict.fromkeys(("imgsz", "img_size", "input_size", "resolution"), ("image_size",)),
+    **dict.fromkeys(("data", "data_dir", "data_path", "dataset_name"), ("dataset",)),
+    **dict.fromkeys(("out", "out_dir", "save_dir", "work_dir", "o"), ("output_dir",)),
+    **dict.fromkeys(("num_classes", "n_classes", "nc"), ("num_labels",)),
+    **dict.fromkeys(("arch", "architecture"), ("student_arch",)),
+    **dict.fromkeys(("encoder", "encoder_name", "backbone"), ("student_encoder",)),
+    **dict.fromkeys(("teacher_model", "teacher_path"), ("teacher",)),
+    **dict.fromkeys(("student_model", "model", "model_name_or_path"), ("student",)),
+    **dict.fromkeys(("amp", "precision", "half"), ("mixed_precision",)),
+    **dict.fromkeys(("optimizer", "opt"), ("optim",)),
+    **dict.fromkeys(("grad_accum", "accumulate_grad_batches"), ("gradient_accumulation_steps",)),
+    **dict.fromkeys(("clip_grad", "grad_clip", "gradient_clip_val"), ("max_grad_norm",)),
+    **dict.fromkeys(("temperature", "temp", "tau", "t"), ("temperature_start",)),
+    **dict.fromkeys(("alpha", "kd_weight", "distill_weight"), ("kl_weight",)),
+    **dict.fromkeys(("opset_version",), ("opset",)),
+    **dict.fromkeys(("no_cuda", "cpu"), ("use_cpu",)),
+}
+# Those that mean nothing here, or not in this script, and what to do.
+ABSENT = {
+    **dict.fromkeys(
+        ("early_stopping_patience", "early_stopping_threshold", "early_stopping", "patience"),
+        "A run is not stopped early, and keeps its best student; shorten it with --epochs.",
+    ),
+    **dict.fromkeys(
+        ("image_size", "imgsz", "img_size", "input_size", "resolution"),
+        "The size is the student's own, with which it was trained.",
+    ),
+    **dict.fromkeys(
+        ("opset", "opset_version"), "It is a flag of scripts/export.py, which writes ONNX files."
+    ),
+    **dict.fromkeys(
+        ("device", "gpu", "gpus", "gpu_id", "cuda"),
+        "No flag chooses it; the variable CUDA_VISIBLE_DEVICES says which GPUs can be used.",
+    ),
+    **dict.fromkeys(
+        ("nproc_per_node", "num_processes", "world_size"),
+        "Several processes are started with accelerate launch or torchrun.",
+    ),
+}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -73,10 +120,30 @@ def hints_of(classes: Sequence[type]) -> dict[str, Any]:
     return hints
 
 
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` may be a misspelling of; None if none is like it.
+
+    The dashes before a flag, which all flags share, say nothing; neither do capitals.
+    """
+    by_word = {word.lstrip("-").casefold(): word for word in reversed(list(known))}
+    near = get_close_matches(name.lstrip("-").casefold(), by_word, n=1, cutoff=0.65)
+    return by_word[near[0]] if near else None
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?`, or nothing if no name is near."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]}?" if near else ""
+    near = nearest(name, known)
+    return f" Did you mean {near}?" if near else ""
+
+
+def flag_hint(flag: str, known: Collection[str]) -> str:
+    """What to write instead of an unknown flag (or field of a recipe), or why there is none."""
+    dashes = "--" if flag.startswith("-") else ""
+    name = flag.lstrip("-").replace("-", "_").lower()
+    for renamed in RENAMED.get(name, ()):
+        if dashes + renamed in known:
+            return f" It is called {dashes}{renamed} here."
+    return f" {ABSENT[name]}" if name in ABSENT else closest(name, known)
 
 
 def convert(name: str, value: Any, hint: Any) -> Any:

@@ -33,10 +33,11 @@ class TemperatureSchedule:
 
     def __post_init__(self) -> None:
         if self.kind not in TEMPERATURE_KINDS:
-            nearest = difflib.get_close_matches(str(self.kind), TEMPERATURE_KINDS, 1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(str(self.kind), TEMPERATURE_KINDS, 1, cutoff=0.65)
+            hint = f"Did you mean {near[0]!r}?" if near else "Choose one of them."
             raise ValueError(
                 f"Expected a temperature schedule among {', '.join(TEMPERATURE_KINDS)}, "
-                f"got {self.kind!r}. Did you mean {nearest!r}?"
+                f"got {self.kind!r}. {hint}"
             )
         # YAML gives lists of lists; a frozen, hashable schedule holds tuples.
         object.__setattr__(self, "points", tuple((float(x), float(t)) for x, t in self.points))

@@ -1,6 +1,7 @@
 """Recipes and flags: which setting wins, which mistakes are caught, what is written down."""
 
 import dataclasses
+import re
 import shlex
 from pathlib import Path
 
@@ -20,7 +21,13 @@ from kd_trainer.command_line import (
     parser,
     recipe_names,
 )
+from kd_trainer.configuration_smp import nearest_hint
+from kd_trainer.data.listing import did_you_mean
+from kd_trainer.fields import ABSENT, RENAMED, closest
 from kd_trainer.fingerprint import settings_of
+from kd_trainer.workflows.entry_points import EvaluateArguments, evaluate_main
+from kd_trainer.workflows.export.exporter import ExportArguments
+from kd_trainer.workflows.export.main import export_main
 
 PIECEWISE = ["--temperature_schedule", "piecewise", "--temperature_points", "0:3", "49:1"]
 LIGHT = "rgb_hierarchical_unet_v2_distillation_b0_light_from_b3_temp_prog"
@@ -138,6 +145,16 @@ def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], 
     ("arguments", "message"),
     [
         (["--epoch", "3"], r"got --epoch\. Did you mean --epochs\?"),
+        (["--lr", "1e-3"], r"got --lr\. It is called --learning_rate here\.$"),
+        (["--weight-dcay", "1"], r"got --weight-dcay\. Did you mean --weight_decay\?$"),
+        (["--num-classes", "3"], r"got --num-classes\. It is called --num_labels here\.$"),
+        (["-j", "3"], r"got -j\. It is called --dataloader_num_workers here\.$"),
+        (["--early_stopping_patience", "3"], r"patience\. A run is not stopped early.*--epochs\.$"),
+        (["--opset", "17"], r"got --opset\. It is a flag of scripts/export\.py"),
+        (["--frobnicate"], r"got --frobnicate\.$"),
+        (["--do_train"], r"^Expected no --do_train, got True: scripts/train\.py always trains"),
+        (["--do_eval"], r"^Expected no --do_eval: --eval_strategy says when"),
+        (["--do_predict"], r"^Expected no --do_predict, got True: .*scripts/predict\.py"),
         (["--kl_wieght=0.1"], r"got --kl_wieght\. Did you mean --kl_weight\?"),
         (["stray"], r"got 'stray' behind none"),
         (["--epochs"], r"Expected a command line .*expected one argument"),
@@ -205,6 +222,42 @@ def test_wrong_flags_are_errors_of_one_kind(arguments: list[str], message: str):
         parse(arguments)
 
 
+def test_a_script_without_a_foreign_flag_says_why(tmp_path: Path):
+    """The nearest name would be another thing altogether."""
+    with pytest.raises(ValueError, match=r"got --image_size\. The size is the student's own"):
+        export_main([str(tmp_path), "--image_size", "64"])
+    with pytest.raises(ValueError, match=r"got --opset_version\. It is called --opset here"):
+        export_main([str(tmp_path), "--opset_version", "17"])
+    with pytest.raises(ValueError, match=r"got --num_workers\. It is called --workers here"):
+        evaluate_main([str(tmp_path), "--num_workers", "2"])
+
+
+def test_foreign_flags_lead_to_flags_that_exist():
+    """A table of names outlives the flags that it points to."""
+    known = {option for action in parser()._actions for option in action.option_strings}
+    others = {
+        f.name for cls in (ExportArguments, EvaluateArguments) for f in dataclasses.fields(cls)
+    }
+    for name, renamed in RENAMED.items():
+        assert f"--{name}" not in known, name
+        assert all(f"--{flag}" in known or flag in others for flag in renamed), name
+    for name, told in ABSENT.items():
+        assert name not in others - {"opset"}, name
+        assert told.endswith("."), name
+        assert all(flag in known for flag in re.findall(r"--\w+", told)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("--lr", ["--help"]), ("train", ["gtFine", "leftImg8bit"]), ("--opset", ["--output_dir"])],
+)
+def test_a_distant_name_is_no_hint(name: str, known: list[str]):
+    """A hint that cannot be meant sends the reader the wrong way."""
+    assert closest(name, known) == ""
+    assert did_you_mean(name, known) == ""
+    assert "Did you mean" not in nearest_hint(name, known)
+
+
 def test_null_takes_back_the_list_of_a_recipe():
     """Without it no flag could turn a recipe with points into one of another schedule."""
     flags = ["--temperature_schedule", "cosine", "--temperature_points", "null"]
@@ -259,6 +312,7 @@ def test_unknown_recipe_names_the_nearest():
             "kl_wieght: 1",
             r"Expected known fields in mine\.yaml, got 'kl_wieght'. Did you",
         ),
+        ("lr: 0.1", r"Expected known fields .*, got 'lr'\. It is called learning_rate here\.$"),
         ("epochs: many", r"Expected --epochs to be .*number, got 'many'"),
         ("epochs:", r"Expected a value for --epochs, got none"),
         ("- 1\n- 2", r"Expected `name: value` lines"),

@@ -98,6 +98,7 @@ def test_points_from_yaml_make_an_equal_and_hashable_schedule():
     ("arguments", "match"),
     [
         (("cosin", 4.0, 1.0), "got 'cosin'. Did you mean 'cosine'"),
+        (("nothing", 4.0, 1.0), "got 'nothing'. Choose one of them"),
         (("Linear", 4.0, 1.0), "Did you mean 'linear'"),
         (("cosine", 0.0, 1.0), "temperature start > 0, got 0.0"),
         (("cosine", 4.0, -1.0), "temperature end > 0, got -1.0"),

@@ -183,11 +183,21 @@ def test_code_of_a_model_runs_only_if_asked_for_and_is_announced(trusted, marker
     (folder / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": parts}))
     model = ModelArguments(teacher=str(folder), trust_remote_code=trusted)
     assert ModelArguments().trust_remote_code is False
-    with pytest.raises(ValueError, match=r"^Expected a semantic segmentation model"):
+    cure = "Its own code ended with: enough seen" if trusted else "add --trust_remote_code"
+    with pytest.raises(ValueError, match=rf"^Expected a semantic segmentation model.*{cure}"):
         make_teacher(model, tiny_student(), image_size=32)
     assert marker.exists() is trusted
     announced = f"Running Python code of {folder}, as --trust_remote_code asks for."
     assert capfd.readouterr().err.count(announced) == trusted
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_kind_of_model_without_code_is_not_answered_with_trust(trusted, tmp_path):
+    """Mask2Former gives masks and classes, no map of logits: no flag makes it a teacher."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
+    with pytest.raises(ValueError, match=r"got model_type 'mask2former'\. That kind") as caught:
+        load_teacher(str(tmp_path), num_labels=2, trust_remote_code=trusted)
+    assert "trust_remote_code" not in str(caught.value)
 
 
 def test_code_that_lies_in_another_repository_is_announced_by_its_name(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from kd_trainer.data.decoding import image_shape
+from kd_trainer.fields import nearest
 
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)}
@@ -31,8 +31,8 @@ def stream_shards(rows: int) -> int:
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the option nearest to `name`, else nothing."""
-    near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, options)
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def subfolders(folder: Path) -> list[str]:

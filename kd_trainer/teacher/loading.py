@@ -194,10 +194,24 @@ def _from_folder(
             ) from error
         raise ValueError(
             f"Expected a semantic segmentation model in {source!r}, got model_type "
-            f"{config.get('model_type')!r}. If it brings code of its own that you trust, add "
-            "--trust_remote_code to this command line: no file can choose it."
+            f"{config.get('model_type')!r}. {_other_teacher(config, trust_remote_code, error)}"
         ) from error
     return model
+
+
+def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
+    """What to do about a model that AutoModelForSemanticSegmentation does not know."""
+    if not config.get("auto_map"):
+        return (
+            "That kind of model is not supported as a teacher: choose one that "
+            "AutoModelForSemanticSegmentation loads, or one of smp."
+        )
+    if trust_remote_code:
+        return f"Its own code ended with: {' '.join(str(error).split())[:300].rstrip('.')}."
+    return (
+        "If you trust the code that it brings along, add --trust_remote_code to this command "
+        "line: no file can choose it."
+    )
 
 
 def _check_sources(config: dict[str, Any], source: str) -> None:
