@@ -20,6 +20,7 @@ from kd_trainer.data import (
     transforms,
     usable_splits,
 )
+from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
@@ -86,9 +87,8 @@ def assemble(run: RunArguments) -> Parts:
     check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
     if data.reduce_labels is None:
         run.data = data = replace(data, reduce_labels=_reduces_labels(run))
-    names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     workers, several = args.dataloader_num_workers, args.world_size > 1
-    loaded = load_splits(data, names)
+    loaded = _load(run)
     if data.class_names is None:  # the configuration that is written names them too
         run.data = data = replace(data, class_names=source_class_names(data))
     splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
@@ -116,6 +116,20 @@ def assemble(run: RunArguments) -> Parts:
         processor=_processor(student, data),
         loss_weights=weights if teacher is not None else weights.without_teacher(),
     )
+
+
+def _load(run: RunArguments) -> Any:
+    """The splits of the run; says how to train where there is none to evaluate on."""
+    data, evaluates = run.data, run.training.eval_strategy != "no"
+    try:
+        return load_splits(data, [data.train_split, *([data.eval_split] if evaluates else [])])
+    except MissingSplitError as error:
+        if error.split != data.eval_split:
+            raise
+        raise MissingSplitError(
+            error.split,
+            f"{error} A set without a split to evaluate on is trained on with --eval_strategy no.",
+        ) from None
 
 
 def _reduces_labels(run: RunArguments) -> bool:
