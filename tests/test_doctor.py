@@ -218,7 +218,7 @@ def test_a_set_without_validation_is_said_to_have_none(streaming, data, tmp_path
     shutil.copytree(data / "train", alone / "train")
     given = flags(alone, tmp_path / "out") + streaming
     (finding,) = doctor(parse_doctor(given))
-    assert finding.cure.endswith("is trained on with --eval_strategy no.")
+    assert finding.cure.endswith("is trained on by train.py with --eval_strategy no.")
     assert "1 fault: this training would not start." in capsys.readouterr().out
     assert not graded(doctor(parse_doctor([*given, "--eval_strategy", "no"])), Grade.FAULT)
     shutil.move(alone / "train", alone / "validation")

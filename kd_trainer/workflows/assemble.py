@@ -128,7 +128,7 @@ def _load(run: RunArguments) -> Any:
             raise
         raise MissingSplitError(
             error.split,
-            f"{error} A set without a split to evaluate on is trained on with --eval_strategy no.",
+            f"{error} A set that has none is trained on by train.py with --eval_strategy no.",
         ) from None
 
 
