@@ -1,10 +1,12 @@
 """The preflight at the start of trainings and comparisons, and scripts/doctor.py."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from preflight_runs import flags, knowing, teach
@@ -12,6 +14,8 @@ from safetensors.torch import load_file
 from small_runs import SIDE, save_network, write_pairs
 
 from kd_trainer.command_line import parse
+from kd_trainer.data import load_splits
+from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.preflight.finding import Grade, graded
 from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.compare import main as compare
@@ -204,4 +208,35 @@ def test_what_would_stop_the_start_is_a_fault_in_the_table(
     with pytest.raises(SystemExit) as stop:
         doctor_main(given)
     assert stop.value.code == 1
-    assert "1 fault: this training would be pointless." in capsys.readouterr().out
+    assert "1 fault: this training would not start." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_set_without_validation_is_said_to_have_none(streaming, data, tmp_path: Path, capsys):
+    """It can be trained on: the cure is to leave the evaluation out, and nothing is pointless."""
+    alone = tmp_path / "alone"
+    shutil.copytree(data / "train", alone / "train")
+    given = flags(alone, tmp_path / "out") + streaming
+    (finding,) = doctor(parse_doctor(given))
+    assert finding.cure.endswith("is trained on by train.py with --eval_strategy no.")
+    assert "1 fault: this training would not start." in capsys.readouterr().out
+    assert not graded(doctor(parse_doctor([*given, "--eval_strategy", "no"])), Grade.FAULT)
+    shutil.move(alone / "train", alone / "validation")
+    (finding,) = doctor(parse_doctor(given))
+    assert "--eval_strategy" not in finding.cure
+
+
+@pytest.mark.parametrize("kind", ["parquet", "disk", "coco"])
+def test_every_source_without_a_split_says_how_to_train_without(kind: str, tmp_path: Path):
+    """Whatever way the splits are stored."""
+    if kind == "parquet":
+        (tmp_path / "train.parquet").touch()
+    elif kind == "disk":
+        rows = datasets.Dataset.from_dict({"image": ["a"], "mask": ["b"]})
+        datasets.DatasetDict(train=rows).save_to_disk(tmp_path)
+    else:
+        (tmp_path / "annotations").mkdir()
+        (tmp_path / "annotations" / "train.json").touch()
+    with pytest.raises(MissingSplitError) as caught:
+        load_splits(parse(flags(tmp_path, tmp_path / "out")).data, ["validation"])
+    assert caught.value.split == "validation"

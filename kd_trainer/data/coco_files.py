@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_trainer.data.foreign_paths import is_inside
-from kd_trainer.data.listing import missing_path, show_names
+from kd_trainer.data.listing import MissingSplitError, missing_path, show_names
 
 
 def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
@@ -20,7 +20,8 @@ def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
         if name in path.name:
             sibling = path.with_name(path.name.replace(name, split))
             if not sibling.is_file():
-                raise missing_path(sibling, f"the file of split {split!r}")
+                missing = missing_path(sibling, f"the file of split {split!r}")
+                raise MissingSplitError(split, str(missing))
             return sibling
     names = " or ".join(repr(n) for n in (split, *other_splits))
     raise ValueError(
@@ -60,10 +61,11 @@ def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> Pat
         if file.is_file():
             return file
     found = sorted(p.name for p in (path / "annotations").glob("*.json"))
-    raise FileNotFoundError(
+    raise MissingSplitError(
+        split,
         f"Expected COCO annotations of split {split!r} at {candidates[0]} (or "
         f"annotations/instances_{split}.json), got {show_names(found) or 'no json file'}. Name "
-        "the splits with --train_split and --eval_split."
+        "the splits with --train_split and --eval_split.",
     )
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from kd_trainer.data.coco_files import file_for_split
 from kd_trainer.data.foreign_paths import confined, is_address_inside
-from kd_trainer.data.listing import did_you_mean, show_names
+from kd_trainer.data.listing import MissingSplitError, did_you_mean, show_names
 from kd_trainer.own_errors import is_own
 
 
@@ -34,9 +34,10 @@ def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[P
             if files := sorted(folder.glob(pattern)):
                 return files
     found = sorted(str(p.relative_to(path)) for p in path.rglob("*.parquet"))
-    raise FileNotFoundError(
+    raise MissingSplitError(
+        split,
         f"Expected {split}.parquet, {split}-*.parquet or {split}/*.parquet in {path}, got "
-        f"{show_names(found)}. Name the splits with --train_split and --eval_split."
+        f"{show_names(found)}. Name the splits with --train_split and --eval_split.",
     )
 
 
@@ -95,9 +96,10 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
     except ValueError as error:
         if is_own(error):
             raise
-        raise ValueError(
+        raise MissingSplitError(
+            split,
             f"Expected the split {split!r} of {name} on the Hub, got: {str(error).splitlines()[0]} "
-            "Name the splits with --train_split and --eval_split."
+            "Name the splits with --train_split and --eval_split.",
         ) from None
 
 

@@ -9,6 +9,7 @@ import datasets
 
 from kd_trainer.data.listing import (
     MASK_SUFFIXES,
+    MissingSplitError,
     did_you_mean,
     list_images,
     path_dataset,
@@ -53,9 +54,10 @@ def _check_folders(root: Path, split: str, image_folder: str, mask_folder: str) 
     layout = f"{split}/{image_folder}/NAME.jpg and {split}/{mask_folder}/NAME.png"
     if not folder.is_dir():
         found = subfolders(root)
-        raise FileNotFoundError(
+        raise MissingSplitError(
+            split,
             f"Expected {layout} in {root}, got {_found(root, found)}.{did_you_mean(split, found)} "
-            "Name the splits with --train_split and --eval_split."
+            "Name the splits with --train_split and --eval_split.",
         )
     for name, flag in ((image_folder, "image_folder"), (mask_folder, "mask_folder")):
         if not (folder / name).is_dir():

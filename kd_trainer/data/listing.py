@@ -40,6 +40,19 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+class MissingSplitError(FileNotFoundError, ValueError):
+    """A data set does not hold a split.
+
+    Args:
+        split: its name.
+        message: what was expected, what there is and the cure.
+    """
+
+    def __init__(self, split: str, message: str) -> None:
+        super().__init__(message)
+        self.split = split
+
+
 def missing_path(path: Path, what: str) -> FileNotFoundError:
     """The error for a path that is not there: names the deepest part that is, and the nearest."""
     parent = path.absolute().parent

@@ -22,6 +22,7 @@ from kd_trainer.data.columns import (
 )
 from kd_trainer.data.folders import load_pair_folder
 from kd_trainer.data.listing import (
+    MissingSplitError,
     did_you_mean,
     missing_path,
     stream_shards,
@@ -172,8 +173,8 @@ def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
         data.synthetic_train, data.synthetic_eval, size=data.image_size, seed=SYNTHETIC_SEED
     )
     if split not in drawn:
-        raise ValueError(
-            f"Expected a split of the synthetic data ({', '.join(drawn)}), got {split!r}."
+        raise MissingSplitError(
+            split, f"Expected a split of the synthetic data ({', '.join(drawn)}), got {split!r}."
         )
     return drawn[split]
 
@@ -181,9 +182,10 @@ def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
 def _from_disk(path: Path, split: str) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(path))
     if split not in saved:
-        raise ValueError(
+        raise MissingSplitError(
+            split,
             f"Expected the split {split!r} in {path}, got {', '.join(saved)}."
-            f"{did_you_mean(split, saved)} Name the splits with --train_split and --eval_split."
+            f"{did_you_mean(split, saved)} Name the splits with --train_split and --eval_split.",
         )
     return saved[split]
 

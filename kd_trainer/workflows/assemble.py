@@ -20,6 +20,7 @@ from kd_trainer.data import (
     transforms,
     usable_splits,
 )
+from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
@@ -85,9 +86,8 @@ def assemble(run: RunArguments) -> Parts:
     _check_together(run)
     check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
     data = learn_from_sources(run)
-    names = [data.train_split, *([data.eval_split] if args.eval_strategy != "no" else [])]
     workers, several = args.dataloader_num_workers, args.world_size > 1
-    loaded = load_splits(data, names)
+    loaded = _load(run)
     splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     set_seed(args.seed)  # the student's random weights
@@ -122,9 +122,24 @@ def learn_from_sources(run: RunArguments) -> DataArguments:
     """
     if run.data.reduce_labels is None and _reduces_labels(run):
         run.data = replace(run.data, reduce_labels=True)
-    if run.data.class_names is None:
-        run.data = replace(run.data, class_names=source_class_names(run.data))
+    names = source_class_names(run.data) if run.data.class_names is None else None
+    if names is not None and len(names) == run.data.num_labels:  # others are refused when loaded
+        run.data = replace(run.data, class_names=names)
     return run.data
+
+
+def _load(run: RunArguments) -> Any:
+    """The splits of the run; says how to train where there is none to evaluate on."""
+    data, evaluates = run.data, run.training.eval_strategy != "no"
+    try:
+        return load_splits(data, [data.train_split, *([data.eval_split] if evaluates else [])])
+    except MissingSplitError as error:
+        if error.split != data.eval_split:
+            raise
+        raise MissingSplitError(
+            error.split,
+            f"{error} A set that has none is trained on by train.py with --eval_strategy no.",
+        ) from None
 
 
 def _reduces_labels(run: RunArguments) -> bool:

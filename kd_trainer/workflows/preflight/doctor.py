@@ -24,6 +24,7 @@ EPILOG = """Examples:
   doctor.py --dataset photos/ --teacher teacher/
   doctor.py --config demo --teacher none
   doctor.py --dataset photos/ --teacher model.pth --teacher_encoder timm-efficientnet-b3"""
+SETTINGS = "settings"  # the check of what would stop the start
 _NOT_TAKEN = {"dry_run": "nothing is trained here", "no_preflight": "this is the preflight"}
 
 
@@ -59,7 +60,7 @@ def examine(run: RunArguments) -> Iterator[Finding]:
     """All findings of a run; an error that would stop its start is the last of them."""
     try:
         parts = assemble(run)
-        yield ok("settings", "data, masks, teacher and student fit together")
+        yield ok(SETTINGS, "data, masks, teacher and student fit together")
         preflight = Preflight(run, parts, THOROUGH)
         yield from preflight.findings()
         if preflight.step_seconds:  # else there is no step to measure
@@ -74,7 +75,7 @@ def examine(run: RunArguments) -> Iterator[Finding]:
         if message is None:
             raise
         text, _, cure = message.partition(". ")
-        yield fault("settings", text.rstrip("."), cure)
+        yield fault(SETTINGS, text.rstrip("."), cure)
 
 
 def doctor(run: RunArguments) -> list[Finding]:
@@ -84,7 +85,9 @@ def doctor(run: RunArguments) -> list[Finding]:
     print(table(findings))
     faults, notes = graded(findings, Grade.FAULT), graded(findings, Grade.NOTE)
     if faults:
-        verdict = f"{several(len(faults), 'fault')}: this training would be pointless."
+        starts = all(f.check != SETTINGS for f in faults)
+        what = "be pointless" if starts else "not start"
+        verdict = f"{several(len(faults), 'fault')}: this training would {what}."
     else:
         verdict = "Nothing is at fault."
     also = f" {several(len(notes), 'note')}." if notes else ""
