@@ -93,6 +93,12 @@ def test_training_data_is_read_from_the_hub(hub: Hub, pair_folder: Path, tmp_pat
     api.upload_folder(repo_id="me/photos", folder_path=tmp_path / "up", repo_type="dataset")
     back = load_splits(DataArguments(dataset="me/photos"))
     assert back.keys() == local.keys()
+    # Slices, as `datasets` takes them.
+    parts = {"train_split": "train[:75%]", "eval_split": "train[75%:]"}
+    sliced = load_splits(DataArguments(dataset="me/photos", **parts))
+    assert [len(rows) for rows in sliced.values()] == [6, 2]
+    with pytest.raises(ValueError, match=r"^Expected the whole split train .* --streaming out\.$"):
+        load_splits(DataArguments(dataset="me/photos", streaming=True, **parts))
     for split, rows in local.items():
         for mine, theirs in zip(rows, back[split], strict=True):
             for name in ("image", "mask"):

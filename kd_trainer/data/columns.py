@@ -85,6 +85,12 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
         FileNotFoundError: if the Hub cannot be reached or has no such data set.
         ValueError: if the data set has no such split, or is made of files of another place.
     """
+    if streaming and "[" in split:  # `datasets` cuts slices of indexed data alone
+        whole = split.partition("[")[0]
+        raise ValueError(
+            f"Expected the whole split {whole} of {name} with --streaming, got {split}. Leave "
+            "--streaming out."
+        )
     try:
         _check_own_files(name)
         return datasets.load_dataset(name, split=split, streaming=streaming)
