@@ -76,7 +76,7 @@ trainer.train()
 logs = trainer.state.log_history
 settings = {"cwd_weight": 2.0, "dice_weight": 1.0, "max_steps": 2}
 settings |= {"temperature_schedule": "constant", "temperature_start": 3.0}
-facts = type("Facts", (), {"settings": settings, "teacher": "some", "side": 32})
+facts = type("Facts", (), {"settings": settings, "teacher": "some", "side": 32, "results": {}})
 few = {"cwd": 9.9, "bce": 0.1}
 try:
     DistillationTrainer(tiny_student(), arguments(out, **none), teacher=tiny_teacher())

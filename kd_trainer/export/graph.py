@@ -63,10 +63,15 @@ class ExportGraph(nn.Module):
 def example_input(
     student: SmpForSemanticSegmentation, *, with_preprocessing: bool, fixed_size: bool = False
 ) -> Tensor:
-    """A batch of unequal height and width, unless they are fixed: equal ones become one symbol."""
+    """A batch of unequal height and width, unless they are fixed: equal ones become one symbol.
+
+    No feature map of it is one pixel high: a trace takes a 1 for a constant.
+    """
     height = width = student.config.image_size
     if not fixed_size:
-        width += int(student.encoder.output_stride)  # type: ignore[arg-type]
+        stride = int(student.encoder.output_stride)  # type: ignore[arg-type]
+        height = max(height, 2 * stride)
+        width = height + stride
     if with_preprocessing:
         return torch.zeros(2, height, width, 3, dtype=torch.uint8)
     return torch.zeros(2, 3, height, width)

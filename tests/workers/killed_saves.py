@@ -178,7 +178,13 @@ def main(folder: Path) -> None:
         again = forked(lambda: run(place, student, data, None), answer)  # noqa: B023
         result = json.loads(answer.read_text()) if again == 0 else {}
         found.append(
-            {"at": f"{when} {calls[number]}", "died": died, "resumed": again, "after": after}
+            {
+                "at": f"{when} {calls[number]}",
+                "number": number,
+                "died": died,
+                "resumed": again,
+                "after": after,
+            }
             | {"from": result.get("resumed"), "left": result.get("left")}
             | {"same": result.get("digest") == expected["digest"]}
         )
