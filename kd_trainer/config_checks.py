@@ -5,25 +5,38 @@ arguments are paths, downloads and classes; here it is decided which may come fr
 Travels with a saved model as remote code; imports nothing of the package.
 """
 
+import difflib
 import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
+import transformers
 from timm.models import build_model_with_cfg
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import PreTrainedConfig
+
+try:  # the newest names that saved code needs; its other files take them from here
+    from transformers import PreTrainedConfig
+    from transformers.image_processing_backends import TorchvisionBackend
+except ImportError:
+    raise ImportError(
+        f"Expected transformers 5.4 or newer, got {transformers.__version__}. Run `pip install "
+        "--upgrade transformers`, or use segmentation_models_pytorch.from_pretrained."
+    ) from None
+
+__all__ = ["PreTrainedConfig", "TorchvisionBackend"]  # besides what is defined here
 
 MOST = 4096  # channels, classes, layers: far more than any published network has
 LARGEST_SIDE = 16_384
 _LARGEST_FILE = 4 * 2**20  # bytes; the largest known is some hundred KiB of class names
 MOST_PARAMETERS = 1_500_000_000  # 6 GB
+_LISTED = 12  # names in a message: all architectures of smp, but not the thousand encoders of timm
 # Entries that transformers writes beside the fields of a configuration.
 COMMON = frozenset(
     {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "label2id", "num_labels"}
@@ -51,6 +64,16 @@ def shortened(value: Any) -> str:
     """A value for a message, of at most 80 characters."""
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def nearest_hint(name: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known name, or the first ones when none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    more = f" or {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"Choose one of {', '.join(names[:_LISTED])}{more}."
 
 
 def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:

@@ -6,22 +6,22 @@ as null (any other value would make smp download weights again on each load).
 Travels with a saved model as remote code; imports only its sibling.
 """
 
-import difflib
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import segmentation_models_pytorch as smp
 import timm
 from segmentation_models_pytorch.encoders import get_encoder_names, is_equivalent_to_timm_universal
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
 from .config_checks import (
     LARGEST_SIDE,
     MOST,
+    PreTrainedConfig,
     bounded_size,
     check_arguments,
     check_encoder_arguments,
@@ -29,6 +29,7 @@ from .config_checks import (
     check_labels,
     check_statistics,
     check_whole,
+    nearest_hint,
     refuse,
     shortened,
 )
@@ -38,17 +39,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 DEFAULT_LABELS = {0: "background", 1: "foreground"}
 # Without a place: timm takes `local-dir:FOLDER` and `hf-hub:OWNER/NAME` as names too.
 _ENCODER = re.compile(r"[\w.+-]{1,100}", re.ASCII)
-_LISTED = 12  # names in a message: all architectures of smp, but not the thousand encoders of timm
-
-
-def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known name, or the first ones when none is near."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
-    if near:
-        return f"Did you mean {near[0]!r}?"
-    more = f" or {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"Choose one of {', '.join(names[:_LISTED])}{more}."
 
 
 def architecture_class(name: str) -> type[nn.Module]:

@@ -12,10 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 from transformers import AutoImageProcessor, AutoVideoProcessor
-from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling, SizeDict
 
-from .config_checks import check_statistics, is_finite_number
+from .config_checks import TorchvisionBackend, check_statistics, is_finite_number
 from .configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,

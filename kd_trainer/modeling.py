@@ -21,13 +21,14 @@ from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
+# transformers 5.8 copies only those files of a folder that this one itself imports.
+from .config_checks import nearest_hint
 from .configuration_smp import (
     SmpConfig,
     architecture_arguments,
     architecture_class,
     build_network,
     default_labels,
-    nearest_hint,
     uses_timm_loader,
 )
 from .encoder_units import EncoderUnit, encoder_units, find_never_used

@@ -21,7 +21,7 @@ from kd_trainer.command_line import (
     parser,
     recipe_names,
 )
-from kd_trainer.configuration_smp import nearest_hint
+from kd_trainer.config_checks import nearest_hint
 from kd_trainer.data.listing import did_you_mean
 from kd_trainer.fields import ABSENT, RENAMED, closest
 from kd_trainer.fingerprint import settings_of

@@ -3,6 +3,9 @@
 import inspect
 import json
 import random
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from timm.models import build_model_with_cfg
 from tiny import tiny_student
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from kd_trainer import config_checks
 from kd_trainer.command_line import (
     DEFAULT_RECIPE,
     ONLY_FLAGS,
@@ -364,3 +368,31 @@ def test_what_a_command_line_trusts_is_not_written_down_for_the_next_one(tmp_pat
     run = parse(["--dataset", "x", "--output_dir", str(tmp_path), "--trust_remote_code"])
     assert run.model.trust_remote_code
     assert "trust_remote_code" not in run.resolved()
+
+
+def test_saved_code_names_the_version_of_transformers_that_it_needs(tmp_path):
+    """In an older one a stranger's last line was `cannot import name 'PreTrainedConfig'`."""
+    tiny_student().save_pretrained(tmp_path)
+    old = (
+        "import sys, transformers; transformers.__version__ = '4.57.1'; "
+        "sys.modules['transformers.image_processing_backends'] = None; "
+        f"transformers.AutoConfig.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", old], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: Expected transformers 5.4 or newer, got 4.57.1. Run `pip")
+
+
+@pytest.mark.parametrize("entry", ["modeling", "image_processing", "configuration_smp"])
+def test_saved_code_imports_each_of_its_files_directly(entry):
+    """transformers 5.8 copies no file that only an imported file imports."""
+    folder = Path(config_checks.__file__).parent
+
+    def imported(name: str) -> set[str]:
+        source = (folder / f"{name}.py").read_text(encoding="utf-8")
+        return set(re.findall(r"^from \.(\w+) import", source, re.MULTILINE))
+
+    direct = imported(entry)
+    assert direct
+    assert {further for name in direct for further in imported(name)} <= direct

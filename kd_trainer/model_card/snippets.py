@@ -61,7 +61,8 @@ def usage(facts: CardFacts) -> str:
         "With the Auto classes; `classes` is a tensor (height, width) of class ids:",
         _AUTO.format(id=facts.repo_id),
         "`trust_remote_code=True` runs the Python files of this repository. Where kd_trainer is "
-        "installed, import it and leave the argument out.",
+        "installed, import it and leave the argument out. Either needs transformers 5.4 or newer; "
+        "5.4, 5.8, 5.15, 5.23 and 5.24 were tried.",
     ]
     if facts.read_by_smp:
         parts += [

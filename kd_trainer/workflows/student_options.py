@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from kd_trainer.arguments import ModelArguments
-from kd_trainer.configuration_smp import architecture_arguments, nearest_hint
+from kd_trainer.config_checks import nearest_hint
+from kd_trainer.configuration_smp import architecture_arguments
 from kd_trainer.fields import convert
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.safe_files import parse_yaml
