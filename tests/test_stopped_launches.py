@@ -26,10 +26,6 @@ LAUNCHERS = {
         *(sys.executable, "-m", "torch.distributed.run"),
         *("--standalone", "--nproc_per_node", "2"),
     ],
-    "restarts": [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--standalone", "--nproc_per_node", "2", "--max-restarts", "2"),
-    ],
 }
 UPDATES = 24
 
@@ -171,22 +167,27 @@ def test_a_save_that_fails_on_one_process_ends_all_of_them(rank: int, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_torchrun_restarts_a_training_that_lost_a_process(tmp_path: Path):
-    """It gives the same command each time: one that only starts, or only goes on, ends for good.
+def test_the_same_command_goes_on_after_the_death_of_a_process(tmp_path: Path):
+    """As a launcher that restarts gives it: one that only starts, or only goes on, ends for good.
 
-    Without restarts the end is one line that names the process, instead of a reset connection.
+    The end is a line that names the process, instead of a reset connection. torchrun's own
+    --max-restarts is left out: its gloo processes often do not find each other again, whatever
+    they run.
     """
     data = write_pairs(tmp_path / "data", train=8, validation=2)
     finish("torchrun", data, tmp_path / "whole")
-    out = tmp_path / "out"
-    process = start("restarts", data, out, "--resume", "auto")
+    out, resumed = tmp_path / "out", ("--resume", "auto")
+    process = start("torchrun", data, out, *resumed)
     when_saved(process, out)
     victim = psutil.Process(process.pid).children()[-1]
     victim.kill()
     said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said[-3000:]
-    assert re.search(rf"error: Expected all 2 processes .* process \d \(pid {victim.pid}\)", said)
-    assert "Traceback" not in said, said
+    assert process.returncode != 0
+    named = re.search(rf"error: Expected all 2 processes .* process \d \(pid {victim.pid}\)", said)
+    # torchrun names it too, and may end the other process before that can say anything.
+    assert named or "exitcode  : -15" in said, said
+    assert 'scripts/train.py", line' not in said, said  # torchrun adds a traceback of its own
+    finish("torchrun", data, out, *resumed)
     students = [
         load_file(tmp_path / name / "student/model.safetensors") for name in ("whole", "out")
     ]
