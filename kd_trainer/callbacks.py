@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from kd_trainer.evaluation import EvaluationSettings, Statistics, bytes_of
 from kd_trainer.reports.panels import comparison_panel, save_picture
-from kd_trainer.timetable import RunningEpoch
+from kd_trainer.schedules import RunningEpoch
 
 # TensorBoard's files only grow, and its page shows ten pictures of a run.
 _SHOWN_PARTS = 10

@@ -2,7 +2,7 @@
 
 All groups are built once, before the first step, in a fixed order: decoder and head, then the
 encoder units from the deepest to the shallowest, each split by weight decay. Freeing a unit later
-only changes `requires_grad` and the learning rate (see `timetable`), so the optimizer's state, the
+only changes `requires_grad` and the learning rate (see `schedules`), so the optimizer's state, the
 learning-rate scheduler and a resumed run never meet a group that was not there before.
 """
 
@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
-from kd_trainer.timetable import Timetable
+from kd_trainer.schedules import TrainingSchedule
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -67,7 +67,7 @@ class GroupedTrainer(Trainer):
 
     args: DistillationArguments
     model: SmpForSemanticSegmentation
-    timetable: Timetable
+    schedule: TrainingSchedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group a part of the network, all built before anything is frozen."""
@@ -93,4 +93,4 @@ class GroupedTrainer(Trainer):
 
     def rate(self, part: str) -> Callable[[int], float]:
         """Learning rate of a part as the schedules of the running epoch have it."""
-        return lambda update: self.timetable.rate(part)(update)
+        return lambda update: self.schedule.rate(part)(update)

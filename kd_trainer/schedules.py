@@ -1,10 +1,12 @@
-"""Temperature and unfreezing as pure functions of progress and epoch: nothing to save."""
+"""Temperature, free units and learning rates, functions of epoch and step: nothing to save."""
+
+from __future__ import annotations
 
 import bisect
 import difflib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 TEMPERATURE_KINDS = ("cosine", "linear", "exponential", "constant", "piecewise")
@@ -160,3 +162,105 @@ class UnfreezeSchedule:
                 "Ranks count from the deepest unit."
             )
         return self.start_epoch + unit_rank * self.every
+
+
+_ROUNDING = 1e-6  # of an epoch that is scaled to another length
+
+
+@dataclass
+class RunningEpoch:
+    """Where a run is. Counted, because an epoch can have fewer updates than it was to have.
+
+    Attributes:
+        index: of the running epoch, from 0.
+        first_update: updates of the run before it.
+        over: whether it has ended.
+        entered: whether it has begun in this process.
+    """
+
+    index: int = 0
+    first_update: int = 0
+    over: bool = False
+    entered: bool = False
+
+
+@dataclass(frozen=True)
+class TrainingSchedule:
+    """When what happens. Nothing of it is saved: a resumed run derives the same values again.
+
+    Attributes:
+        unfreezing: number of free units as a function of the epoch, before it is scaled to the run.
+        temperatures: temperature of the loss as a function of the run's progress.
+        epochs: length of the run (a fraction with `--max_steps`).
+        steps_per_epoch: optimizer steps in one epoch.
+        missed: steps that the epochs so far were short of: rows of a stream that could not be
+            used, or a callback that ended an epoch.
+        temperature_per: move the temperature each `epoch` or each `step`.
+        warmup_epochs: of the learning rate, at the start of the run.
+        unfreeze_warmup_epochs: of the learning rate of a part that becomes free later.
+        min_rate: learning rate at the end of the run, as a share of the base rate.
+        plan_epochs: length that warm-up and unfreezing are written for; None means this run's.
+    """
+
+    unfreezing: UnfreezeSchedule
+    temperatures: TemperatureSchedule
+    epochs: float
+    steps_per_epoch: int = 1
+    missed: int = 0
+    temperature_per: str = "epoch"
+    warmup_epochs: float = 0.0
+    unfreeze_warmup_epochs: float = 0.0
+    min_rate: float = 0.0
+    plan_epochs: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """Epochs of this run for one of the plan, by which warm-up and unfreezing are scaled."""
+        return self.epochs / self.plan_epochs if self.plan_epochs else 1.0
+
+    def free_units(self, epoch: int) -> int:
+        """Number of free units at an epoch of the run."""
+        return self.unfreezing(math.floor(epoch / self.scale + _ROUNDING))
+
+    def temperature(self, step: int) -> float:
+        """Temperature of the loss at a step, counted from 0; held after the last one."""
+        if self.temperature_per == "step":
+            last = max(1, round(self.epochs * self.steps_per_epoch))
+            return self.temperatures(min(epoch_progress(step + self.missed, last), 1.0))
+        last = max(1, math.ceil(self.epochs))
+        epoch = min((step + self.missed) // self.steps_per_epoch, last - 1)
+        return self.temperatures(epoch_progress(epoch, last))
+
+    def free_from(self, part: str) -> int:
+        """Epoch from which a part of the network (`decoder`, `unit_6`, ...) is trained."""
+        if not part.startswith("unit_"):
+            return 0
+        rank = self.unfreezing.units - 1 - int(part.removeprefix("unit_"))
+        return math.ceil(self.unfreezing.first_free_epoch(rank) * self.scale - _ROUNDING)
+
+    def rate(self, part: str) -> Callable[[int], float]:
+        """Learning rate of a part as a share of its base rate, as a function of the step."""
+        start = self.free_from(part)
+        return lambda step: self.rate_at((step + self.missed) / self.steps_per_epoch, start)
+
+    def rate_at(self, epoch: float, free_from: float = 0.0) -> float:
+        """Learning rate as a share of the base rate at a fractional epoch.
+
+        Linear warm-up over `warmup_epochs`, then a cosine to `min_learning_rate`. A part that is
+        freed at `free_from` has 0 before it, and ramps up over `unfreeze_warmup_epochs` after it.
+        """
+        if epoch < free_from:
+            return 0.0
+        factor = self._warmup_cosine(epoch)
+        if self.unfreeze_warmup_epochs > 0 and free_from > 0:
+            ramp = self.unfreeze_warmup_epochs * self.scale
+            factor *= min(1.0, (epoch - free_from) / ramp)
+        return factor
+
+    def _warmup_cosine(self, epoch: float) -> float:
+        warmup = min(self.warmup_epochs * self.scale, self.epochs)
+        if epoch < warmup:
+            return epoch / warmup
+        rest = self.epochs - warmup
+        progress = min((epoch - warmup) / rest, 1.0) if rest > 0 else 1.0
+        return self.min_rate + (1 - self.min_rate) * 0.5 * (1 + math.cos(math.pi * progress))

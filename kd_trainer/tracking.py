@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kd_trainer.compiling import compiled_graphs
+from kd_trainer.fast_layers import compiled_graphs
 from kd_trainer.losses import LossTerms, LossWeights
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.timetable import Timetable
+from kd_trainer.schedules import TrainingSchedule
 
 
 def check_finite_weights(model: nn.Module, where: str) -> None:
@@ -39,25 +39,26 @@ def check_finite_weights(model: nn.Module, where: str) -> None:
         )
 
 
-def watched(
+def schedule_logs(
     model: SmpForSemanticSegmentation,
-    timetable: Timetable,
+    schedule: TrainingSchedule,
     groups: Iterable[Mapping[str, Any]],
-    update: int,
+    step: int,
+    *,
+    compiled: bool = False,
 ) -> dict[str, float]:
-    """What the schedules do at an update: temperature, free units, learning rate of each group.
+    """What the schedules do at a step: temperature, free units, learning rate of each group.
 
     Also, where something is compiled, how often it was: each unit that is freed means once more.
     """
     rates = {
-        f"lr/{group['name']}": group["initial_lr"] * timetable.rate(group["name"])(update)
+        f"lr/{group['name']}": group["initial_lr"] * schedule.rate(group["name"])(step)
         for group in groups
     }
     _, _, trainable = parameter_counts(model)
-    compiles = timetable.args.torch_compile or timetable.args.compile_teacher
     return {
-        **({"compiled_graphs": float(compiled_graphs())} if compiles else {}),
-        "temperature": timetable.temperature(update),
+        **({"compiled_graphs": float(compiled_graphs())} if compiled else {}),
+        "temperature": schedule.temperature(step),
         "free_units": float(model.free_units),
         "trainable_parameters": float(trainable),
         **rates,

@@ -15,10 +15,8 @@ from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from kd_trainer.accepted import as_teacher, check_accepted
-from kd_trainer.allocator import keep_freed_memory
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import EvaluationPanels, ProgressiveUnfreezing, tensorboard_of
-from kd_trainer.compiling import allow_recompiles, forget_earlier_training
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
 from kd_trainer.evaluation import (
@@ -34,17 +32,22 @@ from kd_trainer.evaluation import (
     pixel_statistics,
     terms_of,
 )
-from kd_trainer.fast_layers import use_fast_layers
+from kd_trainer.fast_layers import (
+    allow_recompiles,
+    forget_earlier_training,
+    keep_freed_memory,
+    use_fast_layers,
+)
 from kd_trainer.loaders import LoadingTrainer
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import GroupedTrainer
 from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.resuming import EpochCounter, ResumableTrainer, together
+from kd_trainer.schedules import RunningEpoch
 from kd_trainer.teacher import Teacher, state_of
 from kd_trainer.teaching import TaughtTrainer
-from kd_trainer.timetable import RunningEpoch, Timetable
-from kd_trainer.tracking import TermSums, check_finite_weights, watched
+from kd_trainer.tracking import TermSums, check_finite_weights, schedule_logs
 
 Batch = dict[str, Any]
 DICE_IMAGES = "dice_images"
@@ -106,9 +109,9 @@ class DistillationTrainer(
                 check_best_metric(args.metric_for_best_model, several or names)
         self.tracked = TermSums(self.loss_weights)
         self._teacher_figures: tuple[Any, Any, dict[str, float]] | None = None
-        self.timetable = Timetable(args, len(encoder_units(model)), args.num_train_epochs)
+        self.schedule = args.schedule(len(encoder_units(model)), args.num_train_epochs)
         self.running = RunningEpoch()
-        unfreezing = ProgressiveUnfreezing(lambda e: self.timetable.free_units(e), self.running)
+        unfreezing = ProgressiveUnfreezing(lambda e: self.schedule.free_units(e), self.running)
         super().__init__(
             model=model,
             args=args,
@@ -125,7 +128,7 @@ class DistillationTrainer(
             keep_freed_memory()
         self.teacher = self.placed(as_teacher(teacher, len(self.id2label)))
         if args.torch_compile:
-            allow_recompiles(self.timetable.units)
+            allow_recompiles(self.schedule.unfreezing.units)
         self._statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
@@ -174,7 +177,7 @@ class DistillationTrainer(
             outputs["raw_logits"],
             self.joined(teacher),
             inputs["labels"],
-            temperature=self.timetable.temperature(self.state.global_step),
+            temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
             distil_mask=inputs.get("distil_mask"),
             weights=self.loss_weights,
@@ -278,7 +281,13 @@ class DistillationTrainer(
             together(self.args, lambda: self.tracked.check_finite(self.state.global_step))
             logs |= self.tracked.drain(self.accelerator)
             done = max(self.state.global_step - 1, 0)  # the update that is logged, not the next
-            logs |= watched(self.model, self.timetable, self.create_optimizer().param_groups, done)
+            logs |= schedule_logs(
+                self.model,
+                self.schedule,
+                self.create_optimizer().param_groups,
+                done,
+                compiled=self.args.torch_compile or self.args.compile_teacher,
+            )
         super().log(logs, start_time)
 
     def check_finite(self) -> None:

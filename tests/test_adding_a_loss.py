@@ -30,7 +30,7 @@ def channel_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 EDITS = (
     (
         "losses/terms.py",
-        "from kd_trainer.losses.checks",
+        "from kd_trainer.losses.functions",
         "from kd_trainer.losses.channels import channel_kl\n",
     ),
     (

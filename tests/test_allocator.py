@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from tiny import Squares, arguments, tiny_student
 
-from kd_trainer import allocator
+from kd_trainer import fast_layers
 from kd_trainer.trainer import DistillationTrainer
 
 COUNT = """
 import ctypes, json, os
-from kd_trainer.allocator import give_back, keep_freed_memory, usual_memory
+from kd_trainer.fast_layers import give_back, keep_freed_memory, usual_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -75,10 +75,10 @@ def test_freed_memory_is_kept_until_it_is_given_back():
 def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     """musl and macOS have no such function."""
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda _: pytest.fail("called"))
-    assert not allocator.keep_freed_memory()
-    assert not allocator.usual_memory()
-    assert not allocator.give_back()
+    monkeypatch.setattr(fast_layers.ctypes, "CDLL", lambda _: pytest.fail("called"))
+    assert not fast_layers.keep_freed_memory()
+    assert not fast_layers.usual_memory()
+    assert not fast_layers.give_back()
 
 
 @pytest.mark.parametrize("kept", [True, False])

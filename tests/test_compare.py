@@ -24,7 +24,6 @@ from kd_trainer.command_line import build
 from kd_trainer.data import TransformedDataset
 from kd_trainer.hub import find_source
 from kd_trainer.publishing import Publication, write_folder
-from kd_trainer.timetable import Timetable
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.compare import estimate
 from kd_trainer.workflows.compare import main as compare
@@ -568,9 +567,9 @@ def test_baseline_without_the_unlabelled_images_keeps_the_updates(tmp_path: Path
         *("steps", 100),
         *("steps", 100),
     )
-    tables = Timetable(own, 7, 20.0, 40), Timetable(distilled, 7, 8.0, 100)
+    tables = own.schedule(7, 20.0, 40), distilled.schedule(7, 8.0, 100)
     for update in range(0, 800, 7):
-        rates = [table.rate_at(update / table.updates_per_epoch) for table in tables]
+        rates = [table.rate_at(update / table.steps_per_epoch) for table in tables]
         assert rates[0] == pytest.approx(rates[1])
     freed = [[table.free_from(f"unit_{u}") for u in range(7)] for table in tables]
     updates = np.array(freed[0]) * 40, np.array(freed[1]) * 100

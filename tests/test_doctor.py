@@ -44,7 +44,7 @@ def test_a_training_is_the_same_with_and_without(data: Path, tmp_path: Path, mon
         more = ("--epochs", "1", "--max_train_samples", "6", "--augmentation", "light", *extra)
         run = parse(flags(data, tmp_path / name, *more, teacher="one"))
         results[name] = train(run)
-        assert ("Preflight: 12 checks passed in " in capsys.readouterr().out) == (name == "with")
+        assert ("Preflight: 13 checks passed in " in capsys.readouterr().out) == (name == "with")
     weights = [load_file(tmp_path / n / "student" / "model.safetensors") for n in results]
     assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
     plain = [

@@ -21,12 +21,12 @@ AUGMENTATION = ("augmentation", "fast_transforms", "stock_augmentation")
 LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_transforms", "stock_augmentation"),
-        *("allocator", "fast_layers", "compiling", "extras", "fields", "statistics"),
+        *("fast_layers", "extras", "fields"),
         *("replacing", "safe_files", "sources", "own_errors"),
     ),
     ("argument_checks", "augmentation", *PORTABLE),
     ("arguments",),
-    ("command_line", "timetable", "data", "teacher", "checkpoints", "disk", "hub"),
+    ("command_line", "data", "teacher", "checkpoints", "disk", "hub"),
     (
         "evaluation",
         "tracking",

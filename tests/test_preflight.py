@@ -32,7 +32,7 @@ def test_a_healthy_run_has_no_findings(data: Path, tmp_path: Path, monkeypatch):
     found = looked(parse(flags(data, tmp_path / "out", teacher="one")))
     assert bad(found) == {}
     wanted = {"teacher output", "teacher quality", "classes", "mask position", "normalisation"}
-    wanted |= {"masks, train", "masks, validation", "shared images", "disk"}
+    wanted |= {"masks, train", "masks, validation", "shared images", "plan", "disk"}
     assert set(found) == wanted | {"loss", "loss terms", "gradients"}
     assert found["loss terms"].text.count("%") == 4
 

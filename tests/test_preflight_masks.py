@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_student
 
 from kd_trainer.losses import LossTerms, LossWeights, distillation_terms
-from kd_trainer.losses.multiclass import softmax_kl
+from kd_trainer.losses.functions import softmax_kl
 from kd_trainer.preflight.finding import (
     GO_ON,
     Grade,

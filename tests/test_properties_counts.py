@@ -3,7 +3,6 @@
 import io
 import itertools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,12 @@ from PIL import Image
 from kd_trainer.data.decoding import decode_mask
 from kd_trainer.data.masks import MaskRule, find_mask_rule
 from kd_trainer.metrics import SegmentationCounts, image_counts
-from kd_trainer.schedules import TEMPERATURE_KINDS, TemperatureSchedule, UnfreezeSchedule
-from kd_trainer.timetable import Timetable
+from kd_trainer.schedules import (
+    TEMPERATURE_KINDS,
+    TemperatureSchedule,
+    TrainingSchedule,
+    UnfreezeSchedule,
+)
 
 IGNORE = 255
 SEEDS = st.integers(0, 2**31 - 1)
@@ -64,9 +67,14 @@ def test_learning_rates_rise_once_and_fall_once_between_0_and_the_base_rate(
     epochs, warmup, floor, updates
 ):
     """A factor above 1 trains faster than anybody asked for."""
-    settings = {"warmup_epochs": warmup, "unfreeze_warmup_epochs": 0.0}
-    args = SimpleNamespace(**settings, learning_rate=1.0, min_learning_rate=floor, plan_epochs=None)
-    table = Timetable(args, 7, epochs, updates_per_epoch=updates)
+    table = TrainingSchedule(
+        UnfreezeSchedule(5, 3, 7),
+        TemperatureSchedule("constant", 1.0, 1.0),
+        epochs=epochs,
+        steps_per_epoch=updates,
+        warmup_epochs=warmup,
+        min_rate=floor,
+    )
     rates = [table.rate("decoder")(update) for update in range(updates * epochs)]
     top = min(math.ceil(updates * warmup), len(rates))
     assert all(0 <= rate <= 1 + 1e-12 for rate in rates)

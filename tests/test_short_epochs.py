@@ -71,7 +71,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
         assert trainer is not None
-        temperature = trainer.timetable.temperature(state.global_step)
+        temperature = trainer.schedule.temperature(state.global_step)
         rate = trainer.optimizer.param_groups[0]["lr"]
         self.seen.append((self.loops, kwargs["model"].free_units, temperature, rate))
 
@@ -117,11 +117,11 @@ def test_schedules_follow_the_epochs_and_not_the_number_of_updates(tmp_path: Pat
     assert [epoch for epoch, *_ in seen] == [e for e in range(EPOCHS) for _ in range(3)]
     args = trainer.args
     for epoch, free, temperature, _ in seen:
-        assert free == args.unfreezing(trainer.timetable.units)(epoch)
+        assert free == args.unfreezing(trainer.schedule.unfreezing.units)(epoch)
         assert temperature == pytest.approx(args.temperature(epoch / (EPOCHS - 1)))
     firsts = {epoch: rate for epoch, _, _, rate in reversed(seen)}
     for epoch, rate in firsts.items():
-        assert rate == pytest.approx(1e-3 * trainer.timetable.rate_at(epoch))
+        assert rate == pytest.approx(1e-3 * trainer.schedule.rate_at(epoch))
     drawn = {index: [e for e, i in rows.transform.calls if i == index] for index in (0, 1)}
     if short == "bad row":
         assert drawn[0] == list(range(EPOCHS))  # never the same augmentation twice

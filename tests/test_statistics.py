@@ -8,9 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import sem
 
-from kd_trainer import statistics
-from kd_trainer.metrics import SegmentationCounts
-from kd_trainer.statistics import Mean, bootstrap_difference, gap_closed, mean_of, miou
+from kd_trainer import metrics
+from kd_trainer.metrics import (
+    Mean,
+    SegmentationCounts,
+    bootstrap_difference,
+    gap_closed,
+    mean_of,
+    miou,
+)
 
 FIGURES = st.floats(0.0, 1.0)
 
@@ -168,7 +174,7 @@ def test_bootstrap_does_not_depend_on_how_it_is_cut(monkeypatch):
     """Large data sets are drawn in pieces, and must not get another interval by it."""
     both = counts(2, 9, 2, seed=3)
     whole = bootstrap_difference(both[:1], both[1:], resamples=50)
-    monkeypatch.setattr(statistics, "_DRAWS", 40)
+    monkeypatch.setattr(metrics, "_DRAWS", 40)
     assert bootstrap_difference(both[:1], both[1:], resamples=50) == whole
 
 

@@ -21,11 +21,11 @@ from kd_trainer.fast_layers import (
     FastSqueezeExcite,
     FastSwish,
     FastUnetBlock,
+    folded,
     use_fast_layers,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Answers, Teacher
-from kd_trainer.teacher.folding import folded
 from kd_trainer.trainer import DistillationTrainer
 
 EFFICIENT = "timm-efficientnet-b0"

@@ -21,7 +21,7 @@ from kd_trainer.argument_checks import (
 from kd_trainer.arguments.loading import set_loading
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
 from kd_trainer.losses import TERMS, LossWeights
-from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
+from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
 
 PRECISIONS = ("auto", "bf16", "fp16", "no")
 
@@ -277,3 +277,17 @@ class DistillationArguments(TrainingArguments):
     def unfreezing(self, units: int) -> UnfreezeSchedule:
         """When each of `units` encoder units is freed."""
         return UnfreezeSchedule(self.unfreeze_start_epoch, self.unfreeze_every, units)
+
+    def schedule(self, units: int, epochs: float, steps_per_epoch: int = 1) -> TrainingSchedule:
+        """When what happens in a run of this length, whose student has `units` encoder units."""
+        return TrainingSchedule(
+            unfreezing=self.unfreezing(units),
+            temperatures=self.temperature,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            temperature_per=self.temperature_per,
+            warmup_epochs=self.warmup_epochs,
+            unfreeze_warmup_epochs=self.unfreeze_warmup_epochs,
+            min_rate=self.min_learning_rate / self.learning_rate,
+            plan_epochs=self.plan_epochs,
+        )

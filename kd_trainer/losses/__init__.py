@@ -1,7 +1,6 @@
 """Pure loss functions on logits: the recipe's four terms, for binary and multi-class models."""
 
-from kd_trainer.losses.checks import class_ids
-from kd_trainer.losses.dice import labelled_images
+from kd_trainer.losses.functions import class_ids, labelled_images
 from kd_trainer.losses.terms import (
     TEACHER_TERMS,
     TERMS,

@@ -14,11 +14,22 @@ from typing import Self
 
 from torch import Tensor
 
-from kd_trainer.losses.binary import binary_cross_entropy, binary_kl, binary_mse
-from kd_trainer.losses.checks import check_inputs, check_pos_weight, check_temperature, class_ids
-from kd_trainer.losses.dice import binary_dice, softmax_dice
-from kd_trainer.losses.multiclass import centred_mse, softmax_cross_entropy, softmax_kl
-from kd_trainer.losses.pixels import keep_pixels, working_precision
+from kd_trainer.losses.functions import (
+    binary_cross_entropy,
+    binary_dice,
+    binary_kl,
+    binary_mse,
+    centred_mse,
+    check_inputs,
+    check_pos_weight,
+    check_temperature,
+    class_ids,
+    keep_pixels,
+    softmax_cross_entropy,
+    softmax_dice,
+    softmax_kl,
+    working_precision,
+)
 
 
 @dataclass(frozen=True)

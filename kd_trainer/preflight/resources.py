@@ -1,10 +1,12 @@
-"""Whether a run fits: bytes on the disk, memory, and hours."""
+"""Whether a run fits: its plan into its epochs, bytes on the disk, memory, and hours."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from kd_trainer.preflight.finding import Finding, fault, note, ok
+from kd_trainer.schedules import TrainingSchedule
 
 _BYTES = 4  # of a parameter in fp32
 _STATES = 2  # that AdamW keeps of each parameter
@@ -33,6 +35,27 @@ class DiskNeed:
         student = self.parameters * _BYTES
         checkpoint = student + self.trainable * _BYTES * _STATES
         return self.checkpoints * checkpoint + student + _REST
+
+
+def plan_finding(schedule: TrainingSchedule) -> Finding:
+    """Whether warm-up and unfreezing come to their end within the epochs of the run."""
+    units, epochs = schedule.unfreezing.units, schedule.epochs
+    freed = schedule.free_units(max(math.ceil(epochs) - 1, 0))
+    warmup = schedule.warmup_epochs * schedule.scale
+    short = []
+    if freed < units:
+        short.append(f"{freed or 'none'} of {units} encoder units become free")
+    if warmup > epochs / 2:
+        short.append(f"the learning rate warms up for {min(warmup, epochs):.3g} of them")
+    if not short:
+        return ok("plan", f"all {units} encoder units are free at the end of {epochs:.3g} epochs")
+    planned = max(10 * schedule.warmup_epochs, schedule.unfreezing.first_free_epoch(units - 1) + 1)
+    return note(
+        "plan",
+        f"in the {epochs:.3g} epochs of this run {' and '.join(short)}",
+        "--plan_epochs scales warm-up and unfreezing to the run: name the epochs that they are "
+        f"written for ({planned:.0f} here). Or train for longer.",
+    )
 
 
 def disk_finding(need: DiskNeed, free: int, folder: str) -> Finding:

@@ -17,18 +17,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import has_length
 
 from kd_trainer.data import BadSample, StreamedDataset
-from kd_trainer.timetable import RunningEpoch, Timetable
+from kd_trainer.schedules import RunningEpoch, TrainingSchedule
 
 
 class CountedTrainer(Trainer):
     """Knows in which epoch it is, and how long that one is.
 
     Attributes:
-        timetable: the schedules, for the length that the running epoch has.
+        schedule: what happens when, for the length that the running epoch has.
         running: the running epoch; one object, which callbacks hold too.
     """
 
-    timetable: Timetable
+    schedule: TrainingSchedule
     running: RunningEpoch
 
     def saved_position(self) -> dict[str, Any] | None:
@@ -127,8 +127,8 @@ class CountedTrainer(Trainer):
         else:
             epochs = args.num_train_epochs
             self.state.max_steps = math.ceil(epochs * updates) - missed
-        self.timetable = replace(
-            self.timetable, epochs=epochs, updates_per_epoch=updates, missed=missed
+        self.schedule = replace(
+            self.schedule, epochs=epochs, steps_per_epoch=updates, missed=missed
         )
 
     def _set_rates(self) -> None:

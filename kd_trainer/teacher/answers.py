@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_trainer.teacher.folding import folded
+from kd_trainer.fast_layers import folded
 from kd_trainer.teacher.network import Teacher
 
 _TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

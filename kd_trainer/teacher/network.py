@@ -7,7 +7,7 @@ Re-normalising the student's input follows the idea of timm's distillation task.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from kd_trainer.configuration_smp import (
     IMAGENET_STD,
     default_labels,
 )
+from kd_trainer.fast_layers import logits_of
 
 Statistics = Sequence[float]
 
@@ -136,11 +137,3 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
     if maps.shape[-2:] == size:
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The raw logits in what a network returns: a tensor, or an output that names them."""
-    if isinstance(output, Tensor):
-        return output
-    raw = getattr(output, "raw_logits", None)
-    return output.logits if raw is None else raw

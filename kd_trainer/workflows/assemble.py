@@ -24,7 +24,7 @@ from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
 from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
-from kd_trainer.losses.checks import check_pos_weight
+from kd_trainer.losses.functions import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher, reduces_labels
 from kd_trainer.workflows.models import make_student, make_teacher

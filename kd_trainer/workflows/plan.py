@@ -10,10 +10,11 @@ from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.command_line import RunArguments
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import DECODER, unit_parameters
+from kd_trainer.preflight.finding import Grade
+from kd_trainer.preflight.resources import plan_finding
 from kd_trainer.safe_files import plain
-from kd_trainer.timetable import Timetable
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.models import network_name, network_size
 
@@ -39,16 +40,16 @@ def timeline(
     """
     sizes = {part: sum(p.numel() for _, p in ps) for part, ps in unit_parameters(model).items()}
     units = list(sizes)[1:]
-    table = Timetable(args, len(units), epochs)
+    schedule = args.schedule(len(units), epochs)
     rows = []
     for epoch in range(max(1, math.ceil(epochs))):
-        free = table.unfreezing(epoch)
-        factor = table.rate_at(epoch + 0.5)
+        free = schedule.free_units(epoch)
+        factor = schedule.rate_at(epoch + 0.5)
         encoder = args.learning_rate * args.encoder_lr_scale if free else 0.0
         rows.append(
             {
                 "epoch": epoch,
-                "temperature": table.temperature(epoch),
+                "temperature": schedule.temperature(epoch),
                 "free_units": free,
                 "trainable": sizes[DECODER] + sum(sizes[unit] for unit in units[:free]),
                 "decoder_lr": args.learning_rate,
@@ -111,10 +112,17 @@ def updates_per_epoch(images: int, args: DistillationArguments) -> int:
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
+def length_in_epochs(args: DistillationArguments, updates: int) -> float:
+    """Epochs of a run with so many updates in one."""
+    return args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
+
+
 def _timeline(parts: Parts, args: DistillationArguments, updates: int) -> str:
-    epochs = args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
+    epochs = length_in_epochs(args, updates)
     rows = timeline(parts.student, args, epochs)
-    return timeline_table(rows, temperature=parts.teacher is not None)
+    shown = timeline_table(rows, temperature=parts.teacher is not None)
+    found = plan_finding(args.schedule(len(encoder_units(parts.student)), epochs, updates))
+    return shown if found.grade == Grade.OK else f"{shown}\n\n{found.text}. {found.cure}"
 
 
 def describe(run: RunArguments, parts: Parts) -> str:

@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kd_trainer.allocator import usual_memory
 from kd_trainer.arguments import DataArguments, DistillationArguments
 from kd_trainer.data import TransformedDataset, load_splits, transforms
+from kd_trainer.fast_layers import usual_memory
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer

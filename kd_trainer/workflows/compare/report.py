@@ -13,9 +13,7 @@ import numpy as np
 from torch import nn
 
 from kd_trainer.arguments import DataArguments, ModelArguments
-from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.safe_files import write_text
-from kd_trainer.statistics import (
+from kd_trainer.metrics import (
     GapClosed,
     Interval,
     Mean,
@@ -23,6 +21,8 @@ from kd_trainer.statistics import (
     gap_closed,
     mean_of,
 )
+from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.safe_files import write_text
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.compare.budget import KINDS
 from kd_trainer.workflows.compare.results import FinishedRun

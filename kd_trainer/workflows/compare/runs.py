@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import yaml
 
-from kd_trainer.allocator import give_back
 from kd_trainer.checkpoints import checkpoint_folders, fault, update_of
 from kd_trainer.command_line import RunArguments, build
+from kd_trainer.fast_layers import give_back
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.losses import TERMS
 from kd_trainer.safe_files import read_regular

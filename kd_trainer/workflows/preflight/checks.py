@@ -22,7 +22,7 @@ from tqdm import tqdm
 from kd_trainer.command_line import RunArguments
 from kd_trainer.evaluation import labels_of, pixel_statistics
 from kd_trainer.fast_layers import use_fast_layers
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.preflight.counts import ENOUGH, MARGIN, constant_miou, miou
 from kd_trainer.preflight.finding import Finding, Grade, ok
 from kd_trainer.preflight.loss import degenerate_finding, parameter_finding, share_finding
@@ -34,7 +34,7 @@ from kd_trainer.preflight.normalisation import (
     normalisation_finding,
 )
 from kd_trainer.preflight.position import position_finding
-from kd_trainer.preflight.resources import disk_finding
+from kd_trainer.preflight.resources import disk_finding, plan_finding
 from kd_trainer.preflight.sharing import sharing_finding
 from kd_trainer.preflight.teacher import (
     classes_finding,
@@ -43,8 +43,9 @@ from kd_trainer.preflight.teacher import (
     quality_finding,
     student_finding,
 )
-from kd_trainer.workflows.assemble import Parts
+from kd_trainer.workflows.assemble import Parts, image_count
 from kd_trainer.workflows.disk import disk_need
+from kd_trainer.workflows.plan import length_in_epochs, updates_per_epoch
 from kd_trainer.workflows.preflight.feeding import fed_otherwise, misfits, present_feeding
 from kd_trainer.workflows.preflight.images import (
     GRADIENT_IMAGES,
@@ -98,6 +99,7 @@ class Preflight:
             "normalisation": self._normalisation,
             "shared images": self._shared,
             "loss": self._loss,
+            "plan": self._plan,
             "disk": self._disk,
         }
 
@@ -276,6 +278,11 @@ class Preflight:
         self.eval_seconds = self.seen.seconds + own / _BACKWARD
         yield share_finding(gradients)
         yield parameter_finding(gradients)
+
+    def _plan(self) -> Iterator[Finding]:
+        args, units = self.run.training, len(encoder_units(self.parts.student))
+        steps = updates_per_epoch(image_count(self.parts.train_dataset), args)
+        yield plan_finding(args.schedule(units, length_in_epochs(args, steps), steps))
 
     def _disk(self) -> Iterator[Finding]:
         folder = Path(str(self.run.training.output_dir)).absolute()

@@ -13,7 +13,6 @@ from kd_trainer.evaluation import normalise
 from kd_trainer.losses import LossTerms, distillation_terms, weighted_sum
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.preflight.loss import Gradients
-from kd_trainer.timetable import Timetable
 from kd_trainer.tracking import TermSums
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.preflight.images import GRADIENT_IMAGES, Seen
@@ -28,12 +27,12 @@ def terms_of_run(
 ) -> LossTerms:
     """The loss terms of a batch as at the first update of the run."""
     args = run.training
-    table = Timetable(args, len(encoder_units(parts.student)), args.num_train_epochs)
+    schedule = args.schedule(len(encoder_units(parts.student)), args.num_train_epochs)
     return distillation_terms(
         student,
         teacher,
         batch["labels"].to(student.device),
-        temperature=table.temperature(0),
+        temperature=schedule.temperature(0),
         ignore_index=run.data.ignore_index,
         distil_mask=batch["distil_mask"].to(student.device) if "distil_mask" in batch else None,
         weights=parts.loss_weights,

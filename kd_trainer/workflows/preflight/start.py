@@ -6,8 +6,8 @@ import time
 
 from accelerate.utils import broadcast_object_list
 
-from kd_trainer.allocator import keep_freed_memory
 from kd_trainer.command_line import RunArguments
+from kd_trainer.fast_layers import keep_freed_memory
 from kd_trainer.preflight.finding import error_message, summary
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.preflight.checks import Preflight

@@ -7,16 +7,18 @@ import pytest
 from tiny import arguments
 
 from kd_trainer.command_line import build, load_recipe
-from kd_trainer.timetable import Timetable
+from kd_trainer.preflight.finding import Grade
+from kd_trainer.preflight.resources import plan_finding
+from kd_trainer.schedules import TrainingSchedule
 
 COSINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
 TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"
 UPDATES = 10
 
 
-def recipe(name: str = COSINE, **changes: object) -> Timetable:
+def recipe(name: str = COSINE, **changes: object) -> TrainingSchedule:
     args = build(load_recipe(name) | changes).training
-    return Timetable(args, 7, args.num_train_epochs, UPDATES)
+    return args.schedule(7, args.num_train_epochs, UPDATES)
 
 
 def at(epoch: float) -> int:
@@ -55,7 +57,7 @@ def test_recipe_frees_a_unit_every_third_epoch_from_the_sixth_on():
 
 def test_recipe_base_rates_are_one_and_three_tenths_of_a_ten_thousandth():
     """The encoder's share is easily applied twice, or not at all."""
-    args = recipe().args
+    args = build(load_recipe(COSINE)).training
     assert args.learning_rate == 1e-4
     assert args.learning_rate * args.encoder_lr_scale == pytest.approx(3e-5)
 
@@ -97,7 +99,7 @@ def test_freed_unit_ramps_up_if_asked_to():
 def test_ramp_does_not_hold_back_what_was_never_frozen(tmp_path: Path):
     """A unit that is free from epoch 0 has the warm-up already."""
     args = arguments(tmp_path, unfreeze_warmup_epochs=1.0)
-    table = Timetable(args, 4, 2, UPDATES)
+    table = args.schedule(4, 2, UPDATES)
     assert table.rate("unit_3")(at(0.5)) == table.rate("decoder")(at(0.5)) > 0
 
 
@@ -116,14 +118,47 @@ def test_temperature_per_step_reaches_both_ends():
 def test_run_of_one_update_has_the_first_temperature(tmp_path: Path, per: str):
     """A progress of 0/0 is an error at the very end of somebody's set-up."""
     args = arguments(tmp_path, temperature_per=per, warmup_epochs=0)
-    table = Timetable(args, 4, 1 / UPDATES, UPDATES)
+    table = args.schedule(4, 1 / UPDATES, UPDATES)
     assert table.temperature(0) == 4.0
     assert table.rate("decoder")(0) == 1.0
 
 
 def test_warm_up_longer_than_the_run_is_cut_to_the_run(tmp_path: Path):
     """`--epochs 2` of the recipe must not divide by a negative rest."""
-    table = Timetable(arguments(tmp_path, warmup_epochs=5), 4, 2, UPDATES)
+    table = arguments(tmp_path, warmup_epochs=5).schedule(4, 2, UPDATES)
     rate = table.rate("decoder")
     assert rate(at(1)) == pytest.approx(0.5)
     assert 0 < rate(at(2)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("epochs", "freed", "warmup"),
+    [(50, 7, False), (24, 7, False), (23, 6, False), (9, 2, True), (5, 0, True), (2.5, 0, True)],
+)
+def test_a_run_too_short_for_its_plan_is_a_note_with_the_flag_that_scales_it(epochs, freed, warmup):
+    """Five epochs of the recipe trained the decoder alone, in a warm-up, without a word."""
+    args = build(load_recipe(COSINE)).training
+    found = plan_finding(args.schedule(7, epochs))
+    if freed == 7:
+        assert found.grade == Grade.OK
+        return
+    assert found.grade == Grade.NOTE
+    assert f"{freed or 'none'} of 7 encoder units become free" in found.text
+    assert ("warms up" in found.text) is warmup
+    assert "--plan_epochs" in found.cure
+    assert "50 here" in found.cure
+
+
+@pytest.mark.parametrize("epochs", [5, 8, 2.5, 100])
+def test_a_scaled_plan_frees_every_unit_and_warms_up_for_its_tenth(epochs):
+    """Scaled rates beside units that are freed as written would train parts that stay frozen."""
+    args = build(load_recipe(COSINE) | {"plan_epochs": 50}).training
+    table = args.schedule(7, epochs, 100)
+    assert plan_finding(table).grade == Grade.OK
+    assert table.free_units(0) == 0
+    rate = table.rate("decoder")
+    assert rate(round(epochs * 100 * 0.05)) == pytest.approx(0.5, abs=0.05)
+    assert rate(round(epochs * 100 * 0.1)) == pytest.approx(1.0, abs=0.01)
+    for unit in range(7):
+        start = table.free_from(f"unit_{unit}")
+        assert table.free_units(start) >= 7 - unit > table.free_units(start - 1)
