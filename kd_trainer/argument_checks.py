@@ -15,7 +15,7 @@ _NO_RECOMPUTING = (
     "raise --gradient_accumulation_steps"
 )
 # Fields of TrainingArguments that would fail in the Trainer, or be taken and do nothing.
-_UNUSABLE = {
+UNUSABLE = {
     "gradient_checkpointing": _NO_RECOMPUTING,
     "activation_checkpointing": _NO_RECOMPUTING,
     "batch_eval_metrics": "an evaluation keeps counts instead of logits already. Leave it out",
@@ -49,7 +49,7 @@ _UNUSABLE = {
 
 def check_run(args: Any) -> None:
     """Refuse sizes and strategies that cannot be trained with."""
-    for name, reason in _UNUSABLE.items():
+    for name, reason in UNUSABLE.items():
         value = getattr(args, name)
         if bool(value) != bool(_default(args, name)):
             raise ValueError(f"Expected no --{name}, got {value}: {reason}.")

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kd_trainer.argument_checks import check_ends
+from kd_trainer.argument_checks import UNUSABLE, check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.fields import add_fields, closest, convert, expanded, flag_hint, hints_of
 from kd_trainer.own_errors import is_own
@@ -273,6 +273,9 @@ def check_given(run: RunArguments, given: Collection[str]) -> None:
             "Expected no --do_eval: --eval_strategy says when a run is measured, scripts/eval.py "
             "measures a saved student. Leave it out."
         )
+    for name in ("do_train", "do_predict"):
+        if name in run.given:
+            raise ValueError(f"Expected no --{name}: {UNUSABLE[name]}.")
     check_ends(run.training, given)
     decided = [name for name in _OF_A_NEW_STUDENT if name in given]
     if run.model.student is not None and decided:

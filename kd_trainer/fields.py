@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -42,6 +43,9 @@ RENAMED = {
     **dict.fromkeys(("temperature", "temp", "tau", "t"), ("temperature_start",)),
     **dict.fromkeys(("alpha", "kd_weight", "distill_weight"), ("kl_weight",)),
     **dict.fromkeys(("opset_version",), ("opset",)),
+    **dict.fromkeys(("weights", "pretrained"), ("encoder_weights",)),
+    **dict.fromkeys(("scheduler", "lr_schedule"), ("lr_scheduler_type",)),
+    **dict.fromkeys(("cache", "cache_dir"), ("teacher_cache",)),
     **dict.fromkeys(("no_cuda", "cpu"), ("use_cpu",)),
 }
 # Those that mean nothing here, or not in this script, and what to do.
@@ -53,6 +57,18 @@ ABSENT = {
     **dict.fromkeys(
         ("image_size", "imgsz", "img_size", "input_size", "resolution"),
         "The size is the student's own, with which it was trained.",
+    ),
+    **dict.fromkeys(
+        ("freeze_encoder", "freeze_backbone"),
+        "An encoder that stays frozen has --unfreeze_start_epoch at or after the last epoch.",
+    ),
+    **dict.fromkeys(
+        ("overwrite_output_dir", "overwrite", "logging_dir", "log_dir"),
+        "Each run has a folder of its own, with its logs: --output_dir.",
+    ),
+    **dict.fromkeys(
+        ("train_images", "train_masks", "train_dir"),
+        "Images and masks are found below --dataset, in train/images and train/masks.",
     ),
     **dict.fromkeys(
         ("opset", "opset_version"), "It is a flag of scripts/export.py, which writes ONNX files."
@@ -99,8 +115,9 @@ def expanded(value: Any) -> Any:
     """
     if isinstance(value, list):
         return [expanded(item) for item in value]
-    if isinstance(value, str) and (value == "~" or value.startswith("~/")):
-        return str(Path(value).expanduser())
+    if isinstance(value, str) and value.startswith("~"):
+        with contextlib.suppress(RuntimeError):  # `~name` of nobody is a file of that name
+            return str(Path(value).expanduser())
     return value
 
 

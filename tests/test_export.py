@@ -491,6 +491,14 @@ def test_every_architecture_is_exported_and_is_the_student(arch, format_name, tm
     assert ("at_another_size" in result) is not fixed
 
 
+@pytest.mark.parametrize("format_name", ["onnx-fp16", "onnx-int8"])
+def test_a_grid_is_refused_in_one_line_in_every_onnx_format(format_name, tmp_path):
+    """Calibration has a session of its own, which ended in onnxruntime's traceback."""
+    with pytest.raises(ValueError, match=r"^Expected an ONNX file .* --fixed_size\.$") as caught:
+        exported("pspnet", tmp_path, format=format_name)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_grid_of_fixed_size_needs_a_picture_of_fixed_size(tmp_path):
     """onnxruntime's own traceback did not say so."""
     with pytest.raises(ValueError, match=r"^Expected an ONNX file .* --fixed_size\.$") as caught:

@@ -149,6 +149,16 @@ def test_class_ids_that_are_shifted_by_one_are_found(step: int):
     assert "--reduce_labels" in finding.cure
 
 
+def test_one_class_under_an_id_that_no_mask_has_is_noted():
+    """Of two classes that occur one was never found, and all was called well."""
+    labels = truth(num_labels=2) * 2
+    finding = classes(labels // 2 * 3, labels, FOUR)
+    assert finding.grade == Grade.NOTE
+    assert f"{FOUR[2]} → {FOUR[3]}" in finding.text
+    assert "--mask_values" in finding.cure
+    assert "2 of 4 that occur" in classes(labels, labels, FOUR).text
+
+
 @pytest.mark.parametrize("kind", ["good", "one class taken for another", "random", "constant"])
 @pytest.mark.parametrize("names", [BINARY, FOUR], ids=["binary", "four"])
 def test_weak_teachers_are_not_called_mixed_up(kind: str, names: dict[int, str]):

@@ -325,7 +325,9 @@ def test_model_for_another_task_is_refused(tmp_path):
 def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys):
     """Its class i is mask value i + 1: read as ids, all classes would be shifted."""
     folder = tmp_path / "ade"
-    segformer(3).save_pretrained(folder)
+    network = segformer(3)
+    network.config.id2label = {0: "wall", 1: "floor", 2: "tree"}
+    network.save_pretrained(folder)
     SegformerImageProcessor(do_reduce_labels=True).save_pretrained(folder)
     root = write_pairs(tmp_path / "data", num_labels=4)
     settings = {"dataset": str(root), "num_labels": 3, "image_size": 64, "augmentation": "none"}
@@ -334,11 +336,14 @@ def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys
     parts = assemble(run)
     assert "mask value 0 counts nowhere" in capsys.readouterr().err
     assert run.resolved()["reduce_labels"] is True
+    # No class is the background, which is what value 0 would have been called.
+    assert parts.student.config.id2label == {0: "wall", 1: "floor", 2: "tree"}
     assert parts.train_dataset.transform.rule.values == (1, 2, 3)
     assert parts.processor.do_reduce_labels
     parts.processor.save_pretrained(tmp_path / "student")
     for source in (folder, tmp_path / "student"):  # what is measured later is measured alike
         assert data_of(parts.student, str(source), {}).reduce_labels
+    assert data_of(parts.student, str(folder), {"dataset": "synthetic"}).reduce_labels is None
     given = {"mask_values": [1, 2, 3]}
     assert data_of(parts.student, str(folder), given).reduce_labels is None
     as_ids = build(settings | student | {"teacher": str(folder), "reduce_labels": False})

@@ -32,6 +32,7 @@ from kd_trainer.data.decoding import decode_mask
 _VALUES = 2**16
 _UNKNOWN = -1
 _MOST_CLASSES_A_VALUE, _MOST_CLASSES = 3, 240
+_FEW = 20  # values that somebody would name one by one
 
 
 def present_values(mask: npt.NDArray[Any]) -> tuple[int, ...]:
@@ -302,6 +303,11 @@ def _binary_cure(values: Collection[int]) -> str:
         if len(values) > 2:
             cures.insert(0, "name background and foreground with --mask_values")
     else:
+        if len(values) > 2 and len(ids) <= _FEW and max(ids) < _MOST_CLASSES:
+            listed = " ".join(str(value) for value in sorted(ids))
+            cures.append(
+                f"if these are class ids, set --num_labels {len(ids)} --mask_values {listed}"
+            )
         threshold = f"--mask_threshold {(low + high + 1) // 2}"
         cures.append(f"take the values from a threshold on as foreground with {threshold}")
     text = ", or ".join(cures)

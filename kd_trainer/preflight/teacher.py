@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from kd_trainer.preflight.finding import Finding, fault, note, ok, several
 
 _SUM_TOLERANCE = 1e-3  # probabilities of half precision add up to one only so nearly
 _TWICE = 2.0
+_NOTHING = 0.05  # of IoU: a class that a network does not find at all
 _SURE = 0.2  # of IoU: by how much another class has to fit better before ids are called mixed up
 _WORSE = 0.02  # of mIoU
 
@@ -156,7 +157,8 @@ def classes_finding(
             "Look at some masks and at what it finds; classes in another order would look so too.",
         )
     if not permuted:
-        return ok(check, f"{whose} and the masks mean the same by each class")
+        lost = {c: m for c, m in mixed.items() if m not in occurs and iou[c, c] < _NOTHING}
+        return _not_permuted(names, occurs, lost, whose)
     if len(names) == 2:
         return fault(
             check,
@@ -174,6 +176,22 @@ def classes_finding(
         "Name the value of each class in the teacher's order with --mask_values, or its classes "
         "in the right order with --class_names.",
     )
+
+
+def _not_permuted(
+    names: Mapping[int, str], occurs: Sequence[int], lost: Mapping[int, int], whose: str
+) -> Finding:
+    """Of classes that are where they should be, but for those that no other takes the place of."""
+    if lost:
+        listed = ", ".join(f"{names[c]} → {names[m]}" for c, m in lost.items())
+        return note(
+            "classes",
+            f"{whose} calls a class of the masks by another id, which no mask has (mask → "
+            f"{whose}): {listed}",
+            "If these mean the same, name the value of each class with --mask_values.",
+        )
+    of = f" of the {len(occurs)} of {len(names)} that occur" if len(occurs) < len(names) else ""
+    return ok("classes", f"{whose} and the masks mean the same by each class{of}")
 
 
 def _shift(table: np.ndarray) -> int:

@@ -262,6 +262,20 @@ def reduces_labels(source: str, **hub: Any) -> bool:
     return bool(settings.get("do_reduce_labels"))
 
 
+def saved_class_names(source: str, **hub: Any) -> list[str] | None:
+    """Names of a saved model's classes; None if it has none of its own."""
+    source = model_source(source)
+    if source.endswith(SUFFIXES):
+        return None
+    try:
+        labels = read_config(source, **hub).get("id2label")
+    except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
+        return None
+    if not isinstance(labels, dict) or any(str(n).startswith("LABEL_") for n in labels.values()):
+        return None
+    return [str(labels[key]) for key in sorted(labels, key=int)]
+
+
 def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     """The preprocessor_config.json of a model; empty without one."""
     kept = {"_raise_exceptions_for_missing_entries": False, **hub}

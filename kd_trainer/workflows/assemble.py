@@ -26,7 +26,7 @@ from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.functions import check_pos_weight
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.teacher import Teacher, reduces_labels
+from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
 from kd_trainer.workflows.models import make_student, make_teacher
 from kd_trainer.workflows.smallest_batch import check_smallest_batch
 from kd_trainer.workflows.student_options import student_options
@@ -73,6 +73,12 @@ def evaluation_dataset(
 
 def _bad_share(data: DataArguments) -> float | None:
     return data.max_bad_share if data.on_bad_sample == "skip" else None
+
+
+REDUCED = (
+    "trained with do_reduce_labels: mask value 0 counts nowhere, and value i is class i - 1. "
+    "--reduce_labels false reads the values as class ids."
+)
 
 
 def assemble(run: RunArguments) -> Parts:
@@ -123,9 +129,20 @@ def learn_from_sources(run: RunArguments) -> DataArguments:
     if run.data.reduce_labels is None and _reduces_labels(run):
         run.data = replace(run.data, reduce_labels=True)
     names = source_class_names(run.data) if run.data.class_names is None else None
+    if run.data.reduce_labels and names is None and run.data.class_names is None:
+        names = _names_without_background(run)
     if names is not None and len(names) == run.data.num_labels:  # others are refused when loaded
         run.data = replace(run.data, class_names=names)
     return run.data
+
+
+def _names_without_background(run: RunArguments) -> list[str]:
+    """Those of the teacher, if it has as many classes: value 0, the background, is none of them."""
+    count = run.data.num_labels
+    named = saved_class_names(run.model.teacher) if run.model.has_teacher else None
+    if named is not None and len(named) == count:
+        return named
+    return [f"class_{index}" for index in range(count)]
 
 
 def _load(run: RunArguments) -> Any:
@@ -142,19 +159,20 @@ def _load(run: RunArguments) -> Any:
         ) from None
 
 
+def counts_from_one(source: str, data: DataArguments) -> bool:
+    """Whether masks are read as those of a saved model were, from value 1 on."""
+    own_values = data.mask_values or data.mask_threshold or data.category
+    if own_values or data.dataset == "synthetic" or (data.dataset and is_coco(data)):
+        return False
+    return reduces_labels(source)
+
+
 def _reduces_labels(run: RunArguments) -> bool:
-    """Whether the masks are read as the teacher's were, from value 1 on; says so if they are."""
-    model, data = run.model, run.data
-    own_values = bool(data.mask_values or data.mask_threshold)
-    own_values |= data.dataset == "synthetic" or is_coco(data)
-    if not model.has_teacher or own_values or not reduces_labels(model.teacher):
+    """Whether the masks are read as the teacher's were; says so if they are."""
+    if not run.model.has_teacher or not counts_from_one(run.model.teacher, run.data):
         return False
     if run.training.process_index == 0:
-        print(
-            "The teacher was trained with do_reduce_labels: mask value 0 counts nowhere, and value "
-            "i is class i - 1. --reduce_labels false reads the values as class ids.",
-            file=sys.stderr,
-        )
+        print(f"The teacher was {REDUCED}", file=sys.stderr)
     return True
 
 

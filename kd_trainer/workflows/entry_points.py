@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from kd_trainer.fields import (
     help_field,
 )
 from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.teacher import Teacher, reduces_labels
-from kd_trainer.workflows.assemble import evaluation_dataset
+from kd_trainer.teacher import Teacher
+from kd_trainer.workflows.assemble import REDUCED, counts_from_one, evaluation_dataset
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation
 from kd_trainer.workflows.flags import EVALUATION_DATA, TEACHER, command_parser, given_settings
 from kd_trainer.workflows.models import load_measured, make_teacher
@@ -53,9 +54,11 @@ def data_of(
     if isinstance(model, SmpForSemanticSegmentation):
         told["image_size"] = model.config.image_size
         told["ignore_index"] = model.config.semantic_loss_ignore_index
-    if not {"mask_values", "mask_threshold"} & set(given) and not given.get("category"):
-        told["reduce_labels"] = reduces_labels(source)
-    return DataArguments(**(told | given))
+    data = DataArguments(**(told | given))
+    if data.reduce_labels is None and counts_from_one(source, data):
+        print(f"The model was {REDUCED}", file=sys.stderr)
+        data = dataclasses.replace(data, reduce_labels=True)
+    return data
 
 
 def evaluate_main(arguments: Sequence[str] | None = None) -> None:

@@ -156,7 +156,9 @@ class Exporter:
             ValueError: if no version is good enough.
         """
         batches = [self._feed(picture[None]).numpy() for picture, _ in calibration]
-        quantiser = Quantiser(self._write_full(), batches, self.work, self._metadata())
+        full = self._write_full()
+        OnnxStudent(full)(batches[0])  # says in one line why a graph cannot be run
+        quantiser = Quantiser(full, batches, self.work, self._metadata())
         for left_out in versions(quantiser, self.args.int8_exclude):
             quantiser.write(self.path, left_out=left_out)
             title = f"check, {len(left_out)} parts in fp32" if left_out else "check"
@@ -233,9 +235,20 @@ class Exporter:
         if self.args.format == "smp":
             return read_smp(self.path)
         if self.args.format == "torch-export":
-            return read_program(self.path)
+            return partial(_run_program, read_program(self.path))
         session = OnnxStudent(self.path, threads=threads)
         return lambda fed: torch.from_numpy(session(fed.numpy()))
+
+
+def _run_program(program: Network, pixels: Tensor) -> Tensor:
+    try:
+        return program(pixels)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ValueError(
+            f"Expected a program that runs on {tuple(pixels.shape)}, got one that does not: "
+            f"{reason}. Export the student with --fixed_size."
+        ) from error
 
 
 def versions(quantiser: Quantiser, exclude: Sequence[str]) -> Iterator[list[str]]:
