@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits, mask_rule
-from kd_trainer.data.decoding import decode_mask
+from kd_trainer.data.images import decode_mask
 
 SOUND = 8  # different sound files
 SIDE = (24, 32)

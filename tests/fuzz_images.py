@@ -16,7 +16,7 @@ from fuzzing import run
 from PIL import Image
 
 from kd_trainer.data import MaskRule, SegmentationTransform
-from kd_trainer.data.decoding import image_shape
+from kd_trainer.data.images import image_shape
 
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 MASK_KINDS = ("PNG", "GIF", "BMP", "TIFF")

@@ -60,10 +60,10 @@ import kd_trainer
 from tiny import Squares, arguments, tiny_student, tiny_teacher
 from kd_trainer.command_line import parse
 from kd_trainer.console import console_line
-from kd_trainer.model_card.facts import CardFacts
-from kd_trainer.model_card import recipe
+from kd_trainer.model_card.card import CardFacts
+from kd_trainer.model_card import card
 from kd_trainer.preflight.loss import Gradients, share_finding
-from kd_trainer.reports.history import history_charts
+from kd_trainer.reports.charts import history_charts
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.compare.runs import OF_THE_DISTILLATION
 

@@ -30,8 +30,14 @@ from kd_trainer.data import (
     load_splits,
     transforms,
 )
-from kd_trainer.data.cells import MAX_BYTES, read_cell
-from kd_trainer.data.decoding import MAX_PIXELS, decode_mask, decode_photograph, image_shape
+from kd_trainer.data.images import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    decode_mask,
+    decode_photograph,
+    image_shape,
+    read_cell,
+)
 from kd_trainer.workflows.pictures import read_picture
 
 EVERY = (decode_photograph, decode_mask, image_shape)
@@ -237,7 +243,7 @@ def test_a_large_picture_is_converted_in_strips_to_the_same_pixels(mode, kind, m
     options = {"transparency": 3} if (mode, kind) == ("P", "PNG") else {}
     data = encode(image, kind, **options)
     whole = [result(decode, data) for decode in EVERY]
-    monkeypatch.setattr("kd_trainer.data.decoding._STRIP", 23 * 5)
+    monkeypatch.setattr("kd_trainer.data.images._STRIP", 23 * 5)
     for before, decode in zip(whole, EVERY, strict=True):
         after = result(decode, data)
         assert type(before) is type(after)
@@ -254,7 +260,7 @@ def result(decode, data: bytes) -> object:
 MEASURE = """
 import io, resource, sys
 from PIL import Image
-from kd_trainer.data.decoding import decode_photograph
+from kd_trainer.data.images import decode_photograph
 data = open(sys.argv[1], "rb").read()
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 900 * 2**20,) * 2)
@@ -285,7 +291,7 @@ def test_memory_that_a_file_asks_for_without_need_is_its_fault(monkeypatch):
         ValueError, match=r"^Expected a readable image, got some.file .*: MemoryErr"
     ):
         decode_photograph(cell(data), 0)
-    monkeypatch.setattr("kd_trainer.data.decoding.np.empty", full)
+    monkeypatch.setattr("kd_trainer.data.images.np.empty", full)
     with pytest.raises(MemoryError):
         decode_photograph(cell(data), 0)
 

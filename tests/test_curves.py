@@ -7,9 +7,16 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from kd_trainer.reports.curves import DASHES, LINE_COLOURS, WIDTH, line_chart
+from kd_trainer.reports.charts import (
+    DASHES,
+    LINE_COLOURS,
+    WIDTH,
+    line_chart,
+    linear_ticks,
+    log_ticks,
+    tick_labels,
+)
 from kd_trainer.reports.panels import CLASS_COLOURS
-from kd_trainer.reports.ticks import linear_ticks, log_ticks, tick_labels
 
 NS = {"s": "http://www.w3.org/2000/svg"}
 LABELS = {"title": "Loss", "x_label": "epoch", "y_label": "nats"}

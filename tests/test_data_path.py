@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from kd_trainer.augmentation import Augmentation
-from kd_trainer.data import MaskRule, SegmentationTransform, decoding, transform
+from kd_trainer.data import MaskRule, SegmentationTransform, images, transform
 from kd_trainer.workflows.benchmark.data_growth import growth
 from kd_trainer.workflows.benchmark.data_path import augmentation_times, decoding_times
 from kd_trainer.workflows.benchmark.originals import FAST, as_in_library, members
@@ -50,9 +50,9 @@ def test_a_sample_reads_and_decodes_each_file_once(monkeypatch, tmp_path, mask_w
     )
     row = {name: {"bytes": None, "path": str(file)} for name, file in files.items()}
     opens = counted(monkeypatch, Image, "open")
-    loads = counted(monkeypatch, decoding, "_load")
+    loads = counted(monkeypatch, images, "_load")
     decodes = counted(monkeypatch, cv2, "imdecode")
-    reads = counted(monkeypatch, decoding, "read_cell")
+    reads = counted(monkeypatch, images, "read_cell")
     resizes = counted(monkeypatch, transform, "resize_image")
     index = next(i for i in range(99) if not compresses(make, i))
     make(row, epoch=0, index=index)
@@ -76,7 +76,7 @@ def compresses(make, index):
 def test_a_photograph_that_cv2_cannot_take_is_opened_once(monkeypatch):
     transparent = png(np.full((9, 9, 4), 200, np.uint8))
     opens = counted(monkeypatch, Image, "open")
-    assert decoding.decode_photograph(transparent, 0).shape == (9, 9, 3)
+    assert images.decode_photograph(transparent, 0).shape == (9, 9, 3)
     assert len(opens) == 1
 
 

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.export.calibration import PERCENTILE, write_ranges
-from kd_trainer.export.files import read_program, write_program, write_smp
+from kd_trainer.export.files import read_metadata, read_program, write_program, write_smp
 from kd_trainer.export.graph import ExportGraph, export_program, metadata_of
-from kd_trainer.export.metadata import read_metadata
 from kd_trainer.export.onnx_file import save_onnx, write_half, write_onnx
 from kd_trainer.export.quantize import Quantiser, part_name, parts_of
 from kd_trainer.export.session import OnnxStudent, load_onnx

@@ -16,7 +16,7 @@ from tiny import arguments
 from kd_trainer import fingerprint
 from kd_trainer.arguments import DataArguments, DistillationArguments
 from kd_trainer.data import load_splits
-from kd_trainer.data.content import content_digest
+from kd_trainer.data.images import content_digest
 from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
 
 FREE = {

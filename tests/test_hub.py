@@ -25,7 +25,7 @@ from kd_trainer.hub import (
     upload,
     without_paths,
 )
-from kd_trainer.hub.names import CARD, CODE, RESULTS, STUDENT
+from kd_trainer.hub.files import CARD, CODE, RESULTS, STUDENT
 from kd_trainer.replacing import MARKER, check_replaceable, replacing
 
 ID = "me/student"

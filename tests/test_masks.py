@@ -11,7 +11,7 @@ from PIL import Image
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits, mask_rule
-from kd_trainer.data.decoding import decode_mask, decode_photograph, image_shape
+from kd_trainer.data.images import decode_mask, decode_photograph, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 
 

@@ -16,8 +16,8 @@ from small_runs import write_pairs
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits
-from kd_trainer.data.decoding import decode_mask, decode_photograph
-from kd_trainer.data.foreign_paths import is_inside
+from kd_trainer.data.images import decode_mask, decode_photograph
+from kd_trainer.data.listing import is_inside
 
 FEATURES = datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False)))
 
@@ -365,7 +365,7 @@ def test_is_inside_reads_paths_of_both_kinds(name, inside):
 
 def test_a_remote_picture_is_read_no_further_than_a_local_one(monkeypatch):
     """A server may send without end."""
-    monkeypatch.setattr("kd_trainer.data.cells.MAX_BYTES", 10)
+    monkeypatch.setattr("kd_trainer.data.images.MAX_BYTES", 10)
     fsspec.filesystem("memory").pipe("/much.png", bytes(11))
     with pytest.raises(ValueError, match=r"^Expected a picture of at most 10 bytes, got more in"):
         decode_photograph({"bytes": None, "path": "memory://much.png"}, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_trainer.data import decoding
+from kd_trainer.data import images
 from kd_trainer.data.plain_png import plain_png
 
 MOST = 10_000
@@ -142,7 +142,7 @@ def test_anything_else_is_left_to_pil(data):
 
 def outcome(data):
     try:
-        values = decoding.decode_mask({"bytes": data, "path": None}, 0)
+        values = images.decode_mask({"bytes": data, "path": None}, 0)
     except ValueError as error:
         return str(error)
     return values.dtype, values.shape, values.tobytes()
@@ -174,8 +174,8 @@ def test_a_mutated_file_ends_as_it_does_without_the_quick_way(monkeypatch):
     """A quick way that is less strict lets damaged masks into the training."""
     draw = np.random.default_rng(5)
     files = [mutated(draw) for _ in range(800)]
-    quick = [plain_png(data, decoding.MAX_PIXELS) is not None for data in files]
+    quick = [plain_png(data, images.MAX_PIXELS) is not None for data in files]
     found = [outcome(data) for data in files]
-    monkeypatch.setattr(decoding, "plain_png", lambda *_: None)
+    monkeypatch.setattr(images, "plain_png", lambda *_: None)
     assert found == [outcome(data) for data in files]
     assert 20 < sum(quick) < 700

@@ -23,9 +23,9 @@ from small_runs import save_network, train_flags, write_pairs
 from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import parse
 from kd_trainer.data.synthetic import synthetic_pair
+from kd_trainer.reports.charts import merged
 from kd_trainer.reports.comparison import tables
 from kd_trainer.reports.contents import Contents, Network, ShownImage
-from kd_trainer.reports.history import merged
 from kd_trainer.reports.html import report_html
 from kd_trainer.reports.quality import class_figures
 from kd_trainer.reports.sections import duration

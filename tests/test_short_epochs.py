@@ -16,7 +16,7 @@ from tiny import SIDE, arguments, tiny_student
 from transformers import TrainerCallback
 
 from kd_trainer.data import StreamedDataset
-from kd_trainer.data.cells import BadSampleError
+from kd_trainer.data.images import BadSampleError
 from kd_trainer.data.streaming import with_lengths
 from kd_trainer.trainer import DistillationTrainer
 

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_trainer.data.drawing import PATTERNS, Drawing, texture
-from kd_trainer.data.figures import draw_clutter, draw_person
-from kd_trainer.data.synthetic import synthetic_pair, synthetic_splits
+from kd_trainer.data.synthetic import (
+    PATTERNS,
+    Drawing,
+    draw_clutter,
+    draw_person,
+    synthetic_pair,
+    synthetic_splits,
+    texture,
+)
 
 
 def decode(cell):

@@ -1,8 +1,7 @@
 """From photographs and masks to batches: sources, rule of the mask values, transform, streams."""
 
 from kd_trainer.data.bad_samples import BadSample
-from kd_trainer.data.collate import collate
-from kd_trainer.data.dataset import TransformedDataset
+from kd_trainer.data.dataset import TransformedDataset, collate
 from kd_trainer.data.masks import MaskRule, find_mask_rule
 from kd_trainer.data.pipeline import mask_rule, sample_rows, transforms, usable_splits
 from kd_trainer.data.sources import load_splits, source_class_names

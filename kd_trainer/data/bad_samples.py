@@ -25,8 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.cells import BadSampleError, cell_name
-from kd_trainer.data.decoding import decode_mask, decode_photograph
+from kd_trainer.data.images import BadSampleError, cell_name, decode_mask, decode_photograph
 from kd_trainer.data.masks import present_values, show_values
 from kd_trainer.data.transform import one_thread_per_worker, size_error
 from kd_trainer.safe_files import plain

@@ -1,17 +1,242 @@
-"""What the sources share: the columns, lists of files, and errors that suggest the nearest name."""
+"""What the sources share: columns, pair folders, lists of files, paths that stay inside the data.
+
+A data set of a stranger may name any file of this machine, or any address, as an image. Whoever
+trains on it and publishes a report, or a panel, would publish that image.
+"""
 
 from __future__ import annotations
 
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+from urllib.parse import unquote
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
-from kd_trainer.data.decoding import image_shape
+from kd_trainer.data.images import image_shape
 from kd_trainer.fields import nearest
+
+Row = dict[str, Any]
+
+_IMAGE = datasets.Image(decode=False)
+_PLAIN = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path stays below the folder it is read from, by its text alone."""
+    parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
+    rooted = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
+    return not rooted and ".." not in parts and "\0" not in name
+
+
+def is_address_inside(address: str, root: str) -> bool:
+    """Whether an address is one file below another address, by its text alone.
+
+    The library that reads `hf://` addresses decodes them and sends the token before anything takes
+    `..` out, and reads a chain of addresses (`file:///a.png::hf://...`) from either end.
+    """
+    rest = unquote(address.removeprefix(root))
+    one = "://" in root and "::" not in rest and "://" not in rest
+    return one and address.startswith(root) and is_inside(rest)
+
+
+def inside(path: str, roots: Sequence[str], name: str) -> str:
+    """A path that stands in a row, as one that can be read.
+
+    Symbolic links are followed: they are part of this machine's folders, not of the data.
+
+    Args:
+        path: of the row; a relative one begins at the first root.
+        roots: absolute folders, and beginnings of addresses.
+        name: of the data, for the message.
+
+    Raises:
+        ValueError: if the path leads out of all of them.
+    """
+    if "://" in path:
+        if any(is_address_inside(path, root) for root in roots):
+            return path
+        if "::" in path and any("://" in root and root in path for root in roots):
+            raise ValueError(
+                f"Expected one address of a picture in {name}, got a chain of them: {path}. Leave "
+                "--streaming out, which unpacks archives first, or store the pictures themselves "
+                "in the data."
+            )
+    elif is_inside(path):
+        return str(Path(roots[0]) / path)
+    elif ".." not in Path(path).parts and any(Path(path).is_relative_to(root) for root in roots):
+        return path
+    raise ValueError(
+        f"Expected paths inside {roots[0]}, got {path} in {name}, which leads out of it. Store the "
+        "pictures themselves in the data, or copy them there and name them from there."
+    )
+
+
+def confined(rows: Any, roots: Sequence[Path | str], name: str) -> Any:
+    """A Dataset or IterableDataset of which every path leads into the data.
+
+    Args:
+        rows: with the columns `image` and `mask`: pictures, or their bytes or paths.
+        roots: see `inside`; the first is a folder.
+        name: of the data, for messages.
+
+    Returns:
+        The same rows, both columns as undecoded images.
+
+    Raises:
+        ValueError: if a path leads elsewhere; for a stream, when its row comes.
+    """
+    indexed = isinstance(rows, datasets.Dataset)
+    rows = _cast(rows, _IMAGE) if indexed else rows
+    if indexed and not _has_paths(rows):
+        return rows
+    # As plain tables: `datasets` forgets the bytes of an image whose path is a file here, which
+    # would bring in a file that nobody has looked at.
+    for column, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image | dict):
+            rows = rows.cast_column(column, _PLAIN)
+    places: dict[str, None] = {}  # in order, once
+    for root in roots:
+        if isinstance(root, Path):
+            places |= {str(root.absolute()): None, str(root.resolve()): None}
+        else:
+            places[root] = None
+    options = {"roots": list(places), "name": name}
+    plain = datasets.Features({"image": _PLAIN, "mask": _PLAIN})
+    return _cast(rows.map(_with_paths, fn_kwargs=options, features=plain), _IMAGE)
+
+
+def _cast(rows: Any, feature: Any) -> Any:
+    for column in ("image", "mask"):
+        rows = rows.cast_column(column, feature)
+    return rows
+
+
+def _has_paths(rows: datasets.Dataset) -> bool:
+    """Whether a picture is stored as its path alone; looks at no picture."""
+    for column in ("image", "mask"):
+        for cells in rows.data.column(column).chunks:
+            stored, path = cells.field("bytes"), cells.field("path")
+            if (stored.is_null().to_numpy(False) & path.is_valid().to_numpy(False)).any():
+                return True
+    return False
+
+
+def _with_paths(row: Row, roots: Sequence[str], name: str) -> Row:
+    return {column: _inner_cell(cell, roots, name) for column, cell in row.items()}
+
+
+def _inner_cell(cell: Any, roots: Sequence[str], name: str) -> Row | None:
+    if cell is None or isinstance(cell, bytes | str):
+        kinds = (("bytes", bytes), ("path", str))
+        cell = {key: cell if isinstance(cell, kind) else None for key, kind in kinds}
+    stored, path = cell.get("bytes"), cell.get("path")
+    if stored is not None:  # the path is a name only, and is written so that it cannot be a file
+        return {"bytes": stored, "path": f"{Path(name).name}: {path}" if path else None}
+    return {"bytes": None, "path": inside(path, roots, name)} if path else None
+
+
+def load_pair_folder(
+    root: Path, split: str, *, image_folder: str, mask_folder: str
+) -> datasets.Dataset:
+    """Pair the photographs and masks of one split by their stems; reads no file.
+
+    Args:
+        root: the folder that holds the splits.
+        split: name of the split's folder.
+        image_folder: name of the folder of photographs inside it.
+        mask_folder: name of the folder of masks beside that.
+
+    Returns:
+        Rows sorted by file name, with the columns `image` and `mask`.
+
+    Raises:
+        FileNotFoundError: if one of the folders is missing; says what was found.
+        ValueError: if the split is empty, a stem occurs twice, or a partner is missing.
+    """
+    folder = root / split
+    _check_folders(root, split, image_folder, mask_folder)
+    images = _by_stem(list_images(folder / image_folder), folder / image_folder)
+    masks = _by_stem(list_images(folder / mask_folder, MASK_SUFFIXES), folder / mask_folder)
+    if not images:
+        raise ValueError(
+            f"Expected photographs in {folder / image_folder}, got an empty split. Files directly "
+            "in that folder count (jpg, png, webp, bmp, tif, gif), deeper ones do not."
+        )
+    _check_pairs(images, masks, folder / mask_folder)
+    return path_dataset(list(images.values()), [masks[stem] for stem in images])
+
+
+def _check_folders(root: Path, split: str, image_folder: str, mask_folder: str) -> None:
+    folder = root / split
+    layout = f"{split}/{image_folder}/NAME.jpg and {split}/{mask_folder}/NAME.png"
+    if not folder.is_dir():
+        found = subfolders(root)
+        raise MissingSplitError(
+            split,
+            f"Expected {layout} in {root}, got {_found(root, found)}.{did_you_mean(split, found)} "
+            "Name the splits with --train_split and --eval_split.",
+        )
+    for name, flag in ((image_folder, "image_folder"), (mask_folder, "mask_folder")):
+        if not (folder / name).is_dir():
+            found = subfolders(folder)
+            raise FileNotFoundError(
+                f"Expected {layout} in {root}, got {_found(folder, found)} in {folder}."
+                f"{did_you_mean(name, found)} Name the folder with --{flag}."
+            )
+
+
+def _found(folder: Path, folders: list[str]) -> str:
+    if folders:
+        return f"the folders {', '.join(folders[:8])}" + (" ..." if len(folders) > 8 else "")
+    files = [p.name for p in sorted(folder.iterdir())]
+    return f"only the files {show_names(files)}" if files else "an empty folder"
+
+
+def _by_stem(files: list[Path], folder: Path) -> dict[str, Path]:
+    by_stem: dict[str, Path] = {}
+    for file in files:
+        # A Mac writes é as two characters, others as one: to the eye it is the same name.
+        stem = unicodedata.normalize("NFC", file.stem)
+        if stem in by_stem:
+            raise ValueError(
+                f"Expected one file for each name, got {by_stem[stem].name} and {file.name} in "
+                f"{folder}. Remove one, or rename it and give it a mask of its own name."
+            )
+        by_stem[stem] = file
+    return by_stem
+
+
+def _other_side(names: dict[str, Path], partners: dict[str, Path], what: str) -> str:
+    """A name of the other side, without a partner if there is one: it shows how names differ."""
+    alone = [file.name for stem, file in names.items() if stem not in partners]
+    shown = alone or [file.name for file in names.values()]
+    return f" ({what if alone else 'there is'}: {shown[0]})" if shown else ""
+
+
+def _check_pairs(images: dict[str, Path], masks: dict[str, Path], mask_folder: Path) -> None:
+    bare = [file.name for stem, file in images.items() if stem not in masks]
+    if bare:
+        lossy = [p.name for p in list_images(mask_folder, {".jpg", ".jpeg"})]
+        hint = f" {lossy[0]} is no mask: JPEG changes values, store PNG." if lossy else ""
+        raise ValueError(
+            f"Expected a mask of the same stem for each image, got none in {mask_folder} for "
+            f"{len(bare)} of {len(images)}: {show_names(bare)}"
+            f"{_other_side(masks, images, 'masks without an image')}.{hint} Add the masks, or "
+            "move the images to a folder of their own and pass it as --unlabelled."
+        )
+    orphans = [file.name for stem, file in masks.items() if stem not in images]
+    if orphans:
+        raise ValueError(
+            f"Expected an image of the same stem for each mask, got none for {len(orphans)} of "
+            f"{len(masks)} in {mask_folder}: {show_names(orphans)}"
+            f"{_other_side(images, masks, 'the images')}. Add the images or remove the "
+            "masks."
+        )
+
 
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)}

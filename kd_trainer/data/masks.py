@@ -26,8 +26,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from kd_trainer.data.cells import BadSampleError, Cell, cell_name
-from kd_trainer.data.decoding import decode_mask
+from kd_trainer.data.images import BadSampleError, Cell, cell_name, decode_mask
 
 _VALUES = 2**16
 _UNKNOWN = -1

@@ -19,8 +19,7 @@ from kd_trainer.data.bad_samples import (
     look_at,
     look_through,
 )
-from kd_trainer.data.cells import BadSampleError, cell_name
-from kd_trainer.data.decoding import decode_mask, image_shape
+from kd_trainer.data.images import BadSampleError, cell_name, decode_mask, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 from kd_trainer.data.sources import is_coco
 from kd_trainer.data.transform import SegmentationTransform, size_error

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data.bad_samples import BadSample, StreamedBad
-from kd_trainer.data.cells import BadSampleError, cell_name
-from kd_trainer.data.collate import padding_like
-from kd_trainer.data.dataset import SharedEpoch
+from kd_trainer.data.dataset import SharedEpoch, padding_like
+from kd_trainer.data.images import BadSampleError, cell_name
 from kd_trainer.data.transform import SegmentationTransform
 
 Row = tuple[int, dict[str, Any]]

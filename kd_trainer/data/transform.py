@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from kd_trainer.augmentation import OUTSIDE, Augmentation
-from kd_trainer.data.cells import BadSampleError, Cell, cell_name, read_cell
-from kd_trainer.data.decoding import decode_mask, decode_photograph
+from kd_trainer.data.images import (
+    BadSampleError,
+    Cell,
+    cell_name,
+    decode_mask,
+    decode_photograph,
+    read_cell,
+)
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.image_processing import resize_image
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kd_trainer.export.extras import require
+from kd_trainer.export.files import require
 from kd_trainer.export.session import Batch
 
 PERCENTILE = 99.99

@@ -12,7 +12,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.onnx import export as torch_onnx_export
 
-from kd_trainer.export.extras import require, require_all
+from kd_trainer.export.files import require, require_all
 from kd_trainer.export.graph import PICTURE_INPUT, PROBABILITY_OUTPUT, RAW_INPUT, RAW_OUTPUT
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kd_trainer.export.calibration import write_ranges
-from kd_trainer.export.extras import require
+from kd_trainer.export.files import require
 from kd_trainer.export.graph import PICTURE_INPUT, RAW_INPUT
 from kd_trainer.export.onnx_file import save_onnx
 from kd_trainer.export.session import Batch, OnnxStudent

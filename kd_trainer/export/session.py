@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_trainer.export.extras import require
-from kd_trainer.export.metadata import read_metadata
+from kd_trainer.export.files import read_metadata, require
 
 # Seconds an image: far more than a student takes, so that only a graph without an end meets it.
 TIME_LIMIT = 60.0

@@ -2,6 +2,7 @@
 
 from kd_trainer.hub.connection import Pushed, check_access, upload
 from kd_trainer.hub.files import (
+    PANEL,
     Source,
     check_regular,
     copy_files,
@@ -9,7 +10,6 @@ from kd_trainer.hub.files import (
     last_part,
     without_paths,
 )
-from kd_trainer.hub.names import PANEL
 
 __all__ = [
     "PANEL",

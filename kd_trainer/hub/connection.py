@@ -25,7 +25,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
-from kd_trainer.hub.names import (
+from kd_trainer.hub.files import (
     CARD,
     OURS,
     PANEL,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from kd_trainer.reports.charts import line_chart
 from kd_trainer.reports.contents import STUDENT, Contents
-from kd_trainer.reports.curves import line_chart
 from kd_trainer.reports.page import Section, share_of, table
 
 

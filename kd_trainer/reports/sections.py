@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kd_trainer.reports.charts import evaluations, history_charts
 from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, Contents, Network
-from kd_trainer.reports.history import evaluations, history_charts
 from kd_trainer.reports.page import (
     Section,
     details,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kd_trainer.data.decoding import decode_photograph
+from kd_trainer.data.images import decode_photograph
 from kd_trainer.data.listing import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"})

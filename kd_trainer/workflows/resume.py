@@ -9,7 +9,7 @@ from typing import Any
 
 from kd_trainer.checkpoints import check_complete, checkpoint_folders, never_complete
 from kd_trainer.command_line import RunArguments
-from kd_trainer.data.content import content_digest
+from kd_trainer.data.images import content_digest
 from kd_trainer.disk import check_writable
 from kd_trainer.resuming import newest_checkpoint, settle_all
 from kd_trainer.safe_files import plain

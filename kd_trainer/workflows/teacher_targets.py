@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, clean_picture
-from kd_trainer.data.cells import cell_name, read_cell
+from kd_trainer.data.images import cell_name, read_cell
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import parse_size
 from kd_trainer.resuming import together

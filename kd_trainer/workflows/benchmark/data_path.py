@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from kd_trainer.augmentation import Augmentation
-from kd_trainer.data.decoding import decode_mask, decode_photograph
+from kd_trainer.data.images import decode_mask, decode_photograph
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.synthetic import synthetic_pair
 from kd_trainer.data.transform import SegmentationTransform

@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kd_trainer.export.extras import require_all
-from kd_trainer.export.files import read_program, read_smp, write_program, write_smp
+from kd_trainer.export.files import read_program, read_smp, require_all, write_program, write_smp
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import check_opset, write_half, write_onnx
 from kd_trainer.export.quantize import Quantiser

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.decoding import decode_photograph
+from kd_trainer.data.images import decode_photograph
 from kd_trainer.image_processing import resize_image
 from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.export.parity import CheckBatch

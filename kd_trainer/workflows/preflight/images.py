@@ -19,8 +19,7 @@ from kd_trainer.data import (
     TransformedDataset,
     sample_rows,
 )
-from kd_trainer.data.cells import cell_name
-from kd_trainer.data.decoding import decode_mask
+from kd_trainer.data.images import cell_name, decode_mask
 from kd_trainer.data.transform import resize_labels
 from kd_trainer.evaluation import classes_of, normalise, raw_logits
 from kd_trainer.modeling import SmpForSemanticSegmentation

@@ -1,9 +1,4 @@
-"""Line charts as SVG text: no dependency, no script, nothing loaded from elsewhere.
-
-Text and axes take the colour of the text around them, lines have middle tones of Okabe and Ito's
-palette, so one chart is readable on light and on dark pages and with every kind of colour vision.
-Lines beyond the number of colours are dashed.
-"""
+"""Charts as SVG, in the page's own colours: training curves and what they are drawn with."""
 
 from __future__ import annotations
 
@@ -12,9 +7,74 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
+from typing import Any
 
+from kd_trainer.losses import TERMS
 from kd_trainer.reports.panels import CLASS_COLOURS
-from kd_trainer.reports.ticks import linear_ticks, log_ticks, tick_labels
+
+STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+def linear_ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers that lie evenly between two bounds.
+
+    Args:
+        low: lower bound.
+        high: upper bound, above `low`.
+        count: about how many; there are at most `count + 1`.
+    """
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * s for s in STEPS if power * s >= rough * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, count: int) -> list[float]:
+    """Powers of ten between two positive bounds, and their doubles and halves where there is room.
+
+    Over less than a decade the ticks are those of a linear axis.
+    """
+    decades = math.log10(high / low)
+    if decades < 1:
+        return [tick for tick in linear_ticks(low, high, count) if tick > 0]
+    every = max(1, math.ceil(decades / count))
+    first = math.floor(math.log10(low) / every) * every
+    powers = range(first, math.ceil(math.log10(high)) + 1, every)
+    for factors in ((1, 2, 5), (1, 3), (1,)) if every == 1 else ((1,),):
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(ticks) <= count + 2:
+            break
+    return ticks
+
+
+def tick_labels(ticks: list[float]) -> list[str]:
+    """The ticks as text, all with as many decimals as the finest of them needs."""
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    smallest = min((abs(tick) for tick in ticks if tick), default=1.0)
+    if largest >= 1e5 or largest < 1e-2 or largest / smallest > 1e4:
+        return [_power(tick) for tick in ticks]
+    decimals = max((_decimals(tick) for tick in ticks), default=0)
+    if largest / smallest >= 100:  # a logarithmic axis: each number as it is, if short enough
+        plain = [f"{tick:.{_decimals(tick)}f}" for tick in ticks]
+        return plain if max(map(len, plain)) < 6 else [_power(tick) for tick in ticks]
+    return [f"{tick:.{decimals}f}" for tick in ticks]
+
+
+def _decimals(value: float) -> int:
+    return next((d for d in range(6) if math.isclose(round(value, d), value, abs_tol=1e-9)), 6)
+
+
+def _power(value: float) -> str:
+    """2e-4 and not 2e-04."""
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    short = mantissa.rstrip("0").rstrip(".")
+    return f"{short}e{int(exponent)}" if int(exponent) else short
+
 
 Point = tuple[float, float]
 Range = tuple[float, float]
@@ -227,3 +287,120 @@ def _stepped(places: list[Point]) -> list[Point]:
 def _text(x: float, y: float, text: str, *, anchor: str = "start", extra: str = "") -> str:
     more = f" {extra}" if extra else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+
+
+Logs = Sequence[Mapping[str, Any]]
+
+METRICS = {
+    "dice": "Dice",
+    "iou_foreground": "IoU foreground",
+    "boundary_iou": "boundary IoU",
+    "precision": "precision",
+    "recall": "recall",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_image_iou": "mean image IoU",
+}
+_NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+
+
+def curve(logs: Logs, key: str) -> list[Point]:
+    """(epoch, value) of each log that has the key; a figure that does not exist is NaN."""
+    found = [(log["epoch"], log[key]) for log in logs if key in log and "epoch" in log]
+    return [(float(x), math.nan if y is None else float(y)) for x, y in found]
+
+
+def curves_of(logs: Logs, names: Mapping[str, str]) -> dict[str, list[Point]]:
+    """Curves of the keys that were logged, by their name in the legend."""
+    found = {name: curve(logs, key) for key, name in names.items()}
+    return {name: points for name, points in found.items() if points}
+
+
+def _under(logs: Logs, prefix: str) -> dict[str, str]:
+    """Logged keys that begin so, and the rest of their names."""
+    keys = dict.fromkeys(key for log in logs for key in log if key.startswith(prefix))
+    return {key: key.removeprefix(prefix).replace("_", " ") for key in keys}
+
+
+def _spans_decades(series: Mapping[str, Sequence[Point]]) -> bool:
+    """Whether the figures are positive and so different that the small ones would lie on zero."""
+    values = [y for points in series.values() for _, y in points if math.isfinite(y)]
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 30
+
+
+def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
+    """All charts for which something was logged, as `<svg>` elements."""
+    terms = {term.name: term.name for term in TERMS}
+    shares = {f"grad_share/{name}": name for name in terms}
+    softened = {term.name for term in TERMS if term.softened}
+    evaluated = {f"eval_{k}": v for k, v in {**terms, "dice_loss": "dice"}.items() if k != "dice"}
+    classes = {f"eval_iou_{name}": name for name in class_names}
+    return [
+        *_chart(logs, "mIoU at each evaluation", _miou(), "mIoU"),
+        *_chart(logs, "Metrics of the student", {f"eval_{k}": v for k, v in METRICS.items()}),
+        *(_chart(logs, "IoU of each class", classes, "IoU") if len(classes) > 2 else []),
+        *_chart(logs, "Agreement with the teacher", {"eval_agreement": "share of pixels"}),
+        *_chart(logs, "Loss", {"loss": "training", "eval_loss": "evaluation (T = 1)"}, "loss"),
+        *_chart(logs, "Loss terms, training", terms, "unweighted"),
+        *_chart(logs, "Loss terms, evaluation (T = 1)", evaluated, "unweighted"),
+        *_chart(logs, "Shares of the gradient", shares, "share"),
+        *_chart(logs, "Gradient norm before clipping", {"grad_norm": "norm"}, "norm"),
+        *_chart(logs, "Learning rates", _under(logs, "lr/"), "rate"),
+        *(
+            _chart(logs, "Temperature", {"temperature": "temperature"}, "T", step=True)
+            if any(softened & log.keys() for log in logs)
+            else []
+        ),
+        *_chart(logs, "Free encoder units", {"free_units": "free units"}, "units", step=True),
+    ]
+
+
+def _miou() -> dict[str, str]:
+    return {
+        "eval_miou": "student",
+        "eval_teacher_miou": "teacher",
+        "eval_agreement_miou": "student against teacher",
+    }
+
+
+def _chart(
+    logs: Logs, title: str, names: Mapping[str, str], y_label: str = "", *, step: bool = False
+) -> list[str]:
+    """The chart, or nothing if none of its keys was ever logged."""
+    series = merged(curves_of(logs, names))
+    if not series:
+        return []
+    # Whole numbers get an axis from 0, or a constant would have ticks at fractions.
+    highest = max((y for points in series.values() for _, y in points), default=0.0)
+    return [
+        line_chart(
+            series,
+            title=title,
+            x_label="epoch",
+            y_label=y_label,
+            log_y=y_label in ("loss", "unweighted", "norm") and _spans_decades(series),
+            step=step,
+            y_range=(0.0, max(highest, 3.0) * 1.05) if y_label == "units" else None,
+        )
+    ]
+
+
+def merged(series: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
+    """Curves that coincide as one, under all their names: only the last drawn would be seen."""
+    names: dict[str, list[str]] = {}
+    for name, points in series.items():
+        names.setdefault(repr(points), []).append(name)  # text, as NaN is not equal to itself
+    return {_joined(group): series[group[0]] for group in names.values()}
+
+
+def _joined(names: list[str]) -> str:
+    return ", ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]}"
+
+
+def evaluations(logs: Logs) -> tuple[list[str], list[list[Any]]]:
+    """Every figure of every evaluation: heading, and one row an evaluation."""
+    rows = [log for log in logs if "eval_miou" in log]
+    keys = [key for key in _under(rows, "eval_") if key not in _NO_METRICS]
+    header = ["epoch", *(key.removeprefix("eval_") for key in keys)]
+    return header, [
+        [f"{log.get('epoch', math.nan):g}", *(log.get(key) for key in keys)] for log in rows
+    ]
