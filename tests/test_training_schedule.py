@@ -10,6 +10,7 @@ from kd_trainer.command_line import build, load_recipe
 from kd_trainer.preflight.finding import Grade
 from kd_trainer.preflight.resources import plan_finding
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.workflows.plan import warmup_line
 
 COSINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
 TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"
@@ -162,3 +163,11 @@ def test_a_scaled_plan_frees_every_unit_and_warms_up_for_its_tenth(epochs):
     for unit in range(7):
         start = table.free_from(f"unit_{unit}")
         assert table.free_units(start) >= 7 - unit > table.free_units(start - 1)
+
+
+def test_the_plan_says_what_the_warm_up_makes_of_the_first_rates():
+    """The recipe as it was written starts with its base rates; five slower epochs are ours."""
+    (line,) = warmup_line(recipe(), 1e-4)
+    assert "warm up for 5 epochs, an addition to the recipe" in line
+    assert "is 1e-05, and 0.0001 with --warmup_epochs 0" in line
+    assert warmup_line(recipe(warmup_epochs=0), 1e-4) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -15,6 +16,7 @@ from kd_trainer.optim import DECODER, unit_parameters
 from kd_trainer.preflight.finding import Grade
 from kd_trainer.preflight.resources import plan_finding
 from kd_trainer.safe_files import plain
+from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.models import network_name, network_size
 
@@ -121,8 +123,25 @@ def _timeline(parts: Parts, args: DistillationArguments, updates: int) -> str:
     epochs = length_in_epochs(args, updates)
     rows = timeline(parts.student, args, epochs)
     shown = timeline_table(rows, temperature=parts.teacher is not None)
-    found = plan_finding(args.schedule(len(encoder_units(parts.student)), epochs, updates))
-    return shown if found.grade == Grade.OK else f"{shown}\n\n{found.text}. {found.cure}"
+    schedule = args.schedule(len(encoder_units(parts.student)), epochs, updates)
+    said = [shown, *warmup_line(schedule, args.learning_rate)]
+    found = plan_finding(schedule)
+    if found.grade != Grade.OK:
+        said.append(f"{found.text[0].upper()}{found.text[1:]}. {found.cure}")
+    return "\n\n".join(said)
+
+
+def warmup_line(schedule: TrainingSchedule, rate: float) -> list[str]:
+    """What the warm-up makes of the decoder's learning rate; nothing where there is none."""
+    if not schedule.warmup_epochs:
+        return []
+    without = replace(schedule, warmup_epochs=0.0)
+    with_it, bare = (rate * one.rate_at(0.5) for one in (schedule, without))
+    return [
+        f"The learning rates warm up for {schedule.warmup_epochs * schedule.scale:.3g} epochs, an "
+        "addition to the recipe, which starts with the base rate: in the middle of epoch 0 the "
+        f"decoder's is {with_it:.2g}, and {bare:.2g} with --warmup_epochs 0."
+    ]
 
 
 def describe(run: RunArguments, parts: Parts) -> str:
