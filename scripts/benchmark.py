@@ -1,7 +1,12 @@
 """Speed and memory against a plain loop: `python scripts/benchmark.py --help`."""
 
-from kd_trainer.workflows.benchmark.main import benchmark_main
+import sys
+from pathlib import Path
+
 from kd_trainer.workflows.run import run_script
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
+from benchmarks.main import benchmark_main
 
 if __name__ == "__main__":
     run_script(benchmark_main)

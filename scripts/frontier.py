@@ -1,7 +1,12 @@
 """Latency, size and mIoU of trained models: `python scripts/frontier.py MODEL ... --help`."""
 
-from kd_trainer.workflows.benchmark.frontier_main import frontier_main
+import sys
+from pathlib import Path
+
 from kd_trainer.workflows.run import run_script
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
+from benchmarks.frontier_main import frontier_main
 
 if __name__ == "__main__":
     run_script(frontier_main)

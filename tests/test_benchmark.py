@@ -12,13 +12,13 @@ import pytest
 import torch
 from small_runs import write_pairs
 
-from kd_trainer.workflows.benchmark.contenders import Turn
-from kd_trainer.workflows.benchmark.evaluation import Noise
-from kd_trainer.workflows.benchmark.main import PARTS, benchmark_main, parse_benchmark
-from kd_trainer.workflows.benchmark.pictures import draw_pairs, pair_files
-from kd_trainer.workflows.benchmark.plain_loop import PlainDataset
-from kd_trainer.workflows.benchmark.steps import bottleneck, summary, take_turns
-from kd_trainer.workflows.benchmark.stopwatch import OTHER, Stopwatch
+from benchmarks.contenders import Turn
+from benchmarks.evaluation import Noise
+from benchmarks.main import PARTS, benchmark_main, parse_benchmark
+from benchmarks.pictures import draw_pairs, pair_files
+from benchmarks.plain_loop import PlainDataset
+from benchmarks.steps import bottleneck, summary, take_turns
+from benchmarks.stopwatch import OTHER, Stopwatch
 
 
 def test_stopwatch_counts_each_part_without_what_lies_inside(monkeypatch):

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.data_growth import growth
+from benchmarks.data_path import augmentation_times, decoding_times
+from benchmarks.originals import FAST, as_in_library, members
 from kd_trainer.augmentation import Augmentation
 from kd_trainer.data import MaskRule, SegmentationTransform, images, transform
-from kd_trainer.workflows.benchmark.data_growth import growth
-from kd_trainer.workflows.benchmark.data_path import augmentation_times, decoding_times
-from kd_trainer.workflows.benchmark.originals import FAST, as_in_library, members
 
 SIZE = 32
 

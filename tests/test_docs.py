@@ -13,13 +13,13 @@ from small_runs import save_network, train_flags, write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_layers import LAYERS
 
+from benchmarks import frontier_main
+from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
 from kd_trainer.fields import convert, hints_of
 from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.workflows import entry_points, push
-from kd_trainer.workflows.benchmark import frontier_main
-from kd_trainer.workflows.benchmark.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.workflows.compare.arguments import (
     CompareArguments,
     compare_parser,

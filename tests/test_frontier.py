@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny import SIDE, tiny_student
 
+from benchmarks import frontier as frontier_module
+from benchmarks.frontier import ENGINES, INT8, ONNX, TORCH, Contender, frontier
+from benchmarks.frontier_main import frontier_main, named_folders
+from benchmarks.frontier_page import frontier_chart, frontier_table
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
-from kd_trainer.workflows.benchmark import frontier as frontier_module
-from kd_trainer.workflows.benchmark.frontier import ENGINES, INT8, ONNX, TORCH, Contender, frontier
-from kd_trainer.workflows.benchmark.frontier_main import frontier_main, named_folders
-from kd_trainer.workflows.benchmark.frontier_page import frontier_chart, frontier_table
 from kd_trainer.workflows.costs import RawLogits, macs, picture
 from kd_trainer.workflows.models import load_student
 

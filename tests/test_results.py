@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_trainer.workflows.benchmark.frontier_page import frontier_chart
-from kd_trainer.workflows.benchmark.steps import TITLES
+from benchmarks.frontier_page import frontier_chart
+from benchmarks.steps import TITLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(

@@ -343,8 +343,7 @@ _MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
 _CITATION = """\
 ```bibtex
 @software{kd_trainer,
-  title = {kd_trainer: knowledge distillation for image segmentation},
-  url = {https://github.com/kd-trainer/kd_trainer}
+  title = {kd_trainer: knowledge distillation for image segmentation}
 }
 @software{segmentation_models_pytorch,
   author = {Iakubovskii, Pavel},

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 import cv2
 from tqdm import tqdm
 
+from benchmarks.arguments import StepArguments
 from kd_trainer.data.synthetic import synthetic_pair
-from kd_trainer.workflows.benchmark.arguments import StepArguments
 
 SHAPE = (480, 640)
 """Height and width of drawn pictures: those of a small photograph."""

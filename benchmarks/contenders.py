@@ -16,16 +16,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from benchmarks.arguments import StepArguments
+from benchmarks.pictures import pair_files
+from benchmarks.plain_loop import PlainDataset, PlainLoop
+from benchmarks.stopwatch import Stopwatch
 from kd_trainer.arguments import DataArguments, DistillationArguments
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.fast_layers import usual_memory
 from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.benchmark.arguments import StepArguments
-from kd_trainer.workflows.benchmark.pictures import pair_files
-from kd_trainer.workflows.benchmark.plain_loop import PlainDataset, PlainLoop
-from kd_trainer.workflows.benchmark.stopwatch import Stopwatch
 from kd_trainer.workflows.teacher_targets import use_cached_targets
 
 WARM_UP = 1

@@ -11,17 +11,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from kd_trainer.workflows.benchmark.arguments import TrainArguments
-from kd_trainer.workflows.benchmark.contenders import (
+from benchmarks.arguments import TrainArguments
+from benchmarks.contenders import (
     Contender,
     Turn,
     make_contender,
     make_networks,
     units_of,
 )
-from kd_trainer.workflows.benchmark.machine import machine
-from kd_trainer.workflows.benchmark.memory import measure_memory
-from kd_trainer.workflows.benchmark.pictures import pair_folder
+from benchmarks.machine import machine
+from benchmarks.memory import measure_memory
+from benchmarks.pictures import pair_folder
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.plan import markdown_table
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.frontier import frontier
+from benchmarks.frontier_page import frontier_chart, frontier_table
 from kd_trainer.command_line import given_flags
 from kd_trainer.export.files import require_all
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
-from kd_trainer.workflows.benchmark.frontier import frontier
-from kd_trainer.workflows.benchmark.frontier_page import frontier_chart, frontier_table
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.flags import command_parser, given_settings
 

@@ -14,13 +14,13 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from benchmarks.originals import as_in_library, members
+from benchmarks.turns import in_turn, one_core
 from kd_trainer.augmentation import Augmentation
 from kd_trainer.data.images import decode_mask, decode_photograph
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.synthetic import synthetic_pair
 from kd_trainer.data.transform import SegmentationTransform
-from kd_trainer.workflows.benchmark.originals import as_in_library, members
-from kd_trainer.workflows.benchmark.turns import in_turn, one_core
 
 SHAPE = (480, 640)
 """Height and width of the files that are decoded."""

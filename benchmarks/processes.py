@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks.arguments import StepArguments
+from benchmarks.contenders import make_contender, make_networks
+from benchmarks.machine import machine
+from benchmarks.memory import run_child
+from benchmarks.pictures import pair_folder
 from kd_trainer.arguments.loading import usable_processors
 from kd_trainer.fields import check_at_least, help_field
-from kd_trainer.workflows.benchmark.arguments import StepArguments
-from kd_trainer.workflows.benchmark.contenders import make_contender, make_networks
-from kd_trainer.workflows.benchmark.machine import machine
-from kd_trainer.workflows.benchmark.memory import run_child
-from kd_trainer.workflows.benchmark.pictures import pair_folder
 from kd_trainer.workflows.files import write_json
 
-MODULE = "kd_trainer.workflows.benchmark.processes"
+MODULE = "benchmarks.processes"
 
 
 @dataclass

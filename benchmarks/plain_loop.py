@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.stopwatch import Stopwatch
 from kd_trainer.stock_augmentation import stock_list
-from kd_trainer.workflows.benchmark.stopwatch import Stopwatch
 
 TEMPERATURE = 4.0
 LOG_EVERY = 10

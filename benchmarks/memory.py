@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +16,13 @@ from typing import Any
 
 import torch
 
-from kd_trainer.workflows.benchmark.arguments import StepArguments
-from kd_trainer.workflows.benchmark.contenders import make_contender, make_networks
+from benchmarks.arguments import StepArguments
+from benchmarks.contenders import make_contender, make_networks
 from kd_trainer.workflows.compare.runs import reset_peak_memory
 from kd_trainer.workflows.train import peak_memory_mib
 
 STEPS = 2
-MODULE = "kd_trainer.workflows.benchmark.memory"
+MODULE = "benchmarks.memory"
 
 
 def measure_memory(name: str, args: StepArguments, folder: Path) -> dict[str, float]:
@@ -50,6 +51,9 @@ def high_water_mib() -> float:
     return int(line.split()[1]) / 2**10
 
 
+ROOT = Path(__file__).resolve().parents[1]  # benchmarks are not installed
+
+
 def run_child(module: str, job: dict[str, Any], *launcher: str) -> dict[str, Any]:
     """Run a module of ours with a job as JSON, and read the JSON of its last line.
 
@@ -57,7 +61,9 @@ def run_child(module: str, job: dict[str, Any], *launcher: str) -> dict[str, Any
         RuntimeError: with what it printed, if it fails.
     """
     command = [sys.executable, *launcher, "-m", module, json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found_from = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    own = os.environ | {"PYTHONPATH": found_from.rstrip(os.pathsep)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=own)
     if done.returncode:
         raise RuntimeError(f"The measurement {module} failed:\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

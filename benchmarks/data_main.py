@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.data_growth import growth
+from benchmarks.data_path import augmentation_times, decoding_times
+from benchmarks.machine import machine
 from kd_trainer.fields import check_at_least, help_field
-from kd_trainer.workflows.benchmark.data_growth import growth
-from kd_trainer.workflows.benchmark.data_path import augmentation_times, decoding_times
-from kd_trainer.workflows.benchmark.machine import machine
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.plan import markdown_table
 

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import StepArguments
+from benchmarks.contenders import make_networks, trainer_arguments
+from benchmarks.machine import machine
+from benchmarks.memory import high_water_mib, run_child
 from kd_trainer.evaluation import input_statistics
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.benchmark.arguments import StepArguments
-from kd_trainer.workflows.benchmark.contenders import make_networks, trainer_arguments
-from kd_trainer.workflows.benchmark.machine import machine
-from kd_trainer.workflows.benchmark.memory import high_water_mib, run_child
 from kd_trainer.workflows.compare.runs import reset_peak_memory
 from kd_trainer.workflows.files import write_json
 from kd_trainer.workflows.plan import markdown_table
 
-MODULE = "kd_trainer.workflows.benchmark.evaluation"
+MODULE = "benchmarks.evaluation"
 WARM_UP = 32
 
 

@@ -1,7 +1,7 @@
 """Peak memory of one picture and of one training step, each network in a process of its own.
 
 Random weights need as much memory as trained ones. Run as a module it prints the published table:
-`python -m kd_trainer.workflows.benchmark.frontier_memory`.
+`python -m benchmarks.frontier_memory`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.memory import high_water_mib, run_child
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.workflows.benchmark.memory import high_water_mib, run_child
 from kd_trainer.workflows.compare.runs import reset_peak_memory
 
-MODULE = "kd_trainer.workflows.benchmark.frontier_memory"
+MODULE = "benchmarks.frontier_memory"
 WORK = ("inference", "training")
 LIGHT = [64, 48, 32, 16, 8]
 MODELS: dict[str, dict[str, Any]] = {

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.arguments import TrainArguments
+from benchmarks.data_main import DataPathArguments, run_data
+from benchmarks.evaluation import EvaluationArguments, run_evaluation
+from benchmarks.processes import ProcessArguments, run_processes
+from benchmarks.steps import run_steps
 from kd_trainer.command_line import Parser, given_flags
 from kd_trainer.fields import add_fields, closest
-from kd_trainer.workflows.benchmark.arguments import TrainArguments
-from kd_trainer.workflows.benchmark.data_main import DataPathArguments, run_data
-from kd_trainer.workflows.benchmark.evaluation import EvaluationArguments, run_evaluation
-from kd_trainer.workflows.benchmark.processes import ProcessArguments, run_processes
-from kd_trainer.workflows.benchmark.steps import run_steps
 from kd_trainer.workflows.flags import command_parser, given_settings
 
 
