@@ -40,9 +40,9 @@ SHOWN = frozenset(
 )
 _CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 # What a file must not choose for whoever is handed it: to run a stranger's code, and where to send
-# a student and its figures.
+# a student and its figures, to show them to everybody, and images of the evaluation data with them.
 ONLY_FLAGS = (
-    *("trust_remote_code", "push_to_hub", "hub_model_id"),
+    *("trust_remote_code", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_pictures"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
 )
 # Not written down: a secret, what each command line decides anew, and where a run goes on.
@@ -295,7 +295,9 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
     hints = hints_of(_CLASSES)
     recipe = _read_recipe(config)
     for name in ONLY_FLAGS:
-        if recipe.get(name) and name not in given:
+        value = recipe.get(name)
+        chosen = value is False if name == "hub_private_repo" else value
+        if chosen and name not in given:
             raise ValueError(
                 f"Expected --{name} on the command line, got it from {config}. A file cannot "
                 "choose it: add the flag, or delete the line."

@@ -164,6 +164,8 @@ def samples_digest(dataset: Any) -> str | None:
         return ", ".join(f"{name} {samples_digest(one)}" for name, one in dataset.items())
     if isinstance(dataset, IterableDataset) or dataset is None or not len(dataset):
         return None
+    if hasattr(dataset, "set_epoch"):  # the trainer sets it again as each epoch begins
+        dataset.set_epoch(0)  # one that has been trained on stands at a later one
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -579,6 +579,18 @@ def test_baseline_without_the_unlabelled_images_keeps_the_updates(tmp_path: Path
     assert "20 epochs of 80 images, the distilled student in 8 of 200" in budget.sentence()
 
 
+def test_a_plan_that_is_scaled_is_stretched_once(tmp_path: Path):
+    """Scaled to the longer run as well, the baseline's warm-up took twice the updates."""
+    settings = SETTINGS | {"output_dir": str(tmp_path / "never"), "plan_epochs": 50.0}
+    distilled = build(settings).training
+    budget = Budget(800, {"baseline": 40, "distilled": 100}, {"baseline": 80, "distilled": 200})
+    own = build(baseline_settings(settings, distilled, budget)).training
+    tables = own.schedule(7, own.num_train_epochs, 40), distilled.schedule(7, 8.0, 100)
+    for update in range(0, 800, 7):
+        rates = [table.rate_at(update / table.steps_per_epoch) for table in tables]
+        assert rates[0] == pytest.approx(rates[1])
+
+
 @pytest.mark.slow
 def test_runs_with_unlabelled_images_make_the_same_updates(ground: Path, tmp_path: Path):
     """The arithmetic of the plan is worth nothing if the Trainer counts otherwise."""

@@ -356,12 +356,19 @@ def test_a_damaged_config_json_of_another_model_is_one_line(entry, tmp_path):
 def test_a_file_cannot_choose_what_only_a_command_line_may(name, tmp_path):
     """Whoever is handed a recipe would run a stranger's code, or publish to a stranger's place."""
     recipe = tmp_path / "recipe.yaml"
-    value = "true" if name in ("trust_remote_code", "push_to_hub") else "eve/x"
+    harmful = {"hub_private_repo": "false", "trust_remote_code": "true", "push_to_hub": "true"}
+    value = (harmful | {"hub_pictures": "true"}).get(name, "eve/x")
     recipe.write_text(f"{name}: {value}\ndataset: photos\n")
     with pytest.raises(ValueError, match=rf"^Expected --{name} on the command line, got it from"):
         merged(str(recipe), {})
     assert merged(str(recipe), {name: value})["dataset"] == "photos"
     assert name not in load_recipe(str(recipe))
+
+
+def test_the_flags_that_a_file_cannot_choose_are_these():
+    """A list that is checked against itself alone loses a name without a word."""
+    who = {"trust_remote_code", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_pictures"}
+    assert set(ONLY_FLAGS) == who | {f"trackio_{x}_id" for x in ("space", "bucket", "static_space")}
 
 
 def test_what_a_command_line_trusts_is_not_written_down_for_the_next_one(tmp_path):

@@ -322,6 +322,16 @@ def test_model_for_another_task_is_refused(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "[" * 100_000, "5"], ids=["list", "deep", "number"])
+def test_a_preprocessor_config_that_is_no_object_is_one_line(text: str, tmp_path):
+    """It is a file of whoever saved the teacher."""
+    segformer(3).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^Expected") as caught:
+        load_teacher(str(tmp_path), num_labels=3)
+    assert "\n" not in str(caught.value)
+
+
 def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys):
     """Its class i is mask value i + 1: read as ids, all classes would be shifted."""
     folder = tmp_path / "ade"

@@ -30,7 +30,7 @@ class Changed(Squares):
 def trainer_of(folder: Path, *, data=None, teacher="tiny", student=None, more=None, **options):
     return DistillationTrainer(
         tiny_student() if student is None else student,
-        arguments(folder, max_steps=2, **options),
+        arguments(folder, **({"max_steps": 2} | options)),
         teacher=tiny_teacher() if teacher == "tiny" else teacher,
         train_dataset=Squares(4) if data is None else data,
         eval_dataset=Squares(2, offset=50),
@@ -113,6 +113,26 @@ def test_a_resume_on_other_images_of_the_same_number_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="the training images or masks are not those"):
         trainer_of(tmp_path, data=Squares(4, offset=9), **options).train(checkpoint)
     trainer_of(tmp_path, **options).train(checkpoint)
+
+
+def test_a_resume_on_the_data_set_that_was_trained_on_goes_on(tmp_path: Path):
+    """In a notebook it is the same object, which stands at its last epoch."""
+
+    class Drawn(Squares):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __getitem__(self, index: int) -> dict:
+            sample = super().__getitem__(index)
+            return sample | {"pixel_values": sample["pixel_values"] + self.epoch}
+
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "save_total_limit": 4}
+    data = Drawn(4)
+    trainer_of(tmp_path, data=data, **options).train()
+    assert data.epoch > 0
+    trainer_of(tmp_path, data=data, **options).train(str(tmp_path / "checkpoint-1"))
 
 
 @pytest.mark.slow
@@ -198,6 +218,8 @@ def test_several_evaluation_sets_are_measured_each(tmp_path: Path):
     with pytest.raises(ValueError, match="There are day_miou"):
         DistillationTrainer(tiny_student(), args, **data)
     args.metric_for_best_model = "night_miou"
+    of_a_term = arguments(tmp_path, metric_for_best_model="night_kl", **options)
+    assert of_a_term.greater_is_better is False  # else the worst student would be kept
     trainer = DistillationTrainer(tiny_student(), args, **data)
     trainer.train()
     keys = {key for log in trainer.state.log_history for key in log}

@@ -4,13 +4,14 @@ import math
 from pathlib import Path
 
 import pytest
-from tiny import arguments
+from tiny import Squares, arguments, tiny_student
 
 from kd_trainer.command_line import build, load_recipe
 from kd_trainer.preflight.finding import Grade
 from kd_trainer.preflight.resources import plan_finding
 from kd_trainer.schedules import TrainingSchedule
-from kd_trainer.workflows.plan import warmup_line
+from kd_trainer.trainer import DistillationTrainer
+from kd_trainer.workflows.plan import timeline, updates_per_epoch, warmup_line
 
 COSINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
 TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"
@@ -163,6 +164,28 @@ def test_a_scaled_plan_frees_every_unit_and_warms_up_for_its_tenth(epochs):
     for unit in range(7):
         start = table.free_from(f"unit_{unit}")
         assert table.free_units(start) >= 7 - unit > table.free_units(start - 1)
+
+
+@pytest.mark.parametrize("epochs", [1.5, 0.25, 3])
+def test_the_plan_of_a_fractional_last_epoch_is_that_of_its_part(epochs: float):
+    """The middle of a whole epoch lies behind the end of the run, where the rate has fallen."""
+    args = build(load_recipe(COSINE) | {"warmup_epochs": 0, "num_train_epochs": epochs}).training
+    rows = timeline(tiny_student(), args, epochs)
+    assert len(rows) == math.ceil(epochs)
+    last = len(rows) - 1
+    middle = args.schedule(7, epochs).rate_at((last + epochs) / 2)
+    assert rows[-1]["decoder_lr_now"] == pytest.approx(1e-4 * middle)
+    assert rows[-1]["decoder_lr_now"] > args.min_learning_rate
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_plan_counts_updates_as_a_training_does(drop_last: bool, tmp_path: Path):
+    """With a short last batch that is kept, an epoch has one update more."""
+    args = arguments(tmp_path, num_train_epochs=2, dataloader_drop_last=drop_last)
+    trainer = DistillationTrainer(tiny_student(), args, train_dataset=Squares(5))
+    trainer.train()
+    assert updates_per_epoch(5, args) == (2 if drop_last else 3)
+    assert trainer.state.max_steps == 2 * updates_per_epoch(5, args)
 
 
 def test_the_plan_says_what_the_warm_up_makes_of_the_first_rates():

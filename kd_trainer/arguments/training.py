@@ -251,8 +251,10 @@ class DistillationArguments(TrainingArguments):
     def _best_is_a_loss(self) -> bool:
         """Whether the best student is the one with least of its metric."""
         name = str(self.metric_for_best_model).removeprefix("eval_")
-        # `dice` is the metric: the term of that name is called dice_loss.
-        return name.endswith("loss") or name in set(self.loss_weights.effective()) - {"dice"}
+        # `dice` is the metric: the term of that name is called dice_loss. Of several evaluation
+        # sets each figure begins with the name of its set.
+        terms = set(self.loss_weights.effective()) - {"dice"}
+        return name.endswith("loss") or name.rpartition("_")[2] in terms
 
     @property
     def teacher_backend(self) -> str | None:

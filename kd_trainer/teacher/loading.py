@@ -1,5 +1,6 @@
 """Load a teacher: a folder, the Hub, or a bare state dict; always strictly."""
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -281,8 +282,14 @@ def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     kept = {"_raise_exceptions_for_missing_entries": False, **hub}
     if cached_file(source, IMAGE_PROCESSOR_NAME, **kept) is None:
         return {}
-    settings: dict[str, Any]
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
+    settings: Any = None
+    with contextlib.suppress(AttributeError, TypeError, RecursionError):  # of what is no object
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"Expected one JSON object in the {IMAGE_PROCESSOR_NAME} of {source}, got something "
+            "else. Correct it, or delete it."
+        )
     return settings
 
 

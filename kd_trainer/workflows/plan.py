@@ -38,7 +38,7 @@ def timeline(
     """One row an epoch: temperature, free units, trainable parameters and learning rates.
 
     Rates are `base` (the group's own, free of warm-up and cosine; 0 while frozen) and `now`, the
-    effective rate in the middle of the epoch.
+    effective rate in the middle of what is trained of the epoch.
     """
     sizes = {part: sum(p.numel() for _, p in ps) for part, ps in unit_parameters(model).items()}
     units = list(sizes)[1:]
@@ -46,7 +46,7 @@ def timeline(
     rows = []
     for epoch in range(max(1, math.ceil(epochs))):
         free = schedule.free_units(epoch)
-        factor = schedule.rate_at(epoch + 0.5)
+        factor = schedule.rate_at(epoch + min(1.0, epochs - epoch) / 2)
         encoder = args.learning_rate * args.encoder_lr_scale if free else 0.0
         rows.append(
             {
@@ -109,8 +109,9 @@ def sizes_table(parts: Parts) -> str:
 
 
 def updates_per_epoch(images: int, args: DistillationArguments) -> int:
-    """Optimizer updates in one epoch of this many images: a short last batch is dropped."""
-    batches = images // (args.train_batch_size * args.world_size)
+    """Optimizer updates in one epoch of this many images, as the Trainer counts them."""
+    share = images / (args.train_batch_size * args.world_size)
+    batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 

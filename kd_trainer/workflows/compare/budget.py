@@ -82,6 +82,7 @@ def baseline_settings(
         "warmup_epochs": args.warmup_epochs * longer,
         "unfreeze_warmup_epochs": args.unfreeze_warmup_epochs * longer,
         "unfreeze_start_epoch": round(args.unfreeze_start_epoch * longer),
+        "plan_epochs": args.plan_epochs and args.plan_epochs * longer,
         "unfreeze_every": max(1, round(args.unfreeze_every * longer)) if args.unfreeze_every else 0,
     }
     for what in ("eval", "save"):
