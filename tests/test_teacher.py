@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -16,7 +17,7 @@ from transformers import (
 
 from kd_trainer.command_line import build
 from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import Teacher, load_teacher
+from kd_trainer.teacher import Teacher, load_teacher, saved_class_names
 from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.entry_points import data_of
 
@@ -330,6 +331,22 @@ def test_a_preprocessor_config_that_is_no_object_is_one_line(text: str, tmp_path
     with pytest.raises(ValueError, match=r"^Expected") as caught:
         load_teacher(str(tmp_path), num_labels=3)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ({"1": "tree", "0": "wall", "10": "sky"}, ["wall", "tree", "sky"]),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, None),
+        ({"x": "wall"}, None),
+        ([1, 2], None),
+        (None, None),
+    ],
+)
+def test_saved_names_of_classes_are_in_order_or_none(labels, names, tmp_path):
+    """A config.json is a stranger's: what is wrong with it is said where the model is loaded."""
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": labels}))
+    assert saved_class_names(str(tmp_path)) == names
 
 
 def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys):

@@ -254,7 +254,7 @@ class DistillationArguments(TrainingArguments):
         # `dice` is the metric: the term of that name is called dice_loss. Of several evaluation
         # sets each figure begins with the name of its set.
         terms = set(self.loss_weights.effective()) - {"dice"}
-        return name.endswith("loss") or name.rpartition("_")[2] in terms
+        return name.endswith("loss") or any(f"_{name}".endswith(f"_{term}") for term in terms)
 
     @property
     def teacher_backend(self) -> str | None:

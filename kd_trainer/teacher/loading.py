@@ -270,11 +270,10 @@ def saved_class_names(source: str, **hub: Any) -> list[str] | None:
         return None
     try:
         labels = read_config(source, **hub).get("id2label")
-    except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
+        names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else None
+    except (LookupError, OSError, TypeError, ValueError):  # said where the model is loaded
         return None
-    if not isinstance(labels, dict) or any(str(n).startswith("LABEL_") for n in labels.values()):
-        return None
-    return [str(labels[key]) for key in sorted(labels, key=int)]
+    return None if names and any(name.startswith("LABEL_") for name in names) else names
 
 
 def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
