@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from kd_trainer.export.session import OnnxStudent
-from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.safe_files import read_json
 from kd_trainer.sources import model_source
 from kd_trainer.workflows.costs import RawLogits, file_mib, macs, onnx_bytes, onnx_call, picture

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import high_water_mib, run_child
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.workflows.compare.runs import reset_peak_memory
 
 MODULE = "benchmarks.frontier_memory"

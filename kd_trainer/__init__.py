@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
     from kd_trainer.callbacks import ProgressiveUnfreezing
-    from kd_trainer.configuration_smp import SmpConfig
     from kd_trainer.data import load_splits
-    from kd_trainer.image_processing import SmpImageProcessor
     from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
     from kd_trainer.metrics import SegmentationCounts
-    from kd_trainer.modeling import SmpForSemanticSegmentation
+    from kd_trainer.models.configuration_smp import SmpConfig
+    from kd_trainer.models.image_processing import SmpImageProcessor
+    from kd_trainer.models.modeling import SmpForSemanticSegmentation
     from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
     from kd_trainer.teacher import Teacher, load_teacher
     from kd_trainer.trainer import DistillationTrainer
@@ -29,9 +29,9 @@ _HOMES = {
     "ModelArguments": "arguments",
     "ProgressiveUnfreezing": "callbacks",
     "SegmentationCounts": "metrics",
-    "SmpConfig": "configuration_smp",
-    "SmpForSemanticSegmentation": "modeling",
-    "SmpImageProcessor": "image_processing",
+    "SmpConfig": "models.configuration_smp",
+    "SmpForSemanticSegmentation": "models.modeling",
+    "SmpImageProcessor": "models.image_processing",
     "Teacher": "teacher",
     "TemperatureSchedule": "schedules",
     "UnfreezeSchedule": "schedules",

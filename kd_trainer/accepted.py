@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import input_statistics, labels_of
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher
 
 # Arguments of the Trainer, and why they cannot be followed.

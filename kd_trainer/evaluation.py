@@ -21,7 +21,7 @@ from kd_trainer.losses import (
     weighted_sum,
 )
 from kd_trainer.metrics import SegmentationCounts, image_counts
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher
 
 NAMES = tuple(term.name for term in TERMS)

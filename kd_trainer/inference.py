@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_trainer.evaluation import Statistics, normalise
-from kd_trainer.image_processing import resize_image
+from kd_trainer.models.image_processing import resize_image
 
 Network = Callable[[Tensor], Tensor]
 """Normalised floats (B, 3, H, W) to raw logits (B, K, H, W)."""

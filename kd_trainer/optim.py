@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.schedules import TrainingSchedule
 
 NamedParameters = list[tuple[str, nn.Parameter]]

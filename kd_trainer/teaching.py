@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import input_statistics
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Answers, Teacher
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kd_trainer.fast_layers import compiled_graphs
 from kd_trainer.losses import LossTerms, LossWeights
-from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.schedules import TrainingSchedule
 
 

@@ -40,7 +40,7 @@ from kd_trainer.fast_layers import (
 )
 from kd_trainer.loaders import LoadingTrainer
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
-from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import GroupedTrainer
 from kd_trainer.publishing import PublishingTrainer
 from kd_trainer.resuming import EpochCounter, ResumableTrainer, together

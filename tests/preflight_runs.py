@@ -9,7 +9,7 @@ import torch
 from small_runs import train_flags
 from torch import Tensor, nn
 
-from kd_trainer.configuration_smp import IMAGENET_MEAN, IMAGENET_STD
+from kd_trainer.models.configuration_smp import IMAGENET_MEAN, IMAGENET_STD
 from kd_trainer.preflight.finding import Finding, Grade
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows import assemble as assembling

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import torch
 
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 ENCODER = "mobilenet_v2"
 SIDE = 64

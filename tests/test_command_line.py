@@ -21,10 +21,10 @@ from kd_trainer.command_line import (
     parser,
     recipe_names,
 )
-from kd_trainer.config_checks import nearest_hint
 from kd_trainer.data.listing import did_you_mean
 from kd_trainer.fields import ABSENT, RENAMED, closest
 from kd_trainer.fingerprint import settings_of
+from kd_trainer.models.config_checks import nearest_hint
 from kd_trainer.workflows.entry_points import EvaluateArguments, evaluate_main
 from kd_trainer.workflows.export.exporter import ExportArguments
 from kd_trainer.workflows.export.main import export_main

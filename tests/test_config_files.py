@@ -15,7 +15,6 @@ from timm.models import build_model_with_cfg
 from tiny import tiny_student
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from kd_trainer import config_checks
 from kd_trainer.command_line import (
     DEFAULT_RECIPE,
     ONLY_FLAGS,
@@ -24,9 +23,10 @@ from kd_trainer.command_line import (
     merged,
     parse,
 )
-from kd_trainer.config_checks import read_config, timm_arguments
-from kd_trainer.configuration_smp import SmpConfig
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models import config_checks
+from kd_trainer.models.config_checks import read_config, timm_arguments
+from kd_trainer.models.configuration_smp import SmpConfig
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.safe_files import parse_yaml
 from kd_trainer.teacher import load_teacher
 from kd_trainer.workflows.models import load_student
@@ -118,7 +118,7 @@ def test_a_teacher_of_transformers_points_to_no_other_code_or_place(entry, tmp_p
 
 def test_a_network_that_no_memory_holds_is_refused_before_it_is_built(tmp_path, monkeypatch):
     """It would fill the memory until the system ends the process, or the whole session."""
-    monkeypatch.setattr("kd_trainer.config_checks.MOST_PARAMETERS", 10**6)
+    monkeypatch.setattr("kd_trainer.models.config_checks.MOST_PARAMETERS", 10**6)
     config = {"_model_class": "Unet", "encoder_name": "tu-convnext_atto", "classes": 1}
     config |= {"dims": [256] * 4, "depths": [1000] * 4}
     with pytest.raises(ValueError, match=r"^Expected arguments that Unet takes .*1,000,000 param"):

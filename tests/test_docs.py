@@ -18,7 +18,7 @@ from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
 from kd_trainer.fields import convert, hints_of
-from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.workflows import entry_points, push
 from kd_trainer.workflows.compare.arguments import (
     CompareArguments,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kd_trainer.fast_layers import SubsampledPointwise, use_fast_layers
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 WORKER = Path(__file__).parent / "workers" / "two_steps.py"
 # The smallest of every family that segmentation_models_pytorch has, and some of timm's own.

@@ -27,8 +27,8 @@ from kd_trainer.export.graph import ExportGraph, export_program, metadata_of
 from kd_trainer.export.onnx_file import save_onnx, write_half, write_onnx
 from kd_trainer.export.quantize import Quantiser, part_name, parts_of
 from kd_trainer.export.session import OnnxStudent, load_onnx
-from kd_trainer.image_processing import SmpImageProcessor
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.workflows.export import exporter as export_module
 from kd_trainer.workflows.export.exporter import ExportArguments, Exporter, int8_fault, versions
 from kd_trainer.workflows.export.images import from_pictures, spread

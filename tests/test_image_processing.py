@@ -5,8 +5,8 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, SegformerImageProcessor, pipeline
 
-from kd_trainer.image_processing import SmpImageProcessor, resize_image
-from kd_trainer.modeling import SmpForSemanticSegmentation, SmpOutput
+from kd_trainer.models.image_processing import SmpImageProcessor, resize_image
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, SmpOutput
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

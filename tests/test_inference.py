@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_trainer.evaluation import normalise
-from kd_trainer.image_processing import resize_image
 from kd_trainer.inference import Segmenter, classes_at, tile_starts
+from kd_trainer.models.image_processing import resize_image
 
 SIDE = 32
 STATISTICS = (torch.full((1, 3, 1, 1), 100.0), torch.full((1, 3, 1, 1), 50.0))

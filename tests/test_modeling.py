@@ -11,7 +11,7 @@ from tiny import tiny_student
 from torch import nn
 from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
-from kd_trainer.modeling import (
+from kd_trainer.models.modeling import (
     SmpConfig,
     SmpForSemanticSegmentation,
     check_image_size,
@@ -142,7 +142,7 @@ assert "kd_trainer" not in sys.modules
 model.save_pretrained(sys.argv[2])
 print(type(model).__module__, model.free_units)
 """
-    from kd_trainer.image_processing import SmpImageProcessor
+    from kd_trainer.models.image_processing import SmpImageProcessor
 
     processor = SmpImageProcessor(size={"height": 64, "width": 64})
     processor.save_pretrained(folder)

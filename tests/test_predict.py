@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from small_runs import SIDE, save_network
 
-from kd_trainer.configuration_smp import SmpConfig
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
-from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.inference import Segmenter
+from kd_trainer.models.configuration_smp import SmpConfig
+from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.teacher.loading import _statistics
 from kd_trainer.workflows.entry_points import predict_main
 from kd_trainer.workflows.models import load_student

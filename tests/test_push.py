@@ -25,8 +25,8 @@ from tiny import Squares, arguments, tiny_student
 from transformers import pipeline
 
 from kd_trainer.command_line import parse
-from kd_trainer.image_processing import SmpImageProcessor
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.push import push_main
 from kd_trainer.workflows.train import run_train, train

@@ -18,7 +18,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.checkpoints import complete, read_marker
 from kd_trainer.command_line import load_recipe
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.own_errors import PACKAGE
 from kd_trainer.preflight.finding import note, summary, table
 from kd_trainer.publishing.folder import settings_of

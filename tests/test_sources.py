@@ -12,7 +12,7 @@ from tiny import tiny_student
 from kd_trainer.arguments import ModelArguments
 from kd_trainer.evaluation import raw_logits
 from kd_trainer.hub import find_source
-from kd_trainer.image_processing import SmpImageProcessor
+from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.sources import model_source
 from kd_trainer.teacher import load_teacher
 from kd_trainer.workflows.models import load_measured, load_student

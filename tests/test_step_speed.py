@@ -24,7 +24,7 @@ from kd_trainer.fast_layers import (
     folded,
     use_fast_layers,
 )
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Answers, Teacher
 from kd_trainer.trainer import DistillationTrainer
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from kd_trainer.command_line import build
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher, load_teacher, saved_class_names
 from kd_trainer.workflows.assemble import assemble
 from kd_trainer.workflows.entry_points import data_of

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from kd_trainer.evaluation import classes_of, figure_names
 from kd_trainer.metrics import SegmentationCounts, image_counts
-from kd_trainer.modeling import encoder_units
+from kd_trainer.models.modeling import encoder_units
 from kd_trainer.trainer import DistillationTrainer
 
 

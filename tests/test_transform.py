@@ -18,7 +18,7 @@ from kd_trainer.data import (
     transforms,
 )
 from kd_trainer.data.listing import FEATURES
-from kd_trainer.image_processing import resize_image
+from kd_trainer.models.image_processing import resize_image
 
 SIZE = 32
 

@@ -4,8 +4,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.weights import load_strictly, read_weights
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.weights import load_strictly, read_weights
 
 SMALL = {"decoder_channels": (16, 16, 8, 8, 8), "image_size": 64}
 HEAD = ("conv_head.", "bn2.")

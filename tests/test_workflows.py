@@ -20,9 +20,9 @@ from transformers import AutoModelForSemanticSegmentation, SegformerForSemanticS
 
 from kd_trainer.command_line import parse
 from kd_trainer.evaluation import classes_of, normalise, pixel_statistics
-from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import distillation_terms
 from kd_trainer.metrics import SegmentationCounts, image_counts
+from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import assemble, evaluation_dataset
 from kd_trainer.workflows.entry_points import evaluate_main, predict_main

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher
 
 SIDE = 32

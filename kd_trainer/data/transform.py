@@ -23,7 +23,7 @@ from kd_trainer.data.images import (
     read_cell,
 )
 from kd_trainer.data.masks import MaskRule
-from kd_trainer.image_processing import resize_image
+from kd_trainer.models.image_processing import resize_image
 
 
 @cache

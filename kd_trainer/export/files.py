@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from kd_trainer import extras
-from kd_trainer.config_checks import check_statistics
-from kd_trainer.configuration_smp import build_network
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.config_checks import check_statistics
+from kd_trainer.models.configuration_smp import build_network
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 
 def require(name: str) -> Any:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 RAW_INPUT, PICTURE_INPUT = "pixel_values", "image"
 RAW_OUTPUT, PROBABILITY_OUTPUT = "logits", "probabilities"

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from kd_trainer.configuration_smp import uses_timm_loader
 from kd_trainer.losses import TERMS
+from kd_trainer.models.configuration_smp import uses_timm_loader
 from kd_trainer.safe_files import plain
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

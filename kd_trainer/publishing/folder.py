@@ -21,7 +21,7 @@ from kd_trainer.hub import (
     without_paths,
 )
 from kd_trainer.model_card import CardFacts, dataset_name, render
-from kd_trainer.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.replacing import replacing
 from kd_trainer.tracking import check_finite_weights
 

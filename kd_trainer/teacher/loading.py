@@ -12,25 +12,25 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.config_checks import check_statistics, is_finite_number, read_config
-from kd_trainer.configuration_smp import (
+from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
+from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     SmpConfig,
     architecture_class,
 )
-from kd_trainer.modeling import SmpForSemanticSegmentation
-from kd_trainer.own_errors import is_own
-from kd_trainer.safe_files import plain
-from kd_trainer.sources import model_source, not_here
-from kd_trainer.teacher.network import Statistics, Teacher
-from kd_trainer.weights import (
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.weights import (
     SUFFIXES,
     load_pretrained,
     load_strictly,
     read_weights,
     unused_state_keys,
 )
+from kd_trainer.own_errors import is_own
+from kd_trainer.safe_files import plain
+from kd_trainer.sources import model_source, not_here
+from kd_trainer.teacher.network import Statistics, Teacher
 
 _PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
 _HEAD = "segmentation_head.0.weight"

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kd_trainer.configuration_smp import (
+from kd_trainer.fast_layers import logits_of
+from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     default_labels,
 )
-from kd_trainer.fast_layers import logits_of
 
 Statistics = Sequence[float]
 

@@ -22,10 +22,10 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
-from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.functions import check_pos_weight
-from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
 from kd_trainer.workflows.models import make_student, make_teacher
 from kd_trainer.workflows.smallest_batch import check_smallest_batch

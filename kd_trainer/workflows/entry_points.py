@@ -19,7 +19,7 @@ from kd_trainer.fields import (
     check_folder,
     help_field,
 )
-from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.assemble import REDUCED, counts_from_one, evaluation_dataset
 from kd_trainer.workflows.evaluate import evaluate_model, write_evaluation

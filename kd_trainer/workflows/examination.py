@@ -27,7 +27,7 @@ from kd_trainer.evaluation import (
     student_rows,
 )
 from kd_trainer.losses import LossWeights
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, ShownImage
 from kd_trainer.reports.panels import Picture, difference_map, error_map, overlay

@@ -27,7 +27,7 @@ from kd_trainer.evaluation import (
     student_rows,
 )
 from kd_trainer.losses import LossWeights
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 

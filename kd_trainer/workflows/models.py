@@ -7,13 +7,17 @@ from pathlib import Path
 from torch import nn
 
 from kd_trainer.arguments import DataArguments, ModelArguments
-from kd_trainer.config_checks import read_config
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
-from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size, parameter_counts
+from kd_trainer.models.config_checks import read_config
+from kd_trainer.models.modeling import (
+    SmpForSemanticSegmentation,
+    check_image_size,
+    parameter_counts,
+)
+from kd_trainer.models.weights import SUFFIXES
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.tracking import check_finite_weights
-from kd_trainer.weights import SUFFIXES
 from kd_trainer.workflows.student_options import check_output_size, student_options
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.command_line import RunArguments
-from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import DECODER, unit_parameters
 from kd_trainer.preflight.finding import Grade
 from kd_trainer.preflight.resources import plan_finding

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from kd_trainer.arguments import ModelArguments
-from kd_trainer.config_checks import nearest_hint
-from kd_trainer.configuration_smp import architecture_arguments
 from kd_trainer.fields import convert
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.config_checks import nearest_hint
+from kd_trainer.models.configuration_smp import architecture_arguments
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.safe_files import parse_yaml
 
 # Decided by other settings, or by what a student is: logits for each class of an RGB picture.

@@ -17,7 +17,7 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.disk import FolderLock, check_own_files, replacing_files, writing
 from kd_trainer.hub import check_access, last_part
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing import HUB_FOLDER, publish
 from kd_trainer.resuming import stoppable
 from kd_trainer.safe_files import write_text

@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from kd_trainer.fast_layers import use_fast_layers
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 SIDE = 128  # smaller maps take other kernels
 

@@ -21,7 +21,7 @@ from kd_trainer.metrics import (
     gap_closed,
     mean_of,
 )
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.safe_files import write_text
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.compare.budget import KINDS

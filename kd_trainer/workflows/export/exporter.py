@@ -16,7 +16,7 @@ from kd_trainer.export.onnx_file import check_opset, write_half, write_onnx
 from kd_trainer.export.quantize import Quantiser
 from kd_trainer.export.session import OnnxStudent
 from kd_trainer.fields import check_at_least, check_choice, help_field
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.workflows.export.images import Sample, batches_of
 from kd_trainer.workflows.export.parity import CheckBatch, Network, Parity, Reference, compare
 from kd_trainer.workflows.latency import Latency, interleaved

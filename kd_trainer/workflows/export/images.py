@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data.images import decode_photograph
-from kd_trainer.image_processing import resize_image
+from kd_trainer.models.image_processing import resize_image
 from kd_trainer.workflows.assemble import evaluation_dataset
 from kd_trainer.workflows.export.parity import CheckBatch
 from kd_trainer.workflows.pictures import find_pictures, is_video

@@ -15,7 +15,7 @@ from typing import Any
 from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import given_flags
 from kd_trainer.fields import add_fields
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.replacing import check_replaceable, replacing
 from kd_trainer.workflows.entry_points import data_of
 from kd_trainer.workflows.export.exporter import ExportArguments, Exporter, check

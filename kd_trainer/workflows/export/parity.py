@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.evaluation import classes_of, figures_of, labels_of
-from kd_trainer.image_processing import SmpImageProcessor
 from kd_trainer.metrics import image_counts
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 # uint8 pictures (B, 3, H, W) and, where they are known, class ids (B, H, W).
 CheckBatch = tuple[Tensor, Tensor | None]

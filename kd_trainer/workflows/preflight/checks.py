@@ -22,7 +22,7 @@ from tqdm import tqdm
 from kd_trainer.command_line import RunArguments
 from kd_trainer.evaluation import labels_of, pixel_statistics
 from kd_trainer.fast_layers import use_fast_layers
-from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.preflight.counts import ENOUGH, MARGIN, constant_miou, miou
 from kd_trainer.preflight.finding import Finding, Grade, ok
 from kd_trainer.preflight.loss import degenerate_finding, parameter_finding, share_finding

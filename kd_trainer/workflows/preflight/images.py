@@ -22,7 +22,7 @@ from kd_trainer.data import (
 from kd_trainer.data.images import cell_name, decode_mask
 from kd_trainer.data.transform import resize_labels
 from kd_trainer.evaluation import classes_of, normalise, raw_logits
-from kd_trainer.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.preflight.counts import Rows, rows_of
 from kd_trainer.preflight.masks import MaskFacts, marks, mask_facts
 from kd_trainer.preflight.sharing import Shared, find_shared

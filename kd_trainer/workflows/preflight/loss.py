@@ -11,7 +11,7 @@ from kd_trainer.command_line import RunArguments
 from kd_trainer.data import collate
 from kd_trainer.evaluation import normalise
 from kd_trainer.losses import LossTerms, distillation_terms, weighted_sum
-from kd_trainer.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.preflight.loss import Gradients
 from kd_trainer.tracking import TermSums
 from kd_trainer.workflows.assemble import Parts

@@ -16,11 +16,11 @@ from kd_trainer.arguments import ModelArguments
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter
-from kd_trainer.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.weights import SUFFIXES
 from kd_trainer.sources import model_source
 from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.tracking import check_finite_weights
-from kd_trainer.weights import SUFFIXES
 from kd_trainer.workflows.costs import file_mib
 from kd_trainer.workflows.models import load_student, network_name, network_size
 from kd_trainer.workflows.predict import onnx_segmenter, torch_segmenter

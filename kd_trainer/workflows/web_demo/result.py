@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kd_trainer.image_processing import resize_image
 from kd_trainer.inference import classes_at
+from kd_trainer.models.image_processing import resize_image
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.disagreement import (
     Disagreement,

@@ -1,0 +1,1 @@
+"""The student, and everything that travels beside its weights as remote code."""
