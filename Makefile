@@ -19,7 +19,7 @@ help: ## list the targets
 venv install: $(STAMP) ## make .venv and install the package with its development tools
 
 demo: $(STAMP) ## train a small teacher and distil it into a student on synthetic pictures
-	$(RUN) -m kd_trainer.workflows.demo $(ARGS)
+	$(RUN) -m kd_trainer.commands.demo $(ARGS)
 
 test: $(STAMP) ## run the quick tests, on two cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not distributed and not browser" $(ARGS)

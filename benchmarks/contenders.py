@@ -21,12 +21,12 @@ from benchmarks.pictures import pair_files
 from benchmarks.plain_loop import PlainDataset, PlainLoop
 from benchmarks.stopwatch import Stopwatch
 from kd_trainer.arguments import DataArguments, DistillationArguments
+from kd_trainer.commands.teacher_targets import use_cached_targets
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.fast_layers import usual_memory
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.teacher_targets import use_cached_targets
 
 WARM_UP = 1
 LOG_EVERY = 10

@@ -17,13 +17,13 @@ from benchmarks.arguments import StepArguments
 from benchmarks.contenders import make_networks, trainer_arguments
 from benchmarks.machine import machine
 from benchmarks.memory import high_water_mib, run_child
+from kd_trainer.console import markdown_table
+from kd_trainer.costs import reset_peak_memory
 from kd_trainer.evaluation import input_statistics
 from kd_trainer.fields import check_at_least, help_field
+from kd_trainer.run_folder import write_json
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.compare.runs import reset_peak_memory
-from kd_trainer.workflows.files import write_json
-from kd_trainer.workflows.plan import markdown_table
 
 MODULE = "benchmarks.evaluation"
 WARM_UP = 32

@@ -16,15 +16,24 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from kd_trainer.commands.export import RESULTS
+from kd_trainer.costs import (
+    Call,
+    RawLogits,
+    file_mib,
+    macs,
+    onnx_bytes,
+    onnx_call,
+    passes,
+    picture,
+    summary,
+)
+from kd_trainer.export.exporter import FILES
 from kd_trainer.export.session import OnnxStudent
+from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.safe_files import read_json
 from kd_trainer.sources import model_source
-from kd_trainer.workflows.costs import RawLogits, file_mib, macs, onnx_bytes, onnx_call, picture
-from kd_trainer.workflows.export.exporter import FILES
-from kd_trainer.workflows.export.main import RESULTS
-from kd_trainer.workflows.latency import Call, passes, summary
-from kd_trainer.workflows.models import load_student, network_size
 
 TORCH, ONNX, INT8 = "torch fp32", "onnxruntime fp32", "onnxruntime int8"
 ENGINES = (TORCH, ONNX, INT8)

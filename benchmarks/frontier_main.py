@@ -8,11 +8,10 @@ from pathlib import Path
 
 from benchmarks.frontier import frontier
 from benchmarks.frontier_page import frontier_chart, frontier_table
-from kd_trainer.command_line import given_flags
+from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.export.files import require_all
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
-from kd_trainer.workflows.files import write_json
-from kd_trainer.workflows.flags import command_parser, given_settings
+from kd_trainer.run_folder import write_json
 
 
 @dataclass

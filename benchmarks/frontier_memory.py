@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from benchmarks.memory import high_water_mib, run_child
+from kd_trainer.costs import reset_peak_memory
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.workflows.compare.runs import reset_peak_memory
 
 MODULE = "benchmarks.frontier_memory"
 WORK = ("inference", "training")

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.frontier import ENGINES, INT8, ONNX
+from kd_trainer.console import markdown_table
 from kd_trainer.reports.charts import Point, line_chart
-from kd_trainer.workflows.plan import markdown_table
 
 Row = Mapping[str, Any]
 

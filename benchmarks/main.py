@@ -12,9 +12,8 @@ from benchmarks.data_main import DataPathArguments, run_data
 from benchmarks.evaluation import EvaluationArguments, run_evaluation
 from benchmarks.processes import ProcessArguments, run_processes
 from benchmarks.steps import run_steps
-from kd_trainer.command_line import Parser, given_flags
+from kd_trainer.command_line import Parser, command_parser, given_flags, given_settings
 from kd_trainer.fields import add_fields, closest
-from kd_trainer.workflows.flags import command_parser, given_settings
 
 
 @dataclass(frozen=True)

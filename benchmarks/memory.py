@@ -18,8 +18,7 @@ import torch
 
 from benchmarks.arguments import StepArguments
 from benchmarks.contenders import make_contender, make_networks
-from kd_trainer.workflows.compare.runs import reset_peak_memory
-from kd_trainer.workflows.train import peak_memory_mib
+from kd_trainer.costs import peak_memory_mib, reset_peak_memory
 
 STEPS = 2
 MODULE = "benchmarks.memory"

@@ -22,8 +22,8 @@ from benchmarks.contenders import (
 from benchmarks.machine import machine
 from benchmarks.memory import measure_memory
 from benchmarks.pictures import pair_folder
-from kd_trainer.workflows.files import write_json
-from kd_trainer.workflows.plan import markdown_table
+from kd_trainer.console import markdown_table
+from kd_trainer.run_folder import write_json
 
 TITLES = {
     "plain": "plain loop",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Collection, Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,9 +12,23 @@ from typing import Any, NoReturn
 
 from kd_trainer.argument_checks import UNUSABLE, check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.errors import is_own
 from kd_trainer.fields import add_fields, closest, convert, expanded, flag_hint, hints_of
-from kd_trainer.own_errors import is_own
 from kd_trainer.safe_files import read_yaml
+
+# Flags of the teacher beside a model that is evaluated.
+TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name) | {
+    "trust_remote_code"
+}
+# Flags of the data that an evaluation looks at.
+EVALUATION_DATA = frozenset(f.name for f in dataclasses.fields(DataArguments)) - {
+    "train_split",
+    "unlabelled",
+    "augmentation",
+    "brightness_contrast_probability",
+    "synthetic_train",
+    "max_train_samples",
+}
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
@@ -303,3 +318,22 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
                 "choose it: add the flag, or delete the line."
             )
     return recipe | {n: convert(n, value, hints[n]) for n, value in given.items()}
+
+
+def command_parser(prog: str, description: str, epilog: str) -> Parser:
+    """The parser of a script, without flags yet."""
+    return Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+
+
+def given_settings(classes: Sequence[type], given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Flags that were given, as the types of their fields, for each of these dataclasses."""
+    hints = hints_of(classes)
+    values = {name: convert(name, value, hints[name]) for name, value in given.items()}
+    names = [{f.name for f in dataclasses.fields(cls)} for cls in classes]
+    return [{k: v for k, v in values.items() if k in own} for own in names]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kd_trainer.own_errors import is_own
+from kd_trainer.errors import is_own
 from kd_trainer.safe_files import check_regular, open_regular, sync
 
 # How torch.save says that a write failed: its archive writer passes no reason on.

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_trainer.evaluation import Statistics, normalise
+from kd_trainer.evaluation import Measured, Statistics, normalise, pixel_statistics, raw_logits
+from kd_trainer.export import OnnxStudent
 from kd_trainer.models.image_processing import resize_image
+from kd_trainer.reports.panels import overlay
 
 Network = Callable[[Tensor], Tensor]
 """Normalised floats (B, 3, H, W) to raw logits (B, K, H, W)."""
@@ -147,3 +150,66 @@ def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
     else:
         classes = logits.argmax(dim=0)
     return np.asarray(classes.to(torch.uint8).cpu().numpy())
+
+
+def torch_segmenter(model: Measured, image_size: int, **looks: Any) -> Segmenter:
+    """A network as it is shown pictures, on the GPU if there is one.
+
+    Args:
+        model: put there, and into eval mode.
+        image_size: side of its square input in pixels.
+        **looks: further fields of `Segmenter`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    placed = model.eval().to(device)
+    statistics = pixel_statistics(model, device)
+    return Segmenter(lambda images: raw_logits(placed, images), image_size, statistics, **looks)
+
+
+def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:
+    """An ONNX file as it is shown pictures, on the CPU; `looks` are further fields."""
+    statistics = (_pixels(exported.image_mean), _pixels(exported.image_std))
+    return Segmenter(onnx_network(exported), exported.image_size, statistics, **looks)
+
+
+def _pixels(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values)).view(1, 3, 1, 1) * 255
+
+
+def onnx_network(exported: OnnxStudent) -> Network:
+    """An ONNX file as the network of a `Segmenter`: normalised floats to raw logits."""
+    mean, std = _pixels(exported.image_mean), _pixels(exported.image_std)
+
+    def logits(images: Tensor) -> Tensor:
+        if not exported.with_preprocessing:
+            return torch.from_numpy(exported(images.numpy()))
+        # It takes pictures and gives probabilities: undo what the file does itself.
+        pictures = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        probability = torch.from_numpy(exported(pictures.numpy())).double()
+        binary = probability.shape[1] == 1
+        # A softmax may underflow to 0, whose logarithm would spread as NaN in a resize.
+        smallest = torch.finfo(torch.float32).tiny
+        raw = probability.logit(eps=1e-12) if binary else probability.clamp(min=smallest).log()
+        return raw.float()
+
+    return logits
+
+
+def drawn(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
+    """One kind of output for a picture.
+
+    Args:
+        output: a name of OUTPUTS.
+        image: uint8 RGB (H, W, 3).
+        mask: class ids, uint8 (H, W).
+        num_labels: of the model, background included.
+
+    Returns:
+        uint8 (H, W), (H, W, 3) or (H, W, 4).
+    """
+    if output == "masks":
+        return mask * 255 if num_labels == 2 else mask
+    if output == "overlays":
+        return overlay(image, mask, num_labels=num_labels)
+    opaque = np.where(mask > 0, 255, 0).astype(np.uint8)
+    return np.dstack([image, opaque])

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from kd_trainer.workflows.run import run_script
+from kd_trainer.errors import run_script
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
 from benchmarks.main import benchmark_main

@@ -1,8 +1,8 @@
 """Whether distillation helped, over several seeds: `python scripts/compare.py --help`."""
 
-from kd_trainer.workflows.compare.arguments import parse_comparison
-from kd_trainer.workflows.compare.main import run_compare
-from kd_trainer.workflows.run import run_script
+from kd_trainer.commands.compare import run_compare
+from kd_trainer.compare.arguments import parse_comparison
+from kd_trainer.errors import run_script
 
 if __name__ == "__main__":
     run_script(

@@ -1,7 +1,7 @@
 """Masks and overlays of a saved student: `python scripts/predict.py MODEL PICTURE... --help`."""
 
-from kd_trainer.workflows.entry_points import predict_main
-from kd_trainer.workflows.run import run_script
+from kd_trainer.commands.predict import predict_main
+from kd_trainer.errors import run_script
 
 if __name__ == "__main__":
     run_script(predict_main)

@@ -1,7 +1,7 @@
 """Publish a student with its card: `python scripts/push.py FOLDER OWNER/NAME --help`."""
 
-from kd_trainer.workflows.push import push_main
-from kd_trainer.workflows.run import run_script
+from kd_trainer.commands.push import push_main
+from kd_trainer.errors import run_script
 
 if __name__ == "__main__":
     run_script(push_main)

@@ -9,13 +9,12 @@ import torch
 from small_runs import train_flags
 from torch import Tensor, nn
 
+from kd_trainer import build as assembling
+from kd_trainer.build import assemble
+from kd_trainer.doctor.checks import Preflight
+from kd_trainer.doctor.finding import QUICK, Finding, Grade
 from kd_trainer.models.configuration_smp import IMAGENET_MEAN, IMAGENET_STD
-from kd_trainer.preflight.finding import Finding, Grade
 from kd_trainer.teacher import Teacher
-from kd_trainer.workflows import assemble as assembling
-from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.preflight.checks import Preflight
-from kd_trainer.workflows.preflight.limits import QUICK
 
 
 class Green(nn.Module):

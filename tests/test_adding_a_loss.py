@@ -62,10 +62,10 @@ from kd_trainer.command_line import parse
 from kd_trainer.console import console_line
 
 from kd_trainer.model_card import card
-from kd_trainer.preflight.loss import Gradients, share_finding
+from kd_trainer.doctor.loss import Gradients, share_finding
 from kd_trainer.reports.charts import history_charts
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.compare.runs import OF_THE_DISTILLATION
+from kd_trainer.compare.runs import OF_THE_DISTILLATION
 
 out = Path(sys.argv[1])
 none = {f"{name}_weight": 0.0 for name in ("kl", "mse")}

@@ -30,6 +30,7 @@ from kd_trainer.data import (
     load_splits,
     transforms,
 )
+from kd_trainer.data.folder_images import read_picture
 from kd_trainer.data.images import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -38,7 +39,6 @@ from kd_trainer.data.images import (
     image_shape,
     read_cell,
 )
-from kd_trainer.workflows.pictures import read_picture
 
 EVERY = (decode_photograph, decode_mask, image_shape)
 

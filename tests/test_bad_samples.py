@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import parse
+from kd_trainer.commands.evaluate import evaluate_main
+from kd_trainer.commands.train import train
 from kd_trainer.data import (
     BadSample,
     StreamedDataset,
@@ -26,8 +28,6 @@ from kd_trainer.data import (
     usable_splits,
 )
 from kd_trainer.data.bad_samples import known_values, look_through
-from kd_trainer.workflows.entry_points import evaluate_main
-from kd_trainer.workflows.train import train
 
 BAD_ROWS = [0, 4, 6, 8, 10]  # p 0, p 2, p 4, p 6, p 8: rows go by name, and p 10 follows p 1
 SKIP = ("--on_bad_sample", "skip", "--max_bad_share", "0.5")

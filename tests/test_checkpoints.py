@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_trainer import checkpoints
-from kd_trainer.checkpoints import (
+from kd_trainer.checkpointing import checkpoints
+from kd_trainer.checkpointing.checkpoints import (
     MARKER,
     check_complete,
     checkpoint_folders,

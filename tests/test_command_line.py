@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.checkpointing.fingerprint import settings_of
 from kd_trainer.command_line import (
     ALIASES,
     DEFAULT_RECIPE,
@@ -21,13 +22,12 @@ from kd_trainer.command_line import (
     parser,
     recipe_names,
 )
+from kd_trainer.commands.evaluate import EvaluateArguments, evaluate_main
+from kd_trainer.commands.export import export_main
 from kd_trainer.data.listing import did_you_mean
+from kd_trainer.export.exporter import ExportArguments
 from kd_trainer.fields import ABSENT, RENAMED, closest
-from kd_trainer.fingerprint import settings_of
 from kd_trainer.models.config_checks import nearest_hint
-from kd_trainer.workflows.entry_points import EvaluateArguments, evaluate_main
-from kd_trainer.workflows.export.exporter import ExportArguments
-from kd_trainer.workflows.export.main import export_main
 
 PIECEWISE = ["--temperature_schedule", "piecewise", "--temperature_points", "0:3", "49:1"]
 LIGHT = "rgb_hierarchical_unet_v2_distillation_b0_light_from_b3_temp_prog"

@@ -19,26 +19,26 @@ from small_runs import save_network, train_flags, write_pairs
 from test_statistics import by_hand
 from transformers import Trainer
 
-from kd_trainer.checkpoints import complete
+from kd_trainer.checkpointing.checkpoints import complete
 from kd_trainer.command_line import build
+from kd_trainer.commands import compare as compare
+from kd_trainer.commands.compare import run_compare
+from kd_trainer.commands.report import ReportArguments, build_report
+from kd_trainer.compare import estimate
+from kd_trainer.compare.arguments import parse_comparison
+from kd_trainer.compare.budget import Budget, baseline_settings
+from kd_trainer.compare.estimate import finished_speed, seconds_left
+from kd_trainer.compare.report import METRICS, summarise
+from kd_trainer.compare.results import FILES, FinishedRun, check_comparable, read_runs
+from kd_trainer.compare.runs import COUNTS, NOTE, PlannedRun
+from kd_trainer.compare.tables import markdown
+from kd_trainer.costs import duration, peak_memory_mib, reset_peak_memory
 from kd_trainer.data import TransformedDataset
+from kd_trainer.doctor.resources import Speed
 from kd_trainer.hub import find_source
+from kd_trainer.image_counts import ImageCounts, load_counts
 from kd_trainer.publishing import Publication, write_folder
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.compare import estimate
-from kd_trainer.workflows.compare import main as compare
-from kd_trainer.workflows.compare import runs as compare_runs
-from kd_trainer.workflows.compare.arguments import parse_comparison
-from kd_trainer.workflows.compare.budget import Budget, baseline_settings
-from kd_trainer.workflows.compare.estimate import Speed, duration, finished_speed, seconds_left
-from kd_trainer.workflows.compare.main import run_compare
-from kd_trainer.workflows.compare.report import METRICS, summarise
-from kd_trainer.workflows.compare.results import FILES, FinishedRun, check_comparable, read_runs
-from kd_trainer.workflows.compare.runs import COUNTS, NOTE, PlannedRun, reset_peak_memory
-from kd_trainer.workflows.compare.tables import markdown
-from kd_trainer.workflows.image_counts import ImageCounts, load_counts
-from kd_trainer.workflows.report import ReportArguments, build_report
-from kd_trainer.workflows.train import peak_memory_mib
 
 NAMES = ["baseline_seed0", "baseline_seed1", "distilled_seed0", "distilled_seed1"]
 RESAMPLES = 100
@@ -122,7 +122,7 @@ def forbidden(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("nothing is to be trained here")
 
-    monkeypatch.setattr(compare_runs, "train", refuse)
+    monkeypatch.setattr(compare, "train", refuse)
     monkeypatch.setattr(compare, "measure_speed", refuse)
 
 

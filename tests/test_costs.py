@@ -10,18 +10,19 @@ from small_runs import SIDE, save_network
 from tiny import tiny_student
 from torch import nn
 
+from kd_trainer import costs as costs_module
 from kd_trainer.arguments import loading
-from kd_trainer.workflows import costs as costs_module
-from kd_trainer.workflows.costs import (
+from kd_trainer.costs import (
     RawLogits,
     costs,
     file_mib,
+    interleaved,
+    latency,
     macs,
     onnx_bytes,
     onnx_call,
     picture_milliseconds,
 )
-from kd_trainer.workflows.latency import interleaved, latency
 
 
 class Mixed(nn.Module):
@@ -162,7 +163,7 @@ def test_costs_without_onnxruntime_have_no_such_row(monkeypatch):
 def test_onnx_runtime_computes_the_network_it_times(tmp_path):
     """The time of a graph that computes something else is worth nothing."""
     pytest.importorskip("onnxruntime")
-    from kd_trainer.workflows.models import load_student
+    from kd_trainer.loading import load_student
 
     student = RawLogits(load_student(save_network(tmp_path / "net")).eval())
     pixels = torch.randn(1, 3, SIDE, SIDE)

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetNotFoundError
 from pycocotools import mask as coco_mask
 
 from kd_trainer.arguments import DataArguments
+from kd_trainer.build import assemble
 from kd_trainer.command_line import build
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits
 from kd_trainer.data.coco import category_classes
@@ -19,7 +20,6 @@ from kd_trainer.data.images import decode_mask, decode_photograph
 from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import two_columns
 from kd_trainer.data.streaming import stream_lengths
-from kd_trainer.workflows.assemble import assemble
 
 
 def load(path, **fields):

@@ -15,14 +15,13 @@ import torch
 from small_runs import train_flags, write_pairs
 from test_interruptions import during_update, script
 
-from kd_trainer.checkpoints import check_complete, checkpoint_folders, never_complete
+from kd_trainer.checkpointing import stopping
+from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
 from kd_trainer.command_line import parse
+from kd_trainer.commands.train import find_checkpoint, train
 from kd_trainer.disk import replacing_files
-from kd_trainer.resuming import stopping
-from kd_trainer.resuming.deaths import Peer, cause_of_death
+from kd_trainer.processes import Peer, cause_of_death
 from kd_trainer.safe_files import replacing_file, write_text
-from kd_trainer.workflows.resume import find_checkpoint
-from kd_trainer.workflows.train import train
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def test_training_outlives_a_script_whose_path_names_a_launcher(tmp_path: Path):
     folder = tmp_path / "torch_accelerate"
     folder.mkdir()
     code = (
-        "import time; from kd_trainer.resuming import stopping; stopping._outlive_launcher();"
+        "import time; from kd_trainer.checkpointing import stopping; stopping._outlive_launcher();"
         f"open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(0.5);"
         f"open({str(tmp_path / 'lived')!r}, 'w')"
     )

@@ -7,9 +7,9 @@ import pytest
 from small_runs import write_pairs
 
 from kd_trainer.command_line import build, load_recipe
+from kd_trainer.commands.demo import check, clear, constant_miou
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.workflows.demo import check, clear, constant_miou
 
 GOOD = {
     "teacher_miou": 0.85,

@@ -17,10 +17,10 @@ from tiny import Squares, arguments, tiny_student, tiny_teacher
 from workers import two_ranks
 
 from kd_trainer.arguments import DataArguments
+from kd_trainer.build import evaluation_dataset
+from kd_trainer.commands.evaluate import evaluate_model
+from kd_trainer.loading import load_student
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.assemble import evaluation_dataset
-from kd_trainer.workflows.evaluate import evaluate_model
-from kd_trainer.workflows.models import load_student
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.distributed

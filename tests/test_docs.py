@@ -17,19 +17,20 @@ from benchmarks import frontier_main
 from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
-from kd_trainer.fields import convert, hints_of
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.workflows import entry_points, push
-from kd_trainer.workflows.compare.arguments import (
+from kd_trainer.commands import evaluate, predict, push, report
+from kd_trainer.commands import export as export_main
+from kd_trainer.commands import web_demo as web_demo
+from kd_trainer.commands.doctor import doctor_parser, parse_doctor
+from kd_trainer.commands.train import train
+from kd_trainer.compare.arguments import (
     CompareArguments,
     compare_parser,
     parse_comparison,
 )
-from kd_trainer.workflows.export import main as export_main
-from kd_trainer.workflows.plan import markdown_table, timeline
-from kd_trainer.workflows.preflight.doctor import doctor_parser, parse_doctor
-from kd_trainer.workflows.train import train
-from kd_trainer.workflows.web_demo import main as web_demo
+from kd_trainer.console import markdown_table
+from kd_trainer.doctor.plan import timeline
+from kd_trainer.fields import convert, hints_of
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
@@ -46,10 +47,10 @@ LOADING = ("dataloader_num_workers", "dataloader_persistent_workers")
 CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 # What the flags of each script but train.py belong to, and its words without a flag.
 SCRIPTS = {
-    "eval.py": (entry_points.EvaluateArguments, *CLASSES),
-    "predict.py": (entry_points.PredictArguments,),
+    "eval.py": (evaluate.EvaluateArguments, *CLASSES),
+    "predict.py": (predict.PredictArguments,),
     "export.py": (export_main.ExportArguments, *CLASSES),
-    "report.py": (entry_points.ReportArguments, *CLASSES),
+    "report.py": (report.ReportArguments, *CLASSES),
     "push.py": (push.PushArguments,),
     "demo.py": (web_demo.WebDemoArguments, *CLASSES),
     "frontier.py": (frontier_main.FrontierArguments,),
@@ -83,14 +84,15 @@ def parsers():
         **{f"benchmark.py {word}": benchmark_parser(word) for word in PARTS},
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entry_points, "given_flags", catch)
+        for module in (evaluate, predict, report):
+            patch.setattr(module, "given_flags", catch)
         patch.setattr(push, "given_flags", catch)
         patch.setattr(web_demo, "given_flags", catch)
         patch.setattr(frontier_main, "given_flags", catch)
         mains = (
-            ("eval.py", entry_points.evaluate_main),
-            ("predict.py", entry_points.predict_main),
-            ("report.py", entry_points.report_main),
+            ("eval.py", evaluate.evaluate_main),
+            ("predict.py", predict.predict_main),
+            ("report.py", report.report_main),
             ("push.py", push.push_main),
             ("demo.py", web_demo.web_demo_main),
             ("frontier.py", frontier_main.frontier_main),
@@ -230,9 +232,9 @@ def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
 @pytest.mark.parametrize(
     ("page", "heading", "cls"),
     [
-        ("docs/training.md", "flag of eval.py", entry_points.EvaluateArguments),
-        ("docs/training.md", "flag of predict.py", entry_points.PredictArguments),
-        ("docs/report.md", "flag of report.py", entry_points.ReportArguments),
+        ("docs/training.md", "flag of eval.py", evaluate.EvaluateArguments),
+        ("docs/training.md", "flag of predict.py", predict.PredictArguments),
+        ("docs/report.md", "flag of report.py", report.ReportArguments),
         ("docs/publish.md", "flag of push.py", push.PushArguments),
         ("docs/export.md", "flag of export.py", export_main.ExportArguments),
         ("docs/demo.md", "flag of demo.py", web_demo.WebDemoArguments),

@@ -13,19 +13,17 @@ from preflight_runs import flags, knowing, teach
 from safetensors.torch import load_file
 from small_runs import SIDE, save_network, write_pairs
 
+from kd_trainer.build import assemble
 from kd_trainer.command_line import parse
+from kd_trainer.commands import compare as compare
+from kd_trainer.commands.doctor import doctor, doctor_main, examine, parse_doctor
+from kd_trainer.commands.train import train
+from kd_trainer.compare.arguments import parse_comparison
 from kd_trainer.data import load_splits
 from kd_trainer.data.listing import MissingSplitError
-from kd_trainer.preflight.finding import Grade, graded
-from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.compare import main as compare
-from kd_trainer.workflows.compare.arguments import parse_comparison
-from kd_trainer.workflows.disk import disk_need
-from kd_trainer.workflows.preflight import start as preflight_start
-from kd_trainer.workflows.preflight.doctor import doctor, doctor_main, examine, parse_doctor
-from kd_trainer.workflows.preflight.limits import QUICK, THOROUGH
-from kd_trainer.workflows.preflight.run_costs import affordable
-from kd_trainer.workflows.train import train
+from kd_trainer.doctor import checks as preflight_start
+from kd_trainer.doctor.finding import QUICK, THOROUGH, Grade, graded
+from kd_trainer.doctor.resources import affordable, disk_need
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("_seconds", "_per_second", "_ms", "peak_memory_mib", "_threads")

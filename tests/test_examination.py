@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from kd_trainer.commands.examination import choose, probability_difference
 from kd_trainer.reports.panels import FALSE_NEGATIVE, FALSE_POSITIVE, difference_map
-from kd_trainer.workflows.examination import choose, probability_difference
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 5, 6, 9, 40])

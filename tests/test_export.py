@@ -21,20 +21,20 @@ from tiny import SIDE, tiny_student
 from torch import Tensor
 
 from kd_trainer.arguments import DataArguments
+from kd_trainer.commands.export import RESULTS, export_main, export_student
+from kd_trainer.errors import user_message
+from kd_trainer.export import exporter as export_module
 from kd_trainer.export.calibration import PERCENTILE, write_ranges
+from kd_trainer.export.exporter import ExportArguments, Exporter, int8_fault, versions
 from kd_trainer.export.files import read_metadata, read_program, write_program, write_smp
 from kd_trainer.export.graph import ExportGraph, export_program, metadata_of
+from kd_trainer.export.images import from_pictures, spread
 from kd_trainer.export.onnx_file import save_onnx, write_half, write_onnx
+from kd_trainer.export.parity import Parity, Reference, compare
 from kd_trainer.export.quantize import Quantiser, part_name, parts_of
 from kd_trainer.export.session import OnnxStudent, load_onnx
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.workflows.export import exporter as export_module
-from kd_trainer.workflows.export.exporter import ExportArguments, Exporter, int8_fault, versions
-from kd_trainer.workflows.export.images import from_pictures, spread
-from kd_trainer.workflows.export.main import RESULTS, export_main, export_student
-from kd_trainer.workflows.export.parity import Parity, Reference, compare
-from kd_trainer.workflows.run import user_message
 
 ROOT = Path(__file__).parents[1]
 FOUR = {0: "background", 1: "skin", 2: "hair", 3: "clothes"}

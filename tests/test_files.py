@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from kd_trainer.workflows.files import write_json
+from kd_trainer.run_folder import write_json
 
 
 def test_figures_that_do_not_exist_become_null(tmp_path: Path):

@@ -13,11 +13,11 @@ import torch
 from small_runs import write_pairs
 from tiny import arguments
 
-from kd_trainer import fingerprint
 from kd_trainer.arguments import DataArguments, DistillationArguments
+from kd_trainer.checkpointing import fingerprint
+from kd_trainer.checkpointing.fingerprint import check_same_run, settings_of, tensors_digest
 from kd_trainer.data import load_splits
 from kd_trainer.data.images import content_digest
-from kd_trainer.fingerprint import check_same_run, settings_of, tensors_digest
 
 FREE = {
     "output_dir": "elsewhere",

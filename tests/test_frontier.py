@@ -16,10 +16,10 @@ from benchmarks import frontier as frontier_module
 from benchmarks.frontier import ENGINES, INT8, ONNX, TORCH, Contender, frontier
 from benchmarks.frontier_main import frontier_main, named_folders
 from benchmarks.frontier_page import frontier_chart, frontier_table
+from kd_trainer.costs import RawLogits, macs, picture
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
-from kd_trainer.workflows.costs import RawLogits, macs, picture
-from kd_trainer.workflows.models import load_student
+from kd_trainer.loading import load_student
 
 MIOU = {"teacher": 0.9, "slow": 0.8, "fast": 0.85}
 

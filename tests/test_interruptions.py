@@ -23,7 +23,8 @@ from same_run import assert_same_tensors
 from small_runs import save_network, train_flags, write_pairs
 from transformers import Trainer
 
-from kd_trainer.checkpoints import (
+from kd_trainer.checkpointing import stopping
+from kd_trainer.checkpointing.checkpoints import (
     MARKER,
     check_complete,
     checkpoint_folders,
@@ -33,9 +34,8 @@ from kd_trainer.checkpoints import (
     set_aside,
 )
 from kd_trainer.command_line import parse
-from kd_trainer.resuming import stopping
-from kd_trainer.workflows.run import run_script
-from kd_trainer.workflows.train import run_train, train
+from kd_trainer.commands.train import run_train, train
+from kd_trainer.errors import run_script
 
 ONE_AN_EPOCH = ("--epochs", "4", "--batch_size", "4")
 

@@ -9,13 +9,18 @@ import yaml
 from small_runs import save_network
 
 from kd_trainer.command_line import parse
+from kd_trainer.commands.report import build_report
+from kd_trainer.commands.train import train
+from kd_trainer.compare.runs import read_json as read_note
 from kd_trainer.disk import FolderLock, check_own_files
+from kd_trainer.run_folder import (
+    log_history,
+    run_settings,
+    write_bad_samples,
+    write_json,
+    written_settings,
+)
 from kd_trainer.safe_files import read_json, read_regular, write_text
-from kd_trainer.workflows.compare.runs import read_json as read_note
-from kd_trainer.workflows.files import write_bad_samples, write_json
-from kd_trainer.workflows.report import build_report
-from kd_trainer.workflows.run_folder import log_history, run_settings, written_settings
-from kd_trainer.workflows.train import train
 
 SECRET = '{"secret": "content", "dataset": "private"}'
 LINK = r"^Expected a regular file as .*, got a link\. "

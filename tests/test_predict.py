@@ -14,16 +14,15 @@ import torch
 from PIL import Image
 from small_runs import SIDE, save_network
 
+from kd_trainer.commands.predict import PredictArguments, predict, predict_main
+from kd_trainer.data.video import CutOffError, VideoFile, frame_count, frame_rate, read_frames
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
-from kd_trainer.inference import Segmenter
+from kd_trainer.inference import Segmenter, onnx_network
+from kd_trainer.loading import load_student
 from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.teacher.loading import _statistics
-from kd_trainer.workflows.entry_points import predict_main
-from kd_trainer.workflows.models import load_student
-from kd_trainer.workflows.predict import PredictArguments, onnx_network, predict
-from kd_trainer.workflows.video import CutOffError, VideoFile, frame_count, frame_rate, read_frames
+from kd_trainer.teacher import _statistics
 
 FRAMES, RATE = 7, 12.0
 

@@ -13,12 +13,11 @@ from preflight_runs import Green, bad, flags, knowing, looked, teach
 from small_runs import SIDE, save_network, write_pairs
 from torch import nn
 
+from kd_trainer.build import assemble
 from kd_trainer.command_line import parse
-from kd_trainer.preflight.finding import Grade
-from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.preflight.checks import Preflight
-from kd_trainer.workflows.preflight.doctor import examine
-from kd_trainer.workflows.preflight.limits import QUICK
+from kd_trainer.commands.doctor import examine
+from kd_trainer.doctor.checks import Preflight
+from kd_trainer.doctor.finding import QUICK, Grade
 
 
 @pytest.fixture(scope="module")

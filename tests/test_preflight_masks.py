@@ -8,9 +8,16 @@ import pytest
 import torch
 from tiny import tiny_student
 
-from kd_trainer.losses import LossTerms, LossWeights, distillation_terms
-from kd_trainer.losses.functions import softmax_kl
-from kd_trainer.preflight.finding import (
+from kd_trainer.doctor.data import (
+    MaskFacts,
+    find_shared,
+    inverted_finding,
+    mask_facts,
+    mask_finding,
+    occurrence_finding,
+    sharing_finding,
+)
+from kd_trainer.doctor.finding import (
     GO_ON,
     Grade,
     error_message,
@@ -20,21 +27,15 @@ from kd_trainer.preflight.finding import (
     summary,
     table,
 )
-from kd_trainer.preflight.loss import (
+from kd_trainer.doctor.loss import (
     Gradients,
     degenerate_finding,
     parameter_finding,
     share_finding,
 )
-from kd_trainer.preflight.masks import (
-    MaskFacts,
-    inverted_finding,
-    mask_facts,
-    mask_finding,
-    occurrence_finding,
-)
-from kd_trainer.preflight.resources import DiskNeed, disk_finding, memory_finding
-from kd_trainer.preflight.sharing import find_shared, sharing_finding
+from kd_trainer.doctor.resources import DiskNeed, disk_finding, memory_finding
+from kd_trainer.losses import LossTerms, LossWeights, distillation_terms
+from kd_trainer.losses.functions import softmax_kl
 
 NAMES = {0: "background", 1: "hat", 2: "coat"}
 

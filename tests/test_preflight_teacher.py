@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kd_trainer.preflight.counts import constant_miou, rows_of
-from kd_trainer.preflight.finding import Finding, Grade
-from kd_trainer.preflight.normalisation import (
+from kd_trainer.doctor.finding import Finding, Grade
+from kd_trainer.doctor.input_convention import (
     PRESENT,
     USUAL,
     Feeding,
@@ -15,14 +14,16 @@ from kd_trainer.preflight.normalisation import (
     first_batchnorm,
     misfit,
     normalisation_finding,
+    position_finding,
 )
-from kd_trainer.preflight.position import position_finding
-from kd_trainer.preflight.teacher import (
+from kd_trainer.doctor.teacher import (
     OutputRange,
     classes_finding,
+    constant_miou,
     input_size_finding,
     output_finding,
     quality_finding,
+    rows_of,
     student_finding,
 )
 

@@ -25,11 +25,11 @@ from tiny import Squares, arguments, tiny_student
 from transformers import pipeline
 
 from kd_trainer.command_line import parse
+from kd_trainer.commands.push import push_main
+from kd_trainer.commands.train import run_train, train
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.push import push_main
-from kd_trainer.workflows.train import run_train, train
 
 ROOT = Path(__file__).parents[1]
 BINARY, CLASSES = "me/binary", "org/classes"

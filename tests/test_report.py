@@ -21,24 +21,23 @@ from PIL import Image
 from small_runs import save_network, train_flags, write_pairs
 
 from kd_trainer.arguments import DataArguments
+from kd_trainer.build import evaluation_dataset
 from kd_trainer.command_line import parse
+from kd_trainer.commands import train as training
+from kd_trainer.commands.examination import (
+    Networks,
+    examine,
+    samples_at,
+)
+from kd_trainer.commands.report import ReportArguments, build_report, report_main
 from kd_trainer.data.synthetic import synthetic_pair
+from kd_trainer.loading import load_student
 from kd_trainer.reports.charts import merged
 from kd_trainer.reports.comparison import tables
 from kd_trainer.reports.contents import Contents, Network, ShownImage
 from kd_trainer.reports.html import report_html
 from kd_trainer.reports.quality import class_figures
 from kd_trainer.reports.sections import duration
-from kd_trainer.workflows import train as training
-from kd_trainer.workflows.assemble import evaluation_dataset
-from kd_trainer.workflows.entry_points import report_main
-from kd_trainer.workflows.examination import (
-    Networks,
-    examine,
-    samples_at,
-)
-from kd_trainer.workflows.models import load_student
-from kd_trainer.workflows.report import ReportArguments, build_report
 
 EVIL = '<script>"&'
 CHROMIUM = shutil.which("chromium")

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_runs import ENCODER, save_network, train_flags, write_pairs
 
-from kd_trainer.checkpoints import complete
+from kd_trainer.checkpointing.checkpoints import complete
 from kd_trainer.command_line import DEFAULT_RECIPE
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ from hub_server import Handler, serving
 from small_runs import train_flags, write_pairs
 
 from kd_trainer.command_line import parse
-from kd_trainer.workflows.run import run_script
-from kd_trainer.workflows.train import run_train
+from kd_trainer.commands.train import run_train
+from kd_trainer.errors import run_script
 
 CANARY = "hf_CanaryCanaryCanaryCanaryCanaryCana"
 PUSH = ("--push_to_hub", "--hub_model_id", "me/student", "--hub_license", "mit")

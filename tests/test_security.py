@@ -16,18 +16,17 @@ from tiny import Squares, arguments, tiny_student
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from kd_trainer.arguments import DataArguments, ModelArguments
-from kd_trainer.checkpoints import complete, read_marker
+from kd_trainer.checkpointing.checkpoints import complete, read_marker
 from kd_trainer.command_line import load_recipe
+from kd_trainer.doctor.finding import note, summary, table
+from kd_trainer.errors import PACKAGE, run_script
+from kd_trainer.hub.publication import settings_of
+from kd_trainer.loading import load_measured, load_student, make_student, make_teacher
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.own_errors import PACKAGE
-from kd_trainer.preflight.finding import note, summary, table
-from kd_trainer.publishing.folder import settings_of
 from kd_trainer.resuming import Stopped
+from kd_trainer.run_folder import run_settings
 from kd_trainer.teacher import load_teacher
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.models import load_measured, load_student, make_student, make_teacher
-from kd_trainer.workflows.run import run_script
-from kd_trainer.workflows.run_folder import run_settings
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,14 +12,12 @@ from tiny import arguments
 from torch import nn
 
 from kd_trainer import data as data_package
+from kd_trainer.build import assemble, smallest_batch
 from kd_trainer.command_line import parse
 from kd_trainer.data import TransformedDataset
-from kd_trainer.own_errors import is_own
-from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.preflight.checks import Preflight
-from kd_trainer.workflows.preflight.limits import QUICK
-from kd_trainer.workflows.run import run_script, user_message
-from kd_trainer.workflows.smallest_batch import smallest_batch
+from kd_trainer.doctor.checks import Preflight
+from kd_trainer.doctor.finding import QUICK
+from kd_trainer.errors import is_own, run_script, user_message
 
 
 @pytest.fixture(scope="module")

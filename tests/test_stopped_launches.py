@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from same_run import assert_same_tensors
 from small_runs import train_flags, write_pairs
 
-from kd_trainer.checkpoints import checkpoint_folders, fault, update_of
+from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, update_of
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {

@@ -13,9 +13,8 @@ from small_runs import SIDE, train_flags, write_pairs
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.command_line import build, load_recipe, parse
-from kd_trainer.workflows.models import make_student
-from kd_trainer.workflows.student_options import student_options
-from kd_trainer.workflows.train import train
+from kd_trainer.commands.train import train
+from kd_trainer.loading import make_student, student_options
 
 FPN = ("decoder_pyramid_channels=32", "decoder_segmentation_channels=32", "decoder_dropout=0.1")
 

@@ -15,11 +15,11 @@ from transformers import (
     ViTConfig,
 )
 
+from kd_trainer.build import assemble
 from kd_trainer.command_line import build
+from kd_trainer.commands.evaluate import data_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher, load_teacher, saved_class_names
-from kd_trainer.workflows.assemble import assemble
-from kd_trainer.workflows.entry_points import data_of
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OTHER = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

@@ -7,11 +7,12 @@ import pytest
 from tiny import Squares, arguments, tiny_student
 
 from kd_trainer.command_line import build, load_recipe
-from kd_trainer.preflight.finding import Grade
-from kd_trainer.preflight.resources import plan_finding
+from kd_trainer.costs import updates_per_epoch
+from kd_trainer.doctor.finding import Grade
+from kd_trainer.doctor.plan import timeline, warmup_line
+from kd_trainer.doctor.resources import plan_finding
 from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.plan import timeline, updates_per_epoch, warmup_line
 
 COSINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
 TIMELINE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_timeline"

@@ -18,22 +18,22 @@ from safetensors.torch import load_file, save_file
 from small_runs import SIDE, save_network
 
 from kd_trainer.arguments import ModelArguments
+from kd_trainer.commands import web_demo as web_demo
+from kd_trainer.commands.predict import predict_main
+from kd_trainer.commands.web_demo import WebDemoArguments, load_models, web_demo_main
+from kd_trainer.costs import Latency
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
-from kd_trainer.workflows.entry_points import predict_main
-from kd_trainer.workflows.latency import Latency
-from kd_trainer.workflows.models import load_student
-from kd_trainer.workflows.web_demo import main as web_demo
-from kd_trainer.workflows.web_demo import page
-from kd_trainer.workflows.web_demo.main import WebDemoArguments, load_models, web_demo_main
-from kd_trainer.workflows.web_demo.result import (
+from kd_trainer.loading import load_student
+from kd_trainer.web_demo import page
+from kd_trainer.web_demo.result import (
     LONGEST,
     drawings,
     examine,
     milliseconds,
     read_upload,
 )
-from kd_trainer.workflows.web_demo.words import differences, figures, found
+from kd_trainer.web_demo.words import differences, figures, found
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,18 +18,18 @@ from test_teacher import segformer
 from tiny import arguments
 from transformers import AutoModelForSemanticSegmentation, SegformerForSemanticSegmentation
 
+from kd_trainer.build import assemble, evaluation_dataset
 from kd_trainer.command_line import parse
+from kd_trainer.commands.evaluate import evaluate_main
+from kd_trainer.commands.predict import PredictArguments, predict, predict_main
+from kd_trainer.commands.train import run_train, train
+from kd_trainer.data.folder_images import find_pictures, read_picture
 from kd_trainer.evaluation import classes_of, normalise, pixel_statistics
+from kd_trainer.loading import load_student
 from kd_trainer.losses import distillation_terms
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.trainer import DistillationTrainer
-from kd_trainer.workflows.assemble import assemble, evaluation_dataset
-from kd_trainer.workflows.entry_points import evaluate_main, predict_main
-from kd_trainer.workflows.models import load_student
-from kd_trainer.workflows.pictures import find_pictures, read_picture
-from kd_trainer.workflows.predict import PredictArguments, predict
-from kd_trainer.workflows.train import run_train, train
 
 RESULTS = {
     "student_miou",

@@ -35,7 +35,7 @@ from kd_trainer.data.listing import (
     stream_shards,
 )
 from kd_trainer.data.masks import MaskRule
-from kd_trainer.own_errors import is_own
+from kd_trainer.errors import is_own
 from kd_trainer.safe_files import plain
 
 

@@ -28,7 +28,7 @@ from kd_trainer.data.listing import (
 )
 from kd_trainer.data.streaming import stream_lengths, with_lengths
 from kd_trainer.data.synthetic import synthetic_splits
-from kd_trainer.own_errors import is_own
+from kd_trainer.errors import is_own
 
 
 def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[Path]:

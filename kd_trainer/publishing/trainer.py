@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from kd_trainer.disk import replacing_files
 from kd_trainer.hub import Pushed, Source, check_access, upload
-from kd_trainer.publishing.folder import Publication, publish, write_folder
+from kd_trainer.hub.publication import Publication, publish, write_folder
 from kd_trainer.replacing import check_replaceable
 from kd_trainer.safe_files import plain
 

@@ -1,4 +1,4 @@
-"""What a report is made of: plain figures and pictures, gathered by `workflows.report`."""
+"""What a report is made of: plain figures and pictures, gathered by `commands.report`."""
 
 from __future__ import annotations
 

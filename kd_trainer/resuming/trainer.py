@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging as hf_logging
 
-from kd_trainer.checkpoints import (
+from kd_trainer.checkpointing.checkpoints import (
     Newest,
     check_complete,
     complete,
@@ -34,20 +34,20 @@ from kd_trainer.checkpoints import (
     set_aside,
     settle,
 )
-from kd_trainer.data import StreamedDataset
-from kd_trainer.disk import writing
-from kd_trainer.fingerprint import (
+from kd_trainer.checkpointing.fingerprint import (
     check_same_run,
     samples_digest,
     settings_of,
     tensors_digest,
 )
+from kd_trainer.checkpointing.stopping import StopRequest
+from kd_trainer.data import StreamedDataset
+from kd_trainer.disk import writing
+from kd_trainer.errors import Stopped
 from kd_trainer.loaders import own_generator
-from kd_trainer.resuming.deaths import Peer, naming_the_dead, processes_of_run
+from kd_trainer.processes import Peer, naming_the_dead, processes_of_run, together
 from kd_trainer.resuming.epochs import CountedTrainer
 from kd_trainer.resuming.keeper import Keeper
-from kd_trainer.resuming.stopping import Stopped, StopRequest
-from kd_trainer.resuming.together import together
 from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from kd_trainer.fingerprint import tensors_digest
+from kd_trainer.checkpointing.fingerprint import tensors_digest
 from kd_trainer.teacher import Teacher
 
 FORMAT = 1

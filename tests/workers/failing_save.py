@@ -13,8 +13,8 @@ from typing import Any
 from transformers import Trainer
 
 from kd_trainer.command_line import parse
-from kd_trainer.workflows.run import run_script
-from kd_trainer.workflows.train import run_train
+from kd_trainer.commands.train import run_train
+from kd_trainer.errors import run_script
 
 
 def full(*args: Any, **options: Any) -> None:

@@ -1,0 +1,354 @@
+"""From settings to the objects of a run; what is wrong is found here, before it starts."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import set_seed
+
+from kd_trainer.arguments import DataArguments, DistillationArguments
+from kd_trainer.command_line import RunArguments
+from kd_trainer.data import (
+    BadSample,
+    SegmentationTransform,
+    StreamedDataset,
+    TransformedDataset,
+    load_splits,
+    source_class_names,
+    transforms,
+    usable_splits,
+)
+from kd_trainer.data.listing import MissingSplitError
+from kd_trainer.data.sources import is_coco
+from kd_trainer.loading import make_student, make_teacher, student_options
+from kd_trainer.losses import LossWeights
+from kd_trainer.losses.functions import check_pos_weight
+from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
+
+
+@dataclass
+class Parts:
+    """The objects of a run."""
+
+    student: SmpForSemanticSegmentation
+    teacher: Teacher | None
+    train_dataset: TransformedDataset | StreamedDataset
+    eval_dataset: TransformedDataset | StreamedDataset | None
+    processor: SmpImageProcessor
+    loss_weights: LossWeights
+
+    @property
+    def bad_samples(self) -> list[BadSample]:
+        """What `--on_bad_sample skip` has left out of both data sets."""
+        datasets = (self.train_dataset, self.eval_dataset)
+        return [bad for dataset in datasets if dataset is not None for bad in dataset.bad_samples]
+
+
+def evaluation_dataset(
+    data: DataArguments, *, batch_size: int, workers: int = 0
+) -> TransformedDataset | StreamedDataset:
+    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out."""
+    name = data.eval_split
+    loaded = load_splits(data, [name])
+    splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
+    _, transform = transforms(splits, data, seed=0, every_class=False)
+    if data.streaming:
+        return StreamedDataset(
+            splits[name],
+            transform,
+            shuffle=False,
+            seed=0,
+            batch_size=batch_size,
+            max_bad_share=_bad_share(data),
+            name=name,
+        )
+    return TransformedDataset(splits[name], transform, bad[name])
+
+
+def _bad_share(data: DataArguments) -> float | None:
+    return data.max_bad_share if data.on_bad_sample == "skip" else None
+
+
+REDUCED = (
+    "trained with do_reduce_labels: mask value 0 counts nowhere, and value i is class i - 1. "
+    "--reduce_labels false reads the values as class ids."
+)
+
+
+def assemble(run: RunArguments) -> Parts:
+    """Everything a training needs, checked; `run` learns the class names of its source."""
+    if not run.data.dataset:
+        raise ValueError(
+            "Expected --dataset (a folder, a json, a parquet file, a Hub id or `synthetic`), got "
+            "none."
+        )
+    args, data = run.training, run.data
+    _check_together(run)
+    check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
+    data = learn_from_sources(run)
+    workers, several = args.dataloader_num_workers, args.world_size > 1
+    loaded = _load(run)
+    splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
+    for_training, for_evaluation = transforms(splits, data, seed=args.seed)
+    set_seed(args.seed)  # the student's random weights
+    student = make_student(run.model, data)
+    check_image_size(data.image_size, student)
+    if args.sync_batchnorm:
+        student.synchronise_batchnorm()
+    teacher = make_teacher(run.model, student, image_size=data.image_size)
+    if teacher is not None:
+        _check_channels(student)
+    train, evaluation = data.train_split, data.eval_split
+    train_dataset = _training_dataset(splits[train], for_training, run, bad[train])
+    eval_dataset = None
+    if evaluation in splits:
+        eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
+    _check_enough(train_dataset, run, student)
+    weights = args.loss_weights
+    return Parts(
+        student=student,
+        teacher=teacher,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processor=_processor(student, data),
+        loss_weights=weights if teacher is not None else weights.without_teacher(),
+    )
+
+
+def learn_from_sources(run: RunArguments) -> DataArguments:
+    """The settings of the data with what teacher and annotations say of it, which `run` takes over.
+
+    So the configuration that is written has them too.
+    """
+    if run.data.reduce_labels is None and _reduces_labels(run):
+        run.data = replace(run.data, reduce_labels=True)
+    names = source_class_names(run.data) if run.data.class_names is None else None
+    if run.data.reduce_labels and names is None and run.data.class_names is None:
+        names = _names_without_background(run)
+    if names is not None and len(names) == run.data.num_labels:  # others are refused when loaded
+        run.data = replace(run.data, class_names=names)
+    return run.data
+
+
+def _names_without_background(run: RunArguments) -> list[str]:
+    """Those of the teacher, if it has as many classes: value 0, the background, is none of them."""
+    count = run.data.num_labels
+    named = saved_class_names(run.model.teacher) if run.model.has_teacher else None
+    if named is not None and len(named) == count:
+        return named
+    return [f"class_{index}" for index in range(count)]
+
+
+def _load(run: RunArguments) -> Any:
+    """The splits of the run; says how to train where there is none to evaluate on."""
+    data, evaluates = run.data, run.training.eval_strategy != "no"
+    try:
+        return load_splits(data, [data.train_split, *([data.eval_split] if evaluates else [])])
+    except MissingSplitError as error:
+        if error.split != data.eval_split:
+            raise
+        raise MissingSplitError(
+            error.split,
+            f"{error} A set that has none is trained on by train.py with --eval_strategy no.",
+        ) from None
+
+
+def counts_from_one(source: str, data: DataArguments) -> bool:
+    """Whether masks are read as those of a saved model were, from value 1 on."""
+    own_values = data.mask_values or data.mask_threshold or data.category
+    if own_values or data.dataset == "synthetic" or (data.dataset and is_coco(data)):
+        return False
+    return reduces_labels(source)
+
+
+def _reduces_labels(run: RunArguments) -> bool:
+    """Whether the masks are read as the teacher's were; says so if they are."""
+    if not run.model.has_teacher or not counts_from_one(run.model.teacher, run.data):
+        return False
+    if run.training.process_index == 0:
+        print(f"The teacher was {REDUCED}", file=sys.stderr)
+    return True
+
+
+def _processor(student: SmpForSemanticSegmentation, data: DataArguments) -> SmpImageProcessor:
+    """The student's image processor, which also says how the masks it learned from were read."""
+    options = {"do_reduce_labels": True} if data.reduce_labels else {}
+    return SmpImageProcessor.from_model_config(student.config, **options)
+
+
+def _check_together(run: RunArguments) -> None:
+    """Refuse settings of model, data and training that do not go together."""
+    if run.model.student is None:
+        student_options(run.model)
+    if not run.model.teacher:
+        raise ValueError(
+            "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
+            "train the student alone with --teacher none."
+        )
+    if run.model.has_teacher:
+        run.training.loss_weights.check_teacher()
+    if run.data.unlabelled is not None and not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
+            "photographs. Name a teacher, or leave --unlabelled out."
+        )
+    if run.training.teacher_targets == "cached":
+        if not run.model.has_teacher:
+            raise ValueError(
+                "Expected a --teacher with --teacher_targets cached, got none. Name a teacher, or "
+                "leave it out."
+            )
+        if run.data.streaming:
+            raise ValueError(
+                "Expected indexed data with --teacher_targets cached, got --streaming, which does "
+                "not read the data before the training. Leave one of them out."
+            )
+
+
+def _check_channels(student: SmpForSemanticSegmentation) -> None:
+    """Refuse a student of two channels beside a teacher, who answers for two classes with one."""
+    if student.config.classes == 2:
+        raise ValueError(
+            "Expected a student with one logit for two classes beside a teacher, got one with two "
+            "channels (a softmax) as --student. Take it as --teacher of a new student, or go on "
+            "from it with --teacher none."
+        )
+
+
+def image_count(dataset: TransformedDataset | StreamedDataset) -> int:
+    """Images of all processes; the length of a stream is that of this process's share."""
+    return dataset.rows if isinstance(dataset, StreamedDataset) else len(dataset)
+
+
+def _check_enough(
+    dataset: TransformedDataset | StreamedDataset,
+    run: RunArguments,
+    student: SmpForSemanticSegmentation,
+) -> None:
+    """Refuse a training set of less than one batch: a short batch is dropped.
+
+    Also one with batches too small for the student.
+    """
+    args = run.training
+    images = image_count(dataset)
+    needed = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and images < needed:
+        raise ValueError(
+            f"Expected at least {needed} training images (one batch), got {images}. Lower "
+            "--batch_size or add images."
+        )
+    streamed = isinstance(dataset, StreamedDataset)
+    check_smallest_batch(student, images, args, streamed=streamed)
+
+
+def _training_dataset(
+    rows: Any, transform: SegmentationTransform, run: RunArguments, bad: list[BadSample]
+) -> TransformedDataset | StreamedDataset:
+    args = run.training
+    if not run.data.streaming:
+        return TransformedDataset(rows, transform, bad)
+    return StreamedDataset(
+        rows,
+        transform,
+        shuffle=args.train_sampling_strategy == "random",
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        batch_size=args.per_device_train_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+        even=True,
+        max_bad_share=_bad_share(run.data),
+        name=run.data.train_split,
+    )
+
+
+def _evaluation_dataset(
+    rows: Any, transform: SegmentationTransform, run: RunArguments, bad: list[BadSample]
+) -> TransformedDataset | StreamedDataset:
+    args = run.training
+    if not run.data.streaming:
+        return TransformedDataset(rows, transform, bad)
+    return StreamedDataset(
+        rows,
+        transform,
+        shuffle=False,
+        seed=args.seed,
+        batch_size=args.per_device_eval_batch_size,
+        rank=args.process_index,
+        world_size=args.world_size,
+        padded=True,
+        ignore_index=run.data.ignore_index,
+        max_bad_share=_bad_share(run.data),
+        name=run.data.eval_split,
+    )
+
+
+class _OneValueError(Exception):
+    """A BatchNorm would have to normalise by the variance of a single value."""
+
+
+def smallest_batch(images: int, args: DistillationArguments, *, streamed: bool) -> int:
+    """Images of the smallest training batch of a process.
+
+    Args:
+        images: of all processes.
+        args: batch size, and whether a last short batch is dropped.
+        streamed: whether each process reads a share of its own; else accelerate fills up the last
+            batch where there are several processes.
+    """
+    batch, processes = args.per_device_train_batch_size, args.world_size
+    if args.dataloader_drop_last or (processes > 1 and not streamed):
+        return batch
+    return images // processes % batch or batch
+
+
+def check_smallest_batch(
+    student: SmpForSemanticSegmentation, images: int, args: DistillationArguments, *, streamed: bool
+) -> None:
+    """Refuse batches of one image for a network with a BatchNorm behind a pooling to one pixel.
+
+    Raises:
+        ValueError: if there will be such a batch; torch says so at the end of the first epoch only.
+    """
+    alone = smallest_batch(images, args, streamed=streamed) == 1
+    if not alone or args.sync_batchnorm or not _needs_two(student):
+        return
+    if args.per_device_train_batch_size == 1:
+        got, cure = "--batch_size 1", "Set --batch_size 2 or more"
+    else:
+        got = f"a last batch of one ({images:,} images, --dataloader_drop_last false)"
+        cure = "Set --dataloader_drop_last true, or another --batch_size"
+    raise ValueError(
+        f"Expected batches of at least 2 images for {student.config._model_class}, a BatchNorm of "
+        f"which sees one value of each channel in one image, got {got}. {cure}."
+    )
+
+
+@torch.no_grad()
+def _needs_two(student: SmpForSemanticSegmentation) -> bool:
+    network = copy.deepcopy(student)
+    network.set_free_units(None)
+    network.train()
+
+    def look(_: nn.Module, given: Any) -> None:
+        if given[0].numel() == given[0].shape[1]:
+            raise _OneValueError
+
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.register_forward_pre_hook(look)
+    side = int(student.config.image_size)
+    pixels = torch.zeros(1, int(student.config.in_channels), side, side)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network(pixel_values=pixels)
+    except _OneValueError:
+        return True
+    return False

@@ -1,0 +1,168 @@
+"""Whether distillation helped: the same student with and without its teacher, over some seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kd_trainer.build import Parts, assemble
+from kd_trainer.command_line import RunArguments, build
+from kd_trainer.commands.train import train
+from kd_trainer.compare.arguments import Comparison
+from kd_trainer.compare.budget import KINDS, Budget
+from kd_trainer.compare.estimate import finished_speed, measure_speed, seconds_left
+from kd_trainer.compare.report import write_report
+from kd_trainer.compare.results import read_runs
+from kd_trainer.compare.runs import NOTE, PlannedRun, plan_runs, read_json
+from kd_trainer.costs import alone, duration, total_updates, updates_per_epoch
+from kd_trainer.doctor.checks import check_before_training
+from kd_trainer.doctor.finding import several
+from kd_trainer.doctor.plan import describe
+from kd_trainer.doctor.resources import Speed
+
+
+def run_compare(comparison: Comparison) -> dict[str, Any]:
+    """What scripts/compare.py does; returns what comparison.json holds."""
+    args, output = comparison.args, comparison.output
+    trusted = bool(comparison.settings.get("trust_remote_code"))
+    if args.merge is not None:
+        runs = read_runs([Path(folder) for folder in args.merge])
+        return write_report(
+            runs, output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
+        )
+    parts, budget = _prepare(comparison)
+    planned = plan_runs(
+        comparison.settings, budget, seeds=args.chosen_seeds, kinds=args.kinds, folder=output
+    )
+    baselines = _finished_baselines(comparison, budget)
+    print(f"Comparison in {output}: {several(len(planned), 'run')}. {budget.sentence()}")
+    if comparison.dry_run:
+        _print_plan(planned, parts)
+        return {}
+    guide = parts["distilled"]
+    assert guide.eval_dataset is not None
+    _check_once(comparison, planned, guide)
+    images = len(guide.eval_dataset)
+    speeds = _speeds(planned, parts)
+    _print_estimate(planned, speeds, images)
+    parts.clear()  # networks that would count in the memory of the runs
+    del guide
+    for number, one in enumerate(planned, start=1):
+        _execute(one, f"[{number}/{len(planned)}] {one.name}:")
+        speeds[one.kind] = finished_speed(one) or speeds.get(one.kind, Speed(0.0, 0.0))
+        rest = [p for p in planned[number:] if not p.complete]
+        left = sum(seconds_left(p, speeds[p.kind], images) for p in rest)
+        if left:
+            print(f"    about {duration(left)} left")
+    runs = read_runs([output], seeds=args.chosen_seeds, baselines=baselines)
+    return write_report(
+        runs, output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
+    )
+
+
+def _prepare(comparison: Comparison) -> tuple[dict[str, Parts], Budget]:
+    """The objects of one run of each kind, and what both kinds may spend."""
+    settings = comparison.settings | {"output_dir": str(comparison.output)}
+    distilled = build(settings)
+    _check(distilled)
+    runs = {"baseline": build(alone(settings)), "distilled": distilled}
+    parts = {kind: assemble(run) for kind, run in runs.items()}
+    images = {kind: len(found.train_dataset) for kind, found in parts.items()}
+    args = distilled.training
+    per_epoch = {kind: updates_per_epoch(count, args) for kind, count in images.items()}
+    return parts, Budget(total_updates(args, per_epoch["distilled"]), per_epoch, images)
+
+
+def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:
+    """The folder that `--baselines` names, if what it holds is what would be trained here.
+
+    Raises:
+        ValueError: if its settings differ, or a seed is missing.
+    """
+    args = comparison.args
+    if args.baselines is None:
+        return None
+    folder, seeds = Path(args.baselines), args.chosen_seeds
+    planned = plan_runs(comparison.settings, budget, seeds=seeds, kinds=["baseline"], folder=folder)
+    missing = [str(one.seed) for one in planned if not one.complete]
+    if missing:
+        raise ValueError(
+            f"Expected a finished baseline of each seed in {folder}, got none of "
+            f"{' '.join(missing)}. Finish that comparison first, or leave --baselines out."
+        )
+    return folder
+
+
+def _check_once(comparison: Comparison, planned: list[PlannedRun], parts: Parts) -> None:
+    """The preflight of all runs, which differ in nothing that it looks at."""
+    run = build(comparison.settings | {"output_dir": str(comparison.output)})
+    if not run.training.no_preflight and not all(one.trained for one in planned):
+        check_before_training(run, parts)
+
+
+def _check(run: RunArguments) -> None:
+    if not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher to compare with and without, got none. Name one; train.py "
+            "--teacher none makes one."
+        )
+    if run.training.eval_strategy == "no":
+        raise ValueError(
+            "Expected --eval_strategy epoch or steps, got no: a comparison needs figures."
+        )
+    if run.training.world_size > 1:
+        raise ValueError(
+            f"Expected one process, got {run.training.world_size}. Give each device seeds of its "
+            "own (--seed_list) and put the results together with --merge."
+        )
+
+
+def _print_plan(planned: list[PlannedRun], parts: dict[str, Parts]) -> None:
+    for one in planned:
+        print(f"- {one.name}: {_state(one)}")
+    for kind in KINDS:
+        example = next((p for p in planned if p.kind == kind), None)
+        if example is not None:
+            print(f"\n{describe(example.run, parts[kind])}")
+
+
+def _state(one: PlannedRun) -> str:
+    if one.complete:
+        return "complete, not repeated"
+    if one.trained:
+        return "trained, its images are to be counted"
+    update = one.checkpoint()
+    return f"goes on after update {update:,} of {one.budget.updates:,}" if update else "to train"
+
+
+def _speeds(planned: list[PlannedRun], parts: dict[str, Parts]) -> dict[str, Speed]:
+    """Speed of each kind that has something left to do."""
+    speeds = {}
+    for kind in dict.fromkeys(p.kind for p in planned if not p.complete):
+        own = [p for p in planned if p.kind == kind]
+        known = next(filter(None, map(finished_speed, own)), None)
+        speeds[kind] = known or measure_speed(own[0].run, parts[kind], parts["distilled"])
+    return speeds
+
+
+def _print_estimate(planned: list[PlannedRun], speeds: dict[str, Speed], images: int) -> None:
+    left = [(p, seconds_left(p, speeds[p.kind], images)) for p in planned if not p.complete]
+    if not left:
+        print("All runs are complete.")
+        return
+    whole = duration(sum(seconds for _, seconds in left))
+    each = {kind: max(s for p, s in left if p.kind == kind) for kind in speeds}
+    shown = ", ".join(f"{kind} {duration(seconds)} a run" for kind, seconds in each.items())
+    print(f"Estimated time: about {whole} for {several(len(left), 'run')} ({shown}).")
+
+
+def _execute(one: PlannedRun, prefix: str) -> None:
+    print(f"{prefix} {_state(one)}", flush=True)
+    if one.complete:
+        return
+    one.execute(train)
+    results = read_json(one.folder / "results.json")
+    starts = read_json(one.folder / NOTE).get("starts", 1)
+    parts = f", started {several(starts, 'time')}" if starts > 1 else ""
+    took = f"trained in {duration(results['train_seconds'])}{parts}"
+    print(f"{prefix} mIoU {results['student_miou']:.4f}, {took}", flush=True)

@@ -1,0 +1,132 @@
+"""`make demo`: draw people, train a teacher, distil a student, and say whether it worked."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_trainer.build import assemble
+from kd_trainer.command_line import build, load_recipe
+from kd_trainer.commands.train import summary_table, train
+from kd_trainer.data import TransformedDataset
+from kd_trainer.errors import run_script
+from kd_trainer.evaluation import figures_of
+from kd_trainer.metrics import image_counts
+from kd_trainer.run_folder import write_json
+
+OUTPUT = Path("runs/demo")
+MARKER = ".demo"  # in a folder whose contents by these names are a demo's
+MADE = (
+    *("student", "teacher", "checkpoint-*", "panels", "runs", "config.yaml"),
+    *("results.json", "trainer_state.json", "export.json"),
+)
+# What the demo has to reach; below it nothing was learned and it fails.
+TEACHER_MIOU = 0.80
+STUDENT_SHARE = 0.95
+# And what makes that worth something: the pictures are hard for a constant and for one epoch.
+CONSTANT_MIOU = 0.50
+FIRST_EPOCH_MIOU = 0.70
+
+
+def constant_miou(dataset: TransformedDataset) -> float:
+    """Highest mIoU of a prediction that is the same class everywhere."""
+    labels = [dataset[i]["labels"][None].long() for i in range(len(dataset))]
+    names = {0: "background", 1: "person"}
+    figures = []
+    for constant in (0, 1):
+        rows = [image_counts(truth * 0 + constant, truth, 2, boundary=False) for truth in labels]
+        figures.append(figures_of(np.concatenate([row.numpy() for row in rows]), names)["miou"])
+    return max(figures)
+
+
+def check(results: dict[str, Any]) -> None:
+    """Refuse to call it a success if nothing was learned, or nothing had to be.
+
+    Raises:
+        ValueError: if teacher or student stayed below what the demo has to reach, or a constant
+            prediction or the first epoch came near it.
+    """
+    teacher, student = results["teacher_miou"], results["student_miou"]
+    constant, first = results["constant_miou"], results["eval_history"][0]["miou"]
+    faults = {
+        f"its teacher to reach mIoU {TEACHER_MIOU:.2f}, got {teacher:.4f}": teacher < TEACHER_MIOU,
+        f"its student to reach {STUDENT_SHARE:.0%} of its teacher's mIoU {teacher:.4f}, got "
+        f"{student:.4f}": student < STUDENT_SHARE * teacher,
+        f"a constant prediction below mIoU {CONSTANT_MIOU:.2f}, got {constant:.4f}": (
+            constant >= CONSTANT_MIOU
+        ),
+        f"its student after one epoch below mIoU {FIRST_EPOCH_MIOU:.2f}, got {first:.4f}": (
+            first >= FIRST_EPOCH_MIOU
+        ),
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(
+                f"Expected of the demo {fault}. This is a defect: please report it with the output "
+                "above."
+            )
+
+
+def clear(output: Path) -> None:
+    """Remove what an earlier demo made, and nothing else that lies there.
+
+    Raises:
+        ValueError: if the folder is not one of a demo.
+    """
+    present = sorted(output.iterdir()) if output.is_dir() else []
+    if present and not (output / MARKER).is_file():
+        raise ValueError(
+            f"Expected {output} to be left by an earlier demo, got a folder with "
+            f"{present[0].name} that none has marked. Move it to another place, or delete it."
+        )
+    for pattern in MADE:
+        for path in output.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
+
+
+def demo(output: Path = OUTPUT) -> dict[str, Any]:
+    """Train both networks from their recipes; returns what `results.json` holds."""
+    start = time.perf_counter()
+    clear(output)
+    print("1/2 teacher: draws the pictures and trains a large network without a teacher")
+    teacher_settings = load_recipe("demo_teacher") | {"output_dir": str(output / "teacher")}
+    train(build(teacher_settings), stops=False)  # Ctrl-C ends a demo at once
+    print("\n2/2 student: distils the teacher into a small network, unit by unit")
+    settings = load_recipe("demo") | {"output_dir": str(output)}
+    run = build(settings)
+    results = train(run, stops=False)
+    evaluated = assemble(run).eval_dataset
+    assert isinstance(evaluated, TransformedDataset)
+    results["constant_miou"] = constant_miou(evaluated)
+    results["demo_seconds"] = time.perf_counter() - start
+    write_json(output / "results.json", results)
+    return results
+
+
+def main() -> None:
+    """Run, print the table and where everything lies, and fail if nothing was learned."""
+    results = demo()
+    first = results["eval_history"][0]["miou"]
+    print(f"\n{summary_table(results)}\n")
+    print(f"The same class everywhere would score mIoU {results['constant_miou']:.4f}, the student")
+    print(f"after one epoch {first:.4f}. All of it took {results['demo_seconds']:.0f} s.\n")
+    print(f"Student:  {OUTPUT}/student   (transformers and smp read it)")
+    print(f"Teacher:  {OUTPUT}/teacher/student")
+    print(f"Pictures: {OUTPUT}/panels    Figures: {OUTPUT}/results.json")
+    print(f"Report:   {OUTPUT}/report.html   (open it in a browser)")
+    print(f"Curves:   tensorboard --logdir {OUTPUT}")
+    print(f"Try it:   python scripts/predict.py {OUTPUT}/student YOUR_PICTURE.jpg")
+    check(results)
+
+
+if __name__ == "__main__":
+    run_script(main)

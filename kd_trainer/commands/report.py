@@ -1,0 +1,272 @@
+"""`report.html` of a training run: its settings, logs and figures, and its student looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kd_trainer import sources
+from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.build import evaluation_dataset
+from kd_trainer.command_line import EVALUATION_DATA, command_parser, given_flags, given_settings
+from kd_trainer.commands.examination import (
+    AGREEMENT,
+    EvaluationData,
+    Networks,
+    choose,
+    examine,
+    shown_images,
+)
+from kd_trainer.evaluation import agreement_of, figures_of, labels_of
+from kd_trainer.fields import add_fields, check_at_least, help_field
+from kd_trainer.loading import load_student, make_teacher, network_name, network_size
+from kd_trainer.metrics import SegmentationCounts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
+from kd_trainer.reports.html import report_html
+from kd_trainer.run_folder import (
+    log_history,
+    run_settings,
+    written_evaluations,
+    written_figures,
+)
+from kd_trainer.safe_files import read_json, write_text
+from kd_trainer.teacher import Teacher
+
+LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch")
+
+
+@dataclass
+class ReportArguments:
+    """Settings of scripts/report.py beside those of the data and the teacher."""
+
+    max_images: int = help_field(6, "Images shown: a third each of best, median and worst.")
+    output: str = help_field("", "The file to write (default: report.html in the run's folder).")
+    batch_size: int = help_field(4, "Images at a time.")
+    workers: int = help_field(0, "Processes that read the data.")
+
+    def __post_init__(self) -> None:
+        check_at_least("max_images", self.max_images, 0)
+        check_at_least("batch_size", self.batch_size, 1)
+        check_at_least("workers", self.workers, 0)
+        if self.output and Path(self.output).is_dir():
+            raise ValueError(
+                f"Expected --output to be a file, got the folder {self.output}. Name a file in it."
+            )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a training has at hand already, so that it is not loaded twice."""
+
+    teacher: Teacher | None
+    dataset: EvaluationData | None
+
+
+def build_report(
+    run_folder: str | Path,
+    args: ReportArguments | None = None,
+    *,
+    changed: dict[str, Any] | None = None,
+    loaded: Loaded | None = None,
+    device: torch.device | str = "cpu",
+) -> Path:
+    """Write the report of a run, from its folder.
+
+    Args:
+        run_folder: output folder of a training: `config.yaml` and `student/`; what else lies there
+            (`results.json`, `trainer_state.json`, `comparison.json`) is shown too.
+        args: what is shown, and where it is written.
+        changed: settings of data and teacher that count instead of the configuration's. `dataset`
+            `none` leaves out everything that needs images.
+        loaded: teacher and evaluation data, where they are at hand.
+        device: that computes.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        FileNotFoundError: if the folder is no finished run, or its evaluation data is not there.
+        ValueError: if settings contradict the student.
+    """
+    folder, args, changed = sources.run_folder(run_folder), args or ReportArguments(), changed or {}
+    settings = run_settings(folder)
+    data = _part(DataArguments, settings | changed)
+    model = _part(ModelArguments, settings | changed)
+    student = load_student(folder / "student", num_labels=data.num_labels)
+    notes: list[str] = []
+    dataset = _dataset(data, settings, changed, loaded, args)
+    if dataset is None:
+        notes.append("No evaluation data, so there are neither images nor a reliability diagram.")
+    teacher = None
+    if dataset is not None:
+        check_image_size(data.image_size, student)
+        teacher = _teacher(model, student, data, loaded, notes, strict="teacher" in changed)
+    contents = _contents(folder, settings, student, teacher)
+    contents = dataclasses.replace(contents, notes=[*notes, *contents.notes])
+    if dataset is not None:
+        networks = Networks(student, teacher, data.ignore_index, device)
+        contents = _with_images(contents, networks, dataset, args, data)
+    path = Path(args.output) if args.output else folder / "report.html"
+    write_text(path, report_html(contents))
+    return path
+
+
+def _part(cls: type, settings: dict[str, Any]) -> Any:
+    names = {field.name for field in dataclasses.fields(cls) if field.init}
+    return cls(**{name: value for name, value in settings.items() if name in names})
+
+
+def _dataset(
+    data: DataArguments,
+    settings: dict[str, Any],
+    changed: dict[str, Any],
+    loaded: Loaded | None,
+    args: ReportArguments,
+) -> EvaluationData | None:
+    """The evaluation data: as it is at hand, else as the settings name it."""
+    if loaded is not None and loaded.dataset is not None:
+        return loaded.dataset
+    never_evaluated = settings.get("eval_strategy") == "no" and "dataset" not in changed
+    if data.dataset.lower() == "none" or never_evaluated:
+        return None
+    try:
+        return evaluation_dataset(data, batch_size=args.batch_size)
+    except FileNotFoundError as error:
+        if "dataset" in changed:
+            raise
+        raise FileNotFoundError(
+            f"{error} This is how the run names its data: name their present place with --dataset, "
+            "or go to the folder that the training was started in."
+        ) from error
+
+
+def _teacher(
+    model: ModelArguments,
+    student: SmpForSemanticSegmentation,
+    data: DataArguments,
+    loaded: Loaded | None,
+    notes: list[str],
+    *,
+    strict: bool,
+) -> Teacher | None:
+    """The teacher; where the run's own is gone, that is noted, and one asked for is an error."""
+    if loaded is not None:
+        return loaded.teacher
+    try:
+        return make_teacher(model, student, image_size=data.image_size)
+    except (OSError, ValueError) as error:
+        if strict:
+            raise
+        reason = " ".join(str(error).split())
+        notes.append(
+            f"The teacher {model.teacher} could not be loaded, so no picture and no reliability "
+            f"shows it. Name its present place with --teacher. The reason: {reason}"
+        )
+        return None
+
+
+def _contents(
+    folder: Path,
+    settings: dict[str, Any],
+    student: SmpForSemanticSegmentation,
+    teacher: Teacher | None,
+) -> Contents:
+    """All that is there without a look at an image."""
+    results = read_json(folder / "results.json") or {}
+    logs = log_history(folder)
+    missing = (
+        "No trainer_state.json in the folder or its checkpoints, so no curves but those of the "
+        "evaluations in results.json."
+    )
+    networks = {
+        STUDENT: Network(
+            network_name(student), network_size(student)[0], written_figures(results, STUDENT)
+        )
+    }
+    known = written_figures(results, TEACHER)
+    if teacher is not None:
+        network = teacher.network
+        networks[TEACHER] = Network(network_name(network), network_size(network)[0], known)
+    elif known:
+        name, size = str(results.get("teacher")), int(results.get("teacher_parameters") or 0)
+        networks[TEACHER] = Network(name, size, known)
+    return Contents(
+        title=folder.resolve().name,
+        class_names=list(labels_of(student).values()),
+        networks=networks,
+        measured="Figures of results.json.",
+        notes=[] if logs else [missing],
+        agreement={k: results[k] for k in ("agreement", "agreement_miou") if k in results},
+        results=results,
+        settings=settings,
+        logs=logs or written_evaluations(results),
+        # compare.py writes it beside the folders of its runs.
+        comparison=read_json(folder / "comparison.json")
+        or read_json(folder.resolve().parent / "comparison.json"),
+        versions={"python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
+    )
+
+
+def _with_images(
+    contents: Contents,
+    networks: Networks,
+    dataset: EvaluationData,
+    args: ReportArguments,
+    data: DataArguments,
+) -> Contents:
+    """The contents with everything that needs the images."""
+    found = examine(networks, dataset, batch_size=args.batch_size, workers=args.workers)
+    labels = networks.labels
+    ious = found.image_ious(labels)
+    totals = SegmentationCounts.zero(len(labels))
+    chosen = choose(ious[STUDENT], args.max_images)
+    measured = {
+        who: dataclasses.replace(
+            contents.networks[who],
+            figures=figures_of(found.rows[who], labels),
+            confusion=totals.add(found.rows[who]).confusion,
+            reliability=found.reliability[who],
+        )
+        for who in ious
+    }
+    images = len(found.rows[STUDENT])
+    return dataclasses.replace(
+        contents,
+        networks=dict(contents.networks) | measured,
+        images=shown_images(networks, dataset, chosen, ious),
+        agreement=agreement_of(found.rows[AGREEMENT], labels) if AGREEMENT in found.rows else {},
+        measured=(
+            f"Measured in fp32 on the {images:,} images of the split {data.eval_split} of "
+            f"{data.dataset}, at {data.image_size} x {data.image_size} pixels."
+        ),
+    )
+
+
+def report_main(arguments: Sequence[str] | None = None) -> None:
+    """Write the report of a finished run."""
+    parser = command_parser(
+        "report.py",
+        "Write report.html of a training run: figures, curves, images, reliability. Settings of "
+        "data and teacher are those of the run unless they are given here.",
+        "Examples:\n  report.py runs/distilled\n"
+        "  report.py runs/distilled --dataset photos/ --eval_split test --output test.html\n"
+        "  report.py runs/distilled --dataset none   (without images)",
+    )
+    parser.add_argument("run", help="Output folder of a training.")
+    add_fields(parser, ReportArguments, title="report")
+    add_fields(parser, DataArguments, title="data", only=EVALUATION_DATA)
+    add_fields(parser, ModelArguments, title="teacher", only=TEACHER)
+    given = given_flags(parser, arguments)
+    folder = given.pop("run")
+    own, data, model = given_settings((ReportArguments, DataArguments, ModelArguments), given)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = build_report(folder, ReportArguments(**own), changed=data | model, device=device)
+    print(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

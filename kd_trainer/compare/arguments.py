@@ -1,0 +1,151 @@
+"""The command line of scripts/compare.py: that of a training, and what is compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_trainer.arguments import ModelArguments
+from kd_trainer.command_line import build, check_given, given_flags, merged, parser
+from kd_trainer.compare.budget import KINDS
+from kd_trainer.fields import (
+    add_fields,
+    check_at_least,
+    check_choice,
+    convert,
+    help_field,
+    hints_of,
+)
+
+DEFAULT_OUTPUT = "runs/compare"
+DESCRIPTION = """Train the same student with and without its teacher and compare them.
+
+For each seed two runs of equal budget: `baseline` (no teacher) and `distilled`. All flags of
+train.py are taken, and mean the same. Runs that are complete are not repeated, interrupted ones go
+on from their newest checkpoint. The figures are in comparison.md and comparison.json, beside the
+folders of the runs, in --output_dir (here runs/compare if it is not given)."""
+EPILOG = """Examples:
+  compare.py --dataset photos/ --teacher teacher/ --epochs 12
+  compare.py --dataset photos/ --teacher teacher/ --epochs 12 --seed_list 3 4 --output_dir runs/b
+  compare.py --merge runs/compare runs/b --output_dir runs/both"""
+# What the comparison itself decides.
+_NOT_TAKEN = {
+    "seed": "Expected --seeds or --seed_list, got --seed. Name all seeds at once.",
+    "resume": "Expected no --resume, got one. Runs go on by themselves: leave it out.",
+    "push_to_hub": "Expected no --push_to_hub, got one: every run would push to the same place. "
+    "Push the best run's folder afterwards with push.py.",
+}
+
+
+@dataclasses.dataclass
+class CompareArguments:
+    """Settings of scripts/compare.py beside those of a training."""
+
+    seeds: int = help_field(3, "Number of seeds: 0, 1, 2, ...")
+    seed_list: list[int] | None = help_field(None, "The seeds themselves, instead of their number.")
+    only: str = help_field(
+        "", "Train `baseline` or `distilled` only, to share the work among machines."
+    )
+    baselines: str | None = help_field(
+        None,
+        "Take the baselines of this comparison instead of training them again: for other weights "
+        "or temperatures of the distillation.",
+    )
+    merge: list[str] | None = help_field(
+        None, "Train nothing: report the runs in these folders of comparisons together."
+    )
+    bootstrap: int = help_field(2000, "Resamples of the images for the interval.")
+    latency_repeats: int = help_field(
+        30, "Measured calls for each latency; 0 leaves latencies out."
+    )
+
+    def __post_init__(self) -> None:
+        check_at_least("seeds", self.seeds, 1)
+        check_at_least("bootstrap", self.bootstrap, 1)
+        check_at_least("latency_repeats", self.latency_repeats, 0)
+        if self.only:
+            check_choice("only", self.only, KINDS)
+        if self.only and self.baselines is not None:
+            raise ValueError(
+                f"Expected --only or --baselines, got both. With --baselines only the distilled "
+                f"runs are trained: leave --only {self.only} out."
+            )
+        seeds = self.seed_list if self.seed_list is not None else [0]
+        if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+            raise ValueError(
+                f"Expected --seed_list of different seeds from 0, got "
+                f"{' '.join(map(str, seeds)) or 'none'}."
+            )
+
+    @property
+    def chosen_seeds(self) -> list[int]:
+        """The seeds that are compared."""
+        return list(range(self.seeds)) if self.seed_list is None else self.seed_list
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of run that are trained."""
+        if self.baselines is not None:
+            return ["distilled"]
+        return [self.only] if self.only else list(KINDS)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """A command line: what to compare, and the settings of a distillation."""
+
+    args: CompareArguments
+    settings: dict[str, Any]
+    output: Path
+    dry_run: bool = False
+
+
+def compare_parser() -> ArgumentParser:
+    """The parser of scripts/compare.py: that of train.py and a few flags."""
+    result = parser()
+    result.prog, result.description, result.epilog = "compare.py", DESCRIPTION, EPILOG
+    for action in result._actions:
+        if action.dest in _NOT_TAKEN:
+            action.help = SUPPRESS
+    add_fields(result, CompareArguments, title="comparison")
+    return result
+
+
+def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
+    """Recipe, then flags, as train.py reads them.
+
+    Raises:
+        ValueError: on unknown flags, wrong values, or flags that cannot go together.
+    """
+    given = given_flags(compare_parser(), arguments)
+    hints = hints_of([CompareArguments])
+    own = {name: convert(name, given.pop(name), hints[name]) for name in hints if name in given}
+    config, dry_run = given.pop("config"), given.pop("dry_run")
+    output = Path(given.pop("output_dir", DEFAULT_OUTPUT))
+    for name, message in _NOT_TAKEN.items():
+        if name in given:
+            raise ValueError(message)
+    if "seeds" in own and "seed_list" in own:
+        raise ValueError("Expected --seeds or --seed_list, got both. Leave one out.")
+    args = CompareArguments(**own)
+    if args.merge is not None:
+        trusted = {n: given.pop(n) for n in ("trust_remote_code",) if n in given}
+        unused = [*given, *(n for n in ("seeds", "seed_list", "only", "baselines") if n in own)]
+        if unused or dry_run:
+            raise ValueError(
+                f"Expected --merge with --output_dir, --bootstrap and --latency_repeats only, got "
+                f"--{unused[0] if unused else 'dry_run'}. It trains nothing: leave that out."
+            )
+        model_hints = hints_of([ModelArguments])
+        settings = {n: convert(n, v, model_hints[n]) for n, v in trusted.items()}
+        return Comparison(args, settings, output)
+    settings = merged(config, given)
+    # A configuration that a run has written may hold these.
+    settings = {k: v for k, v in settings.items() if k not in _NOT_TAKEN or k == "seed"}
+    if "report" not in given:
+        settings["report"] = False  # one page a run, that nobody asked for
+    check_given(build(settings), given)
+    return Comparison(args, settings, output, dry_run)

@@ -1,0 +1,197 @@
+"""Finished runs read back from their small files, and what has to hold before they are compared."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_trainer.arguments import DataArguments
+from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
+from kd_trainer.compare.budget import KINDS
+from kd_trainer.compare.runs import (
+    COUNTS,
+    NOTE,
+    OF_THE_DISTILLATION,
+    read_json,
+)
+from kd_trainer.image_counts import ImageCounts, load_counts
+from kd_trainer.run_folder import written_settings
+
+FILES = ("results.json", "config.yaml", NOTE, COUNTS)
+_FOLDER = re.compile(rf"({'|'.join(KINDS)})_seed(\d+)")
+# Rounding differs between machines and may turn a few pixels; anything above it is something else.
+_ROUNDING = 1e-3
+# Two machines keep the same things in other places.
+_PATHS = ("dataset", "teacher", "unlabelled", "encoder_weights", "student")
+_BY_SEED = frozenset({"seed", "use_cpu"}) | WITHOUT_EFFECT
+_BY_TEACHER = frozenset({"teacher", "unlabelled"}) | OF_THE_DISTILLATION
+# Stretched for a baseline without the unlabelled photographs.
+_STRETCHED = frozenset(
+    {"max_steps", "num_train_epochs", "warmup_epochs", "unfreeze_warmup_epochs"}
+    | {"unfreeze_start_epoch", "unfreeze_every", "eval_strategy", "save_strategy"}
+    | {"eval_steps", "save_steps"}
+)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run of a comparison, as its files tell."""
+
+    kind: str
+    seed: int
+    folder: Path
+    config: dict[str, Any]
+    results: dict[str, Any]
+    note: dict[str, Any]
+    counts: ImageCounts
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.kind} seed {self.seed} ({self.folder})"
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes: of the student while it is here, else as the settings have them."""
+        written = read_json(self.folder / "student" / "config.json").get("id2label")
+        if written:
+            return {int(index): str(name) for index, name in written.items()}
+        names = {key: self.config.get(key) for key in ("num_labels", "class_names")}
+        return DataArguments(**{k: v for k, v in names.items() if v is not None}).id2label
+
+    @cached_property
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Metrics of `student` and `teacher` from the counts."""
+        return self.counts.figures(self.id2label)
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Time of the training; None if only its last part was measured."""
+        whole = self.note.get("starts") == 1 or self.note.get("whole_time", False)
+        return self.results.get("train_seconds") if whole else None
+
+    @property
+    def peak_memory_mib(self) -> float | None:
+        """Peak memory of the training; None if it may be that of another run."""
+        own = self.note.get("memory_is_its_own") and self.note.get("starts") == 1
+        return self.results.get("peak_memory_mib") if own else None
+
+
+def read_runs(
+    folders: Sequence[Path], *, seeds: list[int] | None = None, baselines: Path | None = None
+) -> list[FinishedRun]:
+    """The runs in folders of comparisons, checked to be comparable, by seed and kind.
+
+    Args:
+        folders: output folders of comparisons.
+        seeds: leave out other seeds, and runs that are not finished; None reads everything.
+        baselines: take the baselines from this folder, and from the others none.
+
+    Raises:
+        FileNotFoundError: if a folder is missing, or has no runs, or a run lacks a file.
+        ValueError: if runs do not belong together; says which and why.
+    """
+    found: dict[tuple[int, str], FinishedRun] = {}
+    places: list[tuple[Path, Sequence[str]]] = [(folder, KINDS) for folder in folders]
+    if baselines is not None:
+        places = [(baselines, ("baseline",)), *((folder, ("distilled",)) for folder in folders)]
+    for folder, kinds in places:
+        for run in _runs_in(folder, seeds, kinds):
+            same = found.setdefault((run.seed, run.kind), run)
+            if not np.array_equal(same.counts.student, run.counts.student):
+                raise ValueError(
+                    f"Expected one run of {run.kind} seed {run.seed}, got two with other figures, "
+                    f"in {same.folder} and {run.folder}. Merge only one of them."
+                )
+    runs = [found[key] for key in sorted(found)]
+    check_comparable(runs)
+    return runs
+
+
+def _runs_in(folder: Path, seeds: list[int] | None, kinds: Sequence[str]) -> list[FinishedRun]:
+    names = {p: _FOLDER.fullmatch(p.name) for p in sorted(folder.glob("*_seed*"))}
+    matches = [(path, match) for path, match in names.items() if match and match[1] in kinds]
+    if seeds is None and not matches:
+        there = "a folder without one" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"Expected runs of compare.py (baseline_seed0, ...) in {folder}, got {there}. Name the "
+            "output folder of a comparison."
+        )
+    runs = []
+    for path, match in matches:
+        seed, missing = int(match[2]), [f for f in FILES if not (path / f).is_file()]
+        if seeds is not None and (missing or seed not in seeds):
+            continue
+        if missing or "student_miou" not in read_json(path / "results.json"):
+            raise FileNotFoundError(
+                f"Expected a finished run in {path}, got one without {missing or 'its figures'}. "
+                "Finish it with compare.py, bring the files, or take the folder away."
+            )
+        config = written_settings(path)
+        results, note = read_json(path / "results.json"), read_json(path / NOTE)
+        counts = load_counts(path / COUNTS)
+        runs.append(FinishedRun(match[1], seed, path, config, results, note, counts))
+    return runs
+
+
+def check_comparable(runs: Sequence[FinishedRun]) -> None:
+    """Refuse runs that differ in more than their seed and their teacher.
+
+    Raises:
+        ValueError: says which two runs, and in what.
+    """
+    for run in runs:
+        counted, written = run.figures["student"]["miou"], run.results["student_miou"]
+        if abs(counted - written) > _ROUNDING:
+            raise ValueError(
+                f"Expected results.json and {COUNTS} of one student in {run.folder}, got mIoU "
+                f"{written:.4f} and {counted:.4f}. Delete {COUNTS} and run compare.py again."
+            )
+        first = next(r for r in runs if r.kind == run.kind)
+        unread = OF_THE_DISTILLATION if run.kind == "baseline" else frozenset()
+        _check_settings(first, run, _BY_SEED | unread)
+        _check_data(runs[0], run)
+    by_kind = {kind: next((r for r in runs if r.kind == kind), None) for kind in KINDS}
+    baseline, distilled = by_kind["baseline"], by_kind["distilled"]
+    if baseline is not None and distilled is not None:
+        stretched = _STRETCHED if baseline.note.get("left_out") else frozenset()
+        _check_settings(baseline, distilled, _BY_SEED | _BY_TEACHER | stretched)
+
+
+def _check_settings(one: FinishedRun, other: FinishedRun, ignored: frozenset[str]) -> None:
+    settings = _portable(one.config), _portable(other.config)
+    found = [str(difference) for difference in differences(*settings, ignored)]
+    for key in ("updates", "teacher_weights"):
+        values = one.note.get(key), other.note.get(key)
+        if values[0] != values[1]:
+            found.append(f"{key} {values[0]} → {values[1]}")
+    if found:
+        raise ValueError(
+            f"Expected runs of the same settings, got {one.name} and {other.name} with other: "
+            f"{'; '.join(found)}. Compare runs that differ in the seed and the teacher only."
+        )
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    return config | {k: Path(str(config[k])).name for k in _PATHS if config.get(k) is not None}
+
+
+def _check_data(one: FinishedRun, other: FinishedRun) -> None:
+    truths = [run.counts.confusion().sum(axis=-1) for run in (one, other)]
+    if not np.array_equal(*truths):
+        raise ValueError(
+            f"Expected runs measured on the same images, got {one.name} and {other.name} with "
+            "other labels. Measure both on the same data."
+        )
+    teachers = [run.figures["teacher"]["miou"] for run in (one, other)]
+    if abs(teachers[0] - teachers[1]) > _ROUNDING:
+        raise ValueError(
+            f"Expected one teacher for all runs, got mIoU {teachers[0]:.4f} for {one.name} and "
+            f"{teachers[1]:.4f} for {other.name}. Compare with one teacher."
+        )

@@ -1,0 +1,193 @@
+"""The runs of a comparison: a folder each, and what is left to do in it."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_trainer.build import assemble, learn_from_sources
+from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, update_of
+from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
+from kd_trainer.command_line import RunArguments, build
+from kd_trainer.compare.budget import Budget, baseline_settings
+from kd_trainer.costs import reset_peak_memory
+from kd_trainer.image_counts import count_images
+from kd_trainer.loading import load_student
+from kd_trainer.losses import TERMS
+from kd_trainer.run_folder import write_json, written_settings
+from kd_trainer.safe_files import read_regular
+
+COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
+
+
+# Read by the distillation alone: a baseline is the same with any of them.
+OF_THE_DISTILLATION = frozenset(
+    {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
+    | {"temperature_per", "teacher_targets", *(t.flag for t in TERMS if t.needs_teacher)}
+)
+
+
+def weights_digest(source: str) -> str | None:
+    """SHA-256 of the weights of a teacher here; None for one on the Hub."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class PlannedRun:
+    """One run of a comparison.
+
+    Attributes:
+        kind: baseline or distilled.
+        seed: of weights, data order and augmentation.
+        run: its settings.
+        reference: the distilled run of this seed, which knows teacher and evaluation data.
+        budget: shared by all runs.
+        teacher_weights: digest of the teacher's weights, where it can be known.
+    """
+
+    kind: str
+    seed: int
+    run: RunArguments
+    reference: RunArguments
+    budget: Budget
+    teacher_weights: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes."""
+        return Path(str(self.run.training.output_dir))
+
+    @property
+    def name(self) -> str:
+        """What it is called in the output."""
+        return f"{self.kind} seed {self.seed}"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the training came to its end."""
+        return "student_miou" in read_json(self.folder / "results.json")
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.trained and all((self.folder / name).is_file() for name in (COUNTS, NOTE))
+
+    def checkpoint(self) -> int:
+        """Update of the newest complete checkpoint; 0 without one."""
+        found = checkpoint_folders(self.folder)
+        return max((update_of(p) for p in found if fault(p, contents=False) is None), default=0)
+
+    def check(self) -> None:
+        """Refuse a folder that holds a run of other settings.
+
+        Raises:
+            ValueError: says which settings differ.
+        """
+        path = self.folder / "config.yaml"
+        if not path.is_file():
+            return
+        before = written_settings(self.folder)
+        learn_from_sources(self.run)  # as the run did before it wrote its settings
+        now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
+        unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
+        found = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
+        note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
+        note |= read_json(self.folder / NOTE)
+        if note["teacher_weights"] != self.teacher_weights:
+            found.append("the weights of the teacher")
+        if note["updates"] != self.budget.updates:
+            found.append(f"updates {note['updates']} → {self.budget.updates}")
+        if found:
+            raise ValueError(
+                f"Expected the settings of the run in {self.folder}, got others: "
+                f"{'; '.join(found)}. Name another --output_dir, give the same settings, or delete "
+                "that folder."
+            )
+
+    def execute(self, train: Callable[[RunArguments], Any]) -> None:
+        """Train what is not trained, resuming if there is a checkpoint, and count its images.
+
+        Args:
+            train: the training command, which lies above this package.
+        """
+        if not self.trained:
+            self._train(train)
+        elif not (self.folder / NOTE).is_file():
+            self._write_note(starts=0, memory_is_its_own=False)  # made by train.py
+        gc.collect()
+        parts = assemble(self.reference)
+        assert parts.teacher is not None
+        assert parts.eval_dataset is not None
+        count_images(
+            load_student(self.folder / "student"),
+            parts.teacher,
+            parts.eval_dataset,
+            batch_size=self.run.training.per_device_eval_batch_size,
+            ignore_index=self.run.data.ignore_index,
+            device=self.run.training.device,
+        ).save(self.folder / COUNTS)
+
+    def _train(self, train: Callable[[RunArguments], Any]) -> None:
+        # With nothing but incomplete ones the training says so: that is not to start anew.
+        self.run.training.resume = "latest" if checkpoint_folders(self.folder) else None
+        self.run.training.no_preflight = True  # the comparison has looked once for all runs
+        starts = read_json(self.folder / NOTE).get("starts", 0) + 1
+        self._write_note(starts=starts, memory_is_its_own=reset_peak_memory())
+        train(self.run)
+
+    def _write_note(self, *, starts: int, memory_is_its_own: bool) -> None:
+        """What results.json does not say."""
+        note = {
+            "kind": self.kind,
+            "seed": self.seed,
+            "starts": starts,
+            "whole_time": starts > 0,  # results.json counts the seconds of all starts
+            "memory_is_its_own": memory_is_its_own,
+            "updates": self.budget.updates,
+            "left_out": self.budget.left_out if self.kind == "baseline" else 0,
+            "teacher": self.reference.model.teacher,
+            "teacher_weights": self.teacher_weights,
+        }
+        write_json(self.folder / NOTE, note)
+
+
+def plan_runs(
+    settings: dict[str, Any], budget: Budget, *, seeds: list[int], kinds: list[str], folder: Path
+) -> list[PlannedRun]:
+    """All runs, baseline before distilled, seed by seed, each checked against its folder."""
+    weights = weights_digest(str(settings["teacher"]))
+    planned = []
+    for seed in seeds:
+        for kind in kinds:
+            own = settings | {"seed": seed, "output_dir": str(folder / f"{kind}_seed{seed}")}
+            reference = build(own)
+            run = reference
+            if kind == "baseline":
+                run = build(baseline_settings(own, reference.training, budget))
+            one = PlannedRun(kind, seed, run, reference, budget, weights)
+            one.check()
+            planned.append(one)
+    return planned
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none or it was cut off."""
+    try:
+        values = json.loads(read_regular(path).decode("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,340 @@
+"""What a network costs: parameters, multiplications, bytes and milliseconds."""
+
+from __future__ import annotations
+
+import gc
+import math
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.onnx import OnnxExporterError
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.arguments.loading import usable_processors
+from kd_trainer.fast_layers import give_back
+from kd_trainer.loading import network_size
+
+PICTURES = 10  # measured calls of each network at the end of a training
+_ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
+
+
+class RawLogits(nn.Module):
+    """A network as one tensor in, one tensor out.
+
+    Args:
+        network: gives a tensor, or an output with `raw_logits` or `logits`.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Raw logits (B, K, H, W) of normalised floats (B, 3, H, W)."""
+        output = self.network(pixel_values)
+        if isinstance(output, Tensor):
+            return output
+        raw: Tensor | None = getattr(output, "raw_logits", None)
+        return output.logits if raw is None else raw
+
+
+@torch.no_grad()
+def macs(network: nn.Module, side: int) -> int:
+    """Multiply-accumulate operations of one picture of `side` x `side`.
+
+    Convolutions, matrix products and attention are counted, two floating-point operations each, as
+    torch counts them; normalisation, activations and resizing are not.
+    """
+    device = next(network.parameters()).device
+    was_training = network.training
+    network.eval()
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, side, side, device=device))
+    network.train(was_training)
+    return counter.get_total_flops() // 2
+
+
+def file_mib(source: str | Path) -> float | None:
+    """Size of a weight file, or of the weight files in a folder; None if there are none here."""
+    path = Path(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return sum(f.stat().st_size for f in files) / 2**20 if files else None
+
+
+def costs(
+    networks: Mapping[str, nn.Module], sides: Mapping[str, int], repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Costs of each network, on the CPU, for one picture.
+
+    Args:
+        networks: by name; they are put into eval mode and on the CPU.
+        sides: pixels of the square input of each.
+        repeats: measured calls for each latency; 0 measures none.
+
+    Returns:
+        For each name `parameters`, `never_used`, `macs`, `side` and `latency`, a list of
+        measurements (empty where nothing was measured).
+    """
+    plain = {name: RawLogits(net).cpu().eval() for name, net in networks.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, network in networks.items():
+        used, never_used = network_size(network)
+        found[name] = {
+            "parameters": used,
+            "never_used": never_used,
+            "macs": macs(plain[name], sides[name]),
+            "side": sides[name],
+            "latency": [],
+        }
+    if repeats > 0:
+        pixels = {name: picture(sides[name]) for name in networks}
+        models = {name: onnx_bytes(net, sides[name]) for name, net in plain.items()}
+        for threads in sorted({1, usable_processors()}):
+            calls: dict[str, Call] = {n: partial(net, pixels[n]) for n, net in plain.items()}
+            _add(found, "torch", interleaved(calls, [], repeats, threads))
+            sessions = {n: onnx_call(m, pixels[n], threads) for n, m in models.items() if m}
+            _add(found, "onnxruntime", interleaved(sessions, [], repeats, threads))
+    return found
+
+
+def picture_milliseconds(
+    networks: Mapping[str, nn.Module], sides: Mapping[str, int]
+) -> dict[str, float | int]:
+    """Median time of one picture in torch, each network on its own device, in turn.
+
+    Args:
+        networks: by name.
+        sides: pixels of the square input of each.
+
+    Returns:
+        `NAME_ms` of each, and `latency_threads`, those of the CPU that torch might use.
+    """
+    calls: dict[str, Call] = {}
+    for name, network in networks.items():
+        weight = next(network.parameters())
+        pixels = picture(sides[name]).to(weight.device, weight.dtype)
+        calls[name] = partial(RawLogits(network).eval(), pixels)
+    threads = torch.get_num_threads()
+    found = interleaved(calls, [], PICTURES, threads)
+    return {f"{n}_ms": one.median for n, one in found.items()} | {"latency_threads": threads}
+
+
+def picture(side: int) -> Tensor:
+    """A normalised picture (1, 3, side, side) of noise, always the same."""
+    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def _add(found: dict[str, dict[str, Any]], engine: str, measured: dict[str, Latency]) -> None:
+    for name, one in measured.items():
+        found[name]["latency"].append({"engine": engine, **vars(one)})
+
+
+def onnx_bytes(network: nn.Module, side: int) -> bytes | None:
+    """A network as an ONNX model of a fixed size; None if it cannot be one.
+
+    Either the packages for it are not installed, or the exporter does not know an operation.
+    """
+    if not all(find_spec(name) for name in _ONNX_PACKAGES):
+        return None
+    example = torch.zeros(1, 3, side, side)
+    # What exporters warn about is no business of somebody who only wants to know the time.
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "network.onnx"
+        try:
+            torch.onnx.export(
+                network, (example,), path, dynamo=True, external_data=False, verbose=False
+            )
+        except OnnxExporterError:
+            return None
+        return path.read_bytes()
+
+
+def onnx_call(model: bytes, pixels: Tensor, threads: int) -> Call:
+    """A call of ONNX Runtime on the CPU with these pixels; gives the logits."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
+    inputs = {session.get_inputs()[0].name: pixels.numpy()}
+    return lambda: session.run(None, inputs)[0]
+
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one call: median, 95th percentile, and of how many calls on what."""
+
+    median: float
+    percentile_95: float
+    repeats: int
+    threads: int
+
+
+def latency(call: Call, inputs: Sequence[Any], repeats: int, threads: int) -> Latency:
+    """Time `call(*inputs)`.
+
+    Args:
+        call: a network, or anything that is called with the inputs.
+        inputs: positional arguments of each call.
+        repeats: measured calls, at least 1, after two that warm up.
+        threads: threads of torch during the calls.
+    """
+    return interleaved({"": call}, inputs, repeats, threads)[""]
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    inputs: Sequence[Any],
+    repeats: int,
+    threads: int,
+    *,
+    warm_up: int = 2,
+    progress: bool = True,
+) -> dict[str, Latency]:
+    """Time several calls with the same inputs, A B A B; see `passes`."""
+    seconds = passes(calls, inputs, repeats, threads, warm_up=warm_up, progress=progress)
+    return {name: summary(values, threads) for name, values in seconds.items()}
+
+
+def passes(
+    calls: Mapping[str, Call],
+    inputs: Sequence[Any],
+    repeats: int,
+    threads: int,
+    *,
+    warm_up: int = 2,
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of several calls with the same inputs, A B A B.
+
+    One after the other, a network that meets a busy or a hot machine would look slow; in turn, they
+    share it. The order is turned round at every second pass, so that none always comes first.
+
+    Args:
+        calls: by name.
+        inputs: positional arguments of each call.
+        repeats: measured calls of each, at least 1.
+        threads: threads of torch during the calls. Other libraries have their own setting.
+        warm_up: calls of each before those that are measured.
+        progress: draw a bar where there is a terminal.
+
+    Returns:
+        By name, one value a pass: values of the same index were measured side by side.
+
+    Raises:
+        ValueError: if repeats or threads are below 1.
+    """
+    for name, value in (("repeats", repeats), ("threads", threads)):
+        if value < 1:
+            raise ValueError(f"Expected {name} of at least 1, got {value}.")
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls.items())
+    with torch_threads(threads), torch.inference_mode():
+        indices = range(-warm_up, repeats)
+        for index in tqdm(indices, desc="latency", unit="pass", disable=None if progress else True):
+            for name, call in order if index % 2 else reversed(order):
+                elapsed = _timed(call, inputs)
+                if index >= 0:
+                    seconds[name].append(elapsed)
+    return seconds
+
+
+def _timed(call: Call, inputs: Sequence[Any]) -> float:
+    start = time.perf_counter()
+    call(*inputs)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # a call on a GPU only queues its work
+    return time.perf_counter() - start
+
+
+def summary(seconds: Sequence[float], threads: int) -> Latency:
+    """Median and 95th percentile of these calls."""
+    median, high = np.percentile(np.asarray(seconds) * 1000, [50, 95])
+    return Latency(float(median), float(high), len(seconds), threads)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch compute on so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_memory_mib() -> float:
+    """Most memory used so far: of the GPU if there is one, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def reset_peak_memory() -> bool:
+    """Let the peak memory be counted anew; False where a process cannot do that."""
+    gc.collect()
+    give_back()  # else what an earlier run has freed would count for the next one
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
+    except OSError:
+        return False
+    return True
+
+
+def total_updates(args: DistillationArguments, per_epoch: int) -> int:
+    """Optimizer updates of a run, as the Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def updates_per_epoch(images: int, args: DistillationArguments) -> int:
+    """Optimizer updates in one epoch of this many images, as the Trainer counts them."""
+    share = images / (args.train_batch_size * args.world_size)
+    batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def length_in_epochs(args: DistillationArguments, updates: int) -> float:
+    """Epochs of a run with so many updates in one."""
+    return args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `40 s`, `12 min`, `3 h 05 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def alone(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what only a teacher can use."""
+    of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size")
+    kept = {name: value for name, value in settings.items() if name not in of_the_teacher}
+    return kept | {"teacher": "none", "unlabelled": None}

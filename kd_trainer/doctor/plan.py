@@ -1,0 +1,151 @@
+"""The plan of a run, printed by `--dry_run`: the recipe's timeline with the true figures."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import yaml
+from torch import nn
+
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.build import Parts
+from kd_trainer.command_line import RunArguments
+from kd_trainer.console import markdown_table
+from kd_trainer.costs import length_in_epochs, updates_per_epoch
+from kd_trainer.doctor.finding import Grade
+from kd_trainer.doctor.resources import plan_finding
+from kd_trainer.loading import network_name, network_size
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.optim import DECODER, unit_parameters
+from kd_trainer.safe_files import plain
+from kd_trainer.schedules import TrainingSchedule
+
+
+def timeline(
+    model: SmpForSemanticSegmentation, args: DistillationArguments, epochs: float
+) -> list[dict[str, float]]:
+    """One row an epoch: temperature, free units, trainable parameters and learning rates.
+
+    Rates are `base` (the group's own, free of warm-up and cosine; 0 while frozen) and `now`, the
+    effective rate in the middle of what is trained of the epoch.
+    """
+    sizes = {part: sum(p.numel() for _, p in ps) for part, ps in unit_parameters(model).items()}
+    units = list(sizes)[1:]
+    schedule = args.schedule(len(units), epochs)
+    rows = []
+    for epoch in range(max(1, math.ceil(epochs))):
+        free = schedule.free_units(epoch)
+        factor = schedule.rate_at(epoch + min(1.0, epochs - epoch) / 2)
+        encoder = args.learning_rate * args.encoder_lr_scale if free else 0.0
+        rows.append(
+            {
+                "epoch": epoch,
+                "temperature": schedule.temperature(epoch),
+                "free_units": free,
+                "trainable": sizes[DECODER] + sum(sizes[unit] for unit in units[:free]),
+                "decoder_lr": args.learning_rate,
+                "decoder_lr_now": args.learning_rate * factor,
+                "encoder_lr": encoder,
+                "encoder_lr_now": encoder * factor,
+            }
+        )
+    return rows
+
+
+def timeline_table(rows: list[dict[str, float]], *, temperature: bool = True) -> str:
+    """The timeline as a Markdown table; without a teacher no temperature is in use."""
+    header = [
+        "epoch",
+        "temperature",
+        "free units",
+        "trainable parameters",
+        "decoder lr base",
+        "now",
+        "encoder lr base",
+        "now",
+    ]
+    body = [
+        [
+            f"{row['epoch']:.0f}",
+            f"{row['temperature']:.2f}",
+            f"{row['free_units']:.0f}",
+            f"{row['trainable']:,.0f}",
+            *(f"{row[k]:.2e}" for k in ("decoder_lr", "decoder_lr_now")),
+            *(f"{row[k]:.2e}" if row[k] else "frozen" for k in ("encoder_lr", "encoder_lr_now")),
+        ]
+        for row in rows
+    ]
+    if not temperature:
+        header, body = _without(header, 1), [_without(row, 1) for row in body]
+    return markdown_table(header, body)
+
+
+def _without(cells: list[str], column: int) -> list[str]:
+    return cells[:column] + cells[column + 1 :]
+
+
+def sizes_table(parts: Parts) -> str:
+    """True sizes of student and teacher."""
+    networks: dict[str, nn.Module] = {"student": parts.student}
+    if parts.teacher is not None:
+        networks["teacher"] = parts.teacher.network
+    rows = []
+    for who, network in networks.items():
+        used, never_used = network_size(network)
+        mib = f"{4 * used / 2**20:.1f}"
+        rows.append([who, network_name(network), f"{used:,}", f"{never_used:,}", mib])
+    return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
+
+
+def _timeline(parts: Parts, args: DistillationArguments, updates: int) -> str:
+    epochs = length_in_epochs(args, updates)
+    rows = timeline(parts.student, args, epochs)
+    shown = timeline_table(rows, temperature=parts.teacher is not None)
+    schedule = args.schedule(len(encoder_units(parts.student)), epochs, updates)
+    said = [shown, *warmup_line(schedule, args.learning_rate)]
+    found = plan_finding(schedule)
+    if found.grade != Grade.OK:
+        said.append(f"{found.text[0].upper()}{found.text[1:]}. {found.cure}")
+    return "\n\n".join(said)
+
+
+def warmup_line(schedule: TrainingSchedule, rate: float) -> list[str]:
+    """What the warm-up makes of the decoder's learning rate; nothing where there is none."""
+    if not schedule.warmup_epochs:
+        return []
+    without = replace(schedule, warmup_epochs=0.0)
+    with_it, bare = (rate * one.rate_at(0.5) for one in (schedule, without))
+    return [
+        f"The learning rates warm up for {schedule.warmup_epochs * schedule.scale:.3g} epochs, an "
+        "addition to the recipe, which starts with the base rate: in the middle of epoch 0 the "
+        f"decoder's is {with_it:.2g}, and {bare:.2g} with --warmup_epochs 0."
+    ]
+
+
+def describe(run: RunArguments, parts: Parts) -> str:
+    """The whole plan as text."""
+    args = run.training
+    train = len(parts.train_dataset)
+    updates = updates_per_epoch(train, args)
+    evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
+    data: dict[str, Any] = {
+        "source": plain(run.data.dataset),
+        "train": f"{train:,} images ({updates:,} updates an epoch)",
+        "evaluation": f"{evaluation:,} images",
+        "classes": plain(", ".join(run.data.id2label.values())),
+        "input": f"{run.data.image_size} x {run.data.image_size}",
+    }
+    weights = parts.loss_weights.effective()
+    loss = " + ".join(f"{value:g}·{name}" for name, value in weights.items() if value)
+    return "\n\n".join(
+        [
+            "# Plan: " + str(args.output_dir),
+            "## Data\n" + "\n".join(f"- {k}: {v}" for k, v in data.items()),
+            "## Networks\n" + sizes_table(parts),
+            f"## Loss\ntotal = {loss}",
+            "## Timeline\n" + _timeline(parts, args, updates),
+            "## Configuration\n" + yaml.safe_dump(run.resolved(), sort_keys=False).strip(),
+        ]
+    )

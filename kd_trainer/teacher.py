@@ -1,0 +1,548 @@
+"""The frozen teacher: any segmentation network behind the student's own input and classes.
+
+A teacher may want other normalisation, another input size or a two-class softmax; this module
+hides all of it, so the losses see fp32 logits of the student's shape.
+Re-normalising the student's input follows the idea of timm's distillation task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSemanticSegmentation
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils.hub import cached_file
+
+from kd_trainer.errors import is_own
+from kd_trainer.fast_layers import folded, logits_of
+from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
+from kd_trainer.models.configuration_smp import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SmpConfig,
+    architecture_class,
+    default_labels,
+)
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.models.weights import (
+    SUFFIXES,
+    load_pretrained,
+    load_strictly,
+    read_weights,
+    unused_state_keys,
+)
+from kd_trainer.safe_files import plain
+from kd_trainer.sources import model_source, not_here
+
+Statistics = Sequence[float]
+
+
+class Teacher(nn.Module):
+    """A frozen segmentation network that answers with the student's classes and size.
+
+    It stays in eval mode and without gradient, whatever it is told.
+
+    Args:
+        network: (B, 3, h, w) to a tensor of logits or an output with `raw_logits` or `logits`.
+        num_labels: of the student, background included; 2 gives one logit.
+        image_size: side that the network wants; None takes the pictures as they come.
+        mean: per channel in 0..1, that the network was trained with.
+        std: likewise.
+        input_mean: with which the pictures arrive (the student's).
+        input_std: likewise.
+        id2label: names of the teacher's classes.
+        order: the teacher's class for each of the student's, where it counts them otherwise.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        num_labels: int,
+        image_size: int | None = None,
+        mean: Statistics = IMAGENET_MEAN,
+        std: Statistics = IMAGENET_STD,
+        input_mean: Statistics = IMAGENET_MEAN,
+        input_std: Statistics = IMAGENET_STD,
+        id2label: dict[int, str] | None = None,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.num_labels = num_labels
+        self.image_size = image_size
+        self.id2label = id2label or default_labels(num_labels)
+        self.order = None if order is None else list(order)
+        self.mean, self.std = list(mean), list(std)
+        self.register_buffer("scale", torch.ones(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.zeros(1, 3, 1, 1), persistent=False)
+        self.expect_input(input_mean, input_std)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def expect_input(self, mean: Statistics, std: Statistics) -> Self:
+        """Take pictures that are normalised so: those of a student that is trained or measured."""
+        own_mean, own_std = _column(self.mean, "mean"), _column(self.std, "std")
+        new_mean, new_std = _column(mean, "input_mean"), _column(std, "input_std")
+        self.input_mean, self.input_std = list(mean), list(std)
+        self.same_statistics = torch.equal(own_mean, new_mean) and torch.equal(own_std, new_std)
+        self.scale = (new_std / own_std).to(self.scale.device)
+        self.shift = ((new_mean - own_mean) / own_std).to(self.shift.device)
+        return self
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002 (the name nn.Module gives it)
+        """Do nothing: a teacher in train mode would drift with every batch."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Logits of a batch.
+
+        Args:
+            pixel_values: floats (B, 3, H, W), normalised with the student's statistics.
+
+        Returns:
+            float32 (B, K, H, W), K = 1 for two labels, otherwise num_labels.
+
+        Raises:
+            ValueError: if the network gives another number of channels.
+        """
+        if any(module.training for module in self.network.modules()):
+            self.network.eval()  # somebody has called train() on what is in here
+        height, width = pixel_values.shape[-2:]
+        images = pixel_values
+        if not self.same_statistics:
+            images = images * self.scale + self.shift
+        if self.image_size is not None:
+            side = self.image_size
+            images = _resize(images, (side, side), antialias=side < max(height, width))
+        output = self.network(images.to(next(self.network.parameters()).dtype))
+        logits = self._student_classes(logits_of(output).float())
+        return _resize(logits, (height, width))
+
+    def _student_classes(self, logits: Tensor) -> Tensor:
+        channels = logits.shape[1]
+        if self.order is not None:  # of a one-logit teacher, the other class has the other sign
+            logits = -logits if channels == 1 else logits[:, self.order]
+        if self.num_labels == 2 and channels == 2:
+            return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
+        if channels != (1 if self.num_labels == 2 else self.num_labels):
+            raise ValueError(
+                f"Expected a teacher of {self.num_labels} classes, got {channels} channels. "
+                "Choose a teacher of the student's classes."
+            )
+        return logits
+
+
+def _column(values: Statistics, name: str) -> Tensor:
+    finite = len(values) == 3 and all(map(math.isfinite, values))
+    if not finite or (name.endswith("std") and min(values) <= 0):
+        raise ValueError(
+            f"Expected three finite numbers (positive ones for std) as {name}, got {list(values)}. "
+            "Give one a channel, of values in 0..1."
+        )
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+
+
+def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
+    if maps.shape[-2:] == size:
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
+
+
+_PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
+_HEAD = "segmentation_head.0.weight"
+
+
+def load_teacher(
+    source: str,
+    *,
+    num_labels: int | None,
+    arch: str | None = None,
+    encoder: str | None = None,
+    image_size: int | None = None,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    input_mean: Statistics = IMAGENET_MEAN,
+    input_std: Statistics = IMAGENET_STD,
+    id2label: Mapping[int, str] | None = None,
+    trust_remote_code: bool = False,
+    **hub: Any,
+) -> Teacher:
+    """Load a teacher from a folder, the Hub, or a bare state dict.
+
+    Args:
+        source: folder or Hub id of an smp model, of one of our students (or their run) or of any
+            AutoModelForSemanticSegmentation; or a `.safetensors` or `.pth` state dict.
+        num_labels: of the student, background included; None takes the teacher's own.
+        arch: smp architecture of a bare state dict.
+        encoder: smp encoder of a bare state dict.
+        image_size: input side the teacher wants; None takes the student's.
+        mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
+            else ImageNet's.
+        std: likewise.
+        input_mean: the student's.
+        input_std: the student's.
+        id2label: names of the student's classes; a teacher with the same names in another order
+            is put into this one.
+        trust_remote_code: run code that comes with the teacher.
+        **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        FileNotFoundError: if there is no such file, folder or repository.
+        ValueError: if its classes are not the student's, or weights are missing or left over.
+    """
+    source = model_source(source)
+    found: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD)
+    if source.endswith(SUFFIXES):
+        network = _from_state_dict(source, arch, encoder)
+    else:
+        config = _read_config(source, hub)
+        network = _from_folder(source, config, trust_remote_code, hub)
+        found = _statistics(source, config, hub)
+    labels = network.config.id2label
+    num_labels = num_labels or max(len(labels), 2)
+    _check_classes(labels, num_labels, source)
+    return Teacher(
+        network,
+        num_labels=num_labels,
+        image_size=image_size,
+        mean=mean or found[0],
+        std=std or found[1],
+        input_mean=input_mean,
+        input_std=input_std,
+        id2label=labels if len(labels) == num_labels else None,
+        order=class_order(labels, id2label),
+    )
+
+
+def class_order(teacher: Mapping[int, str], student: Mapping[int, str] | None) -> list[int] | None:
+    """The teacher's class for each of the student's, by name; None if they need no reordering.
+
+    Other names say nothing: one side calls a class what the other calls LABEL_1.
+    """
+    theirs = [teacher[i].casefold() for i in sorted(teacher)]
+    ours = [student[i].casefold() for i in sorted(student)] if student else theirs
+    if ours == theirs or sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
+        return None
+    return [theirs.index(name) for name in ours]
+
+
+def _check_classes(labels: dict[int, str], num_labels: int, source: str) -> None:
+    if len(labels) not in ((1, 2) if num_labels == 2 else (num_labels,)):
+        shown = ", ".join(list(labels.values())[:5]) + (", ..." if len(labels) > 5 else "")
+        raise ValueError(
+            f"Expected a teacher of {num_labels} classes, got {len(labels)} in {source!r} "
+            f"({shown}). Choose a teacher of the student's classes."
+        )
+
+
+def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
+    if elsewhere := not_here(source):
+        raise FileNotFoundError(f"Expected a weight file, got {source!r}.{elsewhere}")
+    if arch is None or encoder is None:
+        raise ValueError(
+            f"Expected the architecture and encoder of {source!r}, got arch={arch} and "
+            f"encoder={encoder}. A bare state dict does not name them: give both."
+        )
+    state = {_strip(name): value for name, value in read_weights(source).items()}
+    if _HEAD not in state:
+        raise ValueError(
+            f"Expected the weights of an smp model in {source!r}, got no {_HEAD!r} among its "
+            f"{len(state)} names. Save the whole model's state_dict."
+        )
+    channels = state[_HEAD].shape[0]
+    config = SmpConfig(
+        _model_class=architecture_class(arch).__name__, encoder_name=encoder, classes=channels
+    )
+    model = SmpForSemanticSegmentation(config)
+    optional = unused_state_keys(model, model.never_used_parameters())
+    load_strictly(model, state, source=source, optional=optional)
+    return model
+
+
+def _strip(name: str) -> str:
+    """Remove what wrappers put before a name, however often they are nested."""
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    problem: Exception | None = None
+    config: Any = {}
+    try:
+        config = read_config(source, **hub)
+    except OSError as error:
+        problem = error
+    if not config:
+        found = "a folder without it" if Path(source).is_dir() else "no folder and no Hub model"
+        if (Path(source) / "config.json").is_file():
+            found = "one that is no JSON object"
+        raise FileNotFoundError(
+            f"Expected a teacher's config.json, got {found} at {source!r}. Give a folder, a Hub id "
+            "that can be reached, or a weight file with its architecture and encoder."
+            f"{not_here(source)}"
+        ) from problem
+    return config
+
+
+def _from_folder(
+    source: str, config: dict[str, Any], trust_remote_code: bool, hub: dict[str, Any]
+) -> Any:
+    if "_model_class" in config:
+        return SmpForSemanticSegmentation.from_pretrained(source, **hub)
+    if trust_remote_code:
+        _announce_code(source, config)
+    else:
+        _check_sources(config, source)
+    # Of a config.json that contradicts itself, each model complains with an error of its own; those
+    # of code that the user trusts are the user's to see.
+    wrong = ValueError if trust_remote_code else Exception
+    try:
+        load = AutoModelForSemanticSegmentation.from_pretrained
+        model, _ = load_pretrained(load, source, trust_remote_code=trust_remote_code, **hub)
+    except wrong as error:
+        if is_own(error):
+            raise
+        if config.get("model_type") in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"Expected a config.json that describes a {config['model_type']} in {source!r}, "
+                f"got: {reason[:300].rstrip('.')}. Correct it, or download the model again."
+            ) from error
+        raise ValueError(
+            f"Expected a semantic segmentation model in {source!r}, got model_type "
+            f"{config.get('model_type')!r}. {_other_teacher(config, trust_remote_code, error)}"
+        ) from error
+    return model
+
+
+def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
+    """What to do about a model that AutoModelForSemanticSegmentation does not know."""
+    if not config.get("auto_map"):
+        return (
+            "That kind of model is not supported as a teacher: choose one that "
+            "AutoModelForSemanticSegmentation loads, or one of smp."
+        )
+    if trust_remote_code:
+        return f"Its own code ended with: {' '.join(str(error).split())[:300].rstrip('.')}."
+    return (
+        "If you trust the code that it brings along, add --trust_remote_code to this command "
+        "line: no file can choose it."
+    )
+
+
+def _check_sources(config: dict[str, Any], source: str) -> None:
+    """Refuse what makes transformers fetch code, or timm read another place than the model's own.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    waiting: list[Any] = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        if not isinstance(value, dict):
+            continue
+        for name, entry in value.items():
+            kernel = name.endswith("_implementation") and "/" in str(entry)
+            if kernel or (name == "backbone" and ":" in str(entry)):
+                raise ValueError(
+                    f"Expected a model that is built of known parts in {source!r}, got {name} "
+                    f"{str(entry)[:80]!r} in its config.json. Delete the entry, if you do not need "
+                    "what it points to."
+                )
+            waiting.append(entry)
+
+
+def _announce_code(source: str, config: dict[str, Any]) -> None:
+    """Say whose code is about to run: that of the model, or of a repository that it points to."""
+    named = config.get("auto_map")
+    values = [str(v) for v in named.values()] if isinstance(named, dict) else []
+    owners = dict.fromkeys(v.split("--")[0] if "--" in v else source for v in values)
+    for owner in map(plain, owners):
+        print(f"Running Python code of {owner}, as --trust_remote_code asks for.", file=sys.stderr)
+
+
+def reduces_labels(source: str, **hub: Any) -> bool:
+    """Whether a saved model counts classes from mask value 1 on, as its preprocessing says.
+
+    `do_reduce_labels` is the convention of ADE20K: mask value 0 is not labelled.
+    """
+    source = model_source(source)
+    if source.endswith(SUFFIXES):
+        return False
+    try:
+        settings = _preprocessing(source, hub)
+    except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
+        return False
+    return bool(settings.get("do_reduce_labels"))
+
+
+def saved_class_names(source: str, **hub: Any) -> list[str] | None:
+    """Names of a saved model's classes; None if it has none of its own."""
+    source = model_source(source)
+    if source.endswith(SUFFIXES):
+        return None
+    try:
+        labels = read_config(source, **hub).get("id2label")
+        names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else None
+    except (LookupError, OSError, TypeError, ValueError):  # said where the model is loaded
+        return None
+    return None if names and any(name.startswith("LABEL_") for name in names) else names
+
+
+def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+    """The preprocessor_config.json of a model; empty without one."""
+    kept = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if cached_file(source, IMAGE_PROCESSOR_NAME, **kept) is None:
+        return {}
+    settings: Any = None
+    with contextlib.suppress(AttributeError, TypeError, RecursionError):  # of what is no object
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"Expected one JSON object in the {IMAGE_PROCESSOR_NAME} of {source}, got something "
+            "else. Correct it, or delete it."
+        )
+    return settings
+
+
+def _statistics(
+    source: str, config: dict[str, Any], hub: dict[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that the teacher's own preprocessing applies to values in 0..1."""
+    settings = _preprocessing(source, hub) or config
+    mean, std = (
+        usual if settings.get(name) is None else settings[name]
+        for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+    )
+    # transformers takes one number for all channels too.
+    mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
+    if settings.get("do_normalize") is False:
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    check_statistics(mean, std, f"the preprocessing of the teacher {source}")
+    factor = settings.get("rescale_factor", 1 / 255)
+    if settings.get("do_rescale") is False:
+        factor = 1.0
+    if not (is_finite_number(factor) and factor > 0):
+        raise ValueError(
+            "Expected rescale_factor as a finite number above 0 in the preprocessing of the "
+            f"teacher {source}, got {str(factor)[:80]}. Give that which it was trained with."
+        )
+    brightest = 255 * factor
+    return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
+
+
+_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def state_of(teacher: Teacher) -> tuple[tuple[int, int], ...]:
+    """What changes when somebody writes into a teacher's tensors; reads no value."""
+    tensors = (*teacher.network.parameters(), *teacher.network.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+class Answers:
+    """Asks a copy of the teacher that was made for this training, and leaves the teacher alone.
+
+    The copy is made at the first question, and again when the teacher has changed; a run that never
+    asks has none. It is no part of the teacher, whose weights a run is recognised by.
+
+    Args:
+        teacher: on the device where it is to answer.
+        precision: of the autocast under which it will be asked: bf16, fp16, or else fp32.
+        fold: multiply BatchNorms into convolutions and cast weights once.
+        backend: of torch.compile, or None.
+        stream: answer on a CUDA stream of its own; callers then `join` before they read.
+
+    Attributes:
+        asked: the teacher that answers; None before the first question.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        precision: str,
+        fold: bool = True,
+        backend: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        self.teacher = teacher
+        self.fold = fold
+        self.backend = backend
+        self._type = _TYPES.get(precision, torch.float32)
+        self._stream = torch.cuda.Stream() if stream else None
+        self.asked: Teacher | None = None
+        self._made_of: tuple[tuple[int, int], ...] = ()
+
+    def _prepare(self, pixel_values: Tensor) -> Teacher:
+        if not self.fold and self.backend is None:
+            return self.teacher
+        other = copy.copy(self.teacher)
+        other._modules = dict(self.teacher._modules)
+        network: Any = self.teacher.network
+        if self.fold:
+            network = folded(network, self._type, self._picture(pixel_values))
+        if self.backend is not None:
+            network = torch.compile(network, backend=self.backend)
+        other.network = network
+        return other
+
+    def _picture(self, pixel_values: Tensor) -> Tensor:
+        """What the network gets of the first picture: of its own size and normalisation."""
+        seen: list[Tensor] = []
+        handle = self.teacher.network.register_forward_pre_hook(
+            lambda _, inputs: seen.append(inputs[0])
+        )
+        try:
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                self.teacher(pixel_values[:1])
+        finally:
+            handle.remove()
+        return seen[0]
+
+    @torch.no_grad()
+    def ask(self, pixel_values: Tensor) -> Tensor:
+        """Logits fp32 (B, K, H, W) of normalised pictures (B, 3, H, W).
+
+        Call it under the autocast that was named. With a stream of its own the logits may not be
+        computed yet: see `join`.
+        """
+        state = state_of(self.teacher)
+        if self.asked is None or state != self._made_of:
+            self.asked, self._made_of = self._prepare(pixel_values), state
+        teacher = self.asked
+        if self._stream is None:
+            return teacher(pixel_values)
+        # Not run yet on any GPU. The pictures come from the current stream; neither side may give
+        # memory back that the other still reads.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            logits: Tensor = teacher(pixel_values)
+        pixel_values.record_stream(self._stream)
+        return logits
+
+    def join(self, logits: Tensor | None) -> Tensor | None:
+        """Let the current stream wait for an answer; nothing to do without a stream of its own."""
+        if self._stream is not None and logits is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            logits.record_stream(torch.cuda.current_stream())
+        return logits

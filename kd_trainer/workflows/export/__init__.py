@@ -1,1 +1,0 @@
-"""Exports of a student, checked on real images."""

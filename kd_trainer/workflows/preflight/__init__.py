@@ -1,1 +1,0 @@
-"""Checks of a run before it starts, and the doctor that prints them."""
