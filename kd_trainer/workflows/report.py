@@ -18,7 +18,7 @@ from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
-from kd_trainer.reports.html import report_html
+from kd_trainer.reports.page import report_html
 from kd_trainer.safe_files import read_json, write_text
 from kd_trainer.teacher import Teacher
 from kd_trainer.workflows.assemble import evaluation_dataset

@@ -13,13 +13,13 @@ import torch
 from kd_trainer.inference import classes_at
 from kd_trainer.models.image_processing import resize_image
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.reports.disagreement import (
+from kd_trainer.reports.panels import (
     Disagreement,
     disagreement,
     disagreement_map,
     mask_picture,
+    overlay,
 )
-from kd_trainer.reports.panels import overlay
 from kd_trainer.workflows.latency import Latency, interleaved
 from kd_trainer.workflows.pictures import read_picture
 from kd_trainer.workflows.predict import drawn

@@ -6,10 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.reports.disagreement import ONLY_STUDENT, ONLY_TEACHER, OTHER_CLASS
-from kd_trainer.reports.page import legend, table, text
-from kd_trainer.reports.panels import class_colours
-from kd_trainer.reports.sections import rgb
+from kd_trainer.reports.page import legend, rgb, table, text
+from kd_trainer.reports.panels import ONLY_STUDENT, ONLY_TEACHER, OTHER_CLASS, class_colours
 from kd_trainer.workflows.latency import Latency
 from kd_trainer.workflows.web_demo.models import DemoModel
 from kd_trainer.workflows.web_demo.result import LONGEST, Models, Result
