@@ -61,7 +61,7 @@ from tiny import Squares, arguments, tiny_student, tiny_teacher
 from kd_trainer.command_line import parse
 from kd_trainer.console import console_line
 
-from kd_trainer.model_card import card
+from kd_trainer import model_card
 from kd_trainer.doctor.loss import Gradients, share_finding
 from kd_trainer.reports.charts import history_charts
 from kd_trainer.trainer import DistillationTrainer
@@ -89,7 +89,7 @@ print(json.dumps({
     "eval": next(log for log in logs if "eval_miou" in log),
     "console": console_line(logs[0]),
     "charts": history_charts(logs, ["a", "b"]),
-    "card": card.recipe(facts),
+    "card": str(model_card.recipe(facts)),
     "doctor": share_finding(Gradients(few, few, [], [], {})).text,
     "compare": sorted(OF_THE_DISTILLATION),
     "flag": parse(["--cwd_weight", "0.5"]).training.loss_weights.cwd,

@@ -24,7 +24,6 @@ from kd_trainer.command_line import build
 from kd_trainer.commands import compare as compare
 from kd_trainer.commands.compare import run_compare
 from kd_trainer.commands.report import ReportArguments, build_report
-from kd_trainer.compare import estimate
 from kd_trainer.compare.arguments import parse_comparison
 from kd_trainer.compare.budget import Budget, baseline_settings
 from kd_trainer.compare.estimate import finished_speed, seconds_left

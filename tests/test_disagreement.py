@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from kd_trainer.reports.disagreement import (
+from kd_trainer.reports.panels import (
+    CLASS_COLOURS,
     ONLY_STUDENT,
     ONLY_TEACHER,
     OTHER_CLASS,
@@ -13,7 +14,6 @@ from kd_trainer.reports.disagreement import (
     disagreement_map,
     mask_picture,
 )
-from kd_trainer.reports.panels import CLASS_COLOURS
 
 TEACHER = np.array([[0, 1, 1, 2], [0, 0, 2, 2]], np.uint8)
 STUDENT = np.array([[0, 1, 2, 2], [1, 0, 0, 2]], np.uint8)

@@ -142,7 +142,8 @@ def test_table_and_chart_show_every_model(rows):
     chart = frontier_chart(rows, title="mIoU & latency")
     assert "mIoU &amp; latency" in chart
     assert all(f"<title>{name}</title>" in chart for name in MIOU)
-    assert chart.count("<circle") == 4  # int8 of one
+    in_legend = len(MIOU)
+    assert chart.count("<use") == 4 + in_legend  # int8 of one
 
 
 def test_a_model_without_figures_is_measured_all_the_same(runs, tmp_path):

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from kd_trainer.reports.page import duration
 from PIL import Image
 from small_runs import save_network, train_flags, write_pairs
 
@@ -33,11 +34,8 @@ from kd_trainer.commands.report import ReportArguments, build_report, report_mai
 from kd_trainer.data.synthetic import synthetic_pair
 from kd_trainer.loading import load_student
 from kd_trainer.reports.charts import merged
-from kd_trainer.reports.comparison import tables
 from kd_trainer.reports.contents import Contents, Network, ShownImage
-from kd_trainer.reports.html import report_html
-from kd_trainer.reports.quality import class_figures
-from kd_trainer.reports.sections import duration
+from kd_trainer.reports.page import class_figures, report_html
 
 EVIL = '<script>"&'
 CHROMIUM = shutil.which("chromium")
@@ -177,7 +175,7 @@ def test_the_page_is_whole_and_its_charts_are_xml(finished: Run):
     for chart in charts:
         ElementTree.fromstring(chart)
     anchors = [a["href"] for tag, a in page.tags if tag == "a"]
-    ids = {f"#{a['id']}" for _, a in page.tags if a.get("id")}
+    ids = {f"#{a['id']}" for tag, a in page.tags if tag == "section"}
     assert set(anchors) == ids
     wanted = {"summary", "curves", "images", "calibration", "classes", "configuration"}
     assert {f"#{name}" for name in wanted} <= ids
@@ -344,6 +342,13 @@ def test_curves_that_coincide_are_one_with_all_names():
     assert list(merged({"a": second, "b": second})) == ["a, b"]
 
 
+def compared(comparison: Any) -> Page:
+    """The page of a run with this comparison.json and without images."""
+    markup = report_html(replace(contents(0, 64), comparison=comparison))
+    assert EVIL not in markup
+    return Page(markup)
+
+
 def test_comparison_shows_every_value_of_whatever_it_is_given():
     """The file is written by another command, whose figures must not be lost on the way."""
     held = {
@@ -355,14 +360,13 @@ def test_comparison_shows_every_value_of_whatever_it_is_given():
         "runs": [{"seed": 0, "miou": 0.8123}, {"seed": 1, "time": 77.0}],
         "deep": {"latency": {"torch": {"median": 12.5}, "note": "one thread"}},
     }
-    page = Page(tables(held))
+    page = compared(held)
     assert page.open == []
-    assert EVIL not in tables(held)
     for shown in ("0.52", EVIL, "0, 1", "0.9100", "0.9500", "0.8300", "0.8123", "77", "12.5"):
         assert shown in page.text, shown
     assert "one thread" in page.text
-    assert Page(tables([])).text == ""
-    assert "plain" in tables("plain")
+    assert "Comparison" not in compared([]).text
+    assert "plain" in compared("plain").text
 
 
 def contents(images: int, side: int) -> Contents:
@@ -374,6 +378,34 @@ def contents(images: int, side: int) -> Contents:
         shown.append(ShownImage("best", f"image {index}", {"student": 0.5}, cells))
     network = Network("Unet x", 1000)
     return Contents("run", ["background", "person"], {"student": network}, "", images=shown)
+
+
+def test_whatever_is_printed_is_escaped():
+    """Folders are other people's: files, settings, results, logs and a comparison hold any text."""
+    logs = [{"epoch": 1.0, "eval_miou": 0.5, f"eval_iou_{EVIL}": 0.5, f"lr/{EVIL}": 1e-4}]
+    held = {EVIL: [EVIL], "one row each": {EVIL: {EVIL: EVIL}}, "deep": {EVIL: {EVIL: {"a": EVIL}}}}
+    network = Network(EVIL, 1000, {"miou": 0.5}, np.eye(3, dtype=int))
+    picture = np.zeros((8, 8, 3), np.uint8)
+    evil = Contents(
+        title=EVIL,
+        class_names=["background", EVIL, f"_{EVIL}"],
+        networks={"student": network, "teacher": network},
+        measured=EVIL,
+        notes=[EVIL],
+        images=[ShownImage("best", EVIL, {"student": 0.5}, {EVIL: picture})],
+        results={"device": EVIL, "versions": {EVIL: EVIL}},
+        settings={EVIL: EVIL, "list": [EVIL]},
+        logs=logs,
+        comparison=held,
+        versions={EVIL: EVIL},
+    )
+    markup = report_html(evil)
+    page = Page(markup)
+    assert page.open == []
+    assert page.text.count(EVIL) > 30
+    assert "<script" not in markup
+    alts = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    assert alts == [f"{EVIL} of {EVIL}"]
 
 
 def test_a_report_at_640_pixels_stays_small():

@@ -17,6 +17,7 @@ HEAVY = (
     "cv2",
     "datasets",
     "evaluate",
+    "matplotlib",
     "scipy",
     "segmentation_models_pytorch",
     "sklearn",

@@ -30,7 +30,7 @@ from kd_trainer.loading import load_student, make_teacher, network_name, network
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
-from kd_trainer.reports.html import report_html
+from kd_trainer.reports.page import report_html
 from kd_trainer.run_folder import (
     log_history,
     run_settings,

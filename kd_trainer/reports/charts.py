@@ -1,117 +1,70 @@
-"""Charts as SVG, in the page's own colours: training curves and what they are drawn with."""
+"""Charts as SVG in the colours of the page around them, drawn by matplotlib; text stays text."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
 
 from kd_trainer.losses import TERMS
 from kd_trainer.reports.panels import CLASS_COLOURS
+from kd_trainer.safe_files import plain
 
-STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-
-
-def linear_ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers that lie evenly between two bounds.
-
-    Args:
-        low: lower bound.
-        high: upper bound, above `low`.
-        count: about how many; there are at most `count + 1`.
-    """
-    rough = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * s for s in STEPS if power * s >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten between two positive bounds, and their doubles and halves where there is room.
-
-    Over less than a decade the ticks are those of a linear axis.
-    """
-    decades = math.log10(high / low)
-    if decades < 1:
-        return [tick for tick in linear_ticks(low, high, count) if tick > 0]
-    every = max(1, math.ceil(decades / count))
-    first = math.floor(math.log10(low) / every) * every
-    powers = range(first, math.ceil(math.log10(high)) + 1, every)
-    for factors in ((1, 2, 5), (1, 3), (1,)) if every == 1 else ((1,),):
-        ticks = [factor * 10.0**power for power in powers for factor in factors]
-        ticks = [tick for tick in ticks if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
-        if len(ticks) <= count + 2:
-            break
-    return ticks
-
-
-def tick_labels(ticks: list[float]) -> list[str]:
-    """The ticks as text, all with as many decimals as the finest of them needs."""
-    largest = max((abs(tick) for tick in ticks), default=0.0)
-    smallest = min((abs(tick) for tick in ticks if tick), default=1.0)
-    if largest >= 1e5 or largest < 1e-2 or largest / smallest > 1e4:
-        return [_power(tick) for tick in ticks]
-    decimals = max((_decimals(tick) for tick in ticks), default=0)
-    if largest / smallest >= 100:  # a logarithmic axis: each number as it is, if short enough
-        plain = [f"{tick:.{_decimals(tick)}f}" for tick in ticks]
-        return plain if max(map(len, plain)) < 6 else [_power(tick) for tick in ticks]
-    return [f"{tick:.{decimals}f}" for tick in ticks]
-
-
-def _decimals(value: float) -> int:
-    return next((d for d in range(6) if math.isclose(round(value, d), value, abs_tol=1e-9)), 6)
-
-
-def _power(value: float) -> str:
-    """2e-4 and not 2e-04."""
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    short = mantissa.rstrip("0").rstrip(".")
-    return f"{short}e{int(exponent)}" if int(exponent) else short
-
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 Point = tuple[float, float]
 Range = tuple[float, float]
+Logs = Sequence[Mapping[str, Any]]
 
 # Indices into the palette by contrast against white and against black; its yellow and its first
 # orange are too pale on white to come early or at all.
 _ORDER = (5, 6, 1, 7, 3, 2, 8)
 LINE_COLOURS = tuple("#{:02x}{:02x}{:02x}".format(*CLASS_COLOURS[i].tolist()) for i in _ORDER)
-DASHES = ("", "7 3", "2 3", "10 3 2 3")
+DASHES = ("solid", "dashed", "dotted", "dashdot")
 
-WIDTH, HEIGHT = 440, 290
-FONT = 12
-_CHARACTER = 6.3  # mean width of one in pixels, at this size in a usual sans-serif
-_LEFT, _RIGHT, _BOTTOM = 60, 14, 42
-_MOST_POINTS = 400  # of one line; more cannot be seen and would only make the file larger
+WIDTH, HEIGHT = 400, 300  # pixels; a phone shows them at about 0.85 of that
+_LEGEND_ROW = 18
+_LONGEST_NAME = 44  # characters; more would not fit beside a line of the legend
 _MARKED = 30  # up to so many points are also drawn as dots
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """Maps data to pixels inside the axes."""
-
-    x: Range
-    y: Range
-    top: float
-    height: float
-    log_y: bool
-
-    def place(self, point: Point) -> Point:
-        """Pixel of a point; y grows downwards."""
-        low, high, value = *self.y, point[1]
-        if self.log_y:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        across = (point[0] - self.x[0]) / (self.x[1] - self.x[0])
-        up = (value - low) / (high - low)
-        bottom = self.height - _BOTTOM
-        return _LEFT + across * (WIDTH - _LEFT - _RIGHT), bottom - up * (bottom - self.top)
+_SVG = "{http://www.w3.org/2000/svg}"
+_INK = "#010203"  # stands for the page's text colour, of which matplotlib has no notion
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine measures text alike
+    "font.size": 12,
+    "text.parse_math": False,  # a class may be called $x$
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.facecolor": "none",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.xmargin": 0,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-3, 6),
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "xtick.bottom": False,
+    "ytick.left": False,
+    "lines.linewidth": 2,
+    "path.simplify_threshold": 1.0,  # pixels, or a long history makes a large file
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "legend.columnspacing": 1.2,
+}
 
 
 def line_chart(
@@ -143,153 +96,144 @@ def line_chart(
         background: paint the page white below the chart and draw in black, for a file of its own.
 
     Returns:
-        The element as text, which is a complete .svg file too.
+        The element as text, which is a complete .svg file too; the same for the same arguments.
     """
-    kept = {name: _segments(points, log_y) for name, points in series.items()}
-    everything = [p for segments in kept.values() for segment in segments for p in segment]
-    names = {name: name if kept[name] else f"{name} (no data)" for name in kept}
-    lines, top = _legend(names)
-    # A long legend makes the picture higher and leaves the axes their height.
-    height = HEIGHT + max(0.0, top - 68)
-    parts = [_text(WIDTH / 2, 18, title, anchor="middle", extra='font-weight="600"'), *lines]
-    if everything:
-        frame = _Frame(
-            x_range or _bounds([p[0] for p in everything], 0.0, log=False),
-            y_range or _bounds([p[1] for p in everything], 0.05, log=log_y),
-            top,
-            height,
-            log_y,
-        )
-        parts += _axes(frame, x_label, y_label)
-        for index, (name, segments) in enumerate(kept.items()):
-            parts += _line(name, segments, index, frame, step)
-    else:
-        middle = (top + height) / 2
-        parts.append(_text(WIDTH / 2, middle, "no data", anchor="middle", extra='opacity="0.7"'))
-    return _document(parts, title, height, background)
+    # Costs about a second, which most commands need not spend.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    values = {name: _drawable(points, log_y) for name, points in series.items()}
+    names = [_legend_name(name, points) for name, points in values.items()]
+    columns = _legend_columns(names)
+    height = HEIGHT + _LEGEND_ROW * max(math.ceil(len(names) / columns) - 1, 0)
+    file = io.StringIO()
+    # The salt makes ids those of the content, and other ones in each chart of a page.
+    with rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+        # Of a name in a script that the font lacks: the browser has another font for it.
+        warnings.filterwarnings("ignore", "Glyph")
+        # SVG counts 72 pixels an inch.
+        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(plain(title))
+        axes.set_xlabel(plain(x_label))
+        axes.set_ylabel(plain(y_label))
+        lines = [_line(axes, points, index, step) for index, points in enumerate(values.values())]
+        _scale(axes, np.concatenate([[], *(y for _, y in values.values())]), log_y)
+        axes.set(**{f"{axis}lim": r for axis, r in (("x", x_range), ("y", y_range)) if r})
+        if lines:
+            figure.legend(lines, names, loc="outside lower left", ncols=columns)
+        figure.savefig(file, format="svg", facecolor="white" if background else "none")
+    root = _element(file.getvalue(), names, plain(title), _summary(values))
+    if background:
+        root.attrib["color"] = "#1f2328"
+    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _document(parts: list[str], title: str, height: float, background: bool) -> str:
-    colour = ' color="#1f2328"' if background else ""
-    sheet = '<rect width="100%" height="100%" fill="#ffffff"/>' if background else ""
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img"'
-        f' aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="{FONT}"'
-        f' fill="currentColor"{colour}>{sheet}{"".join(parts)}</svg>'
+def _drawable(points: Sequence[Point], log_y: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (N,) and (N,); y is NaN where there is nothing to draw."""
+    x, y = np.array(points, dtype=float).reshape(-1, 2).T
+    return x, np.where(np.isfinite(x) & np.isfinite(y) & ((y > 0) | (not log_y)), y, np.nan)
+
+
+def _legend_name(name: str, points: tuple[np.ndarray, np.ndarray]) -> str:
+    shown = plain(name)
+    if len(shown) > _LONGEST_NAME:
+        shown = f"{shown[: _LONGEST_NAME - 1]}…"
+    return shown if np.isfinite(points[1]).any() else f"{shown} (no data)"
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """As many as have room for the longest name and its line."""
+    widest = 7 * max(map(len, names), default=0) + 38
+    return max(1, min(len(names), WIDTH // widest))
+
+
+def _line(axes: Axes, points: tuple[np.ndarray, np.ndarray], index: int, step: bool) -> Line2D:
+    x, y = points
+    there = np.isfinite(y)
+    before, after = np.append(False, there[:-1]), np.append(there[1:], False)
+    alone = there & ~before & ~after
+    marked = there if there.sum() <= _MARKED and not step else alone
+    (line,) = axes.plot(
+        x,
+        y,
+        color=LINE_COLOURS[index % len(LINE_COLOURS)],
+        linestyle=DASHES[index // len(LINE_COLOURS) % len(DASHES)],
+        drawstyle="steps-post" if step else "default",
+        marker="o" if marked.any() else "",
+        markevery=np.flatnonzero(marked).tolist(),
+        clip_on=False,  # half of a dot on the border would be cut off
+        gid=f"line {index}",
     )
+    return line
 
 
-def _segments(points: Sequence[Point], log_y: bool) -> list[list[Point]]:
-    """The drawable points, cut where one is not, thinned to what can be seen."""
-    segments: list[list[Point]] = [[]]
-    for x, y in points:
-        if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log_y):
-            segments[-1].append((x, y))
-        elif segments[-1]:
-            segments.append([])
-    total = sum(map(len, segments))
-    keep = max(1.0, total / _MOST_POINTS)
-    return [_thinned(segment, math.ceil(len(segment) / keep)) for segment in segments if segment]
+def _scale(axes: Axes, y: np.ndarray, log_y: bool) -> None:
+    """Ticks, and a logarithmic axis; or a note that there is nothing to see."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
+    y = y[np.isfinite(y)]
+    if not len(y):
+        axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
+        axes.set_axis_off()
+    elif log_y:
+        axes.set_yscale("log")
+        between = (1, 2, 5) if y.max() < 1000 * y.min() else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=between, numticks=6))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    elif y.min() >= 0:  # what is never negative gets no axis below zero
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
 
 
-def _thinned(points: list[Point], most: int) -> list[Point]:
-    """About `most` of the points: of each run the lowest and the highest, so that peaks stay."""
-    if len(points) <= max(most, 4):
-        return points
-    size = math.ceil(2 * len(points) / most)
-    kept = [0, len(points) - 1]
-    for start in range(0, len(points), size):
-        run = range(start, min(start + size, len(points)))
-        kept += [min(run, key=lambda i: points[i][1]), max(run, key=lambda i: points[i][1])]
-    return [points[i] for i in sorted(set(kept))]
+def _summary(values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """What a screen reader says of the lines."""
+    ends = {name: y[np.isfinite(y)] for name, (_, y) in values.items()}
+    said = [f"{plain(name)} {y[0]:.4g} to {y[-1]:.4g}" for name, y in ends.items() if len(y)]
+    return "; ".join(said) or "no data"
 
 
-def _bounds(values: list[float], margin: float, *, log: bool) -> Range:
-    """Ends of an axis: those of the values and a margin; never equal."""
-    low, high = min(values), max(values)
-    if log:
-        factor = (high / low) ** margin if high > low else 2.0
-        return low / factor, high * factor
-    if low == high:
-        wide = abs(low) * 0.1 or 1.0
-        return low - wide, high + wide
-    wide = (high - low) * margin
-    # Figures that are never negative get no axis below zero.
-    return (0.0 if low >= 0 > low - wide else low - wide), high + wide
+def _element(svg: str, names: Sequence[str], title: str, summary: str) -> ElementTree.Element:
+    """Matplotlib's file as an element of a page: small, named, and in the page's colour and font.
+
+    Left out are its metadata, its style sheet, which would style the whole page, ids that nothing
+    refers to, and digits below a tenth of a pixel.
+    """
+    root = ElementTree.fromstring(svg)
+    for name in ("metadata", "defs"):
+        for element in root.findall(f"{_SVG}{name}"):
+            root.remove(element)
+    drawing = list(root)
+    root[:] = [_titled("title", title), _titled("desc", summary), *drawing]
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        element.text, element.tail = (element.text or "").strip(), None
+        if (number := element.attrib.get("id", "")).startswith("line "):
+            element.insert(0, _titled("title", names[int(number.removeprefix("line "))]))
+        for name in element.attrib.keys() & {"d", "x", "y", "transform"}:
+            short = re.sub(r"(\.\d)\d+", r"\1", element.attrib[name])
+            element.attrib[name] = " ".join(short.split())
+        for name in [name for name in element.attrib if name.endswith("}href")]:
+            element.attrib["href"] = element.attrib.pop(name)
+        element.attrib.pop("clip-path", None)  # nothing lies outside of the axes
+        if style := element.attrib.get("style"):
+            style = style.replace("'DejaVu Sans'", "system-ui, sans-serif")
+            element.attrib["style"] = style.replace(_INK, "currentColor")
+    referred = {element.attrib.get("href") for element in root.iter("use")}
+    for element in root.iter():
+        if f"#{element.attrib.get('id')}" not in referred:
+            element.attrib.pop("id", None)
+    size = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    root.attrib = {"xmlns": _SVG[1:-1], **size, "stroke-linejoin": "round"}
+    return root
 
 
-def _legend(names: Mapping[str, str]) -> tuple[list[str], float]:
-    """Samples of the lines with their names, in rows; and where the axes may begin."""
-    parts, x, y = [], float(_LEFT), 38.0
-    for index, name in enumerate(names.values()):
-        width = 26 + _CHARACTER * len(name) + 12
-        if x > _LEFT and x + width > WIDTH:
-            x, y = float(_LEFT), y + 17
-        parts.append(f'<path d="M{x:.1f} {y - 4:.1f}h20" {_stroke(index)}/>')
-        parts.append(_text(x + 25, y, name))
-        x += width
-    return parts, y + (13 if names else -8)
+def _titled(tag: str, text: str) -> ElementTree.Element:
+    element = ElementTree.Element(tag)
+    element.text = text
+    return element
 
-
-def _stroke(index: int) -> str:
-    colour = LINE_COLOURS[index % len(LINE_COLOURS)]
-    dash = DASHES[index // len(LINE_COLOURS) % len(DASHES)]
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    return f'fill="none" stroke="{colour}" stroke-width="2"{dashed}'
-
-
-def _axes(frame: _Frame, x_label: str, y_label: str) -> list[str]:
-    bottom, right = frame.height - _BOTTOM, WIDTH - _RIGHT
-    rows = log_ticks(*frame.y, 5) if frame.log_y else linear_ticks(*frame.y, 5)
-    parts = []
-    for tick, label in zip(rows, tick_labels(rows), strict=True):
-        y = frame.place((frame.x[0], tick))[1]
-        parts.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="currentColor" opacity="0.15"/>')
-        parts.append(_text(_LEFT - 6, y + 4, label, anchor="end", extra='class="y"'))
-    columns = linear_ticks(*frame.x, 6)
-    for tick, label in zip(columns, tick_labels(columns), strict=True):
-        x = frame.place((tick, frame.y[1]))[0]
-        parts.append(f'<path d="M{x:.1f} {bottom:g}v4" stroke="currentColor"/>')
-        parts.append(_text(x, bottom + 17, label, anchor="middle", extra='class="x"'))
-    parts.append(
-        f'<path d="M{_LEFT} {frame.top:g}V{bottom:g}H{right}" fill="none" stroke="currentColor"'
-        ' opacity="0.7"/>'
-    )
-    middle, height = (_LEFT + right) / 2, (frame.top + bottom) / 2
-    parts.append(_text(middle, frame.height - 8, x_label, anchor="middle"))
-    turn = f'transform="rotate(-90 12 {height:.1f})"'
-    return [*parts, _text(12, height, y_label, anchor="middle", extra=turn)]
-
-
-def _line(
-    name: str, segments: list[list[Point]], index: int, frame: _Frame, step: bool
-) -> list[str]:
-    """One series: a polyline a segment, and dots where there are few points."""
-    count = sum(map(len, segments))
-    parts = [f"<g><title>{escape(name)}</title>"]
-    for segment in segments:
-        places = [frame.place(point) for point in segment]
-        if len(places) > 1:
-            drawn = " ".join(f"{x:.2f},{y:.2f}" for x, y in (_stepped(places) if step else places))
-            parts.append(f'<polyline points="{drawn}" stroke-linejoin="round" {_stroke(index)}/>')
-        if len(places) == 1 or (count <= _MARKED and not step):
-            colour = LINE_COLOURS[index % len(LINE_COLOURS)]
-            dots = (f'<circle cx="{x:.2f}" cy="{y:.2f}" r="2.5"/>' for x, y in places)
-            parts.append(f'<g fill="{colour}">{"".join(dots)}</g>')
-    return [*parts, "</g>"]
-
-
-def _stepped(places: list[Point]) -> list[Point]:
-    corners = [(after[0], before[1]) for before, after in pairwise(places)]
-    return [places[0], *(p for pair in zip(corners, places[1:], strict=True) for p in pair)]
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", extra: str = "") -> str:
-    more = f" {extra}" if extra else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
-
-
-Logs = Sequence[Mapping[str, Any]]
 
 METRICS = {
     "dice": "Dice",
@@ -300,7 +244,6 @@ METRICS = {
     "pixel_accuracy": "pixel accuracy",
     "mean_image_iou": "mean image IoU",
 }
-_NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
 def curve(logs: Logs, key: str) -> list[Point]:
@@ -394,13 +337,3 @@ def merged(series: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
 
 def _joined(names: list[str]) -> str:
     return ", ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]}"
-
-
-def evaluations(logs: Logs) -> tuple[list[str], list[list[Any]]]:
-    """Every figure of every evaluation: heading, and one row an evaluation."""
-    rows = [log for log in logs if "eval_miou" in log]
-    keys = [key for key in _under(rows, "eval_") if key not in _NO_METRICS]
-    header = ["epoch", *(key.removeprefix("eval_") for key in keys)]
-    return header, [
-        [f"{log.get('epoch', math.nan):g}", *(log.get(key) for key in keys)] for log in rows
-    ]

@@ -1,7 +1,7 @@
-"""The bare page of a report: style, tables, pictures. Everything is in the one file.
+"""`report.html`: one file that holds everything it shows.
 
-Whatever comes from outside (names of classes, paths, settings) goes through `text`, which escapes
-it; functions here take plain text and give markup.
+The markup is in `templates/`, where jinja2 escapes whatever is printed: names of classes, paths and
+settings come from outside. What is shown of the contents is worked out here.
 """
 
 from __future__ import annotations
@@ -9,79 +9,44 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 from PIL import Image
 
-from kd_trainer.reports.panels import Picture
+from kd_trainer.reports.charts import history_charts, line_chart
+from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, Contents, Network
+from kd_trainer.reports.panels import (
+    FALSE_NEGATIVE,
+    FALSE_POSITIVE,
+    IGNORED,
+    Picture,
+    class_colours,
+)
 
-QUALITY = 85
+ROWS = {
+    "miou": "mIoU",
+    "iou_foreground": "IoU foreground",
+    "dice": "Dice",
+    "boundary_iou": "boundary IoU",
+    "precision": "precision",
+    "recall": "recall",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_image_iou": "mean image IoU",
+}
+_SIDE, _QUALITY = 320, 85  # of an image in the page: pixels, and of JPEG
+_NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
-STYLE = """
-:root{color-scheme:light dark;--back:#fff;--card:#f6f8fa;--line:#d0d7de;--text:#1f2328;
---faint:#59636e;--link:#0b62c4}
-@media (prefers-color-scheme:dark){:root{--back:#14181d;--card:#1d232a;--line:#38424d;
---text:#e4e8ec;--faint:#9aa6b2;--link:#6cb2f5}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1360px;padding:16px;background:var(--back);color:var(--text);
-font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.6rem;line-height:1.25;margin:.3em 0}
-h2{font-size:1.25rem;margin:2.2em 0 .6em;padding-top:.4em;border-top:1px solid var(--line)}
-h3{font-size:1rem;margin:1.6em 0 .5em}
-p{max-width:75ch;margin:.5em 0}
-a{color:var(--link)}
-.faint,figcaption{color:var(--faint);font-size:.875rem}
-nav{display:flex;flex-wrap:wrap;gap:4px 16px;margin:12px 0}
-nav a{padding:4px 0}
-.scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;max-width:100%;
-width:fit-content}
-table{border-collapse:collapse;overflow-wrap:normal;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child{text-align:left}
-tr:last-child td{border-bottom:0}
-th{background:var(--card);font-weight:600;white-space:normal}
-table.words th{text-align:left}
-table.words td{text-align:left;vertical-align:top}
-table.words td+td{white-space:normal;overflow-wrap:anywhere;min-width:9em}
-.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,168px),1fr));gap:12px;
-margin:16px 0}
-.tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:10px 14px}
-.tile b{display:block;font-size:1.35rem;white-space:nowrap;line-height:1.3;font-weight:600}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:16px}
-.charts figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;
-padding:8px}
-svg{display:block;width:100%;height:auto}
-.cells{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:8px;
-margin:4px 0 20px}
-.cells figure{margin:0;max-width:320px}
-.cells img{display:block;width:100%;height:auto;border-radius:4px}
-.legend{display:flex;flex-wrap:wrap;gap:4px 18px;padding:0;margin:8px 0;list-style:none;
-font-size:.875rem}
-.legend i{display:inline-block;width:14px;height:14px;border-radius:3px;margin-right:6px;
-vertical-align:-2px}
-.legend i.bar{width:120px}
-.note{border-left:4px solid #d55e00;background:var(--card);padding:8px 12px;margin:12px 0}
-@media (max-width:480px){th,td{padding:5px 8px}table{font-size:.8rem}h2{margin-top:1.6em}}
-details{margin:12px 0}
-summary{cursor:pointer;padding:4px 0}
-@media print{.cells{break-inside:avoid}}
-"""
+Rows = Iterable[Sequence[object]]
+Table = tuple[Sequence[object], Rows]
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: `name` is its anchor, `body` markup."""
-
-    name: str
-    heading: str
-    body: str
-
-
-def text(value: object) -> str:
-    """Any value as escaped text: a missing figure as a dash, a number short."""
+def shown(value: object) -> object:
+    """A value as a page shows it: a missing figure as a dash, a number short; text as it is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if isinstance(value, bool):
@@ -91,88 +56,307 @@ def text(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, list | tuple):
-        return ", ".join(map(text, value))
-    return escape(str(value))
+        return ", ".join(str(shown(item)) for item in value)
+    return value
 
 
-def share_of(part: float, whole: float) -> str:
-    """A quotient in percent, a dash where there is nothing to divide by."""
-    return f"{part / whole:.1%}" if whole and not math.isnan(part / whole) else "-"
+class Jpeg(NamedTuple):
+    """An image inside a page; `data` is in base64."""
+
+    data: str
+    width: int
+    height: int
 
 
-Rows = Iterable[Sequence[object]]
+def jpeg(pixels: Picture) -> Jpeg:
+    """An image as JPEG of at most `_SIDE` pixels a side."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    # Without chroma subsampling: thin coloured errors would fade into the grey around them.
+    image.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+    return Jpeg(base64.b64encode(buffer.getvalue()).decode("ascii"), image.width, image.height)
 
 
-def table(header: Sequence[object], rows: Rows, *, words: bool = False) -> str:
-    """A table that scrolls inside its own box where it is wider than the page.
+PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+    autoescape=True,
+    finalize=shown,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+PAGES.filters["jpeg"] = jpeg
+
+
+def text(value: object) -> str:
+    """Any value as escaped text."""
+    return str(escape(shown(value)))
+
+
+def table(header: Sequence[object], rows: Rows) -> str:
+    """Markup of a table that scrolls inside its own box where it is wider than the page.
 
     Args:
         header: headings of the columns.
         rows: cells, first column left, the others right.
-        words: cells are text that may break, all left.
     """
-    head = "".join(f'<th scope="col">{text(cell)}</th>' for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    kind = ' class="words"' if words else ""
-    return (
-        f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def pairs(values: Mapping[str, Any], *, name: str = "setting", value: str = "value") -> str:
-    """A mapping as a table of two columns; numbers with all digits that matter."""
-    shown = [(key, f"{v:.6g}" if isinstance(v, float) else v) for key, v in values.items()]
-    return table([name, value], shown, words=True)
-
-
-def details(heading: str, body: str) -> str:
-    """Markup that is folded away until it is wanted."""
-    return f"<details><summary>{text(heading)}</summary>{body}</details>"
-
-
-def tile(label: str, figure: str, more: str = "") -> str:
-    """One large figure with what it is above and what it compares with below."""
-    below = f'<span class="faint">{text(more)}</span>' if more else ""
-    above = f'<span class="faint">{text(label)}</span>'
-    return f'<div class="tile">{above}<b>{text(figure)}</b>{below}</div>'
-
-
-def picture(pixels: Picture, *, alt: str, caption: str, side: int) -> str:
-    """A picture inside the page, as JPEG of at most `side` pixels."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    # Without chroma subsampling: thin coloured errors would fade into the grey around them.
-    image.save(buffer, "JPEG", quality=QUALITY, subsampling=0, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return (
-        f'<figure><img src="data:image/jpeg;base64,{data}" alt="{text(alt)}" width="{image.width}"'
-        f' height="{image.height}"><figcaption>{text(caption)}</figcaption></figure>'
-    )
+    return str(PAGES.get_template("parts.html").module.table(header, rows))  # type: ignore[attr-defined]
 
 
 def legend(colours: Mapping[str, str]) -> str:
-    """Samples of colours (CSS values of ours, or a gradient) with their names."""
-    items = "".join(
-        f'<li><i{" class=bar" if "gradient" in colour else ""} style="background:{colour}"></i>'
-        f"{text(name)}</li>"
-        for name, colour in colours.items()
-    )
-    return f'<ul class="legend">{items}</ul>'
+    """Markup of samples of colours (CSS values of ours, or a gradient) with their names."""
+    return str(PAGES.get_template("parts.html").module.legend(colours))  # type: ignore[attr-defined]
 
 
-def page(title: str, intro: str, sections: Sequence[Section]) -> str:
-    """The whole document; sections without a body are left out."""
-    full = [section for section in sections if section.body]
-    links = "".join(f'<a href="#{s.name}">{text(s.heading)}</a>' for s in full)
-    bodies = "".join(
-        f'<section id="{s.name}"><h2>{text(s.heading)}</h2>{s.body}</section>' for s in full
+def rgb(colour: Any) -> str:
+    """A colour of three numbers in 0..255 as CSS."""
+    return "rgb({},{},{})".format(*map(int, colour))
+
+
+def report_html(contents: Contents) -> str:
+    """The report as one HTML document.
+
+    Images are inside the file, there is no script, and nothing is loaded from anywhere. It reads
+    on narrow screens, in light and dark as the reader's system asks for.
+    """
+    student, teacher = contents.networks[STUDENT], contents.networks.get(TEACHER)
+    charts = history_charts(contents.logs, contents.class_names)
+    return PAGES.get_template("report.html").render(
+        contents=contents,
+        student=student,
+        teacher=teacher,
+        tiles=list(_tiles(contents)),
+        metrics=_metrics(student, teacher),
+        compared=list(_compared(contents.comparison)),
+        curve_charts=[Markup(chart) for chart in charts],  # line_chart escapes its text
+        evaluations=_evaluations(contents.logs),
+        legends=list(_legends(contents)),
+        reliability=_reliability(contents),
+        class_table=_classes(contents),
+        settings=_pairs(contents.settings),
+        environments={
+            "Training": _pairs(_trained_with(contents.results)),
+            "This report": _pairs(contents.versions),
+        },
     )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><header><h1>{text(title)}</h1>{intro}<nav>{links}</nav></header>\n"
-        f"<main>{bodies}</main></body></html>\n"
+
+
+def _share(part: float, whole: float) -> str:
+    """A quotient in percent, a dash where there is nothing to divide by."""
+    return f"{part / whole:.1%}" if whole and not math.isnan(part / whole) else "-"
+
+
+def _pairs(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Rows of a table of two columns; numbers with all digits that matter."""
+    return [(key, f"{v:.6g}" if isinstance(v, float) else v) for key, v in values.items()]
+
+
+def _tiles(contents: Contents) -> Iterator[tuple[str, object, str]]:
+    """The main figures: what it is, the figure, what it compares with."""
+    student, teacher = contents.networks[STUDENT], contents.networks.get(TEACHER)
+    results = contents.results
+    if student.figures:
+        more = ""
+        if teacher is not None and "miou" in teacher.figures:
+            other = teacher.figures["miou"]
+            more = f"{_share(student.figures['miou'], other)} of the teacher's {shown(other)}"
+        yield "mIoU", student.figures["miou"], more
+    if contents.agreement:
+        mutual = f"of the pixels; mutual mIoU {contents.agreement['agreement_miou']:.4f}"
+        yield "agreement with the teacher", f"{contents.agreement['agreement']:.2%}", mutual
+    of = ""
+    if teacher is not None and teacher.parameters:
+        share = student.parameters / teacher.parameters
+        of = f"{share:.0%} of the teacher's {teacher.parameters / 1e6:.2f} M"
+    yield "parameters", f"{student.parameters / 1e6:.2f} M", of
+    if (mib := results.get("student_file_mib")) is not None:
+        yield "file size", f"{mib:.1f} MiB", "model.safetensors"
+    if (seconds := results.get("train_seconds")) is not None:
+        done = f"{results.get('epochs', 0):g} epochs of {results.get('train_images', 0):,} images"
+        yield "training time", duration(seconds), done
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _metrics(student: Network, teacher: Network | None) -> Table | None:
+    """Student and teacher side by side."""
+    names = {key: name for key, name in ROWS.items() if key in student.figures}
+    if not names:
+        return None
+    if teacher is None:
+        return ["metric", STUDENT], [[name, student.figures[key]] for key, name in names.items()]
+    rows = []
+    for key, name in names.items():
+        figure, other = student.figures[key], teacher.figures.get(key, math.nan)
+        rows.append([name, figure, other, _share(figure, other)])
+    return ["metric", STUDENT, TEACHER, "student / teacher"], rows
+
+
+def _evaluations(logs: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Every figure of every evaluation, one row an evaluation."""
+    evaluated = [log for log in logs if "eval_miou" in log]
+    keys = list(dict.fromkeys(key for log in evaluated for key in log if key.startswith("eval_")))
+    keys = [key for key in keys if key not in _NO_METRICS]
+    rows = [
+        [f"{log.get('epoch', math.nan):g}", *(log.get(key) for key in keys)] for log in evaluated
+    ]
+    return (["epoch", *(key.removeprefix("eval_") for key in keys)], rows) if rows else None
+
+
+def _legends(contents: Contents) -> Iterator[dict[str, str]]:
+    """Colours of the classes, of the errors and of the difference to the teacher."""
+    several = len(contents.class_names) > 2
+    colours = class_colours(len(contents.class_names))
+    yield {name: rgb(colours[i]) for i, name in enumerate(contents.class_names) if i}
+    wrong = ", or the wrong class" if several else ""
+    yield {
+        f"error: found where there is none{wrong}": rgb(FALSE_POSITIVE),
+        "error: missed": rgb(FALSE_NEGATIVE),
+        "ignored": rgb(IGNORED),
+    }
+    if not any(DIFFERENCE in image.cells for image in contents.images):
+        return
+    ends = f"rgb(200,200,200),{rgb(FALSE_POSITIVE)})"
+    if several:
+        meaning = "difference to the teacher: distance of the two distributions, 0 to 1"
+        yield {meaning: f"linear-gradient(90deg,{ends}"}
+    else:
+        meaning = "difference: the student's probability minus the teacher's, -1 to 1"
+        yield {meaning: f"linear-gradient(90deg,{rgb(FALSE_NEGATIVE)},{ends}"}
+
+
+def _reliability(contents: Contents) -> dict[str, Any] | None:
+    """Reliability diagram, where the confidences lie, and both in figures."""
+    measured = {w: n.reliability for w, n in contents.networks.items() if n.reliability.points()}
+    if not measured:
+        return None
+    lowest = min(r.points()[0][0] for r in measured.values())
+    start = 0.5 if lowest >= 0.5 else 0.0
+    diagram = line_chart(
+        {w: r.points() for w, r in measured.items()} | {"perfect": [(start, start), (1.0, 1.0)]},
+        title="Reliability",
+        x_label="confidence",
+        y_label="share that is right",
+        x_range=(start, 1.0),
     )
+    shares = line_chart(
+        {w: r.shares() for w, r in measured.items()},
+        title="How sure the networks are",
+        x_label="confidence",
+        y_label="share of pixels",
+        log_y=True,
+        x_range=(start, 1.0),
+    )
+    return {
+        "charts": [Markup(diagram), Markup(shares)],
+        "rows": [[who, f"{r.error:.4f}", f"{r.gap:+.4f}"] for who, r in measured.items()],
+        "bins": next(iter(measured.values())).counts.shape[1],
+    }
+
+
+def _classes(contents: Contents) -> Table | None:
+    """IoU, Dice, precision and recall of every class."""
+    confusions = {
+        who: n.confusion for who, n in contents.networks.items() if n.confusion is not None
+    }
+    if not confusions:
+        return None
+    metrics = ("IoU", "Dice", "precision", "recall")
+    figures = {who: class_figures(confusion) for who, confusion in confusions.items()}
+    truth = confusions[STUDENT].sum(axis=1)
+    columns = [figures[who][metric].tolist() for metric in metrics for who in figures]
+    rows = [
+        [name, _share(float(truth[i]), float(truth.sum())), *(column[i] for column in columns)]
+        for i, name in enumerate(contents.class_names)
+    ]
+    names = [f"{metric} {who}" for metric in metrics for who in figures]
+    return ["class", "share of pixels", *names], rows
+
+
+def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
+    """IoU, Dice, precision and recall of every class (K,), NaN where there is nothing to divide by.
+
+    Args:
+        confusion: counts (K, K) by [truth, prediction].
+    """
+    hit = np.diag(confusion).astype(float)
+    truth, found = confusion.sum(axis=1), confusion.sum(axis=0)
+    wholes = {
+        "IoU": (hit, truth + found - hit),
+        "Dice": (2 * hit, truth + found),
+        "precision": (hit, found),
+        "recall": (hit, truth),
+    }
+    return {
+        name: np.divide(part, whole, out=np.full(len(hit), np.nan), where=whole > 0)
+        for name, (part, whole) in wholes.items()
+    }
+
+
+def _trained_with(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Device and versions of the training."""
+    keys = ("device", "mixed_precision", "peak_memory_mib", "images_per_second")
+    facts = {key.replace("_", " "): results[key] for key in keys if key in results}
+    return facts | dict(results.get("versions") or {})
+
+
+class Part(NamedTuple):
+    """A heading and a table of a comparison; either may be empty."""
+
+    heading: str
+    header: Sequence[object] = ()
+    rows: Rows = ()
+    words: bool = False
+
+
+def _compared(value: Any) -> Iterator[Part]:
+    """`comparison.json` as tables, whatever it holds: mappings, lists of them, single values.
+
+    Another command writes it, so its values are shown without knowing them.
+    """
+    if not value:
+        return
+    if _is_single(value):
+        yield Part("", [""], [[value]], words=True)
+    elif not isinstance(value, Mapping):
+        if all(map(_is_row, value)):
+            yield _one_row_each({str(index + 1): row for index, row in enumerate(value)})
+        else:
+            for item in value:
+                yield from _compared(item)
+    elif len(value) > 1 and all(map(_is_row, value.values())):
+        yield _one_row_each(value)
+    else:
+        single = {key: item for key, item in value.items() if _is_single(item)}
+        if single:
+            yield Part("", ["", "value"], _pairs(single), words=True)
+        for key, item in value.items():
+            if key not in single:
+                yield Part(str(key).replace("_", " "))
+                yield from _compared(item)
+
+
+def _one_row_each(rows: Mapping[str, Mapping[str, Any]]) -> Part:
+    """One row a mapping, one column a key that any of them has."""
+    keys = list(dict.fromkeys(key for row in rows.values() for key in row))
+    header = ["", *(str(key).replace("_", " ") for key in keys)]
+    return Part("", header, [[name, *(row.get(key) for key in keys)] for name, row in rows.items()])
+
+
+def _is_single(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(item is None or isinstance(item, str | int | float) for item in value)
+    return not isinstance(value, Mapping)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_single, value.values()))

@@ -1,8 +1,10 @@
-"""Panels: image, truth, teacher, student and errors side by side, one row an image."""
+"""Images of masks: overlays, errors, differences of two networks, and panels of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,11 @@ CLASS_COLOURS = np.array(
 FALSE_POSITIVE = (230, 80, 0)
 FALSE_NEGATIVE = (0, 114, 218)
 IGNORED = (128, 128, 128)
+# As errors of the student, with the teacher's mask in the place of the truth.
+ONLY_STUDENT = FALSE_POSITIVE
+ONLY_TEACHER = FALSE_NEGATIVE
+OTHER_CLASS = (160, 50, 190)
+_NOTHING_IGNORED = -1
 _HEADER = 18
 _GAP = 4
 
@@ -150,3 +157,57 @@ def save_picture(picture: Picture, path: Path) -> None:
     """Write a picture, making its folder."""
     with replacing_file(path) as partial:
         Image.fromarray(picture).save(partial)
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """How far two masks of one picture are apart.
+
+    Attributes:
+        pixels: share of the pixels of which the class differs, 0 to 1.
+        iou: mean over the foreground classes that either found; NaN if neither found any.
+    """
+
+    pixels: float
+    iou: float
+
+
+def disagreement(teacher: np.ndarray, student: np.ndarray, num_labels: int) -> Disagreement:
+    """Compare two masks.
+
+    Args:
+        teacher: class ids (H, W).
+        student: class ids (H, W).
+        num_labels: number of classes, background first.
+    """
+    ious = []
+    for index in range(1, num_labels):
+        found = np.stack([teacher == index, student == index])
+        if found.any():
+            ious.append(found.all(axis=0).sum() / found.any(axis=0).sum())
+    return Disagreement(
+        float((teacher != student).mean()), float(np.mean(ious)) if ious else math.nan
+    )
+
+
+def disagreement_map(image: Picture, teacher: np.ndarray, student: np.ndarray) -> Picture:
+    """A grey image, coloured where the masks differ.
+
+    Blue where only the teacher found something, orange where only the student did, purple where
+    both did and disagree about the class.
+
+    Args:
+        image: uint8 (H, W, 3).
+        teacher: class ids (H, W).
+        student: class ids (H, W).
+    """
+    shown = error_map(image, teacher, student, ignore_index=_NOTHING_IGNORED)
+    shown[(teacher != student) & (teacher != 0) & (student != 0)] = OTHER_CLASS
+    return shown
+
+
+def mask_picture(mask: np.ndarray, num_labels: int) -> Picture:
+    """A mask to look at: white on black for two classes, else in the colours of the classes."""
+    if num_labels == 2:
+        return np.where((mask > 0)[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
+    return class_colours(num_labels)[mask]

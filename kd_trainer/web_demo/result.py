@@ -15,13 +15,13 @@ from kd_trainer.data.folder_images import read_picture
 from kd_trainer.inference import classes_at, drawn
 from kd_trainer.models.image_processing import resize_image
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.reports.disagreement import (
+from kd_trainer.reports.panels import (
     Disagreement,
     disagreement,
     disagreement_map,
     mask_picture,
+    overlay,
 )
-from kd_trainer.reports.panels import overlay
 from kd_trainer.web_demo.models import DemoModel
 
 # Longer side of what is shown and predicted. More than any screen shows, and the logits of nine

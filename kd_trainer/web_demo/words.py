@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 
 from kd_trainer.costs import Latency
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.reports.disagreement import ONLY_STUDENT, ONLY_TEACHER, OTHER_CLASS
-from kd_trainer.reports.page import legend, table, text
-from kd_trainer.reports.panels import class_colours
-from kd_trainer.reports.sections import rgb
+from kd_trainer.reports.page import legend, rgb, table, text
+from kd_trainer.reports.panels import ONLY_STUDENT, ONLY_TEACHER, OTHER_CLASS, class_colours
 from kd_trainer.web_demo.models import DemoModel
 from kd_trainer.web_demo.result import LONGEST, Models, Result
 

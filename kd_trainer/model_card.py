@@ -1,14 +1,20 @@
-"""The card of a student, from what a run has written. It travels with the weights."""
+"""The card of a published student: README.md with metadata, from what a run has written.
+
+The text is `templates/model_card.md`, where whatever is printed is escaped: names of classes, paths
+and settings may be a stranger's.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from kd_trainer.losses import TERMS
 from kd_trainer.models.configuration_smp import uses_timm_loader
@@ -166,13 +172,13 @@ def evaluation_results(facts: CardFacts) -> list[EvalResult]:
     return found
 
 
-def recipe(facts: CardFacts) -> str:
+def recipe(facts: CardFacts) -> dict[str, str]:
     """Loss, schedules, optimizer and augmentation; nothing of a run whose settings are unknown."""
     settings = facts.settings
     if not settings:
-        return ""
+        return {}
     taught = facts.teacher is not None
-    lines = {
+    return {
         "Loss": _loss(settings, taught=taught),
         "Temperature": _temperature(settings) if taught else "",
         "Encoder": _unfreezing(settings),
@@ -183,9 +189,6 @@ def recipe(facts: CardFacts) -> str:
         "Precision": str(settings.get("mixed_precision") or ""),
         "Seed": str(settings.get("seed", 42)),
     }
-    body = "\n".join(f"- {name}: {text}" for name, text in lines.items() if text)
-    title = "Distilled" if taught else "Trained without a teacher"
-    return f"## Recipe\n\n{title} with kd_trainer.\n\n{body}"
 
 
 def _loss(settings: dict[str, Any], *, taught: bool) -> str:
@@ -255,166 +258,53 @@ def _length(settings: dict[str, Any], ran: Any) -> str:
     return f"{length}, {batch} images an update and device"
 
 
-_PIPELINE = """\
-```python
-from transformers import pipeline
-
-segment = pipeline("image-segmentation", model="{id}", trust_remote_code=True)
-for number, part in enumerate(segment("photograph.jpg")):
-    name = "".join(c if c.isalnum() else "_" for c in part["label"])
-    part["mask"].save(f"{{number}}_{{name[:50]}}.png")
-```"""
-
-_AUTO = """\
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
-
-processor = AutoImageProcessor.from_pretrained("{id}", trust_remote_code=True)
-model = AutoModelForSemanticSegmentation.from_pretrained("{id}", trust_remote_code=True)
-
-image = Image.open("photograph.jpg")
-with torch.no_grad():
-    outputs = model(**processor(image, return_tensors="pt"))
-(classes,) = processor.post_process_semantic_segmentation(
-    outputs, target_sizes=[(image.height, image.width)]
-)
-```"""
-
-_SMP = """\
-```python
-import numpy as np
-import segmentation_models_pytorch as smp
-import torch
-from PIL import Image
-
-network = smp.from_pretrained("{id}").eval()
-image = Image.open("photograph.jpg").convert("RGB").resize(({side}, {side}), Image.BILINEAR)
-pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-mean = torch.tensor({mean}).view(1, 3, 1, 1)
-std = torch.tensor({std}).view(1, 3, 1, 1)
-with torch.no_grad():
-    logits = network((pixels - mean) / std)
-{decision}
-```"""
-
-_ONE_LOGIT = "mask = logits[0, 0].sigmoid() > 0.5"
-_CLASSES = "mask = logits[0].argmax(dim=0)"
-
-
-def usage(facts: CardFacts) -> str:
-    """How to use the student with a pipeline, with Auto classes and with smp."""
-    parts = [
-        "## Use",
-        "With a pipeline, which gives one mask of the picture's size for each class it finds:",
-        _PIPELINE.format(id=facts.repo_id),
-        "With the Auto classes; `classes` is a tensor (height, width) of class ids:",
-        _AUTO.format(id=facts.repo_id),
-        "`trust_remote_code=True` runs the Python files of this repository. Where kd_trainer is "
-        "installed, import it and leave the argument out. Either needs transformers 5.4 or newer; "
-        "5.4, 5.8, 5.15, 5.23 and 5.24 were tried.",
-    ]
-    if facts.read_by_smp:
-        parts += [
-            "With segmentation_models_pytorch alone, which needs no code from here:",
-            _smp(facts),
-        ]
-    else:
-        parts.append(
-            f"`smp.from_pretrained` does not read this repository: its loader of `{facts.encoder}` "
-            "refuses the further keys in config.json that transformers needs."
-        )
-    return "\n\n".join(parts)
-
-
-def _smp(facts: CardFacts) -> str:
-    return _SMP.format(
-        id=facts.repo_id,
-        side=facts.side,
-        mean=[float(value) for value in facts.config["image_mean"]],
-        std=[float(value) for value in facts.config["image_std"]],
-        decision=_ONE_LOGIT if facts.config["classes"] == 1 else _CLASSES,
-    )
-
-
+Table = tuple[list[str], list[list[Any]]]
 # What would end a cell, or be read as markup or HTML; an underscore within a word is none.
 _MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
-_CITATION = """\
-```bibtex
-@software{kd_trainer,
-  title = {kd_trainer: knowledge distillation for image segmentation}
-}
-@software{segmentation_models_pytorch,
-  author = {Iakubovskii, Pavel},
-  title = {Segmentation Models PyTorch},
-  url = {https://github.com/qubvel-org/segmentation_models.pytorch}
-}
-@article{hinton2015distilling,
-  author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
-  title = {Distilling the Knowledge in a Neural Network},
-  journal = {arXiv:1503.02531},
-  year = {2015}
-}
-```"""
+
+
+def markup(value: object) -> Markup:
+    """A value as Markdown that shows it as it is; what is Markdown already stays."""
+    return value if isinstance(value, Markup) else Markup(_MARKUP.sub(r"\\\g<0>", plain(value)))
+
+
+def code(value: object) -> Markup:
+    """A value in backticks, inside of which Markdown knows no escape."""
+    return Markup("`" + plain(value).replace("`", "'") + "`")
+
+
+# jinja2 escapes what is not Markup, so that whatever `markup` made passes.
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    finalize=markup,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_TEMPLATES.filters["code"] = code
 
 
 def render(facts: CardFacts) -> str:
     """The whole README.md."""
-    sections = [
-        _head(facts),
-        usage(facts),
-        _figures(facts),
-        _sizes(facts),
-        *(_measured(heading, rows) for heading, rows in facts.measured.items()),
-        _data(facts),
-        recipe(facts),
-        _limits(facts),
-        f"## Licence\n\n{facts.license}, chosen by the owner of this repository.",
-        f"## Citation\n\n{_CITATION}",
-    ]
-    body = "\n\n".join(section for section in sections if section)
-    return f"---\n{card_data(facts).to_yaml()}\n---\n\n{body}\n"
-
-
-def markup(text: str) -> str:
-    """A name as Markdown that shows it as it is: it may be a stranger's."""
-    return _MARKUP.sub(r"\\\g<0>", plain(text))
-
-
-def _code(text: str) -> str:
-    return "`" + plain(text).replace("`", "'") + "`"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, names to the left and figures to the right."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
-
-
-def _head(facts: CardFacts) -> str:
-    labels, name = [markup(label) for label in facts.labels], facts.repo_id.split("/")[1]
-    named = "the foreground" if labels[-1] == "foreground" else labels[-1]
-    what = f"finds {named} in photographs" if len(labels) == 2 else "labels photographs"
-    text = (
-        f"# {name}\n\nThis {facts.architecture} on `{facts.encoder}` {what}: "
-        f"one class a pixel, out of {', '.join(labels)}."
+    card = _TEMPLATES.get_template("model_card.md").render(
+        facts=facts,
+        results=defaultdict(lambda: None, facts.results),
+        metadata=card_data(facts).to_yaml(),
+        taught=facts.teacher is not None,
+        split=facts.settings.get("eval_split"),
+        figures=_figures(facts),
+        sizes=_sizes(facts),
+        device=str(facts.results.get("device", "cpu")).split(":")[0],
+        measured={heading: _measured(rows) for heading, rows in facts.measured.items()},
+        recipe=recipe(facts),
+        percent="{:.1%}".format,
     )
-    if facts.teacher:
-        text += f" It was distilled from {_code(facts.teacher)}."
-    if facts.progress:
-        text += f"\n\n**In training, {facts.progress}.** Figures are those of this moment."
-    if facts.has_panel:
-        shown = (
-            "image, truth, teacher, student, errors"
-            if facts.teacher is not None
-            else ("image, truth, student, errors")
-        )
-        text += f"\n\n![{shown}](panel.png)\n\n*From left to right: {shown}.*"
-    return text
+    return re.sub(r"\n{3,}", "\n\n", card).lstrip()  # where a part was left out
 
 
-def _figures(facts: CardFacts) -> str:
+def _figures(facts: CardFacts) -> Table | None:
     """Student, teacher and baseline, as far as they were measured, metric by metric."""
     columns = {
         "student": (facts.results, "student"),
@@ -427,105 +317,44 @@ def _figures(facts: CardFacts) -> str:
         if values.get(f"{who}_miou") is not None
     }
     if "student" not in known:
-        return ""
+        return None
     binary = len(facts.labels) == 2  # whose foreground is the one class
     wanted = [(key, name) for key, _, name in FIGURES if not (binary and key == "iou_foreground")]
-    wanted += [(f"iou_{label}", f"IoU of {markup(label)}") for label in facts.labels]
+    wanted += [(f"iou_{label}", f"IoU of {label}") for label in facts.labels]
     rows = []
     for key, name in wanted:
         values = [values.get(f"{who}_{key}") for values, who in known.values()]
         if any(value is not None for value in values):
             rows.append([name, *("" if v is None else f"{v:.4f}" for v in values)])
-    text = f"## Figures\n\n{_measured_on(facts)}\n\n{table(['', *known], rows)}"
-    teacher, student = facts.results.get("teacher_miou"), facts.results["student_miou"]
-    if teacher:
-        text += f"\n\nThe student reaches {student / teacher:.1%} of its teacher's mIoU"
-        agreement = facts.results.get("agreement")
-        text += f" and gives {agreement:.1%} of the pixels the same class." if agreement else "."
-    return text
+    return ["", *known], rows
 
 
-def _measured_on(facts: CardFacts) -> str:
-    images = facts.results.get("eval_images")
-    split = facts.settings.get("eval_split")
-    name = markup(facts.dataset.name)
-    where = f"the split {_code(split)} of {name}" if split else name
-    count = f" ({images:,} images)" if images else ""
-    return (
-        f"On {where}{count}. mIoU, IoU and Dice are those of the whole set, from summed counts of "
-        "pixels."
-    )
-
-
-def _sizes(facts: CardFacts) -> str:
+def _sizes(facts: CardFacts) -> Table:
     """Parameters, bytes and, where they were measured, milliseconds of student and teacher."""
     used, never_used = facts.parameters
     results = facts.results
+    header = ["", "parameters used", "never used", "file, MiB"]
     rows = [["student", f"{used:,}", f"{never_used:,}", f"{facts.file_mib:.1f}"]]
     if results.get("teacher_parameters"):
         mib = results.get("teacher_file_mib")
-        rows.append(
-            ["teacher", f"{results['teacher_parameters']:,}", "", f"{mib:.1f}" if mib else ""]
-        )
-    header, notes = ["", "parameters used", "never used", "file, MiB"], []
+        parameters = f"{results['teacher_parameters']:,}"
+        rows.append(["teacher", parameters, "", f"{mib:.1f}" if mib else ""])
     if results.get("student_ms"):
         header.append("ms a picture")
         for row in rows:
             milliseconds = results.get(f"{row[0]}_ms")
             row.append(f"{milliseconds:.1f}" if milliseconds else "")
-        threads = results.get("latency_threads")
-        device = str(results.get("device", "cpu")).split(":")[0]
-        where = f"a CPU (threads: {threads})" if device == "cpu" else f"a device of kind {device}"
-        notes.append(
-            f"Milliseconds are the median of single pictures of {facts.side} x {facts.side} in "
-            f"torch, in fp32, on {where}, measured by turns at the end of the training."
-        )
-    if never_used:
-        notes.append(
-            "Never used are parameters that no output depends on; smp's strict loader wants them "
-            "in the file."
-        )
-    return "\n\n".join(["## Size and speed", table(header, rows), *notes])
+    return header, rows
 
 
-def _measured(heading: str, rows: list[dict[str, Any]]) -> str:
+def _measured(rows: list[dict[str, Any]]) -> Table:
     """A table of whatever was measured beside the training."""
     header = list(rows[0])
     cells = [[_cell(row.get(name)) for name in header] for row in rows]
-    titles = [markup(name.replace("_", " ")) for name in header]
-    return f"## {markup(heading)}\n\n{table(titles, cells)}"
+    return [name.replace("_", " ") for name in header], cells
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "" if value is None else markup(str(value))
-
-
-def _data(facts: CardFacts) -> str:
-    name = markup(facts.dataset.name)
-    if facts.dataset.hub_id:
-        name = f"[{name}](https://huggingface.co/datasets/{facts.dataset.hub_id})"
-    elif name == "synthetic":
-        name = "synthetic pictures that kd_trainer draws"
-    images = facts.results.get("train_images")
-    text = f"## Training data\n\n{name}"
-    text += f", {images:,} images." if images else "."
-    if facts.settings.get("unlabelled"):
-        text += " Some of them had no mask: there the teacher alone said what they show."
-    return text
-
-
-def _limits(facts: CardFacts) -> str:
-    lines = [
-        f"Pictures are resized to {facts.side} x {facts.side} without keeping their aspect ratio; "
-        "what is a few pixels large then is lost.",
-        "Measured on the data named above. On other cameras, scenes or people figures may be "
-        "lower: measure on your own pictures first.",
-        "It learned from its training data and teacher, and repeats what they get wrong."
-        if facts.teacher is not None
-        else "It learned from its training data, and repeats what the masks get wrong.",
-    ]
-    if facts.config["classes"] == 1:
-        lines.append("A pixel counts as foreground from a probability of 0.5.")
-    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+    return "" if value is None else str(value)
