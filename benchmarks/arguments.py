@@ -35,7 +35,6 @@ class StepArguments:
     workers: int = help_field(0, "Processes that read the data, for each contender.")
     device: str = help_field("auto", "cpu, cuda, or auto: the GPU where there is one.")
     compile: bool = help_field(False, "Compile our students, and the teacher of ours.")
-    teacher_stream: bool = help_field(False, "Let the teacher of ours run beside the student.")
 
     def __post_init__(self) -> None:
         check_at_least("image_size", self.image_size, 32)

@@ -91,7 +91,7 @@ def make_contender(
         return lambda steps: train_turn(args, networks.student, None, dataset, steps=steps, **extra)
     teacher = _teacher(networks)
     if name == "ours":
-        extra |= {"compile_teacher": args.compile, "teacher_stream": args.teacher_stream}
+        extra |= {"compile_teacher": args.compile}
         return lambda steps: train_turn(
             args, networks.student, teacher, dataset, steps=steps, **extra
         )

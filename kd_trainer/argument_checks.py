@@ -152,14 +152,6 @@ def check_sync_batchnorm(args: Any, on_gpu: bool) -> None:
         )
 
 
-def check_teacher_stream(args: Any, on_gpu: bool) -> None:
-    """Refuse a CUDA stream where there is no GPU."""
-    if args.teacher_stream and not on_gpu:
-        raise ValueError(
-            "Expected a GPU with --teacher_stream, got the CPU, which has no streams. Leave it out."
-        )
-
-
 TARGETS = ("online", "cached")
 
 
@@ -175,12 +167,11 @@ def check_targets(args: Any) -> None:
                 f"Expected --teacher_targets cached with --{name} {getattr(args, name)}, got "
                 "online, which keeps nothing. Add it, or leave the other out."
             )
-    for name in ("compile_teacher", "teacher_stream"):
-        if args.teacher_targets == "cached" and getattr(args, name):
-            raise ValueError(
-                f"Expected --teacher_targets online with --{name}, got cached, which asks no "
-                "teacher while it trains. Leave one of them out."
-            )
+    if args.teacher_targets == "cached" and args.compile_teacher:
+        raise ValueError(
+            "Expected --teacher_targets online with --compile_teacher, got cached, which asks no "
+            "teacher while it trains. Leave one of them out."
+        )
 
 
 def check_staged(args: Any) -> None:

@@ -459,7 +459,7 @@ def state_of(teacher: Teacher) -> tuple[tuple[int, int], ...]:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
-class Answers:
+class TeacherInference:
     """Asks a copy of the teacher that was made for this training, and leaves the teacher alone.
 
     The copy is made at the first question, and again when the teacher has changed; a run that never
@@ -470,7 +470,6 @@ class Answers:
         precision: of the autocast under which it will be asked: bf16, fp16, or else fp32.
         fold: multiply BatchNorms into convolutions and cast weights once.
         backend: of torch.compile, or None.
-        stream: answer on a CUDA stream of its own; callers then `join` before they read.
 
     Attributes:
         asked: the teacher that answers; None before the first question.
@@ -483,13 +482,11 @@ class Answers:
         precision: str,
         fold: bool = True,
         backend: str | None = None,
-        stream: bool = False,
     ) -> None:
         self.teacher = teacher
         self.fold = fold
         self.backend = backend
         self._type = _TYPES.get(precision, torch.float32)
-        self._stream = torch.cuda.Stream() if stream else None
         self.asked: Teacher | None = None
         self._made_of: tuple[tuple[int, int], ...] = ()
 
@@ -520,29 +517,13 @@ class Answers:
         return seen[0]
 
     @torch.no_grad()
-    def ask(self, pixel_values: Tensor) -> Tensor:
+    def __call__(self, pixel_values: Tensor) -> Tensor:
         """Logits fp32 (B, K, H, W) of normalised pictures (B, 3, H, W).
 
-        Call it under the autocast that was named. With a stream of its own the logits may not be
-        computed yet: see `join`.
+        Call it under the autocast that was named.
         """
         state = state_of(self.teacher)
         if self.asked is None or state != self._made_of:
             self.asked, self._made_of = self._prepare(pixel_values), state
-        teacher = self.asked
-        if self._stream is None:
-            return teacher(pixel_values)
-        # Not run yet on any GPU. The pictures come from the current stream; neither side may give
-        # memory back that the other still reads.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            logits: Tensor = teacher(pixel_values)
-        pixel_values.record_stream(self._stream)
-        return logits
-
-    def join(self, logits: Tensor | None) -> Tensor | None:
-        """Let the current stream wait for an answer; nothing to do without a stream of its own."""
-        if self._stream is not None and logits is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            logits.record_stream(torch.cuda.current_stream())
+        logits: Tensor = self.asked(pixel_values)
         return logits

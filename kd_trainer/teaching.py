@@ -11,7 +11,7 @@ from transformers import Trainer
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import input_statistics
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import Answers, Teacher
+from kd_trainer.teacher import TeacherInference, Teacher
 
 
 class TaughtTrainer(Trainer):
@@ -24,7 +24,7 @@ class TaughtTrainer(Trainer):
     args: DistillationArguments
     model: SmpForSemanticSegmentation
     teacher: Teacher | None
-    _answers: Answers | None = None
+    _inference: TeacherInference | None = None
 
     def placed(self, teacher: Teacher | None) -> Teacher | None:
         """The teacher, on the device and ready to be asked unless its cached logits are enough."""
@@ -34,30 +34,28 @@ class TaughtTrainer(Trainer):
         if teacher is None or args.teacher_targets == "cached":
             return teacher
         teacher = teacher.to(args.device)
-        self._answers = Answers(
+        self._inference = TeacherInference(
             teacher,
             precision=str(self.accelerator.mixed_precision),
             fold=args.fold_teacher,
             backend=args.teacher_backend,
-            stream=args.teacher_stream,
         )
         return teacher
 
-    def teacher_logits(self, inputs: dict[str, Any], *, join: bool = True) -> Tensor | None:
+    def teacher_logits(self, inputs: dict[str, Any]) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
 
         Args:
             inputs: a prepared batch, with `teacher_logits` where they are cached.
-            join: False if they may still be on their way, and are joined before they are read.
 
         Raises:
             ValueError: if they should be cached and are not there.
         """
         if self.teacher is None:
             return None
-        if self._answers is not None and self._answers.teacher is not self.teacher:
+        if self._inference is not None and self._inference.teacher is not self.teacher:
             self.teacher = self.placed(self.teacher)  # a callback has put another one here
-        if self._answers is None:
+        if self._inference is None:
             if "teacher_logits" not in inputs:
                 raise ValueError(
                     "Expected teacher_logits in every sample with --teacher_targets cached, got "
@@ -66,9 +64,4 @@ class TaughtTrainer(Trainer):
             return inputs["teacher_logits"].float()
         # Without autocast the teacher would run in fp32 beside a bf16 student.
         with torch.no_grad(), self.accelerator.autocast():
-            logits = self._answers.ask(inputs["pixel_values"])
-        return self.joined(logits) if join else logits
-
-    def joined(self, logits: Tensor | None) -> Tensor | None:
-        """The same logits, once they may be read."""
-        return logits if self._answers is None else self._answers.join(logits)
+            return self._inference(inputs["pixel_values"])

@@ -171,11 +171,11 @@ class DistillationTrainer(
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         pixels = inputs["pixel_values"]
         asks_teacher = self.loss_weights.ask_teacher
-        teacher = self.teacher_logits(inputs, join=False) if asks_teacher else None
+        teacher = self.teacher_logits(inputs) if asks_teacher else None
         outputs = model(pixel_values=pixels)
         terms = distillation_terms(
             outputs["raw_logits"],
-            self.joined(teacher),
+            teacher,
             inputs["labels"],
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,

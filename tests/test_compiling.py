@@ -11,7 +11,7 @@ from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from torch._dynamo.utils import counters
 
 from kd_trainer.fast_layers import use_fast_layers
-from kd_trainer.teacher import Answers
+from kd_trainer.teacher import TeacherInference
 from kd_trainer.trainer import DistillationTrainer
 
 
@@ -53,8 +53,8 @@ def test_compiled_teacher_answers_the_same():
     """A teacher compiled before it is folded would answer as another network."""
     teacher = tiny_teacher()
     pixels = torch.randn(2, 3, 32, 32)
-    answers = Answers(teacher, precision="no", backend="eager")
-    assert torch.allclose(answers.ask(pixels), teacher(pixels), rtol=1e-4, atol=1e-5)
+    answers = TeacherInference(teacher, precision="no", backend="eager")
+    assert torch.allclose(answers(pixels), teacher(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_student_keeps_its_fast_layers(monkeypatch: pytest.MonkeyPatch):

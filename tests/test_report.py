@@ -17,7 +17,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from kd_trainer.reports.page import duration
 from PIL import Image
 from small_runs import save_network, train_flags, write_pairs
 
@@ -35,7 +34,7 @@ from kd_trainer.data.synthetic import synthetic_pair
 from kd_trainer.loading import load_student
 from kd_trainer.reports.charts import merged
 from kd_trainer.reports.contents import Contents, Network, ShownImage
-from kd_trainer.reports.page import class_figures, report_html
+from kd_trainer.reports.page import class_figures, duration, report_html
 
 EVIL = '<script>"&'
 CHROMIUM = shutil.which("chromium")

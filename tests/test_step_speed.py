@@ -25,7 +25,7 @@ from kd_trainer.fast_layers import (
     use_fast_layers,
 )
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import Answers, Teacher
+from kd_trainer.teacher import TeacherInference, Teacher
 from kd_trainer.trainer import DistillationTrainer
 
 EFFICIENT = "timm-efficientnet-b0"
@@ -163,8 +163,8 @@ def test_a_teacher_is_folded_with_pictures_of_the_size_that_it_gets():
     given = {"input_mean": (0.5,) * 3, "input_std": (0.5,) * 3}
     teacher = Teacher(used(network), num_labels=2, **statistics, **given)
     pixels = torch.randn(1, 3, 128, 128)
-    answers = Answers(teacher, precision="no")
-    assert torch.allclose(answers.ask(pixels), teacher(pixels), rtol=1e-3, atol=1e-4)
+    answers = TeacherInference(teacher, precision="no")
+    assert torch.allclose(answers(pixels), teacher(pixels), rtol=1e-3, atol=1e-4)
     assert norms(answers.asked.network) < norms(network)
 
 
@@ -261,16 +261,15 @@ def test_prepared_teacher_answers_as_the_teacher_does_and_leaves_it_alone():
     used(teacher.network)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     pixels = torch.randn(2, 3, SIDE, SIDE)
-    answers = Answers(teacher, precision="no")
-    got, expected = answers.ask(pixels), teacher(pixels)
+    answers = TeacherInference(teacher, precision="no")
+    got, expected = answers(pixels), teacher(pixels)
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
-    assert answers.join(got) is got
     assert called_norms(answers.asked.network, pixels) == 0
     assert called_norms(teacher.network, pixels) > 0
     assert teacher.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    plain = Answers(teacher, precision="no", fold=False)
-    plain.ask(pixels)
+    plain = TeacherInference(teacher, precision="no", fold=False)
+    plain(pixels)
     assert plain.asked is teacher
 
 
@@ -468,7 +467,9 @@ def test_the_watch_for_waiting_finds_every_way_to_read(read: Any):
 def test_teacher_is_not_asked_when_no_term_needs_it(tmp_path: Path, monkeypatch):
     """Its forward pass would be paid for at each step, and no figure would show it."""
     asked = []
-    monkeypatch.setattr(Answers, "ask", lambda self, pixels: asked.append(len(pixels)))
+    monkeypatch.setattr(
+        TeacherInference, "__call__", lambda self, pixels: asked.append(len(pixels))
+    )
     trainer = DistillationTrainer(
         tiny_student(),
         arguments(tmp_path, max_steps=2),
@@ -496,15 +497,9 @@ def test_what_makes_a_step_fast_is_in_place(tmp_path: Path):
     trainer.train()
     assert [pixels.dtype for pixels in seen] == [torch.uint8]
     assert trainer.optimizer.optimizer.defaults["fused"] is True
-    teacher = trainer._answers.asked.network
+    teacher = trainer._inference.asked.network
     assert norms(teacher) < norms(trainer.teacher.network)
     assert teacher.decoder.blocks[0].conv1[0].weight.dtype == torch.bfloat16
     assert {FastSwish, FastDepthwise} <= {type(m) for m in trainer.model.modules()}
     weight = trainer.model.decoder.blocks[0].conv1[0].weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_teacher_stream_is_refused_on_a_cpu(tmp_path: Path):
-    """It would silently do nothing."""
-    with pytest.raises(ValueError, match="Expected a GPU with --teacher_stream"):
-        arguments(tmp_path, teacher_stream=True)

@@ -16,7 +16,6 @@ from kd_trainer.argument_checks import (
     check_staged,
     check_sync_batchnorm,
     check_targets,
-    check_teacher_stream,
 )
 from kd_trainer.arguments.loading import set_loading
 from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
@@ -57,9 +56,6 @@ class DistillationArguments(TrainingArguments):
     )
     compile_teacher: bool = help_field(
         False, "torch.compile the teacher (the student: --torch_compile)."
-    )
-    teacher_stream: bool = help_field(
-        False, "On a GPU, let the teacher run on a stream of its own beside the student."
     )
     keep_freed_memory: bool = help_field(
         True,
@@ -188,7 +184,6 @@ class DistillationArguments(TrainingArguments):
         check_reports(self)
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         check_sync_batchnorm(self, on_gpu=on_gpu)
-        check_teacher_stream(self, on_gpu=on_gpu)
         # The flag wins over the accelerate configuration, which arrives through the environment.
         self.mixed_precision = wanted or self.mixed_precision
         self._check_precision()

@@ -26,7 +26,7 @@ from kd_trainer.command_line import ALIASES
 WITHOUT_EFFECT = frozenset(
     {"output_dir", "panel_images", "report_to", "logging_steps", "dataloader_num_workers"}
     | {"panel_limit", "report", "disable_tqdm", "save_total_limit", "no_preflight"}
-    | {"teacher_cache", "teacher_cache_size", "teacher_stream", "keep_freed_memory"}
+    | {"teacher_cache", "teacher_cache_size", "keep_freed_memory"}
     | {"push_to_hub", "hub_model_id", "hub_license", "hub_strategy", "hub_private_repo"}
     | {"hub_pictures"}
 )

@@ -21,7 +21,7 @@ from kd_trainer.data.images import cell_name, read_cell
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import parse_size
 from kd_trainer.resuming import together
-from kd_trainer.teacher import Answers, Teacher
+from kd_trainer.teacher import TeacherInference, Teacher
 from kd_trainer.teacher_cache import (
     Room,
     TargetCache,
@@ -157,12 +157,12 @@ def _asking(teacher: Teacher, args: DistillationArguments) -> Callable[[Tensor],
     """From uint8 pixels to logits, asked as an online training asks."""
     device = args.device
     teacher.to(device)
-    answers = Answers(teacher, precision=args.mixed_precision, fold=args.fold_teacher)
+    answers = TeacherInference(teacher, precision=args.mixed_precision, fold=args.fold_teacher)
     statistics = pixel_statistics(teacher, device)
     dtype = _DTYPES.get(args.mixed_precision)
 
     def ask(pixels: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return answers.ask(normalise(pixels.to(device), statistics))
+            return answers(normalise(pixels.to(device), statistics))
 
     return ask
