@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.images import BadSampleError, cell_name, decode_mask, decode_photograph
+from kd_trainer.data.images import BadSampleError, cell_name, decode_image, decode_mask
 from kd_trainer.data.masks import present_values, show_values
 from kd_trainer.data.transform import one_thread_per_worker, size_error
 from kd_trainer.safe_files import plain
@@ -51,7 +51,7 @@ class BadSample:
         return plain(f"{self.split} row {self.row}: {self.reason}")
 
 
-class Look(NamedTuple):
+class SampleCheck(NamedTuple):
     """What a look at a row found: the values of its mask, or why it cannot be used."""
 
     values: tuple[int, ...] = ()
@@ -59,7 +59,7 @@ class Look(NamedTuple):
     reason: str | None = None
 
 
-def known_values(data: DataArguments) -> frozenset[int]:
+def readable_values(data: DataArguments) -> frozenset[int]:
     """Every mask value that some rule for this data knows."""
     if data.mask_threshold is not None:
         return frozenset(range(2**16))
@@ -71,12 +71,12 @@ def known_values(data: DataArguments) -> frozenset[int]:
     return frozenset({*ids, data.ignore_index})
 
 
-def look_at(row: Mapping[str, Any], index: int, known: Collection[int]) -> Look:
+def check_sample(row: Mapping[str, Any], index: int, known: Collection[int]) -> SampleCheck:
     """Decode a row wholly, as a training does."""
     try:
-        shape = decode_photograph(row["image"], index).shape[:2]
+        shape = decode_image(row["image"], index).shape[:2]
         if row["mask"] is None:
-            return Look()
+            return SampleCheck()
         name = cell_name(row["mask"], index)
         mask = decode_mask(row["mask"], index)
         if mask.shape != shape:
@@ -88,32 +88,32 @@ def look_at(row: Mapping[str, Any], index: int, known: Collection[int]) -> Look:
                 f"{name}. Correct the mask, or name the values with --mask_values."
             )
     except BadSampleError as error:
-        return Look(reason=str(error))
-    return Look(found, bits)
+        return SampleCheck(reason=str(error))
+    return SampleCheck(found, bits)
 
 
-class _Looks(torch.utils.data.Dataset[Look]):
+class _Looks(torch.utils.data.Dataset[SampleCheck]):
     def __init__(self, rows: Any, known: Collection[int]) -> None:
         self.rows = rows
         self.known = known
 
-    def __getitem__(self, index: int) -> Look:
+    def __getitem__(self, index: int) -> SampleCheck:
         one_thread_per_worker(os.getpid())
-        return look_at(self.rows[index], index, self.known)
+        return check_sample(self.rows[index], index, self.known)
 
 
-_LOOKED: dict[tuple[str, frozenset[int]], list[Look]] = {}  # a comparison asks many times
+_LOOKED: dict[tuple[str, frozenset[int]], list[SampleCheck]] = {}  # a comparison asks many times
 _PRINTED: set[BadSample] = set()
 
 
-def look_through(
+def check_split(
     rows: Any, known: frozenset[int], *, name: str, workers: int = 0, shared: bool = False
-) -> list[Look]:
+) -> list[SampleCheck]:
     """A look at each row of a `datasets.Dataset`; the second time it is remembered.
 
     Args:
         rows: with the columns `image` and `mask`.
-        known: see `known_values`.
+        known: see `readable_values`.
         name: of the split, for the bar.
         workers: processes that decode.
         shared: divide the rows among the processes of a run, all of which have to call this; then

@@ -1,4 +1,4 @@
-"""Where a COCO data set keeps its annotation files and photographs."""
+"""Where a COCO data set keeps its annotation files and images."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> Pat
 def find_images(
     annotations: Path, path: Path, split: str, names: Sequence[str]
 ) -> tuple[Path, list[str]]:
-    """The folder that holds the photographs `names`, and what each is called in it.
+    """The folder that holds the images `names`, and what each is called in it.
 
     Raises:
         FileNotFoundError: if no folder holds any of them, or one of them is missing.
@@ -158,7 +158,7 @@ def _check_own_files(found: dict[str, str | None], annotations: Path, folder: Pa
 MAX_LENGTH = 1_000_000
 """Pixels along the edges of one annotation: half a second and 300 MiB in pycocotools."""
 
-_FARTHEST = 10  # sides of the picture that a polygon's corner may be away
+_FARTHEST = 10  # sides of the image that a polygon's corner may be away
 
 
 def draw(
@@ -366,11 +366,11 @@ DRAWING = 2
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """One annotation file with its photographs.
+    """One annotation file with its images.
 
     Args:
         annotations: the json file.
-        path: what was given as the data set, near which the photographs are looked for.
+        path: what was given as the data set, near which the images are looked for.
         split: name of the split.
         category: name of the foreground, or None.
         num_labels: classes with the background.
@@ -416,7 +416,7 @@ class CocoSplit:
 
     @cached_property
     def images(self) -> tuple[Path, list[str]]:
-        """Folder of the photographs, and the file there of each record."""
+        """Folder of the images, and the file there of each record."""
         names = [image["file_name"] for image, _ in self.records]
         return find_images(self.annotations, self.path, self.split, names)
 
@@ -470,7 +470,7 @@ def load_coco(
         A Dataset or IterableDataset with the columns `image` and `mask`, and the shard lengths.
 
     Raises:
-        FileNotFoundError: if annotations or photographs are missing.
+        FileNotFoundError: if annotations or images are missing.
         ValueError: if the json, its categories or segmentations cannot be used.
     """
     MaskRule(tuple(range(num_labels)), ignore_index)  # whether a mask of bytes can hold them
@@ -479,7 +479,7 @@ def load_coco(
     count = len(source.records)
     if not count:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
-    _tell_moved(source)  # and missing photographs are an error now, not in the first epoch
+    _tell_moved(source)  # and missing images are an error now, not in the first epoch
     shards = stream_shards(count)
     ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]

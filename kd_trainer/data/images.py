@@ -29,12 +29,10 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 
-from kd_trainer.data.plain_png import plain_png
-
 MAX_SCANS = 32
 """Scans of a JPEG; a progressive one has about ten. Each of them goes through all pixels."""
 
-# Phones keep a depth map or a preview behind the photograph: further pictures, but no animation.
+# Phones keep a depth map or a preview behind the main image: further images, but no animation.
 _OF_SEVERAL_PARTS = "MPO"
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _START_OF_SCAN, _END = 0xDA, 0xD9
@@ -43,7 +41,7 @@ _ALPHA = ((1,), (2,))  # the further band multiplied in, or not
 
 
 def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
-    """Refuse what claims too much, holds more than one picture, or bands without a meaning.
+    """Refuse what claims too much, holds more than one image, or bands without a meaning.
 
     Args:
         image: as PIL opened it.
@@ -58,11 +56,11 @@ def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
     if width * height > most:
         raise too_large(f"{width:,} x {height:,}", name, most)
     if width < 1 or height < 1:
-        raise BadSampleError(f"Expected a picture, got {width} x {height} pixels in {name}.")
+        raise BadSampleError(f"Expected an image, got {width} x {height} pixels in {name}.")
     # Not `n_frames`, for which PIL goes through all of them.
     if image.format != _OF_SEVERAL_PARTS and getattr(image, "is_animated", False):
         raise BadSampleError(
-            f"Expected one picture, got several (an animation, or pages) in {name}. Save the one "
+            f"Expected one image, got several (an animation, or pages) in {name}. Save the one "
             "that is meant as a file of its own."
         )
     if image.format == "TIFF":
@@ -72,9 +70,9 @@ def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
 
 
 def too_large(size: str, name: str, most: int) -> BadSampleError:
-    """The error for a picture of more than `most` pixels."""
+    """The error for an image of more than `most` pixels."""
     return BadSampleError(
-        f"Expected a picture of at most {most:,} pixels, got {size} in {name}. Shrink it, cut it "
+        f"Expected an image of at most {most:,} pixels, got {size} in {name}. Shrink it, cut it "
         "into pieces, or remove it."
     )
 
@@ -203,7 +201,7 @@ def _content(cell: dict[str, Any] | None) -> bytes:
 Cell = Mapping[str, Any]
 
 MAX_BYTES = 2**30
-"""Largest file that is read as one picture: 1 GiB."""
+"""Largest file that is read as one image: 1 GiB."""
 
 # What is wrong with the one file; anything else (a full table of open files, a broken disk) is
 # wrong with the machine, and no reason to go on without the sample.
@@ -211,7 +209,7 @@ _OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errn
 
 
 class BadSampleError(ValueError):
-    """A photograph or a mask that cannot be used; the message names the file."""
+    """An image or a mask that cannot be used; the message names the file."""
 
 
 class MissingFileError(BadSampleError, FileNotFoundError):
@@ -238,7 +236,7 @@ def read_cell(cell: Cell | None, name: str) -> bytes:
     stored = cell.get("bytes")
     if stored is not None:
         if not stored:
-            raise BadSampleError(f"Expected a picture, got no bytes at {name}. Remove the row.")
+            raise BadSampleError(f"Expected an image, got no bytes at {name}. Remove the row.")
         return bytes(stored)
     path = cell.get("path")
     if not path:
@@ -274,16 +272,14 @@ def _check_file(path: Path) -> None:
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
         raise BadSampleError(f"Expected a file, got {what} at {path}. Rename or remove it.")
     if not status.st_size:
-        raise BadSampleError(
-            f"Expected a picture, got an empty file: {path}. Replace or remove it."
-        )
+        raise BadSampleError(f"Expected an image, got an empty file: {path}. Replace or remove it.")
     if status.st_size > MAX_BYTES:
         raise _too_many_bytes(f"{status.st_size:,}", path)
 
 
 def _too_many_bytes(size: str, path: object) -> BadSampleError:
     return BadSampleError(
-        f"Expected a picture of at most {MAX_BYTES:,} bytes, got {size} in {path}. Make it "
+        f"Expected an image of at most {MAX_BYTES:,} bytes, got {size} in {path}. Make it "
         "smaller, or cut it into pieces."
     )
 
@@ -292,7 +288,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 """What PIL may read. Its other readers are many, and one of them starts Ghostscript."""
 
 MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded, about 9,460 x 9,460: 256 MiB as RGB.
+"""Largest image that is decoded, about 9,460 x 9,460: 256 MiB as RGB.
 
 A file of a few bytes can claim any size. PIL has the same limit but only warns up to its double.
 """
@@ -307,8 +303,8 @@ _STRIP = 2**20
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
-    """Decode a photograph.
+def decode_image(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
+    """Decode an image.
 
     Args:
         cell: `bytes` and `path` of the file.
@@ -325,7 +321,7 @@ def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
     header = _open(data, name)
     if header.mode.startswith(("I", "F")) or bits_of(header) > 8:
         raise BadSampleError(
-            f"Expected a photograph of 8 bits a channel, got {mode_of(header)} in {name}. Scale "
+            f"Expected an image of 8 bits a channel, got {mode_of(header)} in {name}. Scale "
             "its values to 0..255 first, by the range that they really have."
         )
     opaque = header.mode in _OPAQUE and "transparency" not in header.info
@@ -348,9 +344,9 @@ def _by_cv2(data: bytes) -> npt.NDArray[np.uint8] | None:
 def _filled(
     image: Image.Image, convert: Callable[[Image.Image], npt.NDArray[Any]]
 ) -> npt.NDArray[Any]:
-    """A new array of what `convert` makes of a picture, of a large one strip by strip.
+    """A new array of what `convert` makes of an image, of a large one strip by strip.
 
-    Each conversion is a copy: of a whole transparent picture of `MAX_PIXELS` they take 1.5 GiB.
+    Each conversion is a copy: of a whole transparent image of `MAX_PIXELS` they take 1.5 GiB.
     """
     rows = max(1, _STRIP // image.width)
     if rows >= image.height:
@@ -393,9 +389,6 @@ def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
     """
     name = cell_name(cell, index)
     data = read_cell(cell, name)
-    plain = plain_png(data, MAX_PIXELS)
-    if plain is not None:
-        return plain
     image = _open(data, name)
     scale = grey_scale(image)
     if bits_of(image) > 8 and not image.mode.startswith(("I", "F")):
@@ -497,6 +490,6 @@ def _one_channel(values: npt.NDArray[Any], mode: str, name: str) -> npt.NDArray[
     if (colours != colours[..., :1]).any():
         raise BadSampleError(
             f"Expected a mask with one channel (or equal ones), got different colours in {name}. "
-            "Store class ids, or a palette PNG, instead of a coloured picture."
+            "Store class ids, or a palette PNG, instead of a coloured image."
         )
     return np.ascontiguousarray(colours[..., 0])

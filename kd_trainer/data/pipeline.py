@@ -12,12 +12,12 @@ import numpy as np
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data.bad_samples import (
     BadSample,
-    Look,
+    SampleCheck,
     announce,
+    check_sample,
     check_share,
-    known_values,
-    look_at,
-    look_through,
+    check_split,
+    readable_values,
 )
 from kd_trainer.data.images import BadSampleError, cell_name, decode_mask, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
@@ -47,8 +47,8 @@ def mask_rule(
     """
     rows = [row for split in splits.values() for row in sample_rows(split)]
     if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
-        known = known_values(data)
-        rows = [row for i, row in enumerate(rows) if look_at(row, i, known).reason is None]
+        known = readable_values(data)
+        rows = [row for i, row in enumerate(rows) if check_sample(row, i, known).reason is None]
     for index, row in enumerate(rows):
         check_sizes(row, index)
     masks = [row["mask"] for row in rows]
@@ -129,9 +129,9 @@ def usable_splits(
     bad: dict[str, list[BadSample]] = {name: [] for name in splits}
     if data.on_bad_sample == "error" or data.streaming:
         return dict(splits), bad
-    known = known_values(data)
+    known = readable_values(data)
     looks = {
-        name: look_through(rows, known, name=name, workers=workers, shared=shared)
+        name: check_split(rows, known, name=name, workers=workers, shared=shared)
         for name, rows in splits.items()
     }
     reasons = {name: {i: x.reason for i, x in enumerate(looks[name]) if x.reason} for name in looks}
@@ -145,7 +145,7 @@ def usable_splits(
     return _without(splits, reasons, data), {n: _samples(splits[n], n, reasons[n]) for n in splits}
 
 
-def _contradiction(rule: MaskRule, look: Look, rows: Any, index: int) -> str | None:
+def _contradiction(rule: MaskRule, look: SampleCheck, rows: Any, index: int) -> str | None:
     """Why the rule cannot read a mask whose values alone could stand in a file of this data."""
     try:
         rule.check(look.values, "its mask", bits=look.bits)
@@ -209,7 +209,7 @@ def transforms(
 
 
 def check_sizes(row: Mapping[str, Any], index: int) -> None:
-    """Compare the sizes of a photograph and its mask from the first bytes of the files.
+    """Compare the sizes of an image and its mask from the first bytes of the files.
 
     Raises:
         ValueError: if they differ, or a file is no image; names the file.
@@ -225,7 +225,7 @@ def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
     most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
         return (row for row in islice(rows, most) if row["mask"] is not None)
-    # As an arrow column: 100,000 rows are looked through without reading any picture.
+    # As an arrow column: 100,000 rows are looked through without reading any image.
     known = rows.select_columns("mask").with_format("arrow")[:]["mask"].is_valid()
     labelled = np.flatnonzero(known.to_numpy())
     count = min(most, len(labelled))

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_trainer.augmentation import OUTSIDE, Augmentation
+from kd_trainer.data.augmentation import OUTSIDE, Augmentation
 from kd_trainer.data.images import (
     BadSampleError,
     Cell,
     cell_name,
+    decode_image,
     decode_mask,
-    decode_photograph,
     read_cell,
 )
 from kd_trainer.data.masks import MaskRule
@@ -46,16 +46,16 @@ class TeacherTargets(Protocol):
         ...
 
 
-def clean_picture(cell: Cell, index: int, size: int) -> Tensor:
-    """A photograph as every network sees it before any augmentation, uint8 (3, size, size)."""
-    image = torch.from_numpy(decode_photograph(cell, index))
+def clean_image(cell: Cell, index: int, size: int) -> Tensor:
+    """An image as every network sees it before any augmentation, uint8 (3, size, size)."""
+    image = torch.from_numpy(decode_image(cell, index))
     return resize_image(image.permute(2, 0, 1), size, size)
 
 
 class SegmentationTransform:
     """Turns a row with an `image` and a `mask` into a sample.
 
-    The photograph goes through `resize_image`, the same resize as in evaluation and deployment,
+    The image goes through `resize_image`, the same resize as in evaluation and deployment,
     and the mask through nearest neighbour; then one random draw changes both.
 
     Args:
@@ -66,7 +66,7 @@ class SegmentationTransform:
         brightness_contrast_probability: of that group in `heavy`.
 
     Attributes:
-        targets: the teacher's logits of the clean photographs; None leaves them out of the samples.
+        targets: the teacher's logits of the clean images; None leaves them out of the samples.
 
     Raises:
         ValueError: if `augmentation` is unknown or `seed` negative.
@@ -96,24 +96,24 @@ class SegmentationTransform:
         """Make the sample of one row.
 
         Args:
-            row: cells `image` and `mask` (None for a photograph without one).
+            row: cells `image` and `mask` (None for an image without one).
             epoch: the epoch, from 0.
             index: number of the row in its data set.
 
         Returns:
             `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S) with the rule's
             `ignore_index`, `distil_mask` bool (S, S): True where the labels count, and on a
-            photograph without a mask on every pixel that is not from outside of it. With `targets`
+            image without a mask on every pixel that is not from outside of it. With `targets`
             also `teacher_logits` float16 (K, S, S), moved as the mask is.
 
         Raises:
-            BadSampleError: if a file is unreadable, the sizes of photograph and mask differ, or the
+            BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
                 mask holds values that the rule does not know. The message names the file.
         """
         one_thread_per_worker(os.getpid())
         targets: dict[str, Tensor] = {}
         cell, logits = self._with_targets(row["image"], index)
-        image = decode_photograph(cell, index)
+        image = decode_image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
         size = self.image_size
         pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), size, size)
@@ -132,7 +132,7 @@ class SegmentationTransform:
         inside = changed_mask != OUTSIDE
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
-        # On a photograph with a mask the teacher is followed where the labels count, and no
+        # On an image with a mask the teacher is followed where the labels count, and no
         # further; on one without, everywhere.
         labelled = row.get("mask") is not None
         followed = ignored != self.rule.ignore_index if labelled else inside
@@ -144,7 +144,7 @@ class SegmentationTransform:
         }
 
     def _with_targets(self, cell: Cell, index: int) -> tuple[Cell, npt.NDArray[np.float16] | None]:
-        """The photograph's cell, read but once, and the teacher's logits where they are known."""
+        """The image's cell, read but once, and the teacher's logits where they are known."""
         if self.targets is None:
             return cell, None
         name = cell_name(cell, index)
@@ -181,8 +181,8 @@ def size_error(
     mask: tuple[int, ...], image: tuple[int, ...], name: str, image_name: str
 ) -> BadSampleError:
     """The error of a mask (H, W) whose size is not that of its image (H, W)."""
-    turned = " The photograph is turned by its EXIF orientation; turn the mask too."
-    hint = turned if mask == image[::-1] else " Make the mask again from this photograph."
+    turned = " The image is turned by its EXIF orientation; turn the mask too."
+    hint = turned if mask == image[::-1] else " Make the mask again from this image."
     return BadSampleError(
         f"Expected a mask of {image[1]}x{image[0]} pixels like its image {image_name}, got "
         f"{mask[1]}x{mask[0]} in {name}.{hint}"

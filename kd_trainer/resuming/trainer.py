@@ -35,6 +35,7 @@ from kd_trainer.checkpoints import (
     settle,
 )
 from kd_trainer.data import StreamedDataset
+from kd_trainer.data.loaders import seed_loader
 from kd_trainer.disk import writing
 from kd_trainer.fingerprint import (
     check_same_run,
@@ -42,7 +43,6 @@ from kd_trainer.fingerprint import (
     settings_of,
     tensors_digest,
 )
-from kd_trainer.loaders import own_generator
 from kd_trainer.resuming.deaths import Peer, naming_the_dead, processes_of_run
 from kd_trainer.resuming.epochs import CountedTrainer
 from kd_trainer.resuming.keeper import Keeper
@@ -184,7 +184,7 @@ class ResumableTrainer(CountedTrainer):
         self, dataset: Any, description: str, batch_size: int, **options: Any
     ) -> Any:
         loader = super()._get_dataloader(dataset, description, batch_size, **options)
-        return own_generator(loader, self.args)
+        return seed_loader(loader, self.args.seed)
 
     def restore(self) -> None:
         """Set what the Trainer starts at zero to what it was in the checkpoint."""

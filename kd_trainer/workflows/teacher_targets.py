@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.data import StreamedDataset, TransformedDataset, clean_picture
+from kd_trainer.data import StreamedDataset, TransformedDataset, clean_image
 from kd_trainer.data.images import cell_name, read_cell
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import parse_size
@@ -132,7 +132,7 @@ class _Pictures:
         cell, index = self._cell(number)
         data = read_cell(cell, cell_name(cell, index))
         known = {"bytes": data, "path": cell.get("path")}
-        return image_digest(data), clean_picture(known, index, self.size)
+        return image_digest(data), clean_image(known, index, self.size)
 
     def numbers(self, args: DistillationArguments) -> dict[bytes, int]:
         """Number of a photograph by its digest; the processes of a run read a share each."""
