@@ -17,10 +17,10 @@ from PIL import Image
 from benchmarks.originals import as_in_library, members
 from benchmarks.turns import in_turn, one_core
 from kd_trainer.data.augmentation import Augmentation
+from kd_trainer.data.dataset import SegmentationTransform
 from kd_trainer.data.images import decode_image, decode_mask
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.synthetic import synthetic_pair
-from kd_trainer.data.transform import SegmentationTransform
 
 SHAPE = (480, 640)
 """Height and width of the files that are decoded."""

@@ -36,7 +36,7 @@ from kd_trainer.data.images import (
     decode_image,
     decode_mask,
     image_shape,
-    read_cell,
+    read_image_bytes,
 )
 from kd_trainer.workflows.pictures import read_picture
 
@@ -341,7 +341,7 @@ def test_what_is_no_file_is_named_and_not_waited_for(what, tmp_path):
     elif what == "null":
         path.symlink_to("/dev/zero")
     with pytest.raises(ValueError, match=r"^Expected .*photo.jpg"):
-        read_cell({"path": str(path), "bytes": None}, "photo.jpg")
+        read_image_bytes({"path": str(path), "bytes": None}, "photo.jpg")
 
 
 def test_a_file_larger_than_any_image_is_not_read(tmp_path):
@@ -350,7 +350,7 @@ def test_a_file_larger_than_any_image_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(ValueError, match=r"at most 1,073,741,824 bytes, got 1,073,741,825 in .*hu"):
-        read_cell({"path": str(path), "bytes": None}, "huge.png")
+        read_image_bytes({"path": str(path), "bytes": None}, "huge.png")
 
 
 def test_a_full_table_of_open_files_is_not_the_fault_of_an_image(tmp_path, monkeypatch):
@@ -362,7 +362,7 @@ def test_a_full_table_of_open_files_is_not_the_fault_of_an_image(tmp_path, monke
 
     monkeypatch.setattr(Path, "read_bytes", full)
     with pytest.raises(OSError, match="Too many open files") as seen:
-        read_cell({"path": str(tmp_path / "a.png"), "bytes": None}, "a.png")
+        read_image_bytes({"path": str(tmp_path / "a.png"), "bytes": None}, "a.png")
     assert not isinstance(seen.value, ValueError)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from benchmarks.data_growth import growth
 from benchmarks.data_path import augmentation_times, decoding_times
 from benchmarks.originals import as_in_library, members
-from kd_trainer.data import MaskRule, SegmentationTransform, images, transform
+from kd_trainer.data import MaskRule, SegmentationTransform, dataset, images
 from kd_trainer.data.augmentation import Augmentation
 
 SIZE = 32
@@ -48,8 +48,8 @@ def test_a_sample_reads_and_decodes_each_file_once(monkeypatch, tmp_path):
     opens = counted(monkeypatch, Image, "open")
     loads = counted(monkeypatch, images, "_load")
     decodes = counted(monkeypatch, cv2, "imdecode")
-    reads = counted(monkeypatch, images, "read_cell")
-    resizes = counted(monkeypatch, transform, "resize_image")
+    reads = counted(monkeypatch, images, "read_image_bytes")
+    resizes = counted(monkeypatch, dataset, "resize_image")
     index = next(i for i in range(99) if not compresses(make, i))
     make(row, epoch=0, index=index)
     assert len(reads) == 2

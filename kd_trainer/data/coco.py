@@ -24,6 +24,7 @@ from datasets.fingerprint import Hasher
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from kd_trainer.arguments import DataArguments
 from kd_trainer.data.images import MAX_PIXELS
 from kd_trainer.data.listing import (
     FEATURES,
@@ -186,17 +187,15 @@ def draw(
 def _pixels(shape: Any, height: int, width: int, where: str) -> npt.NDArray[np.bool_]:
     try:
         rle = _run_lengths(shape, height, width, where)
-        return np.zeros((height, width), np.bool_) if rle is None else _decoded(rle)
+        if rle is None:
+            return np.zeros((height, width), np.bool_)
+        return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
     except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise _no_shape(where, type(error).__name__) from None
     except ValueError as error:
         if is_own(error):
             raise
         raise _no_shape(where, str(error)) from None
-
-
-def _decoded(rle: Any) -> npt.NDArray[np.bool_]:
-    return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
 
 
 def _no_shape(where: str, reason: str) -> ValueError:
@@ -272,14 +271,10 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, int | float) and value in (0, 1)
 
 
-def _is_anything(_: Any) -> bool:
-    return True
-
-
 Kind = tuple[Callable[[Any], bool], str]
 _ID: Kind = (_is_id, "a whole number or a text")
 _CATEGORY: Kind = (_is_category_id, "a whole number")
-_SIDE: Kind = (_is_anything, "a whole number")  # both sides are looked at together
+_SIDE: Kind = (lambda _: True, "a whole number")  # both sides are checked together
 _NEEDED: dict[str, dict[str, Kind]] = {
     "images": {
         "id": _ID,
@@ -384,14 +379,11 @@ class CocoSplit:
     category: str | None
     num_labels: int
     limit: int | None
-    ignore_index: int = 255
+    ignore_index: int
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, and the hash of the data, need the file's name, not its content.
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     @cached_property
     def records(self) -> list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]]:
@@ -445,26 +437,21 @@ def _order(pair: tuple[int, dict[str, Any]]) -> tuple[bool, float, str]:
 def load_coco(
     path: Path,
     split: str,
+    data: DataArguments,
     *,
     other_splits: Sequence[str],
-    category: str | None,
-    num_labels: int,
-    ignore_index: int,
     limit: int | None,
-    streaming: bool,
 ) -> tuple[Any, list[int]]:
     """Load a split of a COCO data set; drawn masks are kept in the cache of `datasets`.
 
     Args:
         path: a folder (`annotations/<split>.json` and the images), or a json file.
         split: name of the split.
+        data: `category` is the foreground; without it the file has only one, or, with more than two
+            labels, classes are in the order of the categories' ids. Crowd regions are
+            `ignore_index`. With `streaming` masks are drawn while iterating, and nothing is kept.
         other_splits: names that stand in `path`, if it is a file, where `split` belongs.
-        category: name of the foreground category; None if the file has only one, or, with more
-            than two labels, for classes in the order of the categories' ids.
-        num_labels: classes with the background.
-        ignore_index: value of crowd regions in the masks, which count nowhere.
         limit: use the first so many images by file name, or all.
-        streaming: draw masks while iterating, keep nothing.
 
     Returns:
         A Dataset or IterableDataset with the columns `image` and `mask`, and the shard lengths.
@@ -473,9 +460,13 @@ def load_coco(
         FileNotFoundError: if annotations or images are missing.
         ValueError: if the json, its categories or segmentations cannot be used.
     """
-    MaskRule(tuple(range(num_labels)), ignore_index)  # whether a mask of bytes can hold them
+    MaskRule(
+        tuple(range(data.num_labels)), data.ignore_index
+    )  # whether a mask of bytes can hold them
     annotations = find_annotations(path, split, other_splits)
-    source = CocoSplit(annotations, path, split, category, num_labels, limit, ignore_index)
+    source = CocoSplit(
+        annotations, path, split, data.category, data.num_labels, limit, data.ignore_index
+    )
     count = len(source.records)
     if not count:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
@@ -483,7 +474,7 @@ def load_coco(
     shards = stream_shards(count)
     ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]
-    return (_stream if streaming else _drawn)(source, ranges), lengths
+    return (_stream if data.streaming else _drawn)(source, ranges), lengths
 
 
 def _tell_moved(source: CocoSplit) -> None:

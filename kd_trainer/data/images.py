@@ -1,10 +1,11 @@
-"""Cells of a data set and what they hold: headers, bytes, names, and image files as arrays.
+"""Images of a data set as they are stored, and decoded: names, bytes, headers and arrays.
 
-A cell is what `datasets.Image(decode=False)` gives: a dict with `bytes` and `path`, either of
-which may be None. cv2 decodes JPEG and PNG images into arrays 1.3 times faster than PIL, to the
-same pixels; the rest (CMYK, transparency, other formats) is left to PIL, which opens a file only
-after its header was looked at: it takes the fourth band of a TIFF for transparency where the file
-does not call it that, and drops the lower half of 16-bit colours.
+An encoded image, a cell of the table, is what `datasets.Image(decode=False)` gives: a dict with
+`bytes` and `path`, either of which may be None. cv2 decodes JPEG and PNG images into arrays 1.3
+times faster than PIL, to the same pixels; the rest (CMYK, transparency, other formats, masks) is
+left to PIL, which opens a file only after its header was looked at: it takes the fourth band of a
+TIFF for transparency where the file does not call it that, and drops the lower half of 16-bit
+colours.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
+
+from kd_trainer.safe_files import plain
 
 MAX_SCANS = 32
 """Scans of a JPEG; a progressive one has about ten. Each of them goes through all pixels."""
@@ -198,7 +202,7 @@ def _content(cell: dict[str, Any] | None) -> bytes:
     return hashlib.sha256(path.read_bytes() if path.is_file() else path.name.encode()).digest()
 
 
-Cell = Mapping[str, Any]
+EncodedImage = Mapping[str, Any]
 
 MAX_BYTES = 2**30
 """Largest file that is read as one image: 1 GiB."""
@@ -212,11 +216,28 @@ class BadSampleError(ValueError):
     """An image or a mask that cannot be used; the message names the file."""
 
 
+@dataclass(frozen=True)
+class BadSample:
+    """One row that was left out."""
+
+    split: str
+    row: int
+    file: str
+    reason: str
+
+    def line(self) -> str:
+        """All four between tabs, as in bad_samples.txt."""
+        return "\t".join(map(plain, astuple(self)))
+
+    def __str__(self) -> str:
+        return plain(f"{self.split} row {self.row}: {self.reason}")
+
+
 class MissingFileError(BadSampleError, FileNotFoundError):
     """A file that was listed and is not there."""
 
 
-def cell_name(cell: Cell | None, index: int) -> str:
+def image_name(cell: EncodedImage | None, index: int) -> str:
     """What to call a row's file in a message: its path, else the number of the row."""
     cell = cell or {}
     path = cell.get("path")
@@ -225,7 +246,7 @@ def cell_name(cell: Cell | None, index: int) -> str:
     return f"{path} (row {index})" if path else f"row {index}"
 
 
-def read_cell(cell: Cell | None, name: str) -> bytes:
+def read_image_bytes(cell: EncodedImage | None, name: str) -> bytes:
     """The encoded bytes of a cell, from memory, a local file or a remote address (hf://, ...).
 
     Raises:
@@ -303,7 +324,7 @@ _STRIP = 2**20
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode_image(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
+def decode_image(cell: EncodedImage, index: int) -> npt.NDArray[np.uint8]:
     """Decode an image.
 
     Args:
@@ -316,8 +337,8 @@ def decode_image(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
     Raises:
         BadSampleError: if the file is no readable image; names the file.
     """
-    name = cell_name(cell, index)
-    data = read_cell(cell, name)
+    name = image_name(cell, index)
+    data = read_image_bytes(cell, name)
     header = _open(data, name)
     if header.mode.startswith(("I", "F")) or bits_of(header) > 8:
         raise BadSampleError(
@@ -374,7 +395,7 @@ def _on_white(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
+def decode_mask(cell: EncodedImage, index: int) -> npt.NDArray[Any]:
     """Decode a mask to the values its file holds, before any viewer scales or colours them.
 
     Args:
@@ -387,8 +408,8 @@ def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
     Raises:
         BadSampleError: if the file is unreadable or its colour channels differ; names the file.
     """
-    name = cell_name(cell, index)
-    data = read_cell(cell, name)
+    name = image_name(cell, index)
+    data = read_image_bytes(cell, name)
     image = _open(data, name)
     scale = grey_scale(image)
     if bits_of(image) > 8 and not image.mode.startswith(("I", "F")):
@@ -414,14 +435,14 @@ def _no_mask(what: str, name: str) -> BadSampleError:
     )
 
 
-def image_shape(cell: Cell, index: int) -> tuple[int, int]:
+def image_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
     """Height and width of an image as it is decoded, from the head of the file.
 
     Raises:
         BadSampleError: if the file is no image; names it.
     """
-    name = cell_name(cell, index)
-    image = _open(read_cell(cell, name), name)
+    name = image_name(cell, index)
+    image = _open(read_image_bytes(cell, name), name)
     try:
         exif = image.getexif()  # which decodes the whole of a PNG
     except Exception as error:

@@ -280,16 +280,7 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         places = hub_places(data.dataset)
         return two_columns(rows, name=data.dataset, places=places, **columns), None
     if is_coco(data):
-        return load_coco(
-            path,
-            split,
-            other_splits=others,
-            category=data.category,
-            num_labels=data.num_labels,
-            ignore_index=data.ignore_index,
-            limit=limit,
-            streaming=data.streaming,
-        )
+        return load_coco(path, split, data, other_splits=others, limit=limit)
     _check_no_category(data)
     if path.suffix == ".parquet" or (not _is_pair_folder(data, path) and has_parquet(path)):
         files = parquet_files(path, split, others)
