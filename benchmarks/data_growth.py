@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.turns import in_turn, one_core
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits, transforms
+from kd_trainer.data.dataset import SegmentationTransform
 from kd_trainer.data.synthetic import synthetic_pair
-from kd_trainer.data.transform import SegmentationTransform
 
 _LINKED = 8  # files of which a large folder consists; a file system bounds the links to one
 

@@ -16,11 +16,11 @@ from PIL import Image
 
 from benchmarks.originals import as_in_library, members
 from benchmarks.turns import in_turn, one_core
-from kd_trainer.augmentation import Augmentation
-from kd_trainer.data.images import decode_mask, decode_photograph
+from kd_trainer.data.augmentation import Augmentation
+from kd_trainer.data.dataset import SegmentationTransform
+from kd_trainer.data.images import decode_image, decode_mask
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.synthetic import synthetic_pair
-from kd_trainer.data.transform import SegmentationTransform
 
 SHAPE = (480, 640)
 """Height and width of the files that are decoded."""
@@ -163,7 +163,7 @@ def _readers(rows: Sequence[Mapping[str, str]]) -> dict[str, Callable[[int], Any
 
     def by_us(number: int) -> None:
         row = encoded[number % len(rows)]
-        decode_photograph(row["image"], number), decode_mask(row["mask"], number)
+        decode_image(row["image"], number), decode_mask(row["mask"], number)
 
     return {"pil": by_pil, "ours": by_us}
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import albumentations as A
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,39 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.stopwatch import Stopwatch
-from kd_trainer.stock_augmentation import stock_list
 
 TEMPERATURE = 4.0
 LOG_EVERY = 10
+
+
+def stock_list(image_size: int) -> Any:
+    """Resize, the heavy list as it is written down, of the library alone, and Normalize to floats.
+
+    Args:
+        image_size: side of the square result in pixels.
+
+    Returns:
+        An `A.Compose` to call with `image` uint8 (H, W, 3) and `mask` (H, W).
+    """
+    flare = max(1, round(0.3 * image_size))
+    return A.Compose(
+        [
+            A.Resize(image_size, image_size),
+            A.HorizontalFlip(p=0.5),
+            A.OneOf(
+                [A.ColorJitter(0.2, 0.2, 0.2, 0.1), A.HueSaturationValue(), A.RGBShift()], p=0.8
+            ),
+            A.OneOf([A.RandomBrightnessContrast(), A.CLAHE(), A.RandomGamma()], p=0.8),
+            A.OneOf([A.RandomRain(), A.RandomFog(), A.RandomSunFlare(src_radius=flare)], p=0.1),
+            A.OneOf([A.MotionBlur(), A.GaussianBlur(), A.MedianBlur()], p=0.05),
+            A.OneOf([A.GaussNoise(std_range=(0.02, 0.08)), A.ISONoise()], p=0.05),
+            A.OneOf(
+                [A.ImageCompression(quality_range=(40, 95)), A.Downscale(scale_range=(0.4, 0.9))],
+                p=0.1,
+            ),
+            A.Normalize(),
+        ]
+    )
 
 
 class PlainDataset(Dataset[tuple[Tensor, Tensor]]):

@@ -11,7 +11,7 @@ from transformers import Trainer
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import input_statistics
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import TeacherInference, Teacher
+from kd_trainer.teacher import Teacher, TeacherInference
 
 
 class TaughtTrainer(Trainer):

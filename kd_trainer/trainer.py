@@ -19,6 +19,7 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import EvaluationPanels, ProgressiveUnfreezing, tensorboard_of
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import collate
+from kd_trainer.data.loaders import LoadingTrainer
 from kd_trainer.evaluation import (
     EvaluationSettings,
     agreement_of,
@@ -38,7 +39,6 @@ from kd_trainer.fast_layers import (
     keep_freed_memory,
     use_fast_layers,
 )
-from kd_trainer.loaders import LoadingTrainer
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import GroupedTrainer

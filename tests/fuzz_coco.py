@@ -34,7 +34,7 @@ VALUES = (
 
 
 def sound(number: int) -> dict[str, Any]:
-    """Two photographs with polygons, runs and crowds."""
+    """Two images with polygons, runs and crowds."""
     draw = np.random.default_rng(number)
     blob = np.zeros(SIDE, np.uint8)
     blob[5:15, 8:20] = 1

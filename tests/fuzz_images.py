@@ -1,4 +1,4 @@
-"""Feeds mutated pictures and masks to the loader; a process of its own, which a crash may end.
+"""Feeds mutated images and masks to the loader; a process of its own, which a crash may end.
 
     python tests/fuzz_images.py FIRST LAST PLACE
 
@@ -111,7 +111,7 @@ def checked(data: bytes) -> bytes:
 
 
 def case(number: int) -> dict[str, dict[str, object]]:
-    """The row of a case: photograph, mask or both are broken."""
+    """The row of a case: image, mask or both are broken."""
     if number < 0:
         pair = {"image": sound(-number - 1, False), "mask": sound(-number - 1, True)}
         return {k: {"bytes": data, "path": f"{k}.file"} for k, (_, data) in pair.items()}

@@ -1,4 +1,4 @@
-"""Rows of docs/bad_input.md about files: what the loader makes of odd pictures and odd folders.
+"""Rows of docs/bad_input.md about files: what the loader makes of odd images and odd folders.
 
 Others are held elsewhere: tests/test_masks.py (grey, palette, CMYK, RGBA, EXIF, 16-bit masks,
 cut-off files), tests/test_transform.py (sizes), tests/test_data_sources.py (empty and broken
@@ -34,13 +34,13 @@ from kd_trainer.data.folder_images import read_picture
 from kd_trainer.data.images import (
     MAX_BYTES,
     MAX_PIXELS,
+    decode_image,
     decode_mask,
-    decode_photograph,
     image_shape,
-    read_cell,
+    read_image_bytes,
 )
 
-EVERY = (decode_photograph, decode_mask, image_shape)
+EVERY = (decode_image, decode_mask, image_shape)
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -90,9 +90,7 @@ def test_a_decompression_bomb_is_refused_by_its_head(kind, decode):
     for side in (50_000, 10_000):  # PIL raises for the first, and only warns for the second
         data = bomb(kind, side)
         assert len(data) < 4000
-        said = (
-            rf"^Expected a picture of at most 89,478,485.* got ({side:,} x {side:,}|{side**2:,}) "
-        )
+        said = rf"^Expected an image of at most 89,478,485.* got ({side:,} x {side:,}|{side**2:,}) "
         with pytest.raises(ValueError, match=said + ".*some.f"):
             decode(cell(data), 0)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -103,27 +101,27 @@ def test_the_limit_is_ours_even_if_that_of_pil_is_switched_off(monkeypatch):
     """`Image.MAX_IMAGE_PIXELS = None` is in many scripts, and would count for us too."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(ValueError, match=r"got 50,000 x 50,000 in some.file"):
-        decode_photograph(cell(bomb("PNG", 50_000)), 0)
+        decode_image(cell(bomb("PNG", 50_000)), 0)
 
 
 @pytest.mark.parametrize("decode", EVERY)
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_an_animation_is_refused_as_nobody_knows_which_picture_is_meant(kind, decode):
+def test_an_animation_is_refused_as_nobody_knows_which_image_is_meant(kind, decode):
     """cv2 and PIL take the first frame without a word; the mask may belong to another."""
     frames = [grey(value).convert("RGB") for value in (10, 200, 90)]
     data = encode(frames[0], kind, save_all=True, append_images=frames[1:])
-    with pytest.raises(ValueError, match=r"^Expected one picture, got several .* in some.file"):
+    with pytest.raises(ValueError, match=r"^Expected one image, got several .* in some.file"):
         decode(cell(data), 0)
     still = encode(frames[0], kind)
     assert image_shape(cell(still), 0) == (6, 9)
 
 
-def test_a_photograph_of_a_phone_with_a_depth_map_is_its_first_picture():
-    """These files end in .jpg and hold two pictures; refusing them would refuse most phones."""
+def test_an_image_of_a_phone_with_a_depth_map_is_its_first_image():
+    """These files end in .jpg and hold two images; refusing them would refuse most phones."""
     first, second = grey(200, (16, 16)).convert("RGB"), grey(10, (16, 16)).convert("RGB")
     data = encode(first, "MPO", save_all=True, append_images=[second])
     assert Image.open(io.BytesIO(data)).format == "MPO"
-    assert (decode_photograph(cell(data), 0) > 150).all()
+    assert (decode_image(cell(data), 0) > 150).all()
 
 
 @pytest.mark.parametrize("decode", EVERY)
@@ -135,19 +133,19 @@ def test_a_format_of_another_kind_is_refused(decode):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_a_grey_photograph_of_sixteen_bits_is_refused_in_training_as_in_deployment(kind):
+def test_a_grey_image_of_sixteen_bits_is_refused_in_training_as_in_deployment(kind):
     """Of 12-bit values only the highest 4 bits would be left, and the image processor refuses."""
     data = encode(Image.fromarray(np.full((4, 4), 4000, np.uint16)), kind)
-    with pytest.raises(ValueError, match=r"photograph of 8 bits a channel, got mode I;16 in some"):
-        decode_photograph(cell(data), 0)
+    with pytest.raises(ValueError, match=r"image of 8 bits a channel, got mode I;16 in some"):
+        decode_image(cell(data), 0)
 
 
 @pytest.mark.parametrize("kind", [".png", ".tif"])
 def test_colours_of_sixteen_bits_are_treated_as_grey_is(kind):
     """Cameras and satellites store 12 bits in 16: their high bytes are nearly black."""
     data = cv2.imencode(kind, np.full((4, 4, 3), 4000, np.uint16))[1].tobytes()
-    with pytest.raises(ValueError, match=r"photograph of 8 bits .*mode RGB of 16 bits in some.f"):
-        decode_photograph(cell(data), 0)
+    with pytest.raises(ValueError, match=r"image of 8 bits .*mode RGB of 16 bits in some.f"):
+        decode_image(cell(data), 0)
     with pytest.raises(ValueError, match=r"mask with one channel .*mode RGB of 16 bits in some.f"):
         decode_mask(cell(data), 0)
 
@@ -174,7 +172,7 @@ def test_a_fourth_band_is_transparency_only_where_the_file_says_so(decode):
 
 
 def test_transparency_that_a_tiff_names_shows_white():
-    assert decode_photograph(cell(tiff_bands(2)), 0)[0, 0].tolist() == [253, 250, 248]
+    assert decode_image(cell(tiff_bands(2)), 0)[0, 0].tolist() == [253, 250, 248]
 
 
 def test_a_grey_tiff_of_four_bits_holds_class_ids():
@@ -202,12 +200,12 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(decode):
 
 
 def test_what_looks_like_scans_elsewhere_in_a_jpeg_is_none():
-    """A comment, a preview or a film behind the photograph holds any bytes."""
+    """A comment, a preview or a film behind the image holds any bytes."""
     plain = encode(grey(90, (16, 16)), "JPEG")
     noise = b"\xff\xda" * 100
     comment = b"\xff\xfe" + struct.pack(">H", len(noise) + 2) + noise
     for data in (plain[:2] + comment + plain[2:], plain + noise):
-        assert decode_photograph(cell(data), 0).shape == (16, 16, 3)
+        assert decode_image(cell(data), 0).shape == (16, 16, 3)
 
 
 def test_a_tiff_of_many_pages_is_refused_by_its_head():
@@ -221,8 +219,8 @@ def test_a_tiff_of_many_pages_is_refused_by_its_head():
     )
     data = struct.pack("<2sHI", b"II", 42, 8) + b"".join(pages)
     begin = time.monotonic()
-    with pytest.raises(ValueError, match=r"^Expected one picture, got several"):
-        decode_photograph(cell(data), 0)
+    with pytest.raises(ValueError, match=r"^Expected one image, got several"):
+        decode_image(cell(data), 0)
     assert time.monotonic() - begin < 1
 
 
@@ -233,7 +231,7 @@ def test_a_tiff_of_many_pages_is_refused_by_its_head():
         *(("RGB", "TIFF"), ("P", "GIF"), ("RGBA", "WEBP"), ("I;16", "TIFF"), ("L", "TIFF")),
     ],
 )
-def test_a_large_picture_is_converted_in_strips_to_the_same_pixels(mode, kind, monkeypatch):
+def test_a_large_image_is_converted_in_strips_to_the_same_pixels(mode, kind, monkeypatch):
     draw = np.random.default_rng(3)
     if mode == "I;16":
         image = Image.fromarray(draw.integers(0, 9, (37, 23), dtype=np.uint16))
@@ -260,17 +258,17 @@ def result(decode, data: bytes) -> object:
 MEASURE = """
 import io, resource, sys
 from PIL import Image
-from kd_trainer.data.images import decode_photograph
+from kd_trainer.data.images import decode_image
 data = open(sys.argv[1], "rb").read()
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 900 * 2**20,) * 2)
-assert decode_photograph({"bytes": data, "path": None}, 0).shape == (9459, 9459, 3)
+assert decode_image({"bytes": data, "path": None}, 0).shape == (9459, 9459, 3)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_largest_transparent_picture_takes_no_more_than_900_mib(turned, tmp_path):
+def test_the_largest_transparent_image_takes_no_more_than_900_mib(turned, tmp_path):
     """A PNG of 0.4 MB took 1.47 GiB, in each worker."""
     exif = Image.Exif()
     exif[0x0112] = 6 if turned else 1
@@ -290,15 +288,15 @@ def test_memory_that_a_file_asks_for_without_need_is_its_fault(monkeypatch):
     with pytest.raises(
         ValueError, match=r"^Expected a readable image, got some.file .*: MemoryErr"
     ):
-        decode_photograph(cell(data), 0)
+        decode_image(cell(data), 0)
     monkeypatch.setattr("kd_trainer.data.images.np.empty", full)
     with pytest.raises(MemoryError):
-        decode_photograph(cell(data), 0)
+        decode_image(cell(data), 0)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_mask_fits_the_photograph_that_exif_turns(orientation, tmp_path):
-    """A mask made on the upright picture fits; one of the picture as it is stored is refused."""
+def test_a_mask_fits_the_image_that_exif_turns(orientation, tmp_path):
+    """A mask made on the upright image fits; one of the image as it is stored is refused."""
     draw = np.random.default_rng(orientation)
     coarse = draw.integers(0, 2, (3, 5), dtype=np.uint8) * 255
     stored = Image.fromarray(np.kron(coarse, np.ones((16, 16), np.uint8)))
@@ -343,19 +341,19 @@ def test_what_is_no_file_is_named_and_not_waited_for(what, tmp_path):
     elif what == "null":
         path.symlink_to("/dev/zero")
     with pytest.raises(ValueError, match=r"^Expected .*photo.jpg"):
-        read_cell({"path": str(path), "bytes": None}, "photo.jpg")
+        read_image_bytes({"path": str(path), "bytes": None}, "photo.jpg")
 
 
-def test_a_file_larger_than_any_picture_is_not_read(tmp_path):
+def test_a_file_larger_than_any_image_is_not_read(tmp_path):
     """It takes no disk space to make one."""
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(ValueError, match=r"at most 1,073,741,824 bytes, got 1,073,741,825 in .*hu"):
-        read_cell({"path": str(path), "bytes": None}, "huge.png")
+        read_image_bytes({"path": str(path), "bytes": None}, "huge.png")
 
 
-def test_a_full_table_of_open_files_is_not_the_fault_of_a_picture(tmp_path, monkeypatch):
+def test_a_full_table_of_open_files_is_not_the_fault_of_an_image(tmp_path, monkeypatch):
     """`--on_bad_sample skip` would leave good data out."""
     (tmp_path / "a.png").write_bytes(encode(grey(0)))
 
@@ -364,7 +362,7 @@ def test_a_full_table_of_open_files_is_not_the_fault_of_a_picture(tmp_path, monk
 
     monkeypatch.setattr(Path, "read_bytes", full)
     with pytest.raises(OSError, match="Too many open files") as seen:
-        read_cell({"path": str(tmp_path / "a.png"), "bytes": None}, "a.png")
+        read_image_bytes({"path": str(tmp_path / "a.png"), "bytes": None}, "a.png")
     assert not isinstance(seen.value, ValueError)
 
 
@@ -423,7 +421,7 @@ def test_a_class_that_never_occurs_is_no_fault_and_a_data_set_without_any_pixel_
 
 
 def test_one_mask_of_ignored_pixels_among_others_is_a_sample_that_counts_nowhere(tmp_path):
-    """Its photograph is then distilled on nowhere either: somebody ruled it out."""
+    """Its image is then distilled on nowhere either: somebody ruled it out."""
     root = write_pairs(tmp_path, num_labels=3, train=2)
     cv2.imwrite(str(root / "train" / "masks" / "p 0.png"), np.full((SIDE, SIDE), 255, np.uint8))
     first = samples(root, num_labels=3)[0]
@@ -431,8 +429,8 @@ def test_one_mask_of_ignored_pixels_among_others_is_a_sample_that_counts_nowhere
     assert not first["distil_mask"].any()
 
 
-def test_a_row_without_a_picture_is_named(tmp_path):
-    """Tables hold rows whose picture is null, and `None.get` names nobody."""
+def test_a_row_without_an_image_is_named(tmp_path):
+    """Tables hold rows whose image is null, and `None.get` names nobody."""
     features = datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False)))
     mask = {"path": None, "bytes": encode(grey(255))}
     rows = {"image": [mask, None], "mask": [mask, mask]}
@@ -455,5 +453,5 @@ def test_a_jpeg_that_is_damaged_inside_is_the_documented_exception():
     whole = encode(Image.fromarray(noise), "JPEG")
     half = whole[: len(whole) // 2]
     with pytest.raises(ValueError, match=r"^Expected a readable image"):
-        decode_photograph(cell(half), 0)
-    assert decode_photograph(cell(half + b"\xff\xd9"), 0).shape == (64, 64, 3)
+        decode_image(cell(half), 0)
+    assert decode_image(cell(half + b"\xff\xd9"), 0).shape == (64, 64, 3)

@@ -27,7 +27,7 @@ from kd_trainer.data import (
     transforms,
     usable_splits,
 )
-from kd_trainer.data.bad_samples import known_values, look_through
+from kd_trainer.data.bad_samples import check_split, readable_values
 
 BAD_ROWS = [0, 4, 6, 8, 10]  # p 0, p 2, p 4, p 6, p 8: rows go by name, and p 10 follows p 1
 SKIP = ("--on_bad_sample", "skip", "--max_bad_share", "0.5")
@@ -118,7 +118,7 @@ def test_a_mask_that_contradicts_the_rule_is_bad(tmp_path, monkeypatch):
 
 
 def parquet(root: Path, bad: Path) -> Path:
-    """The pair folder as parquet files that hold the pictures."""
+    """The pair folder as parquet files that hold the images."""
     root.mkdir()
     for split in ("train", "validation"):
         rows = {
@@ -134,7 +134,7 @@ def parquet(root: Path, bad: Path) -> Path:
 
 
 def coco(root: Path, bad: Path) -> Path:
-    """The photographs of the pair folder with a box as polygon; one entry has another size."""
+    """The images of the pair folder with a box as polygon; one entry has another size."""
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "validation"):
         (root / split).mkdir()
@@ -167,13 +167,13 @@ def test_other_sources_lose_their_bad_rows_too(make, expected, pairs, tmp_path):
     assert len(found) + len(bad) == 12
 
 
-def test_unlabelled_photographs_are_looked_at_too(pairs, tmp_path):
+def test_unlabelled_images_are_looked_at_too(pairs, tmp_path):
     """They are rows of the training split, of which only the first bytes are read before a run."""
     more = tmp_path / "more"
     more.mkdir()
-    picture = (pairs[1] / "train" / "images" / "p 1.png").read_bytes()
-    (more / "a.png").write_bytes(picture)
-    (more / "b.png").write_bytes(picture[:-200])
+    image = (pairs[1] / "train" / "images" / "p 1.png").read_bytes()
+    (more / "a.png").write_bytes(image)
+    (more / "b.png").write_bytes(image[:-200])
     found, bad = usable(settings(pairs[1], unlabelled=str(more)))
     assert len(found) == 8
     assert [(sample.row, Path(sample.file).name) for sample in bad] == [(8, "b.png")]
@@ -219,7 +219,7 @@ def test_a_stream_stops_at_one_bad_sample_too_many(pairs):
 def test_eval_leaves_bad_samples_out_and_says_so(tmp_path, capfd):
     """A figure over fewer images than the split has must not look like one over all of them."""
     root = write_pairs(tmp_path / "data", train=2, validation=4)
-    (root / "validation" / "images" / "p 1.png").write_bytes(b"no picture")
+    (root / "validation" / "images" / "p 1.png").write_bytes(b"no image")
     model, out = save_network(tmp_path / "net"), tmp_path / "out"
     for more in ((), ("--streaming",)):
         evaluate_main([str(model), "--dataset", str(root), "--output_dir", str(out), *SKIP, *more])
@@ -281,6 +281,6 @@ def test_two_processes_divide_the_files_and_agree(pairs, tmp_path):
 def test_workers_find_what_one_process_finds(pairs):
     """The look is made once; later askers get what is remembered, so it is told apart here."""
     rows = load_splits(settings(pairs[0]))["train"]
-    alone = look_through(rows, known_values(settings(pairs[0])), name="train")
+    alone = check_split(rows, readable_values(settings(pairs[0])), name="train")
     shuffled = rows.select(range(11, -1, -1))  # other rows: nothing is remembered of them
-    assert look_through(shuffled, frozenset({0, 1, 255}), name="train", workers=2) == alone[::-1]
+    assert check_split(shuffled, frozenset({0, 1, 255}), name="train", workers=2) == alone[::-1]

@@ -16,7 +16,7 @@ from kd_trainer.build import assemble
 from kd_trainer.command_line import build
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits
 from kd_trainer.data.coco import category_classes
-from kd_trainer.data.images import decode_mask, decode_photograph
+from kd_trainer.data.images import decode_image, decode_mask
 from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import two_columns
 from kd_trainer.data.streaming import stream_lengths
@@ -41,14 +41,14 @@ def check_columns(splits, kind=datasets.Dataset):
 
 
 def test_a_pair_folder_gives_pairs_of_the_same_stem(pair_folder):
-    """Two listings sorted apart can pair a photograph with its neighbour's mask."""
+    """Two listings sorted apart can pair an image with its neighbour's mask."""
     splits = load(pair_folder)
     check_columns(splits)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 8, "validation": 4}
     for row in splits["train"]:
         image, mask = row["image"]["path"], row["mask"]["path"]
         assert image.replace("images", "masks").replace(".jpg", ".png") == mask
-        assert decode_photograph(row["image"], 0).shape == (64, 64, 3)
+        assert decode_image(row["image"], 0).shape == (64, 64, 3)
     assert set(np.unique(masks(splits["train"]))) == {0, 255}
 
 
@@ -60,7 +60,7 @@ def test_folder_and_split_names_are_fields(pair_folder):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_limits_cut_and_unlabelled_photographs_follow(pair_folder, streaming):
+def test_limits_cut_and_unlabelled_images_follow(pair_folder, streaming):
     extra = pair_folder / "validation" / "images"
     fields = {"max_train_samples": 3, "max_eval_samples": 2, "unlabelled": str(extra)}
     splits = load(pair_folder, streaming=streaming, **fields)
@@ -149,7 +149,7 @@ def test_wrong_arguments_are_named(pair_folder):
 
 
 def test_a_stray_file_makes_no_other_source_of_a_pair_folder(pair_folder):
-    """One notes.parquet, and the photographs beside it would not be found any more."""
+    """One notes.parquet, and the images beside it would not be found any more."""
     for file in ("notes.parquet", "train/notes.parquet", "annotations/notes.json"):
         (pair_folder / file).parent.mkdir(exist_ok=True)
         (pair_folder / file).write_bytes(b"no matter what")
@@ -166,14 +166,14 @@ def test_a_category_of_no_coco_data_is_refused(source, request):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_unreadable_photograph_without_mask_is_found_before_the_run(pair_folder, streaming):
+def test_an_unreadable_image_without_mask_is_found_before_the_run(pair_folder, streaming):
     more = pair_folder / "validation" / "images"
-    (more / "broken.jpg").write_bytes(b"no picture")
+    (more / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"Expected a readable image, got .*broken\.jpg"):
         load(pair_folder, unlabelled=str(more), streaming=streaming)
 
 
-def test_synthetic_pictures_are_a_source():
+def test_synthetic_images_are_a_source():
     fields = {"image_size": 32, "synthetic_train": 3, "synthetic_eval": 2}
     splits = load("synthetic", **fields)
     check_columns(splits)
@@ -451,8 +451,8 @@ def test_parquet_folders_give_their_columns_undecoded(parquet, streaming):
     check_columns(splits, datasets.IterableDataset if streaming else datasets.Dataset)
     drawn = masks(splits["train"])
     assert [int(mask[0, 0]) for mask in drawn] == [0, 1, 0, 1, 0] * 2
-    pictures = [decode_photograph(row["image"], 0)[0, 0, 0] for row in splits["validation"]]
-    assert pictures == [0, 10, 20]
+    images = [decode_image(row["image"], 0)[0, 0, 0] for row in splits["validation"]]
+    assert images == [0, 10, 20]
     if streaming:
         assert stream_lengths(splits["train"]) in ([5, 5], [10])
 
@@ -471,7 +471,7 @@ def test_swapped_column_names_are_not_confused(tmp_path):
     for split in ("train", "validation"):
         table(names=("mask", "image")).to_parquet(tmp_path / f"{split}.parquet")
     rows = load(tmp_path, image_column="mask", mask_column="image")["train"]
-    assert decode_photograph(rows[1]["image"], 0)[0, 0, 0] == 10
+    assert decode_image(rows[1]["image"], 0)[0, 0, 0] == 10
     assert decode_mask(rows[1]["mask"], 0)[0, 0] == 1
 
 
@@ -573,7 +573,7 @@ class Plain:
     """A transform that gives the row's number and the stored values."""
 
     def __call__(self, row, *, epoch, index):
-        pixels = decode_photograph(row["image"], index)
+        pixels = decode_image(row["image"], index)
         return index, int(pixels[0, 0, 0]), int(decode_mask(row["mask"], index).sum())
 
 

@@ -1,4 +1,4 @@
-"""Mutated pictures, masks and annotations: each gives a sample or an error of ours, or fails."""
+"""Mutated images, masks and annotations: each gives a sample or an error of ours, or fails."""
 
 import json
 import subprocess

@@ -11,7 +11,7 @@ from PIL import Image
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits, mask_rule
-from kd_trainer.data.images import decode_mask, decode_photograph, image_shape
+from kd_trainer.data.images import decode_image, decode_mask, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 
 
@@ -110,11 +110,21 @@ def grey_png(values, depth):
     return {"bytes": b"\x89PNG\r\n\x1a\n" + body, "path": None}
 
 
-def palette_cell(values, colours=((0, 0, 0), (200, 0, 0), (0, 200, 0), (255, 255, 255))):
+def palette_cell(values, colours=((0, 0, 0), (200, 0, 0), (0, 200, 0), (255, 255, 255)), **options):
     image = Image.fromarray(np.array([values], np.uint8)).convert("P")
     image.putdata(values)
     image.putpalette([c for colour in colours for c in colour])
-    return encode(image)
+    return encode(image, **options)
+
+
+def by_cv2(values):
+    """A PNG as cv2 writes it, which has other filters than one of PIL."""
+    png = cv2.imencode(".png", np.array([values], np.uint8))[1]
+    return {"bytes": png.tobytes(), "path": None}
+
+
+def with_alpha(values):
+    return encode(Image.fromarray(np.array([[[v, 255] for v in values]], np.uint8), "LA"))
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -127,13 +137,21 @@ def palette_cell(values, colours=((0, 0, 0), (200, 0, 0), (0, 200, 0), (255, 255
         (cell([0, 8, 3]), [0, 8, 3]),
         (cell([0, 300, 65535], np.uint16), [0, 300, 65535]),
         (bit_cell([0, 1, 1]), [0, 1, 1]),
+        (by_cv2([0, 7, 255, 255]), [0, 7, 255, 255]),
         (palette_cell([0, 2, 1]), [0, 2, 1]),
+        (palette_cell([0, 3, 1], bits=2), [0, 3, 1]),
+        (palette_cell([0, 2, 1], transparency=bytes([0, 9, 255])), [0, 2, 1]),
+        (with_alpha([0, 5, 255]), [0, 5, 255]),
+        (encode(Image.fromarray(np.array([[4, 2]], np.uint8)), transparency=4), [4, 2]),
         (grey_png([0, 1, 3], 2), [0, 1, 3]),
         (grey_png([0, 2], 4), [0, 2]),
         (encode(Image.fromarray(np.array([[0, 2, 7]], np.uint8)), "BMP"), [0, 2, 7]),
         (encode(Image.fromarray(np.array([[0, 2, 900]], np.uint16)), "TIFF"), [0, 2, 900]),
     ],
-    ids=["0/1/255", "ids", "16-bit", "1-bit", "palette", "2-bit", "4-bit", "bmp", "tiff"],
+    ids=[
+        *("0/1/255", "ids", "16-bit", "1-bit", "cv2", "palette", "2-bit palette"),
+        *("transparent palette", "alpha", "transparent grey", "2-bit", "4-bit", "bmp", "tiff"),
+    ],
 )
 def test_masks_decode_to_the_stored_values(made, expected):
     """Viewers scale 1, 2 and 4 bits to 255 and turn palettes into colours; classes would move."""
@@ -169,10 +187,10 @@ def noise(size=(40, 30)):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
-def test_photographs_equal_those_of_pil(kind):
+def test_images_equal_those_of_pil(kind):
     made = encode(noise(), kind)
     expected = np.asarray(Image.open(io.BytesIO(made["bytes"])).convert("RGB"))
-    np.testing.assert_array_equal(decode_photograph(made, 0), expected)
+    np.testing.assert_array_equal(decode_image(made, 0), expected)
 
 
 def test_grey_palette_gif_and_cmyk_become_rgb():
@@ -185,35 +203,35 @@ def test_grey_palette_gif_and_cmyk_become_rgb():
     ):
         made = encode(image, kind)
         expected = np.asarray(Image.open(io.BytesIO(made["bytes"])).convert("RGB"))
-        np.testing.assert_array_equal(decode_photograph(made, 0), expected)
+        np.testing.assert_array_equal(decode_image(made, 0), expected)
 
 
 def test_transparency_shows_white_as_in_the_image_processor():
     image = noise().convert("RGBA")
     image.putalpha(0)
-    assert (decode_photograph(encode(image), 0) == 255).all()
+    assert (decode_image(encode(image), 0) == 255).all()
     quantized = noise().quantize(4)
-    decoded = decode_photograph(encode(quantized, transparency=bytes([0, 0, 0, 0])), 0)
+    decoded = decode_image(encode(quantized, transparency=bytes([0, 0, 0, 0])), 0)
     assert (decoded == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_photograph_and_mask_turn_alike_with_exif(kind):
-    """cv2 turns photographs, PIL does not: only one of the two turned would train on noise."""
+def test_image_and_mask_turn_alike_with_exif(kind):
+    """cv2 turns an image upright, PIL does not: only one of the two turned would train on noise."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    photograph = encode(noise(), kind, exif=exif)
-    assert decode_photograph(photograph, 0).shape == (30, 40, 3)
-    assert image_shape(photograph, 0) == (30, 40)
+    image = encode(noise(), kind, exif=exif)
+    assert decode_image(image, 0).shape == (30, 40, 3)
+    assert image_shape(image, 0) == (30, 40)
     values = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3))
     turned = decode_mask(encode(values, exif=exif), 0)
     assert turned.tolist() == [[3, 0], [4, 1], [5, 2]]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP"])
-@pytest.mark.parametrize("decode", [decode_photograph, decode_mask])
+@pytest.mark.parametrize("decode", [decode_image, decode_mask])
 def test_a_cut_off_file_is_an_error_that_names_it(kind, decode, tmp_path):
-    """cv2 may fill the missing part with grey, which trains as a photograph."""
+    """cv2 may fill the missing part with grey, which trains as an image."""
     data = encode(noise((300, 300)).convert("L"), kind)["bytes"]
     file = tmp_path / "cut.file"
     file.write_bytes(data[: len(data) * 3 // 4])
@@ -221,11 +239,19 @@ def test_a_cut_off_file_is_an_error_that_names_it(kind, decode, tmp_path):
         decode({"bytes": None, "path": str(file)}, 0)
 
 
+def test_a_mask_of_which_a_byte_has_changed_is_an_error():
+    """Its check sum is wrong; libpng can go on without a word, with the classes moved."""
+    data = bytearray(encode(noise((60, 60)).convert("L"))["bytes"])
+    data[len(data) // 2] ^= 255
+    with pytest.raises(ValueError, match="readable image, got row 0"):
+        decode_mask({"bytes": bytes(data), "path": None}, 0)
+
+
 def test_what_is_no_image_or_gone_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"readable image, got note.txt \(row 3\)"):
-        decode_photograph({"bytes": b"hello", "path": "note.txt"}, 3)
+        decode_image({"bytes": b"hello", "path": "note.txt"}, 3)
     with pytest.raises(FileNotFoundError, match=r"gone.png"):
-        decode_photograph({"bytes": None, "path": str(tmp_path / "gone.png")}, 0)
+        decode_image({"bytes": None, "path": str(tmp_path / "gone.png")}, 0)
     with pytest.raises(ValueError, match="empty cell at row 4"):
         decode_mask({"bytes": None, "path": None}, 4)
 

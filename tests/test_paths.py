@@ -1,4 +1,4 @@
-"""Paths in data lead into the folder of the data, or nowhere: other pictures are private."""
+"""Paths in data lead into the folder of the data, or nowhere: other images are private."""
 
 import json
 import shutil
@@ -16,15 +16,15 @@ from small_runs import write_pairs
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits
-from kd_trainer.data.images import decode_mask, decode_photograph
+from kd_trainer.data.images import decode_image, decode_mask
 from kd_trainer.data.listing import is_inside
 
 FEATURES = datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False)))
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """A data set, and beside its folder a picture that is none of its business."""
+def images(tmp_path: Path) -> Path:
+    """A data set, and beside its folder an image that is none of its business."""
     root = write_pairs(tmp_path / "data", train=2, validation=2)
     shutil.copy(root / "train" / "images" / "p 0.png", tmp_path / "secret.png")
     return root
@@ -37,7 +37,7 @@ def table(image: str, root: Path) -> datasets.Dataset:
 
 
 def write(kind: str, root: Path, rows: datasets.Dataset) -> Path:
-    """Tables as others write them: `datasets` itself would put the pictures into them."""
+    """Tables as others write them: `datasets` itself would put the images into them."""
     if kind == "parquet":
         for split in ("train", "validation"):
             pyarrow.parquet.write_table(rows.data.table, root / f"{split}.parquet")
@@ -52,10 +52,7 @@ def read(path: Path | str, streaming: bool = False) -> list[dict]:
     """The first row of both splits, decoded."""
     splits = load_splits(DataArguments(dataset=str(path), streaming=streaming))
     rows = [next(iter(splits[name])) for name in splits]
-    return [
-        {"path": row["image"]["path"], "picture": decode_photograph(row["image"], 0)}
-        for row in rows
-    ]
+    return [{"path": row["image"]["path"], "image": decode_image(row["image"], 0)} for row in rows]
 
 
 OUTSIDE = {
@@ -75,10 +72,10 @@ OUTSIDE = {
     ("kind", "streaming"),
     [("parquet", False), ("parquet", True), ("saved", False), ("saved", True)],
 )
-def test_a_path_in_a_table_cannot_leave_the_data(kind, streaming, how, pictures):
-    """The picture would be drawn into the report and the panel, which are published."""
-    place = OUTSIDE[how].format(root=pictures, outside=pictures.parent)
-    path = write(kind, pictures, table(place, pictures))
+def test_a_path_in_a_table_cannot_leave_the_data(kind, streaming, how, images):
+    """The image would be drawn into the report and the panel, which are published."""
+    place = OUTSIDE[how].format(root=images, outside=images.parent)
+    path = write(kind, images, table(place, images))
     with pytest.raises(
         ValueError, match=r"^Expected paths inside .*, got .*secret.*leads out of it"
     ):
@@ -88,14 +85,14 @@ def test_a_path_in_a_table_cannot_leave_the_data(kind, streaming, how, pictures)
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("place", ["train/images/p 1.png", "{root}/train/images/p 1.png"])
 def test_a_path_inside_the_data_is_read_from_wherever_one_stands(
-    place, streaming, pictures, tmp_path, monkeypatch
+    place, streaming, images, tmp_path, monkeypatch
 ):
     """A relative path begins at the data, not at the folder in which somebody starts the run."""
-    path = write("parquet", pictures, table(place.format(root=pictures), pictures))
+    path = write("parquet", images, table(place.format(root=images), images))
     monkeypatch.chdir(tmp_path)
     for found in read(path, streaming):
-        assert Path(found["path"]) == pictures / "train" / "images" / "p 1.png"
-        assert found["picture"].shape == (64, 64, 3)
+        assert Path(found["path"]) == images / "train" / "images" / "p 1.png"
+        assert found["image"].shape == (64, 64, 3)
 
 
 def stored_table(cells: list[dict], root: Path) -> Path:
@@ -111,36 +108,36 @@ def stored_table(cells: list[dict], root: Path) -> Path:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("further", [[], [{"bytes": None, "path": "train/images/p 0.png"}]])
-def test_bytes_do_not_let_a_path_through(streaming, further, pictures):
+def test_bytes_do_not_let_a_path_through(streaming, further, images):
     """`datasets` drops the bytes of an image whose path is a file here, and would read that."""
-    secret = str(pictures.parent / "secret.png")
-    path = stored_table([{"bytes": b"no picture", "path": secret}, *further], pictures)
+    secret = str(images.parent / "secret.png")
+    path = stored_table([{"bytes": b"no image", "path": secret}, *further], images)
     with pytest.raises(ValueError, match=r"^Expected a readable image, got .*secret.png \(row 0"):
         read(path, streaming)
-    path = stored_table([{"bytes": b"", "path": secret}, *further], pictures)
-    with pytest.raises(ValueError, match=r"^Expected a picture, got no bytes at .*secret.png"):
+    path = stored_table([{"bytes": b"", "path": secret}, *further], images)
+    with pytest.raises(ValueError, match=r"^Expected an image, got no bytes at .*secret.png"):
         read(path, streaming)
 
 
-def test_stored_pictures_keep_their_names(pictures):
+def test_stored_images_keep_their_names(images):
     """With the bytes in the table the path is a name, whatever it looks like."""
-    stored = (pictures / "train" / "images" / "p 0.png").read_bytes()
-    path = stored_table([{"bytes": stored, "path": "/home/me/p 0.png"}], pictures)
+    stored = (images / "train" / "images" / "p 0.png").read_bytes()
+    path = stored_table([{"bytes": stored, "path": "/home/me/p 0.png"}], images)
     assert [found["path"] for found in read(path)] == ["/home/me/p 0.png"] * 2
     assert [found["path"] for found in read(path, True)] == ["train.parquet: /home/me/p 0.png"] * 2
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_columns_of_bare_bytes_or_paths_are_pictures_too(streaming, pictures):
+def test_columns_of_bare_bytes_or_paths_are_images_too(streaming, images):
     """Tables that `datasets` has not written have no struct of bytes and path."""
-    folder = pictures / "train"
+    folder = images / "train"
     columns = {
         "image": ["train/images/p 0.png"],
         "mask": [(folder / "masks" / "p 0.png").read_bytes()],
     }
     for split in ("train", "validation"):
-        pyarrow.parquet.write_table(pyarrow.table(columns), pictures / f"{split}.parquet")
-    found = read(pictures / "train.parquet", streaming)
+        pyarrow.parquet.write_table(pyarrow.table(columns), images / f"{split}.parquet")
+    found = read(images / "train.parquet", streaming)
     assert [Path(one["path"]) for one in found] == [folder / "images" / "p 0.png"] * 2
 
 
@@ -169,8 +166,8 @@ def coco(root: Path, file_name: str) -> Path:
         "{outside}/",
     ],
 )
-def test_a_file_name_in_coco_annotations_cannot_leave_the_images(name, pictures):
-    path = coco(pictures, name.format(outside=pictures.parent))
+def test_a_file_name_in_coco_annotations_cannot_leave_the_images(name, images):
+    path = coco(images, name.format(outside=images.parent))
     with pytest.raises(FileNotFoundError, match=r"^Expected the images of .*, got none of "):
         read(path)
 
@@ -188,19 +185,19 @@ def test_a_file_name_in_coco_annotations_cannot_leave_the_images(name, pictures)
         "D:\\data\\train\\images\\p 1.png",
     ],
 )
-def test_a_path_of_a_labelling_tool_is_looked_up_by_its_end_and_said(name, pictures, capsys):
+def test_a_path_of_a_labelling_tool_is_looked_up_by_its_end_and_said(name, images, capsys):
     """Label Studio and tools on Windows write where the files lay on the machine they ran on."""
-    (pictures.parent / "p 1.png").write_bytes(b"the file of that name outside")
-    found = read(coco(pictures, name))[0]
-    assert Path(found["path"]) == pictures / "train" / "images" / "p 1.png"
+    (images.parent / "p 1.png").write_bytes(b"the file of that name outside")
+    found = read(coco(images, name))[0]
+    assert Path(found["path"]) == images / "train" / "images" / "p 1.png"
     told = capsys.readouterr().err
     assert "1 of 1 file names of " in told
     assert f"{name} is " in told
 
 
-def test_two_paths_that_would_be_one_file_here_are_named(pictures):
-    """The masks of two photographs would both be taught on one of them."""
-    path = coco(pictures, "/a/p 1.png")
+def test_two_paths_that_would_be_one_file_here_are_named(images):
+    """The masks of two images would both be taught on one of them."""
+    path = coco(images, "/a/p 1.png")
     for file in path.parent.iterdir():
         content = json.loads(file.read_text())
         content["images"].append(content["images"][0] | {"id": 2, "file_name": "/b/p 1.png"})
@@ -209,16 +206,16 @@ def test_two_paths_that_would_be_one_file_here_are_named(pictures):
         read(path)
 
 
-def test_names_inside_the_images_are_not_spoken_of(pictures, capsys):
-    read(coco(pictures, "train/images/p 1.png"))
+def test_names_inside_the_images_are_not_spoken_of(images, capsys):
+    read(coco(images, "train/images/p 1.png"))
     assert "another machine" not in capsys.readouterr().err
 
 
-def test_a_file_name_in_a_folder_below_is_what_many_annotations_hold(pictures):
-    assert read(coco(pictures, "train/images/p 1.png"))[0]["picture"].shape == (64, 64, 3)
+def test_a_file_name_in_a_folder_below_is_what_many_annotations_hold(images):
+    assert read(coco(images, "train/images/p 1.png"))[0]["image"].shape == (64, 64, 3)
 
 
-# Runs of 9^9 pixels as COCO compresses them: valid, but for the size of the picture.
+# Runs of 9^9 pixels as COCO compresses them: valid, but for the size of the image.
 RUNS = coco_mask.frPyObjects({"size": [64, 64], "counts": [0, 9**9]}, 64, 64)["counts"].decode()
 ODD = {
     "bomb": ({"height": 50_000, "width": 50_000}, {}, "at most 89,478,485 pixels"),
@@ -250,16 +247,16 @@ ODD = {
 }
 
 
-def test_annotations_that_are_nested_without_end_get_one_line(pictures):
-    path = coco(pictures, "train/images/p 1.png")
+def test_annotations_that_are_nested_without_end_get_one_line(images):
+    path = coco(images, "train/images/p 1.png")
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"^Expected a COCO json, got .* nested too deeply"):
         read(path)
 
 
-def test_numbers_written_as_text_and_a_byte_order_mark_are_read(pictures):
+def test_numbers_written_as_text_and_a_byte_order_mark_are_read(images):
     """Category ids as text matched nothing, so that every mask was empty."""
-    path = coco(pictures, "train/images/p 1.png")
+    path = coco(images, "train/images/p 1.png")
     for file in path.parent.iterdir():
         content = json.loads(file.read_text())
         content["annotations"][0] |= {"category_id": "1", "area": 5.5, "iscrowd": False}
@@ -270,10 +267,10 @@ def test_numbers_written_as_text_and_a_byte_order_mark_are_read(pictures):
 
 
 @pytest.mark.parametrize("how", ODD)
-def test_annotations_that_cannot_be_drawn_are_named(how, pictures):
-    """A number in a json may ask for all memory, or for hours, as well as a picture's head may."""
+def test_annotations_that_cannot_be_drawn_are_named(how, images):
+    """A number in a json may ask for all memory, or for hours, as well as an image's head may."""
     image, annotation, message = ODD[how]
-    path = coco(pictures, "train/images/p 1.png")
+    path = coco(images, "train/images/p 1.png")
     for file in path.parent.iterdir():
         content = json.loads(file.read_text())
         content["images"][0] |= image
@@ -283,16 +280,16 @@ def test_annotations_that_cannot_be_drawn_are_named(how, pictures):
         read(path)
 
 
-def test_a_data_folder_and_files_in_it_may_be_links(pictures, tmp_path):
+def test_a_data_folder_and_files_in_it_may_be_links(images, tmp_path):
     """Subsets of large collections are often folders of links; these are the user's own."""
     link = tmp_path / "link"
-    link.symlink_to(pictures, target_is_directory=True)
-    image = pictures / "train" / "images" / "p 0.png"
+    link.symlink_to(images, target_is_directory=True)
+    image = images / "train" / "images" / "p 0.png"
     shutil.move(image, tmp_path / "moved.png")
     image.symlink_to(tmp_path / "moved.png")
-    assert read(link)[0]["picture"].shape == (64, 64, 3)
+    assert read(link)[0]["image"].shape == (64, 64, 3)
     for place in ("train/images/p 0.png", str(link / "train/images/p 0.png")):
-        assert read(write("parquet", link, table(place, pictures)))[0]["picture"].ndim == 3
+        assert read(write("parquet", link, table(place, images)))[0]["image"].ndim == 3
 
 
 ELSEWHERE_ON_THE_HUB = (
@@ -312,7 +309,7 @@ ELSEWHERE_ON_THE_HUB = (
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp_path, monkeypatch):
+def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, images, tmp_path, monkeypatch):
     """Files of the Hub lie in the cache, under absolute paths, or are addresses."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     own = tmp_path / "cache" / "datasets--me--people" / "snapshots" / "a.png"
@@ -323,7 +320,7 @@ def test_a_data_set_of_the_hub_reads_its_own_files_only(streaming, pictures, tmp
 
     def answer(place: str):
         def load(name, *, split, streaming):
-            rows = table(place, pictures)
+            rows = table(place, images)
             return rows.to_iterable_dataset() if streaming else rows
 
         monkeypatch.setattr(datasets, "load_dataset", load)
@@ -363,9 +360,9 @@ def test_is_inside_reads_paths_of_both_kinds(name, inside):
     assert is_inside(name) is inside
 
 
-def test_a_remote_picture_is_read_no_further_than_a_local_one(monkeypatch):
+def test_a_remote_image_is_read_no_further_than_a_local_one(monkeypatch):
     """A server may send without end."""
     monkeypatch.setattr("kd_trainer.data.images.MAX_BYTES", 10)
     fsspec.filesystem("memory").pipe("/much.png", bytes(11))
-    with pytest.raises(ValueError, match=r"^Expected a picture of at most 10 bytes, got more in"):
-        decode_photograph({"bytes": None, "path": "memory://much.png"}, 0)
+    with pytest.raises(ValueError, match=r"^Expected an image of at most 10 bytes, got more in"):
+        decode_image({"bytes": None, "path": "memory://much.png"}, 0)

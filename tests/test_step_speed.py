@@ -25,7 +25,7 @@ from kd_trainer.fast_layers import (
     use_fast_layers,
 )
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import TeacherInference, Teacher
+from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.trainer import DistillationTrainer
 
 EFFICIENT = "timm-efficientnet-b0"

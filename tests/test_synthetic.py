@@ -40,8 +40,8 @@ def test_splits_hold_undecoded_png_pairs():
             np.testing.assert_array_equal(decode(row["mask"]), mask)
 
 
-def test_a_picture_depends_on_seed_split_and_index_alone():
-    """If the order or the number of pictures mattered, a smaller set would be another set."""
+def test_an_image_depends_on_seed_split_and_index_alone():
+    """If the order or the number of images mattered, a smaller set would be another set."""
     large = synthetic_splits(6, 4, size=40, seed=1)
     small = synthetic_splits(2, 1, size=40, seed=1)
     assert small["train"][:]["image"] == large["train"][:2]["image"]
@@ -52,8 +52,8 @@ def test_a_picture_depends_on_seed_split_and_index_alone():
 
 
 @pytest.mark.parametrize("other", [("validation", 0, 0), ("train", 1, 0), ("train", 0, 1)])
-def test_seed_split_and_index_each_change_the_picture(other):
-    """Held-out pictures that repeat training pictures would make every figure worthless."""
+def test_seed_split_and_index_each_change_the_image(other):
+    """Held-out images that repeat training images would make every figure worthless."""
     split, index, seed = other
     first = synthetic_pair("train", 0, size=40, seed=0)[0].astype(int)
     second = synthetic_pair(split, index, size=40, seed=seed)[0].astype(int)
@@ -102,7 +102,7 @@ def test_clutter_is_drawn_but_never_labelled():
     for seed in range(12):
         drawing = Drawing(np.zeros((120, 120, 3), np.uint8), np.zeros((120, 120), np.uint8))
         draw_clutter(np.random.default_rng(seed), drawing, (60.0, 110.0), 90.0)
-        assert drawing.picture.any()
+        assert drawing.image.any()
         assert not drawing.mask.any()
 
 
@@ -124,8 +124,8 @@ def test_each_texture_stays_between_its_two_colours(kind):
     assert kind == "plain" or made.std(axis=(0, 1)).min() > 1
 
 
-def test_a_picture_of_96_px_is_drawn_in_a_few_milliseconds():
-    """The demo draws some hundred pictures at each start."""
+def test_an_image_of_96_px_is_drawn_in_a_few_milliseconds():
+    """The demo draws some hundred images at each start."""
     synthetic_pair("train", 0, size=96, seed=0)
     started = time.process_time()
     for index in range(40):
@@ -137,7 +137,7 @@ def test_a_picture_of_96_px_is_drawn_in_a_few_milliseconds():
     ("arguments", "message"),
     [
         ({"train": 1, "evaluation": 1, "size": 16}, "Expected size >= 32 pixels, got 16"),
-        ({"train": 0, "evaluation": 1, "size": 32}, "at least one picture a split, got 0"),
+        ({"train": 0, "evaluation": 1, "size": 32}, "at least one image a split, got 0"),
         ({"train": 1, "evaluation": -1, "size": 32}, "and -1 held out"),
     ],
 )

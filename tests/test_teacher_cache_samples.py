@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_trainer.augmentation import OUTSIDE, Augmentation
 from kd_trainer.data import MaskRule, SegmentationTransform, TransformedDataset, collate
+from kd_trainer.data.augmentation import OUTSIDE, Augmentation
 
 SIZE = 64
 KINDS = ("heavy", "light", "none")

@@ -86,7 +86,7 @@ def test_masks_are_resized_without_new_values_and_without_a_shift():
     np.testing.assert_array_equal(large, np.kron(expected, np.ones((4, 4), np.uint8)))
 
 
-def test_a_photograph_without_mask_is_ignored_by_the_task_and_kept_for_distillation():
+def test_an_image_without_mask_is_ignored_by_the_task_and_kept_for_distillation():
     image, _ = pair()
     sample = transform(rule=MaskRule((0, 1), 200))(row(image, None), epoch=0, index=0)
     assert (sample["labels"] == 200).all()
@@ -118,7 +118,7 @@ def test_ignored_pixels_stay_ignored_through_augmentation_and_are_not_distilled(
 
 
 @pytest.mark.parametrize("kind", ["heavy", "light"])
-def test_the_mask_can_be_read_off_the_augmented_photograph(kind):
+def test_the_mask_can_be_read_off_the_augmented_image(kind):
     make = transform(kind)
     for index in range(40):
         _, mask = pair(index)

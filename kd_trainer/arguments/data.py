@@ -22,10 +22,10 @@ class DataArguments:
     )
     train_split: str = help_field("train", "Name of the split to train on.")
     eval_split: str = help_field("validation", "Name of the split to evaluate on.")
-    image_folder: str = help_field("images", "Folder of the photographs inside a split.")
+    image_folder: str = help_field("images", "Folder of the images inside a split.")
     mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
     category: str | None = help_field(None, "COCO: the category that is the foreground.")
-    image_column: str = help_field("image", "Column of the photographs (parquet, Hub).")
+    image_column: str = help_field("image", "Column of the images (parquet, Hub).")
     mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
     num_labels: int = help_field(
         2, "Classes with the background; 2 is a binary task with one logit."
@@ -47,7 +47,7 @@ class DataArguments:
     )
     ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
     unlabelled: str | None = help_field(
-        None, "Folder of photographs without masks, used by the distillation terms only."
+        None, "Folder of images without masks, used by the distillation terms only."
     )
     streaming: bool = help_field(False, "Stream the data instead of indexing it.")
     image_size: int = help_field(640, "Side of the square network input in pixels.")
@@ -57,13 +57,13 @@ class DataArguments:
         "Probability of the brightness/CLAHE/gamma group of the heavy augmentation, and of "
         "brightness and contrast in seed.",
     )
-    synthetic_train: int = help_field(480, "Pictures drawn for training (dataset `synthetic`).")
-    synthetic_eval: int = help_field(120, "Pictures drawn for evaluation, likewise.")
+    synthetic_train: int = help_field(480, "Images drawn for training (dataset `synthetic`).")
+    synthetic_eval: int = help_field(120, "Images drawn for evaluation, likewise.")
     max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
     max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
     on_bad_sample: str = help_field(
         "error",
-        "What a photograph or mask that cannot be used does: `error` stops and names the file; "
+        "What an image or mask that cannot be used does: `error` stops and names the file; "
         "`skip` looks through all files first (streams: on the way), leaves the bad ones out and "
         "lists them in bad_samples.txt. Nothing ever takes their place.",
     )

@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.data import StreamedDataset, TransformedDataset, clean_picture
-from kd_trainer.data.images import cell_name, read_cell
+from kd_trainer.data import StreamedDataset, TransformedDataset, clean_image
+from kd_trainer.data.images import image_name, read_image_bytes
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import parse_size
 from kd_trainer.resuming import together
-from kd_trainer.teacher import TeacherInference, Teacher
+from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.teacher_cache import (
     Room,
     TargetCache,
@@ -125,14 +125,14 @@ class _Pictures:
     def digest(self, number: int) -> bytes:
         """Digest of the file of a photograph."""
         cell, index = self._cell(number)
-        return image_digest(read_cell(cell, cell_name(cell, index)))
+        return image_digest(read_image_bytes(cell, image_name(cell, index)))
 
     def look(self, number: int) -> tuple[bytes, Tensor]:
         """Digest of the file and uint8 (3, S, S) of a photograph."""
         cell, index = self._cell(number)
-        data = read_cell(cell, cell_name(cell, index))
+        data = read_image_bytes(cell, image_name(cell, index))
         known = {"bytes": data, "path": cell.get("path")}
-        return image_digest(data), clean_picture(known, index, self.size)
+        return image_digest(data), clean_image(known, index, self.size)
 
     def numbers(self, args: DistillationArguments) -> dict[bytes, int]:
         """Number of a photograph by its digest; the processes of a run read a share each."""

@@ -1,12 +1,17 @@
-"""From photographs and masks to batches: sources, rule of the mask values, transform, streams."""
+"""From images and masks to batches: sources, rule of the mask values, transform, streams."""
 
-from kd_trainer.data.bad_samples import BadSample
-from kd_trainer.data.dataset import TransformedDataset, collate
+from kd_trainer.data.dataset import (
+    SegmentationTransform,
+    TeacherTargets,
+    TransformedDataset,
+    clean_image,
+    collate,
+)
+from kd_trainer.data.images import BadSample
 from kd_trainer.data.masks import MaskRule, find_mask_rule
 from kd_trainer.data.pipeline import mask_rule, sample_rows, transforms, usable_splits
 from kd_trainer.data.sources import load_splits, source_class_names
 from kd_trainer.data.streaming import StreamedDataset
-from kd_trainer.data.transform import SegmentationTransform, TeacherTargets, clean_picture
 
 __all__ = [
     "BadSample",
@@ -15,7 +20,7 @@ __all__ = [
     "StreamedDataset",
     "TeacherTargets",
     "TransformedDataset",
-    "clean_picture",
+    "clean_image",
     "collate",
     "find_mask_rule",
     "load_splits",

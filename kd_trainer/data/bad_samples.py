@@ -15,7 +15,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,41 +25,23 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.images import BadSampleError, cell_name, decode_mask, decode_photograph
+from kd_trainer.data.dataset import one_thread_per_worker, size_error
+from kd_trainer.data.images import BadSample, BadSampleError, decode_image, decode_mask, image_name
 from kd_trainer.data.masks import present_values, show_values
-from kd_trainer.data.transform import one_thread_per_worker, size_error
-from kd_trainer.safe_files import plain
 
 PRINTED = 20
 """Bad samples of a split that are printed; all of them are in bad_samples.txt."""
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """One row that was left out."""
-
-    split: str
-    row: int
-    file: str
-    reason: str
-
-    def line(self) -> str:
-        """All four between tabs, as in bad_samples.txt."""
-        return "\t".join(map(plain, astuple(self)))
-
-    def __str__(self) -> str:
-        return plain(f"{self.split} row {self.row}: {self.reason}")
-
-
-class Look(NamedTuple):
-    """What a look at a row found: the values of its mask, or why it cannot be used."""
+class SampleCheck(NamedTuple):
+    """What decoding a row showed: the values of its mask, or why it cannot be used."""
 
     values: tuple[int, ...] = ()
     bits: bool = False
     reason: str | None = None
 
 
-def known_values(data: DataArguments) -> frozenset[int]:
+def readable_values(data: DataArguments) -> frozenset[int]:
     """Every mask value that some rule for this data knows."""
     if data.mask_threshold is not None:
         return frozenset(range(2**16))
@@ -71,16 +53,16 @@ def known_values(data: DataArguments) -> frozenset[int]:
     return frozenset({*ids, data.ignore_index})
 
 
-def look_at(row: Mapping[str, Any], index: int, known: Collection[int]) -> Look:
+def check_sample(row: Mapping[str, Any], index: int, known: Collection[int]) -> SampleCheck:
     """Decode a row wholly, as a training does."""
     try:
-        shape = decode_photograph(row["image"], index).shape[:2]
+        shape = decode_image(row["image"], index).shape[:2]
         if row["mask"] is None:
-            return Look()
-        name = cell_name(row["mask"], index)
+            return SampleCheck()
+        name = image_name(row["mask"], index)
         mask = decode_mask(row["mask"], index)
         if mask.shape != shape:
-            raise size_error(mask.shape, shape, name, cell_name(row["image"], index))
+            raise size_error(mask.shape, shape, name, image_name(row["image"], index))
         found, bits = present_values(mask), mask.dtype == bool
         if not bits and not set(found) <= set(known):
             raise BadSampleError(
@@ -88,45 +70,45 @@ def look_at(row: Mapping[str, Any], index: int, known: Collection[int]) -> Look:
                 f"{name}. Correct the mask, or name the values with --mask_values."
             )
     except BadSampleError as error:
-        return Look(reason=str(error))
-    return Look(found, bits)
+        return SampleCheck(reason=str(error))
+    return SampleCheck(found, bits)
 
 
-class _Looks(torch.utils.data.Dataset[Look]):
+class _SampleChecks(torch.utils.data.Dataset[SampleCheck]):
     def __init__(self, rows: Any, known: Collection[int]) -> None:
         self.rows = rows
         self.known = known
 
-    def __getitem__(self, index: int) -> Look:
+    def __getitem__(self, index: int) -> SampleCheck:
         one_thread_per_worker(os.getpid())
-        return look_at(self.rows[index], index, self.known)
+        return check_sample(self.rows[index], index, self.known)
 
 
-_LOOKED: dict[tuple[str, frozenset[int]], list[Look]] = {}  # a comparison asks many times
+_CHECKED: dict[tuple[str, frozenset[int]], list[SampleCheck]] = {}  # a comparison asks many times
 _PRINTED: set[BadSample] = set()
 
 
-def look_through(
+def check_split(
     rows: Any, known: frozenset[int], *, name: str, workers: int = 0, shared: bool = False
-) -> list[Look]:
-    """A look at each row of a `datasets.Dataset`; the second time it is remembered.
+) -> list[SampleCheck]:
+    """Check each row of a `datasets.Dataset`; the second time it is remembered.
 
     Args:
         rows: with the columns `image` and `mask`.
-        known: see `known_values`.
+        known: see `readable_values`.
         name: of the split, for the bar.
         workers: processes that decode.
         shared: divide the rows among the processes of a run, all of which have to call this; then
             all know the same, even if a disk answers only one of them.
     """
     key = (rows._fingerprint, known)
-    if key in _LOOKED:
-        return _LOOKED[key]
+    if key in _CHECKED:
+        return _CHECKED[key]
     rank, world = _place() if shared else (0, 1)
     mine = range(rank, len(rows), world)
-    # A generator of its own: the training's random numbers must not depend on this look.
+    # A generator of its own: the training's random numbers must not depend on this check.
     loader = DataLoader(
-        _Looks(rows, known),
+        _SampleChecks(rows, known),
         batch_size=None,
         sampler=mine,
         num_workers=workers,
@@ -138,8 +120,8 @@ def look_through(
         shares: list[Any] = [None] * world
         dist.all_gather_object(shares, found)
         found = sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
-    _LOOKED[key] = [look for _, look in found]
-    return _LOOKED[key]
+    _CHECKED[key] = [check for _, check in found]
+    return _CHECKED[key]
 
 
 def _place() -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Where a COCO data set keeps its annotation files and photographs."""
+"""Where a COCO data set keeps its annotation files and images."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from datasets.fingerprint import Hasher
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from kd_trainer.arguments import DataArguments
 from kd_trainer.data.images import MAX_PIXELS
 from kd_trainer.data.listing import (
     FEATURES,
@@ -102,7 +103,7 @@ def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> Pat
 def find_images(
     annotations: Path, path: Path, split: str, names: Sequence[str]
 ) -> tuple[Path, list[str]]:
-    """The folder that holds the photographs `names`, and what each is called in it.
+    """The folder that holds the images `names`, and what each is called in it.
 
     Raises:
         FileNotFoundError: if no folder holds any of them, or one of them is missing.
@@ -158,7 +159,7 @@ def _check_own_files(found: dict[str, str | None], annotations: Path, folder: Pa
 MAX_LENGTH = 1_000_000
 """Pixels along the edges of one annotation: half a second and 300 MiB in pycocotools."""
 
-_FARTHEST = 10  # sides of the picture that a polygon's corner may be away
+_FARTHEST = 10  # sides of the image that a polygon's corner may be away
 
 
 def draw(
@@ -186,17 +187,15 @@ def draw(
 def _pixels(shape: Any, height: int, width: int, where: str) -> npt.NDArray[np.bool_]:
     try:
         rle = _run_lengths(shape, height, width, where)
-        return np.zeros((height, width), np.bool_) if rle is None else _decoded(rle)
+        if rle is None:
+            return np.zeros((height, width), np.bool_)
+        return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
     except (TypeError, KeyError, AttributeError, OverflowError) as error:
         raise _no_shape(where, type(error).__name__) from None
     except ValueError as error:
         if is_own(error):
             raise
         raise _no_shape(where, str(error)) from None
-
-
-def _decoded(rle: Any) -> npt.NDArray[np.bool_]:
-    return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
 
 
 def _no_shape(where: str, reason: str) -> ValueError:
@@ -272,14 +271,10 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, int | float) and value in (0, 1)
 
 
-def _is_anything(_: Any) -> bool:
-    return True
-
-
 Kind = tuple[Callable[[Any], bool], str]
 _ID: Kind = (_is_id, "a whole number or a text")
 _CATEGORY: Kind = (_is_category_id, "a whole number")
-_SIDE: Kind = (_is_anything, "a whole number")  # both sides are looked at together
+_SIDE: Kind = (lambda _: True, "a whole number")  # both sides are checked together
 _NEEDED: dict[str, dict[str, Kind]] = {
     "images": {
         "id": _ID,
@@ -366,11 +361,11 @@ DRAWING = 2
 
 @dataclass(frozen=True)
 class CocoSplit:
-    """One annotation file with its photographs.
+    """One annotation file with its images.
 
     Args:
         annotations: the json file.
-        path: what was given as the data set, near which the photographs are looked for.
+        path: what was given as the data set, near which the images are looked for.
         split: name of the split.
         category: name of the foreground, or None.
         num_labels: classes with the background.
@@ -384,14 +379,11 @@ class CocoSplit:
     category: str | None
     num_labels: int
     limit: int | None
-    ignore_index: int = 255
+    ignore_index: int
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, and the hash of the data, need the file's name, not its content.
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
 
     @cached_property
     def records(self) -> list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]]:
@@ -416,7 +408,7 @@ class CocoSplit:
 
     @cached_property
     def images(self) -> tuple[Path, list[str]]:
-        """Folder of the photographs, and the file there of each record."""
+        """Folder of the images, and the file there of each record."""
         names = [image["file_name"] for image, _ in self.records]
         return find_images(self.annotations, self.path, self.split, names)
 
@@ -445,45 +437,44 @@ def _order(pair: tuple[int, dict[str, Any]]) -> tuple[bool, float, str]:
 def load_coco(
     path: Path,
     split: str,
+    data: DataArguments,
     *,
     other_splits: Sequence[str],
-    category: str | None,
-    num_labels: int,
-    ignore_index: int,
     limit: int | None,
-    streaming: bool,
 ) -> tuple[Any, list[int]]:
     """Load a split of a COCO data set; drawn masks are kept in the cache of `datasets`.
 
     Args:
         path: a folder (`annotations/<split>.json` and the images), or a json file.
         split: name of the split.
+        data: `category` is the foreground; without it the file has only one, or, with more than two
+            labels, classes are in the order of the categories' ids. Crowd regions are
+            `ignore_index`. With `streaming` masks are drawn while iterating, and nothing is kept.
         other_splits: names that stand in `path`, if it is a file, where `split` belongs.
-        category: name of the foreground category; None if the file has only one, or, with more
-            than two labels, for classes in the order of the categories' ids.
-        num_labels: classes with the background.
-        ignore_index: value of crowd regions in the masks, which count nowhere.
         limit: use the first so many images by file name, or all.
-        streaming: draw masks while iterating, keep nothing.
 
     Returns:
         A Dataset or IterableDataset with the columns `image` and `mask`, and the shard lengths.
 
     Raises:
-        FileNotFoundError: if annotations or photographs are missing.
+        FileNotFoundError: if annotations or images are missing.
         ValueError: if the json, its categories or segmentations cannot be used.
     """
-    MaskRule(tuple(range(num_labels)), ignore_index)  # whether a mask of bytes can hold them
+    MaskRule(
+        tuple(range(data.num_labels)), data.ignore_index
+    )  # whether a mask of bytes can hold them
     annotations = find_annotations(path, split, other_splits)
-    source = CocoSplit(annotations, path, split, category, num_labels, limit, ignore_index)
+    source = CocoSplit(
+        annotations, path, split, data.category, data.num_labels, limit, data.ignore_index
+    )
     count = len(source.records)
     if not count:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
-    _tell_moved(source)  # and missing photographs are an error now, not in the first epoch
+    _tell_moved(source)  # and missing images are an error now, not in the first epoch
     shards = stream_shards(count)
     ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]
-    return (_stream if streaming else _drawn)(source, ranges), lengths
+    return (_stream if data.streaming else _drawn)(source, ranges), lengths
 
 
 def _tell_moved(source: CocoSplit) -> None:

@@ -1,15 +1,195 @@
-"""The map-style data set that the Trainer reads, and its batches."""
+"""From a row to the tensors of a sample, the map-style data set of samples, and its batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Protocol
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_trainer.data.bad_samples import BadSample
-from kd_trainer.data.transform import SegmentationTransform
+from kd_trainer.data.augmentation import OUTSIDE, Augmentation
+from kd_trainer.data.images import (
+    BadSample,
+    BadSampleError,
+    EncodedImage,
+    decode_image,
+    decode_mask,
+    image_name,
+    read_image_bytes,
+)
+from kd_trainer.data.masks import MaskRule
+from kd_trainer.models.image_processing import resize_image
+
+
+@cache
+def one_thread_per_worker(process: int) -> None:
+    """Keep cv2 to one thread in a DataLoader worker: the workers are the parallelism there.
+
+    Threads of cv2 do not survive the fork that makes a worker either. The number of the process
+    is the cache's key, because a fork inherits the cache.
+    """
+    del process
+    if torch.utils.data.get_worker_info() is not None:
+        cv2.setNumThreads(0)
+
+
+class TeacherTargets(Protocol):
+    """Where the teacher's logits of an image are found by the bytes of its file."""
+
+    def logits(self, data: bytes, name: str) -> npt.NDArray[np.float16]:
+        """float16 (K, S, S) for the file `data`, which messages call `name`."""
+        ...
+
+
+def clean_image(cell: EncodedImage, index: int, size: int) -> Tensor:
+    """An image as every network sees it before any augmentation, uint8 (3, size, size)."""
+    image = torch.from_numpy(decode_image(cell, index))
+    return resize_image(image.permute(2, 0, 1), size, size)
+
+
+class SegmentationTransform:
+    """Turns a row with an `image` and a `mask` into a sample.
+
+    The image goes through `resize_image`, the same resize as in evaluation and deployment,
+    and the mask through nearest neighbour; then one random draw changes both.
+
+    Args:
+        image_size: side of the square sample in pixels.
+        rule: how mask values are read.
+        augmentation: `heavy`, `light` or `none`.
+        seed: first of the three numbers (seed, epoch, index) that decide a draw.
+        brightness_contrast_probability: of that group in `heavy`.
+
+    Attributes:
+        targets: the teacher's logits of the clean images; None leaves them out of the samples.
+
+    Raises:
+        ValueError: if `augmentation` is unknown or `seed` negative.
+    """
+
+    targets: TeacherTargets | None = None
+
+    def __init__(
+        self,
+        image_size: int,
+        rule: MaskRule,
+        *,
+        augmentation: str,
+        seed: int,
+        brightness_contrast_probability: float,
+    ) -> None:
+        self.image_size = image_size
+        self.rule = rule
+        self.augment = Augmentation(
+            augmentation,
+            image_size=image_size,
+            seed=seed,
+            brightness_contrast_probability=brightness_contrast_probability,
+        )
+
+    def __call__(self, row: Mapping[str, Any], *, epoch: int, index: int) -> dict[str, Tensor]:
+        """Make the sample of one row.
+
+        Args:
+            row: cells `image` and `mask` (None for an image without one).
+            epoch: the epoch, from 0.
+            index: number of the row in its data set.
+
+        Returns:
+            `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S) with the rule's
+            `ignore_index`, `distil_mask` bool (S, S): True where the labels count, and on a
+            image without a mask on every pixel that is not from outside of it. With `targets`
+            also `teacher_logits` float16 (K, S, S), moved as the mask is.
+
+        Raises:
+            BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
+                mask holds values that the rule does not know. The message names the file.
+        """
+        one_thread_per_worker(os.getpid())
+        targets: dict[str, Tensor] = {}
+        cell, logits = self._with_targets(row["image"], index)
+        image = decode_image(cell, index)
+        labels = self._labels(row, image.shape[:2], index)
+        size = self.image_size
+        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), size, size)
+        mask = resize_labels(labels, size)
+        clean = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
+        if logits is None:
+            changed, changed_mask = self.augment(*clean, epoch=epoch, index=index)
+        else:
+            # torch converts half precision ten times as fast as numpy.
+            maps = torch.from_numpy(logits).float().permute(1, 2, 0).contiguous().numpy()
+            changed, changed_mask, maps = self.augment.with_logits(
+                *clean, maps, epoch=epoch, index=index
+            )
+            moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
+            targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
+        inside = changed_mask != OUTSIDE
+        ignored = changed_mask.astype(np.uint8)
+        ignored[~inside] = self.rule.ignore_index
+        # On an image with a mask the teacher is followed where the labels count, and no
+        # further; on one without, everywhere.
+        labelled = row.get("mask") is not None
+        followed = ignored != self.rule.ignore_index if labelled else inside
+        return {
+            "pixel_values": torch.from_numpy(planes(changed)),
+            "labels": torch.from_numpy(ignored),
+            "distil_mask": torch.from_numpy(followed),
+            **targets,
+        }
+
+    def _with_targets(
+        self, cell: EncodedImage, index: int
+    ) -> tuple[EncodedImage, npt.NDArray[np.float16] | None]:
+        """The image's cell, read but once, and the teacher's logits where they are known."""
+        if self.targets is None:
+            return cell, None
+        name = image_name(cell, index)
+        data = read_image_bytes(cell, name)
+        return {"bytes": data, "path": cell.get("path")}, self.targets.logits(data, name)
+
+    def _labels(
+        self, row: Mapping[str, Any], shape: tuple[int, ...], index: int
+    ) -> npt.NDArray[np.uint8]:
+        cell = row.get("mask")
+        if cell is None:
+            return np.full(shape, self.rule.ignore_index, np.uint8)
+        name = image_name(cell, index)
+        mask = decode_mask(cell, index)
+        if mask.shape != shape:
+            raise size_error(mask.shape, shape, name, image_name(row["image"], index))
+        return self.rule.labels(mask, name)
+
+
+def resize_labels(labels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
+    """Class ids (H, W) at the size (S, S) of the training; what is thinner than a pixel may go."""
+    return cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8)
+
+
+def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Channels first: (H, W, 3) to (3, H, W), four times as fast as numpy's transposed copy."""
+    height, width, channels = image.shape
+    result = np.empty((channels, height, width), np.uint8)
+    cv2.split(image, list(result))
+    return result
+
+
+def size_error(
+    mask: tuple[int, ...], image: tuple[int, ...], name: str, image_name: str
+) -> BadSampleError:
+    """The error of a mask (H, W) whose size is not that of its image (H, W)."""
+    turned = " The image is turned by its EXIF orientation; turn the mask too."
+    hint = turned if mask == image[::-1] else " Make the mask again from this image."
+    return BadSampleError(
+        f"Expected a mask of {image[1]}x{image[0]} pixels like its image {image_name}, got "
+        f"{mask[1]}x{mask[0]} in {name}.{hint}"
+    )
 
 
 def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

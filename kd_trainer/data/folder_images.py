@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kd_trainer.data.images import decode_photograph
+from kd_trainer.data.images import decode_image
 from kd_trainer.data.listing import IMAGE_SUFFIXES
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"})
@@ -51,7 +51,7 @@ def read_picture(path: Path) -> Image.Image:
     Raises:
         ValueError: if the file is no readable picture.
     """
-    return Image.fromarray(decode_photograph({"path": str(path), "bytes": None}, 0))
+    return Image.fromarray(decode_image({"path": str(path), "bytes": None}, 0))
 
 
 def output_names(files: Sequence[Path]) -> dict[Path, str]:

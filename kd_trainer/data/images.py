@@ -1,10 +1,11 @@
-"""Cells of a data set and what they hold: headers, bytes, names, and image files as arrays.
+"""Images of a data set as they are stored, and decoded: names, bytes, headers and arrays.
 
-A cell is what `datasets.Image(decode=False)` gives: a dict with `bytes` and `path`, either of
-which may be None. cv2 decodes JPEG and PNG images into arrays 1.3 times faster than PIL, to the
-same pixels; the rest (CMYK, transparency, other formats) is left to PIL, which opens a file only
-after its header was looked at: it takes the fourth band of a TIFF for transparency where the file
-does not call it that, and drops the lower half of 16-bit colours.
+An encoded image, a cell of the table, is what `datasets.Image(decode=False)` gives: a dict with
+`bytes` and `path`, either of which may be None. cv2 decodes JPEG and PNG images into arrays 1.3
+times faster than PIL, to the same pixels; the rest (CMYK, transparency, other formats, masks) is
+left to PIL, which opens a file only after its header was looked at: it takes the fourth band of a
+TIFF for transparency where the file does not call it that, and drops the lower half of 16-bit
+colours.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,12 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 
-from kd_trainer.data.plain_png import plain_png
+from kd_trainer.safe_files import plain
 
 MAX_SCANS = 32
 """Scans of a JPEG; a progressive one has about ten. Each of them goes through all pixels."""
 
-# Phones keep a depth map or a preview behind the photograph: further pictures, but no animation.
+# Phones keep a depth map or a preview behind the main image: further images, but no animation.
 _OF_SEVERAL_PARTS = "MPO"
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _START_OF_SCAN, _END = 0xDA, 0xD9
@@ -43,7 +45,7 @@ _ALPHA = ((1,), (2,))  # the further band multiplied in, or not
 
 
 def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
-    """Refuse what claims too much, holds more than one picture, or bands without a meaning.
+    """Refuse what claims too much, holds more than one image, or bands without a meaning.
 
     Args:
         image: as PIL opened it.
@@ -58,11 +60,11 @@ def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
     if width * height > most:
         raise too_large(f"{width:,} x {height:,}", name, most)
     if width < 1 or height < 1:
-        raise BadSampleError(f"Expected a picture, got {width} x {height} pixels in {name}.")
+        raise BadSampleError(f"Expected an image, got {width} x {height} pixels in {name}.")
     # Not `n_frames`, for which PIL goes through all of them.
     if image.format != _OF_SEVERAL_PARTS and getattr(image, "is_animated", False):
         raise BadSampleError(
-            f"Expected one picture, got several (an animation, or pages) in {name}. Save the one "
+            f"Expected one image, got several (an animation, or pages) in {name}. Save the one "
             "that is meant as a file of its own."
         )
     if image.format == "TIFF":
@@ -72,9 +74,9 @@ def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
 
 
 def too_large(size: str, name: str, most: int) -> BadSampleError:
-    """The error for a picture of more than `most` pixels."""
+    """The error for an image of more than `most` pixels."""
     return BadSampleError(
-        f"Expected a picture of at most {most:,} pixels, got {size} in {name}. Shrink it, cut it "
+        f"Expected an image of at most {most:,} pixels, got {size} in {name}. Shrink it, cut it "
         "into pieces, or remove it."
     )
 
@@ -200,10 +202,10 @@ def _content(cell: dict[str, Any] | None) -> bytes:
     return hashlib.sha256(path.read_bytes() if path.is_file() else path.name.encode()).digest()
 
 
-Cell = Mapping[str, Any]
+EncodedImage = Mapping[str, Any]
 
 MAX_BYTES = 2**30
-"""Largest file that is read as one picture: 1 GiB."""
+"""Largest file that is read as one image: 1 GiB."""
 
 # What is wrong with the one file; anything else (a full table of open files, a broken disk) is
 # wrong with the machine, and no reason to go on without the sample.
@@ -211,14 +213,31 @@ _OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errn
 
 
 class BadSampleError(ValueError):
-    """A photograph or a mask that cannot be used; the message names the file."""
+    """An image or a mask that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One row that was left out."""
+
+    split: str
+    row: int
+    file: str
+    reason: str
+
+    def line(self) -> str:
+        """All four between tabs, as in bad_samples.txt."""
+        return "\t".join(map(plain, astuple(self)))
+
+    def __str__(self) -> str:
+        return plain(f"{self.split} row {self.row}: {self.reason}")
 
 
 class MissingFileError(BadSampleError, FileNotFoundError):
     """A file that was listed and is not there."""
 
 
-def cell_name(cell: Cell | None, index: int) -> str:
+def image_name(cell: EncodedImage | None, index: int) -> str:
     """What to call a row's file in a message: its path, else the number of the row."""
     cell = cell or {}
     path = cell.get("path")
@@ -227,7 +246,7 @@ def cell_name(cell: Cell | None, index: int) -> str:
     return f"{path} (row {index})" if path else f"row {index}"
 
 
-def read_cell(cell: Cell | None, name: str) -> bytes:
+def read_image_bytes(cell: EncodedImage | None, name: str) -> bytes:
     """The encoded bytes of a cell, from memory, a local file or a remote address (hf://, ...).
 
     Raises:
@@ -238,7 +257,7 @@ def read_cell(cell: Cell | None, name: str) -> bytes:
     stored = cell.get("bytes")
     if stored is not None:
         if not stored:
-            raise BadSampleError(f"Expected a picture, got no bytes at {name}. Remove the row.")
+            raise BadSampleError(f"Expected an image, got no bytes at {name}. Remove the row.")
         return bytes(stored)
     path = cell.get("path")
     if not path:
@@ -274,16 +293,14 @@ def _check_file(path: Path) -> None:
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
         raise BadSampleError(f"Expected a file, got {what} at {path}. Rename or remove it.")
     if not status.st_size:
-        raise BadSampleError(
-            f"Expected a picture, got an empty file: {path}. Replace or remove it."
-        )
+        raise BadSampleError(f"Expected an image, got an empty file: {path}. Replace or remove it.")
     if status.st_size > MAX_BYTES:
         raise _too_many_bytes(f"{status.st_size:,}", path)
 
 
 def _too_many_bytes(size: str, path: object) -> BadSampleError:
     return BadSampleError(
-        f"Expected a picture of at most {MAX_BYTES:,} bytes, got {size} in {path}. Make it "
+        f"Expected an image of at most {MAX_BYTES:,} bytes, got {size} in {path}. Make it "
         "smaller, or cut it into pieces."
     )
 
@@ -292,7 +309,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
 """What PIL may read. Its other readers are many, and one of them starts Ghostscript."""
 
 MAX_PIXELS = 89_478_485
-"""Largest picture that is decoded, about 9,460 x 9,460: 256 MiB as RGB.
+"""Largest image that is decoded, about 9,460 x 9,460: 256 MiB as RGB.
 
 A file of a few bytes can claim any size. PIL has the same limit but only warns up to its double.
 """
@@ -307,8 +324,8 @@ _STRIP = 2**20
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
-def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
-    """Decode a photograph.
+def decode_image(cell: EncodedImage, index: int) -> npt.NDArray[np.uint8]:
+    """Decode an image.
 
     Args:
         cell: `bytes` and `path` of the file.
@@ -320,12 +337,12 @@ def decode_photograph(cell: Cell, index: int) -> npt.NDArray[np.uint8]:
     Raises:
         BadSampleError: if the file is no readable image; names the file.
     """
-    name = cell_name(cell, index)
-    data = read_cell(cell, name)
+    name = image_name(cell, index)
+    data = read_image_bytes(cell, name)
     header = _open(data, name)
     if header.mode.startswith(("I", "F")) or bits_of(header) > 8:
         raise BadSampleError(
-            f"Expected a photograph of 8 bits a channel, got {mode_of(header)} in {name}. Scale "
+            f"Expected an image of 8 bits a channel, got {mode_of(header)} in {name}. Scale "
             "its values to 0..255 first, by the range that they really have."
         )
     opaque = header.mode in _OPAQUE and "transparency" not in header.info
@@ -348,9 +365,9 @@ def _by_cv2(data: bytes) -> npt.NDArray[np.uint8] | None:
 def _filled(
     image: Image.Image, convert: Callable[[Image.Image], npt.NDArray[Any]]
 ) -> npt.NDArray[Any]:
-    """A new array of what `convert` makes of a picture, of a large one strip by strip.
+    """A new array of what `convert` makes of an image, of a large one strip by strip.
 
-    Each conversion is a copy: of a whole transparent picture of `MAX_PIXELS` they take 1.5 GiB.
+    Each conversion is a copy: of a whole transparent image of `MAX_PIXELS` they take 1.5 GiB.
     """
     rows = max(1, _STRIP // image.width)
     if rows >= image.height:
@@ -378,7 +395,7 @@ def _on_white(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
+def decode_mask(cell: EncodedImage, index: int) -> npt.NDArray[Any]:
     """Decode a mask to the values its file holds, before any viewer scales or colours them.
 
     Args:
@@ -391,11 +408,8 @@ def decode_mask(cell: Cell, index: int) -> npt.NDArray[Any]:
     Raises:
         BadSampleError: if the file is unreadable or its colour channels differ; names the file.
     """
-    name = cell_name(cell, index)
-    data = read_cell(cell, name)
-    plain = plain_png(data, MAX_PIXELS)
-    if plain is not None:
-        return plain
+    name = image_name(cell, index)
+    data = read_image_bytes(cell, name)
     image = _open(data, name)
     scale = grey_scale(image)
     if bits_of(image) > 8 and not image.mode.startswith(("I", "F")):
@@ -421,14 +435,14 @@ def _no_mask(what: str, name: str) -> BadSampleError:
     )
 
 
-def image_shape(cell: Cell, index: int) -> tuple[int, int]:
+def image_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
     """Height and width of an image as it is decoded, from the head of the file.
 
     Raises:
         BadSampleError: if the file is no image; names it.
     """
-    name = cell_name(cell, index)
-    image = _open(read_cell(cell, name), name)
+    name = image_name(cell, index)
+    image = _open(read_image_bytes(cell, name), name)
     try:
         exif = image.getexif()  # which decodes the whole of a PNG
     except Exception as error:
@@ -497,6 +511,6 @@ def _one_channel(values: npt.NDArray[Any], mode: str, name: str) -> npt.NDArray[
     if (colours != colours[..., :1]).any():
         raise BadSampleError(
             f"Expected a mask with one channel (or equal ones), got different colours in {name}. "
-            "Store class ids, or a palette PNG, instead of a coloured picture."
+            "Store class ids, or a palette PNG, instead of a coloured image."
         )
     return np.ascontiguousarray(colours[..., 0])

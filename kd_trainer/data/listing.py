@@ -61,8 +61,8 @@ def inside(path: str, roots: Sequence[str], name: str) -> str:
             return path
         if "::" in path and any("://" in root and root in path for root in roots):
             raise ValueError(
-                f"Expected one address of a picture in {name}, got a chain of them: {path}. Leave "
-                "--streaming out, which unpacks archives first, or store the pictures themselves "
+                f"Expected one address of an image in {name}, got a chain of them: {path}. Leave "
+                "--streaming out, which unpacks archives first, or store the images themselves "
                 "in the data."
             )
     elif is_inside(path):
@@ -71,7 +71,7 @@ def inside(path: str, roots: Sequence[str], name: str) -> str:
         return path
     raise ValueError(
         f"Expected paths inside {roots[0]}, got {path} in {name}, which leads out of it. Store the "
-        "pictures themselves in the data, or copy them there and name them from there."
+        "images themselves in the data, or copy them there and name them from there."
     )
 
 
@@ -79,7 +79,7 @@ def confined(rows: Any, roots: Sequence[Path | str], name: str) -> Any:
     """A Dataset or IterableDataset of which every path leads into the data.
 
     Args:
-        rows: with the columns `image` and `mask`: pictures, or their bytes or paths.
+        rows: with the columns `image` and `mask`: images, or their bytes or paths.
         roots: see `inside`; the first is a folder.
         name: of the data, for messages.
 
@@ -116,7 +116,7 @@ def _cast(rows: Any, feature: Any) -> Any:
 
 
 def _has_paths(rows: datasets.Dataset) -> bool:
-    """Whether a picture is stored as its path alone; looks at no picture."""
+    """Whether an image is stored as its path alone; looks at no image."""
     for column in ("image", "mask"):
         for cells in rows.data.column(column).chunks:
             stored, path = cells.field("bytes"), cells.field("path")
@@ -142,12 +142,12 @@ def _inner_cell(cell: Any, roots: Sequence[str], name: str) -> Row | None:
 def load_pair_folder(
     root: Path, split: str, *, image_folder: str, mask_folder: str
 ) -> datasets.Dataset:
-    """Pair the photographs and masks of one split by their stems; reads no file.
+    """Pair the images and masks of one split by their stems; reads no file.
 
     Args:
         root: the folder that holds the splits.
         split: name of the split's folder.
-        image_folder: name of the folder of photographs inside it.
+        image_folder: name of the folder of images inside it.
         mask_folder: name of the folder of masks beside that.
 
     Returns:
@@ -163,7 +163,7 @@ def load_pair_folder(
     masks = _by_stem(list_images(folder / mask_folder, MASK_SUFFIXES), folder / mask_folder)
     if not images:
         raise ValueError(
-            f"Expected photographs in {folder / image_folder}, got an empty split. Files directly "
+            f"Expected images in {folder / image_folder}, got an empty split. Files directly "
             "in that folder count (jpg, png, webp, bmp, tif, gif), deeper ones do not."
         )
     _check_pairs(images, masks, folder / mask_folder)
@@ -246,7 +246,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
 _MAX_SHARDS = 64
 _MIN_SHARD_ROWS = 64
-_SAMPLE = 200  # photographs without masks whose first bytes are read before a run
+_SAMPLE = 200  # images without masks whose first bytes are read before a run
 
 
 def stream_shards(rows: int) -> int:
@@ -337,7 +337,7 @@ def _cell(path: Path) -> dict[str, str | None]:
 
 
 def unlabelled_dataset(folder: str, *, look: bool = True) -> datasets.Dataset:
-    """The photographs of a folder, each with the mask None.
+    """The images of a folder, each with the mask None.
 
     Args:
         folder: that holds the files themselves.
@@ -349,12 +349,12 @@ def unlabelled_dataset(folder: str, *, look: bool = True) -> datasets.Dataset:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise missing_path(path, "a folder of photographs (--unlabelled)")
+        raise missing_path(path, "a folder of images (--unlabelled)")
     images = list_images(path)
     if not images:
         inside = show_names(subfolders(path)) or "nothing"
         raise ValueError(
-            f"Expected photographs in {path} (--unlabelled), got none; its folders are: {inside}. "
+            f"Expected images in {path} (--unlabelled), got none; its folders are: {inside}. "
             "Name the folder that holds the files."
         )
     count = min(_SAMPLE, len(images)) if look else 0

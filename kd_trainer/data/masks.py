@@ -26,7 +26,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from kd_trainer.data.images import BadSampleError, Cell, cell_name, decode_mask
+from kd_trainer.data.images import BadSampleError, EncodedImage, decode_mask, image_name
 
 _VALUES = 2**16
 _UNKNOWN = -1
@@ -189,7 +189,7 @@ def _unknown_values(rule: MaskRule, found: Iterable[int], where: str) -> BadSamp
 
 
 def find_mask_rule(
-    masks: Iterable[Cell | None],
+    masks: Iterable[EncodedImage | None],
     *,
     num_labels: int,
     ignore_index: int,
@@ -225,7 +225,7 @@ def find_mask_rule(
             bits += 1 in values
             continue
         together += {1, ignore_index} <= set(values)
-        seen |= {v: seen.get(v, cell_name(cell, index)) for v in values}
+        seen |= {v: seen.get(v, image_name(cell, index)) for v in values}
     if not count:
         raise ValueError("Expected masks to learn from, got none in the splits. Check --dataset.")
     if num_labels > 2:

@@ -11,18 +11,17 @@ import numpy as np
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data.bad_samples import (
-    BadSample,
-    Look,
+    SampleCheck,
     announce,
+    check_sample,
     check_share,
-    known_values,
-    look_at,
-    look_through,
+    check_split,
+    readable_values,
 )
-from kd_trainer.data.images import BadSampleError, cell_name, decode_mask, image_shape
+from kd_trainer.data.dataset import SegmentationTransform, size_error
+from kd_trainer.data.images import BadSample, BadSampleError, decode_mask, image_name, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 from kd_trainer.data.sources import is_coco
-from kd_trainer.data.transform import SegmentationTransform, size_error
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
@@ -47,8 +46,8 @@ def mask_rule(
     """
     rows = [row for split in splits.values() for row in sample_rows(split)]
     if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
-        known = known_values(data)
-        rows = [row for i, row in enumerate(rows) if look_at(row, i, known).reason is None]
+        known = readable_values(data)
+        rows = [row for i, row in enumerate(rows) if check_sample(row, i, known).reason is None]
     for index, row in enumerate(rows):
         check_sizes(row, index)
     masks = [row["mask"] for row in rows]
@@ -75,7 +74,7 @@ def mask_rule(
     )
     ignored = 0
     for index, cell in enumerate(masks):
-        labels = rule.labels(decode_mask(cell, index), cell_name(cell, index))
+        labels = rule.labels(decode_mask(cell, index), image_name(cell, index))
         ignored += bool((labels == rule.ignore_index).all())
     if masks and ignored == len(masks):
         raise ValueError(
@@ -91,7 +90,7 @@ def _threshold_rule(masks: Sequence[Any], data: DataArguments, *, every_class: b
     classes: set[int] = set()
     for index, cell in enumerate(masks):
         if not {0, 1} <= classes:
-            labels = rule.labels(decode_mask(cell, index), cell_name(cell, index))
+            labels = rule.labels(decode_mask(cell, index), image_name(cell, index))
             classes |= set(present_values(labels))
     if every_class and not {0, 1} <= classes:
         missing = "background" if 1 in classes else "foreground"
@@ -129,32 +128,34 @@ def usable_splits(
     bad: dict[str, list[BadSample]] = {name: [] for name in splits}
     if data.on_bad_sample == "error" or data.streaming:
         return dict(splits), bad
-    known = known_values(data)
-    looks = {
-        name: look_through(rows, known, name=name, workers=workers, shared=shared)
+    known = readable_values(data)
+    checks = {
+        name: check_split(rows, known, name=name, workers=workers, shared=shared)
         for name, rows in splits.items()
     }
-    reasons = {name: {i: x.reason for i, x in enumerate(looks[name]) if x.reason} for name in looks}
+    reasons = {
+        name: {i: x.reason for i, x in enumerate(checks[name]) if x.reason} for name in checks
+    }
     kept = _without(splits, reasons, data)
     rule = mask_rule(kept, data, every_class=every_class)
     for name, rows in splits.items():
-        for index, look in enumerate(looks[name]):
-            reason = look.reason or _contradiction(rule, look, rows, index)
+        for index, check in enumerate(checks[name]):
+            reason = check.reason or _contradiction(rule, check, rows, index)
             if reason:
                 reasons[name][index] = reason
     return _without(splits, reasons, data), {n: _samples(splits[n], n, reasons[n]) for n in splits}
 
 
-def _contradiction(rule: MaskRule, look: Look, rows: Any, index: int) -> str | None:
+def _contradiction(rule: MaskRule, check: SampleCheck, rows: Any, index: int) -> str | None:
     """Why the rule cannot read a mask whose values alone could stand in a file of this data."""
     try:
-        rule.check(look.values, "its mask", bits=look.bits)
+        rule.check(check.values, "its mask", bits=check.bits)
     except BadSampleError:
         pass
     else:
         return None
     try:  # again, with the file's name, which takes reading the row
-        rule.check(look.values, cell_name(rows[index]["mask"], index), bits=look.bits)
+        rule.check(check.values, image_name(rows[index]["mask"], index), bits=check.bits)
     except BadSampleError as error:
         return str(error)
     return None
@@ -162,7 +163,7 @@ def _contradiction(rule: MaskRule, look: Look, rows: Any, index: int) -> str | N
 
 def _samples(rows: Any, name: str, reasons: Mapping[int, str]) -> list[BadSample]:
     return [
-        BadSample(name, index, cell_name(rows[index]["image"], index), reason)
+        BadSample(name, index, image_name(rows[index]["image"], index), reason)
         for index, reason in sorted(reasons.items())
     ]
 
@@ -209,14 +210,14 @@ def transforms(
 
 
 def check_sizes(row: Mapping[str, Any], index: int) -> None:
-    """Compare the sizes of a photograph and its mask from the first bytes of the files.
+    """Compare the sizes of an image and its mask from the first bytes of the files.
 
     Raises:
         ValueError: if they differ, or a file is no image; names the file.
     """
     shapes = [image_shape(row[column], index) for column in ("image", "mask")]
     if shapes[0] != shapes[1]:
-        names = [cell_name(row[column], index) for column in ("image", "mask")]
+        names = [image_name(row[column], index) for column in ("image", "mask")]
         raise size_error(shapes[1], shapes[0], names[1], names[0])
 
 
@@ -225,7 +226,7 @@ def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
     most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
         return (row for row in islice(rows, most) if row["mask"] is not None)
-    # As an arrow column: 100,000 rows are looked through without reading any picture.
+    # As an arrow column: 100,000 rows are looked through without reading any image.
     known = rows.select_columns("mask").with_format("arrow")[:]["mask"].is_valid()
     labelled = np.flatnonzero(known.to_numpy())
     count = min(most, len(labelled))

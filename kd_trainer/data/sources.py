@@ -138,7 +138,7 @@ def _check_own_files(name: str) -> None:
 
 
 def hub_places(name: str) -> list[Path | str]:
-    """Where the pictures of a data set on the Hub may lie: in its caches, or in its repository."""
+    """Where the images of a data set on the Hub may lie: in its caches, or in its repository."""
     cache = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
     unpacked = Path(datasets.config.EXTRACTED_DATASETS_PATH)
     address = f"hf://datasets/{name}"
@@ -157,10 +157,10 @@ def two_columns(
 
     Args:
         loaded: a Dataset or an IterableDataset.
-        image_column: of the photographs.
+        image_column: of the images.
         mask_column: of the masks.
         name: of the data, for messages.
-        places: where pictures may lie that are stored as paths.
+        places: where images may lie that are stored as paths.
 
     Raises:
         ValueError: if a column is missing or holds no images (lists the columns), or a path leads
@@ -207,7 +207,7 @@ def _holds_images(feature: Any) -> bool:
 
 
 SYNTHETIC_SEED = 0
-"""The synthetic pictures are one data set: runs with other seeds compare on the same pictures."""
+"""The synthetic images are one data set: runs with other seeds compare on the same images."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -215,17 +215,17 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def load_splits(
     data: DataArguments, splits: Sequence[str] | None = None
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
-    """Load the splits of a data set; photographs and masks are listed or stored, not decoded.
+    """Load the splits of a data set; images and masks are listed or stored, not decoded.
 
     Args:
         data: `dataset` is a pair folder, a COCO folder or json, a parquet file or folder, a folder
             of `save_to_disk`, a Hub id, or `synthetic`; further fields say which part of it.
         splits: names of the splits; by default `data.train_split` and `data.eval_split`. The
-            unlabelled photographs come after the rows of the split to train on.
+            unlabelled images come after the rows of the split to train on.
 
     Returns:
         The splits by name, with exactly the columns `image` and `mask`, both
-        `datasets.Image(decode=False)`; `mask` is None for unlabelled photographs. With
+        `datasets.Image(decode=False)`; `mask` is None for unlabelled images. With
         `data.streaming` an IterableDatasetDict.
 
     Raises:
@@ -280,16 +280,7 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         places = hub_places(data.dataset)
         return two_columns(rows, name=data.dataset, places=places, **columns), None
     if is_coco(data):
-        return load_coco(
-            path,
-            split,
-            other_splits=others,
-            category=data.category,
-            num_labels=data.num_labels,
-            ignore_index=data.ignore_index,
-            limit=limit,
-            streaming=data.streaming,
-        )
+        return load_coco(path, split, data, other_splits=others, limit=limit)
     _check_no_category(data)
     if path.suffix == ".parquet" or (not _is_pair_folder(data, path) and has_parquet(path)):
         files = parquet_files(path, split, others)

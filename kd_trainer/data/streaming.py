@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_trainer.data.bad_samples import BadSample, StreamedBad
-from kd_trainer.data.dataset import SharedEpoch, padding_like
-from kd_trainer.data.images import BadSampleError, cell_name
-from kd_trainer.data.transform import SegmentationTransform
+from kd_trainer.data.bad_samples import StreamedBad
+from kd_trainer.data.dataset import SegmentationTransform, SharedEpoch, padding_like
+from kd_trainer.data.images import BadSample, BadSampleError, image_name
 
 Row = tuple[int, dict[str, Any]]
 
@@ -199,7 +198,7 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             except BadSampleError as error:
                 if self._bad is None:
                     raise
-                self._bad.add(last[0], cell_name(last[1]["image"], last[0]), str(error))
+                self._bad.add(last[0], image_name(last[1]["image"], last[0]), str(error))
             else:
                 yield sample if row else padding_like(sample, self.ignore_index)
 

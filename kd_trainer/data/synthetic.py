@@ -53,7 +53,7 @@ def draw_person(rng: np.random.Generator, drawing: Drawing, hip: Point, height: 
     Args:
         rng: source of pose, build and clothes.
         drawing: changed in place.
-        hip: position of the hip in pixels; it may lie outside the picture.
+        hip: position of the hip in pixels; it may lie outside the image.
         height: height of the upright person in pixels.
     """
     body = Body(hip, height, float(rng.normal(0, 0.09)), float(rng.uniform(1.0, 1.35)))
@@ -148,7 +148,7 @@ def _head(
     top, axes = pixel((x, y - 0.22 * radius)), pixel((radius, 0.95 * radius))
     hat = rng.random() < 0.2
     colour = any_colour(rng) if hat else outfit.hair
-    cv2.ellipse(drawing.picture, top, axes, 0, 180, 360, colour, -1, cv2.LINE_AA)
+    cv2.ellipse(drawing.image, top, axes, 0, 180, 360, colour, -1, cv2.LINE_AA)
     cv2.ellipse(drawing.mask, top, axes, 0, 180, 360, drawing.label, -1)
     if hat:
         brim = 1.35 * radius
@@ -255,36 +255,36 @@ PATTERNS = ("plain", "stripes", "checks", "dots", "noise", "bricks", "blobs", "g
 
 @dataclass
 class Drawing:
-    """A square RGB picture (side, side, 3) with its mask (side, side); lengths are in pixels."""
+    """A square RGB image (side, side, 3) with its mask (side, side); lengths are in pixels."""
 
-    picture: Image
+    image: Image
     mask: Image
     label: int = BACKGROUND
 
     @property
     def side(self) -> int:
-        """Side of the picture in pixels."""
-        return int(self.picture.shape[0])
+        """Side of the image in pixels."""
+        return int(self.image.shape[0])
 
     def limb(self, start: Point, end: Point, width: float, colour: Colour) -> None:
         """Draw a thick line with round ends, lit from the upper left."""
         first, last, thickness = pixel(start), pixel(end), max(round(width), 1)
-        cv2.line(self.picture, first, last, shade(colour, 0.78), thickness, cv2.LINE_AA)
+        cv2.line(self.image, first, last, shade(colour, 0.78), thickness, cv2.LINE_AA)
         cv2.line(self.mask, first, last, self.label, thickness)
         if thickness > 3:
             lift = 0.13 * width
             lit = [pixel((x - lift, y - 0.5 * lift)) for x, y in (start, end)]
-            cv2.line(self.picture, lit[0], lit[1], colour, int(0.66 * thickness), cv2.LINE_AA)
+            cv2.line(self.image, lit[0], lit[1], colour, int(0.66 * thickness), cv2.LINE_AA)
 
     def ball(self, centre: Point, radius: Point, colour: Colour, angle: float = 0.0) -> None:
         """Draw an ellipse with two radii, turned by `angle` degrees, lit from the upper left."""
         middle, axes = pixel(centre), pixel((max(radius[0], 1), max(radius[1], 1)))
-        cv2.ellipse(self.picture, middle, axes, angle, 0, 360, shade(colour, 0.82), -1, cv2.LINE_AA)
+        cv2.ellipse(self.image, middle, axes, angle, 0, 360, shade(colour, 0.82), -1, cv2.LINE_AA)
         cv2.ellipse(self.mask, middle, axes, angle, 0, 360, self.label, -1)
         if min(axes) > 3:
             lit = pixel((centre[0] - 0.12 * radius[0], centre[1] - 0.1 * radius[1]))
             inner = pixel((0.84 * radius[0], 0.86 * radius[1]))
-            cv2.ellipse(self.picture, lit, inner, angle, 0, 360, colour, -1, cv2.LINE_AA)
+            cv2.ellipse(self.image, lit, inner, angle, 0, 360, colour, -1, cv2.LINE_AA)
 
     def shape(self, corners: Sequence[Point], cloth: Image) -> None:
         """Fill a polygon with `cloth` (side, side, 3), darker along its right edge."""
@@ -295,8 +295,8 @@ class Drawing:
         width = int(np.ptp(outline[:, 0]))
         lit = np.zeros_like(inside)
         cv2.fillPoly(lit, [outline - np.array([width // 6, 0], np.int32)], 255)
-        cv2.copyTo(cv2.convertScaleAbs(cloth, alpha=0.78), inside, self.picture)
-        cv2.copyTo(cloth, cv2.bitwise_and(lit, inside), self.picture)
+        cv2.copyTo(cv2.convertScaleAbs(cloth, alpha=0.78), inside, self.image)
+        cv2.copyTo(cloth, cv2.bitwise_and(lit, inside), self.image)
         self.mask[inside > 0] = self.label
 
 
@@ -343,7 +343,7 @@ def texture(
         period: distance in pixels between two stripes, bricks or dots.
 
     Returns:
-        RGB picture (side, side, 3), uint8.
+        RGB image (side, side, 3), uint8.
     """
     if kind == "plain":
         return np.full((side, side, 3), colours[0], np.uint8)
@@ -403,10 +403,10 @@ def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> da
     """Draw the splits `train` and `validation`.
 
     Args:
-        train: number of pictures to train on.
-        evaluation: number of pictures held out.
-        size: side of the pictures in pixels, at least 32.
-        seed: first of the three numbers that decide a picture.
+        train: number of images to train on.
+        evaluation: number of images held out.
+        size: side of the images in pixels, at least 32.
+        seed: first of the three numbers that decide an image.
 
     Returns:
         Splits with the columns `image` and `mask` (PNG bytes, not decoded; mask values 0 and 255).
@@ -415,10 +415,10 @@ def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> da
         ValueError: if a number is out of range.
     """
     if size < SMALLEST:
-        raise ValueError(f"Expected size >= {SMALLEST} pixels, got {size}. Draw larger pictures.")
+        raise ValueError(f"Expected size >= {SMALLEST} pixels, got {size}. Draw larger images.")
     if train < 1 or evaluation < 1:
         raise ValueError(
-            f"Expected at least one picture a split, got {train} to train on and {evaluation} "
+            f"Expected at least one image a split, got {train} to train on and {evaluation} "
             "held out. Raise the smaller number."
         )
     counts = zip(SPLITS, (train, evaluation), strict=True)
@@ -426,16 +426,16 @@ def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> da
 
 
 def synthetic_pair(split: str, index: int, *, size: int, seed: int) -> tuple[Image, Image]:
-    """Draw one picture.
+    """Draw one image.
 
     Args:
         split: "train" or "validation".
-        index: number of the picture in its split, from 0.
+        index: number of the image in its split, from 0.
         size: side in pixels.
         seed: seed of the whole set.
 
     Returns:
-        Picture (size, size, 3) in RGB and mask (size, size) with 0 and 255, both uint8.
+        Image (size, size, 3) in RGB and mask (size, size) with 0 and 255, both uint8.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     side = size * SUPERSAMPLING
@@ -447,9 +447,9 @@ def synthetic_pair(split: str, index: int, *, size: int, seed: int) -> tuple[Ima
     if rng.random() < 0.45:
         foot = (float(rng.uniform(0, side)), float(rng.uniform(0.95, 1.15) * side))
         draw_clutter(rng, drawing, foot, side * float(rng.uniform(0.35, 0.7)))
-    small = cv2.resize(drawing.picture, (size, size), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(drawing.image, (size, size), interpolation=cv2.INTER_AREA)
     cover = cv2.resize(drawing.mask, (size, size), interpolation=cv2.INTER_AREA)
-    return _photograph(rng, np.asarray(small, np.uint8)), np.where(
+    return _expose(rng, np.asarray(small, np.uint8)), np.where(
         cover > 127, np.uint8(255), np.uint8(0)
     )
 
@@ -472,11 +472,11 @@ def _png(pixels: Image) -> dict[str, bytes | None]:
 
 def _backdrop(rng: np.random.Generator, side: int) -> Image:
     """Wall above, floor below, each with its own texture."""
-    picture = _surface(rng, side)
+    image = _surface(rng, side)
     if rng.random() < 0.75:
         horizon = int(side * rng.uniform(0.45, 0.85))
-        picture[horizon:] = _surface(rng, side)[horizon:]
-    return picture
+        image[horizon:] = _surface(rng, side)[horizon:]
+    return image
 
 
 def _surface(rng: np.random.Generator, side: int) -> Image:
@@ -495,26 +495,26 @@ def _crowd(rng: np.random.Generator, drawing: Drawing) -> None:
     for height, place in zip(heights, places, strict=True):
         foot = side * float(np.clip(0.62 + 0.36 * height + rng.normal(0, 0.06), 0.6, 1.25))
         hip = (side * float(place), foot - 0.5 * float(height) * side)
-        _shadow(drawing.picture, (hip[0], foot), float(height) * side)
+        _shadow(drawing.image, (hip[0], foot), float(height) * side)
         draw_person(rng, drawing, hip, float(height) * side)
 
 
-def _shadow(picture: Image, foot: tuple[float, float], height: float) -> None:
-    cover = np.zeros(picture.shape[:2], np.uint8)
+def _shadow(image: Image, foot: tuple[float, float], height: float) -> None:
+    cover = np.zeros(image.shape[:2], np.uint8)
     axes = (int(0.2 * height), int(0.035 * height))
     cv2.ellipse(cover, (int(foot[0]), int(foot[1])), axes, 0, 0, 360, 255, -1)
-    cv2.copyTo(cv2.convertScaleAbs(picture, alpha=0.65), cover, picture)
+    cv2.copyTo(cv2.convertScaleAbs(image, alpha=0.65), cover, image)
 
 
-def _photograph(rng: np.random.Generator, picture: Image) -> Image:
-    """Uneven light, tint, blur and sensor noise."""
-    side = picture.shape[0]
+def _expose(rng: np.random.Generator, image: Image) -> Image:
+    """Give a drawing uneven light, tint, blur and sensor noise."""
+    side = image.shape[0]
     light = 1 + float(rng.uniform(0, 0.3)) * noise(rng, side, 2)
     exposure = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
-    pixels = picture * (light[..., None] * exposure.astype(np.float32))
+    pixels = image * (light[..., None] * exposure.astype(np.float32))
     pixels = pixels + rng.uniform(0, 35) * np.float32(rng.random() < 0.3)  # haze
     if rng.random() < 0.25:
         pixels = cv2.GaussianBlur(pixels, (0, 0), float(rng.uniform(0.3, 0.005 * side + 0.3)))
-    grain = rng.standard_normal(picture.shape, np.float32) * np.float32(rng.uniform(1, 6))
+    grain = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 6))
     lit: Image = np.clip(pixels + grain, 0, 255).astype(np.uint8)
     return lit

@@ -19,8 +19,8 @@ from kd_trainer.data import (
     TransformedDataset,
     sample_rows,
 )
-from kd_trainer.data.images import cell_name, decode_mask
-from kd_trainer.data.transform import resize_labels
+from kd_trainer.data.dataset import resize_labels
+from kd_trainer.data.images import decode_mask, image_name
 from kd_trainer.doctor.data import MaskFacts, Shared, find_shared, marks, mask_facts
 from kd_trainer.doctor.teacher import OutputRange, Rows, rows_of
 from kd_trainer.evaluation import classes_of, normalise, raw_logits
@@ -75,7 +75,7 @@ def split_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> 
             break
         cell = row["mask"]
         try:
-            labels = rule.labels(decode_mask(cell, number), cell_name(cell, number))
+            labels = rule.labels(decode_mask(cell, number), image_name(cell, number))
         except (ValueError, OSError):
             if not skip_bad:
                 raise

@@ -14,7 +14,7 @@ from torch import Tensor
 from kd_trainer.arguments import DataArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.data.folder_images import find_pictures, is_video
-from kd_trainer.data.images import decode_photograph
+from kd_trainer.data.images import decode_image
 from kd_trainer.export.parity import CheckBatch
 from kd_trainer.models.image_processing import resize_image
 
@@ -53,7 +53,7 @@ def from_pictures(sources: Sequence[str], size: int, count: int) -> list[Sample]
             "frames of them first."
         )
     chosen = [paths[i] for i in spread(len(paths), count)]
-    pictures = (decode_photograph({"path": str(p), "bytes": None}, 0) for p in chosen)
+    pictures = (decode_image({"path": str(p), "bytes": None}, 0) for p in chosen)
     tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in pictures)
     return [(resize_image(tensor, size, size), None) for tensor in tensors]
 

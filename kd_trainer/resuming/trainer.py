@@ -42,9 +42,9 @@ from kd_trainer.checkpointing.fingerprint import (
 )
 from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.data import StreamedDataset
+from kd_trainer.data.loaders import seed_loader
 from kd_trainer.disk import writing
 from kd_trainer.errors import Stopped
-from kd_trainer.loaders import own_generator
 from kd_trainer.processes import Peer, naming_the_dead, processes_of_run, together
 from kd_trainer.resuming.epochs import CountedTrainer
 from kd_trainer.resuming.keeper import Keeper
@@ -184,7 +184,7 @@ class ResumableTrainer(CountedTrainer):
         self, dataset: Any, description: str, batch_size: int, **options: Any
     ) -> Any:
         loader = super()._get_dataloader(dataset, description, batch_size, **options)
-        return own_generator(loader, self.args)
+        return seed_loader(loader, self.args.seed)
 
     def restore(self) -> None:
         """Set what the Trainer starts at zero to what it was in the checkpoint."""
