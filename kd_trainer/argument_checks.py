@@ -45,10 +45,33 @@ UNUSABLE = {
     "do_predict": "a training predicts nothing. Leave it out, and use scripts/predict.py",
     "resume_from_checkpoint": "it has another name here. Use --resume",
 }
+_UNSAID = (
+    "config.yaml would not say that the student is compiled. Leave it out of the accelerate "
+    "configuration"
+)
+# What `accelerate launch` would change in a run behind its flags.
+LAUNCHER = {
+    "ACCELERATE_DYNAMO_BACKEND": f"{_UNSAID}, and use --torch_compile_backend",
+    "ACCELERATE_DYNAMO_MODE": f"{_UNSAID}, and use --torch_compile_mode",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH": _UNSAID,
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": _UNSAID,
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": _UNSAID,
+    "FSDP_ACTIVATION_CHECKPOINTING": _NO_RECOMPUTING,
+}
+_UNSET = ("", "no", "default", "false", "0")  # the launcher sets each of them, if to nothing
+
+
+def check_launcher() -> None:
+    """Refuse settings of the accelerate configuration that are no flags of ours."""
+    for name, reason in LAUNCHER.items():
+        value = os.environ.get(name, "")
+        if value.lower() not in _UNSET:
+            raise ValueError(f"Expected no {name}, got {value}: {reason}.")
 
 
 def check_run(args: Any) -> None:
     """Refuse sizes and strategies that cannot be trained with."""
+    check_launcher()
     for name, reason in UNUSABLE.items():
         value = getattr(args, name)
         if bool(value) != bool(_default(args, name)):

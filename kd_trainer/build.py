@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import Any
@@ -295,18 +296,25 @@ class _OneValueError(Exception):
 
 
 def smallest_batch(images: int, args: DistillationArguments, *, streamed: bool) -> int:
-    """Images of the smallest training batch of a process.
+    """Images of the smallest training batch of a process that will occur.
+
+    Only the last batch of an epoch is short, and a run may end before it.
 
     Args:
         images: of all processes.
-        args: batch size, and whether a last short batch is dropped.
+        args: batch size, whether a last short batch is dropped, and the length of the run.
         streamed: whether each process reads a share of its own; else accelerate fills up the last
             batch where there are several processes.
     """
     batch, processes = args.per_device_train_batch_size, args.world_size
     if args.dataloader_drop_last or (processes > 1 and not streamed):
         return batch
-    return images // processes % batch or batch
+    share = images // processes
+    updates = math.ceil(math.ceil(share / batch) / args.gradient_accumulation_steps)
+    first_epoch = math.ceil(min(1.0, args.num_train_epochs) * updates)
+    if (args.max_steps if args.max_steps > 0 else first_epoch) < updates:
+        return batch
+    return share % batch or batch
 
 
 def check_smallest_batch(

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
+from kd_trainer.argument_checks import LAUNCHER
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.checkpointing.fingerprint import settings_of
 from kd_trainer.command_line import (
@@ -363,6 +366,35 @@ def test_precision_is_written_down_however_it_was_given(way: str, tmp_path: Path
     second = parse(["--config", path])
     assert second.training.mixed_precision == "bf16"
     assert settings_of(second.training) == settings_of(first.training)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "cure"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use --torch_compile_backend"),
+        ("ACCELERATE_DYNAMO_MODE", "max-autotune", "use --torch_compile_mode"),
+        ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "True", "Leave it out of the accelerate"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "lower --batch_size"),
+    ],
+)
+def test_what_only_the_launcher_says_is_refused(name: str, value: str, cure: str, monkeypatch):
+    """A run started without it would be another one, of the same config.yaml."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"^Expected no {name}, got {value}: .*{cure}"):
+        parse(["--use_cpu"])
+
+
+def test_a_launcher_that_asks_for_nothing_is_taken(monkeypatch: pytest.MonkeyPatch):
+    """It sets each of the variables to nothing, and none that is not in the table."""
+    asked = launch_command_parser().parse_args(["train.py"])
+    # What the launcher fills in where no configuration file says otherwise.
+    vars(asked).update(use_cpu=True, mixed_precision="no", dynamo_backend="no", num_machines=1)
+    _, launched = prepare_simple_launcher_cmd_env(asked)
+    dynamo = {name for name in launched if name.startswith("ACCELERATE_DYNAMO_")}
+    assert dynamo == {name for name in LAUNCHER if name.startswith("ACCELERATE_DYNAMO_")}
+    for name in dynamo:
+        monkeypatch.setenv(name, launched[name])
+    parse(["--use_cpu"])
 
 
 def test_no_switch_that_changes_a_run_is_missing_in_its_configuration():

@@ -119,6 +119,25 @@ def test_two_ranks_take_the_updates_of_one_process_with_the_whole_batch(two: Pat
         assert kept == pytest.approx({k: other[k] for k in kept}, rel=1e-5)
 
 
+def test_dice_of_unevenly_labelled_ranks_is_that_of_one_process(two: Path, tmp_path: Path):
+    """A mean of the means of the ranks would weigh the images beside unlabelled ones twice."""
+    with one_thread():
+        alone = two_ranks.dice(tmp_path, 4)
+    assert alone["world"] == 1
+    logged, wanted = (
+        [log["dice"] for log in run["logs"][:-1]] for run in (ranks(two, "dice")[0], alone)
+    )
+    assert logged == pytest.approx(wanted, rel=1e-6)
+    assert len(wanted) == 2
+    steps = zip(
+        *(torch.load(f / "gradients.pt", weights_only=True) for f in (two, tmp_path)), strict=True
+    )
+    for found, expected in steps:
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
 @pytest.mark.parametrize("source", ["fixed", "stream"])
 def test_figures_do_not_depend_on_the_number_of_ranks(two: Path, tmp_path: Path, source: str):
     """Seven images on two ranks: a doubled or dropped one would change the ninth digit."""

@@ -246,11 +246,17 @@ def test_student_that_cannot_go_on_is_one_line(saved: str, expected: str, good: 
     assert expected in used.error("train.py", *flags, "--use_cpu")
 
 
-def test_fp16_of_the_launcher_is_refused_on_a_cpu(good: Path, used: Used, monkeypatch):
-    """It would run in fp32 and write down fp16."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+@pytest.mark.parametrize(
+    ("precision", "line"),
+    [("fp16", "bf16 or no on a CPU, got fp16"), ("fp8", "one of auto, bf16, fp16, no, got 'fp8'")],
+)
+def test_other_precisions_of_the_launcher_are_refused(
+    precision: str, line: str, good: Path, used: Used, monkeypatch
+):
+    """The run would be in fp32, and config.yaml say otherwise."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     flags = ("--dataset", good / "data", "--teacher", "none", "--use_cpu")
-    assert "bf16 or no on a CPU, got fp16" in used.error("train.py", *flags)
+    assert line in used.error("train.py", *flags)
 
 
 def broken(good: Path, folder: Path, fault: str) -> Path:

@@ -50,10 +50,16 @@ def test_a_batch_of_one_is_refused_before_the_training(more, got: str, data: Pat
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--dataloader_drop_last", "false", "--batch_size", "3"), ("--batch_size", "4")]
+    "more",
+    [
+        (),
+        ("--dataloader_drop_last", "false", "--batch_size", "3"),
+        ("--batch_size", "4"),
+        ("--dataloader_drop_last", "false", "--batch_size", "4", "--max_steps", "1"),
+    ],
 )
 def test_other_batches_are_taken(more, data: Path, tmp_path: Path):
-    """No batch of one occurs: a short last batch is dropped, or holds two."""
+    """No batch of one occurs: a short last batch is dropped, holds two, or comes after the run."""
     assemble(parse(deeplab(data, tmp_path / "out", *more)))
 
 
@@ -79,12 +85,33 @@ def test_networks_that_can_are_given_batches_of_one(data: Path, tmp_path: Path):
 )
 def test_smallest_batch_of_an_epoch(images, batch, processes, drop, streamed, smallest, tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=batch, dataloader_drop_last=drop)
+    assert smallest_of(args, images, processes, streamed) == smallest
 
+
+@pytest.mark.parametrize(
+    ("length", "smallest"),
+    [
+        ({"max_steps": 2}, 4),
+        ({"max_steps": 3}, 1),
+        ({"max_steps": 2, "num_train_epochs": 9}, 4),
+        ({"max_steps": 1, "gradient_accumulation_steps": 2}, 4),
+        ({"max_steps": 2, "gradient_accumulation_steps": 2}, 1),
+        ({"num_train_epochs": 0.6}, 4),
+        ({"num_train_epochs": 0.7}, 1),  # three updates, as the Trainer rounds up
+    ],
+)
+def test_a_short_batch_that_the_run_never_reaches_does_not_count(length, smallest, tmp_path):
+    """Nine images in batches of four: the last of three batches holds one of them."""
+    args = arguments(tmp_path, per_device_train_batch_size=4, dataloader_drop_last=False, **length)
+    assert smallest_of(args, 9, 1, False) == smallest
+
+
+def smallest_of(args, images: int, processes: int, streamed: bool) -> int:
     class Several(type(args)):
         world_size = processes
 
     args.__class__ = Several
-    assert smallest_batch(images, args, streamed=streamed) == smallest
+    return smallest_batch(images, args, streamed=streamed)
 
 
 def test_a_preflight_of_a_single_image_takes_it_twice(data: Path, tmp_path: Path):

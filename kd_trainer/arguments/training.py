@@ -223,7 +223,6 @@ class DistillationArguments(TrainingArguments):
         self.mixed_precision = self.mixed_precision or "".join(asked)  # what is saved
         if not self.mixed_precision:
             return  # what the accelerate configuration says
-        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if self.mixed_precision == "auto":
             # A CPU always computes bf16, if not always faster; its fp16 would silently be fp32.
@@ -235,6 +234,7 @@ class DistillationArguments(TrainingArguments):
         self.fp16 = self.mixed_precision == "fp16"
 
     def _check_precision(self) -> None:
+        check_choice("mixed_precision", self.mixed_precision, PRECISIONS)
         on_cpu = self.use_cpu or not torch.cuda.is_available()
         if on_cpu and (self.fp16 or self.mixed_precision == "fp16"):
             raise ValueError(

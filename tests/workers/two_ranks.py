@@ -41,6 +41,27 @@ class Digest(TrainerCallback):
         self.free.append(model.free_units)
 
 
+class Gradients(TrainerCallback):
+    """Keeps the gradients of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        named = kwargs["model"].named_parameters()
+        self.steps.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+
+class PartlyLabelled(Squares):
+    """Squares of which one rank sees one labelled image, then none, the other two and two."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(index)
+        if index in (0, 4, 5):
+            sample["labels"] = torch.full_like(sample["labels"], 255)
+        return sample
+
+
 def streamed_squares(count: int, rank: int, world: int) -> StreamedDataset:
     """The samples of `Squares(count, offset=50)` as a stream."""
     squares = Squares(count, offset=50)
@@ -100,6 +121,26 @@ def plain(folder: Path, batch: int) -> dict[str, Any]:
     return {"world": args.world_size, "logs": trainer.state.log_history}
 
 
+def dice(folder: Path, batch: int) -> dict[str, Any]:
+    """Two steps of the Dice alone, on images of which three of eight have no label."""
+    spy = Gradients()
+    args = arguments(
+        folder,
+        per_device_train_batch_size=batch,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        max_grad_norm=0.0,
+        bce_weight=0.0,
+    )
+    student = tiny_student(norm=False)
+    data = PartlyLabelled(8)
+    trainer = DistillationTrainer(student, args, train_dataset=data, callbacks=[spy])
+    trainer.train()
+    if args.process_index == 0:
+        torch.save(spy.steps, folder / "gradients.pt")
+    return {"world": args.world_size, "logs": trainer.state.log_history}
+
+
 def measured(folder: Path) -> dict[str, Any]:
     """Figures of an untrained student, of a map-style data set and of a stream."""
     args = arguments(folder, per_device_eval_batch_size=2)
@@ -118,6 +159,7 @@ def main(folder: Path, global_batch: int = 4) -> None:
     results = {
         "staged": staged(folder),
         "plain": plain(folder, global_batch // args.world_size),
+        "dice": dice(folder, global_batch // args.world_size),
         "measured": measured(folder),
     }
     (folder / f"rank_{args.process_index}.json").write_text(json.dumps(results))
