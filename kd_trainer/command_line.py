@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Collection, Sequence
 from enum import Enum
@@ -31,6 +32,7 @@ EVALUATION_DATA = frozenset(f.name for f in dataclasses.fields(DataArguments)) -
 }
 
 RECIPES = Path(__file__).parent / "recipes"
+CONSOLE = "kd-trainer"
 DEFAULT_RECIPE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
 ALIASES = {
     "epochs": "num_train_epochs",
@@ -204,10 +206,15 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"Expected a command line as --help shows it, got a fault: {message}.")
 
 
+def program(script: str) -> str:
+    """How a parser calls itself: by its script, or as the console command that was typed."""
+    return sys.argv[0] if sys.argv[0].startswith(f"{CONSOLE} ") else script
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of scripts/train.py."""
     result = Parser(
-        prog="train.py",
+        prog=program("train.py"),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Distil a large segmentation teacher into a small student.",
@@ -320,10 +327,10 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
     return recipe | {n: convert(n, value, hints[n]) for n, value in given.items()}
 
 
-def command_parser(prog: str, description: str, epilog: str) -> Parser:
+def command_parser(script: str, description: str, epilog: str) -> Parser:
     """The parser of a script, without flags yet."""
     return Parser(
-        prog=prog,
+        prog=program(script),
         description=description,
         epilog=epilog,
         allow_abbrev=False,

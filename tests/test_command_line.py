@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArgu
 from kd_trainer.checkpointing.fingerprint import settings_of
 from kd_trainer.command_line import (
     ALIASES,
+    CONSOLE,
     DEFAULT_RECIPE,
     Parser,
     build,
@@ -27,6 +29,7 @@ from kd_trainer.command_line import (
 )
 from kd_trainer.commands.evaluate import EvaluateArguments, evaluate_main
 from kd_trainer.commands.export import export_main
+from kd_trainer.commands.main import COMMANDS, main
 from kd_trainer.data.listing import did_you_mean
 from kd_trainer.export.exporter import ExportArguments
 from kd_trainer.fields import ABSENT, RENAMED, closest
@@ -486,3 +489,32 @@ def test_a_home_folder_is_expanded_where_a_script_takes_words(tmp_path, monkeypa
         "model": str(tmp_path / "student"),
         "pictures": [str(tmp_path / "a.jpg"), "b~/c", str(tmp_path)],
     }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_console_command_shows_its_help_by_its_own_name(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """`usage: eval.py` would name a file that an installed package does not have."""
+    monkeypatch.setattr(sys, "argv", [CONSOLE, name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {CONSOLE} {name} [")
+
+
+def test_the_console_command_knows_what_the_scripts_do():
+    """A script without its command could be called from a checkout alone."""
+    scripts = {path.stem for path in Path("scripts").glob("*.py")}
+    assert scripts - set(COMMANDS) == {"benchmark", "frontier"}, "which measure and are not shipped"
+    assert set(COMMANDS) <= scripts
+
+
+def test_a_mistyped_console_command_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The list of all of them hides which one was meant."""
+    monkeypatch.setattr(sys, "argv", [CONSOLE, "trian"])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert capsys.readouterr().err.endswith("got 'trian'. Did you mean train?\n")

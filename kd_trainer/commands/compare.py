@@ -8,7 +8,7 @@ from typing import Any
 from kd_trainer.build import Parts, assemble
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.commands.train import train
-from kd_trainer.compare.arguments import Comparison
+from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import KINDS, Budget
 from kd_trainer.compare.estimate import finished_speed, measure_speed, seconds_left
 from kd_trainer.compare.report import write_report
@@ -19,6 +19,11 @@ from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several
 from kd_trainer.doctor.plan import describe
 from kd_trainer.doctor.resources import Speed
+
+
+def compare_main() -> None:
+    """Compare what the command line names."""
+    run_compare(parse_comparison())
 
 
 def run_compare(comparison: Comparison) -> dict[str, Any]:

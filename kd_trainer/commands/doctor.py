@@ -8,7 +8,7 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
 
 from kd_trainer.build import assemble
-from kd_trainer.command_line import RunArguments, given_flags, parse, parser
+from kd_trainer.command_line import RunArguments, given_flags, parse, parser, program
 from kd_trainer.doctor.checks import Preflight
 from kd_trainer.doctor.finding import THOROUGH, Finding, Grade, fault, graded, ok, several, table
 from kd_trainer.doctor.resources import cost_findings
@@ -30,7 +30,7 @@ _NOT_TAKEN = {"dry_run": "nothing is trained here", "no_preflight": "this is the
 def doctor_parser() -> ArgumentParser:
     """The parser of scripts/doctor.py: that of train.py."""
     result = parser()
-    result.prog, result.description, result.epilog = "doctor.py", DESCRIPTION, EPILOG
+    result.prog, result.description, result.epilog = program("doctor.py"), DESCRIPTION, EPILOG
     for action in result._actions:
         if action.dest in _NOT_TAKEN:
             action.help = SUPPRESS

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.arguments import ModelArguments
-from kd_trainer.command_line import build, check_given, given_flags, merged, parser
+from kd_trainer.command_line import build, check_given, given_flags, merged, parser, program
 from kd_trainer.compare.budget import KINDS
 from kd_trainer.fields import (
     add_fields,
@@ -106,7 +106,7 @@ class Comparison:
 def compare_parser() -> ArgumentParser:
     """The parser of scripts/compare.py: that of train.py and a few flags."""
     result = parser()
-    result.prog, result.description, result.epilog = "compare.py", DESCRIPTION, EPILOG
+    result.prog, result.description, result.epilog = program("compare.py"), DESCRIPTION, EPILOG
     for action in result._actions:
         if action.dest in _NOT_TAKEN:
             action.help = SUPPRESS
