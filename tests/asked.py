@@ -5,11 +5,18 @@ from __future__ import annotations
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from kd_trainer.teacher_cache import TargetCache, Work, image_digest
+from kd_trainer.teacher_cache import (
+    CacheBudget,
+    CacheWriter,
+    TeacherCache,
+    cached_images,
+    image_digest,
+)
 
 GB = 10**9
 SHAPE = (1, 8, 8)
@@ -31,17 +38,19 @@ class Asked:
     def pixels(self, row: int) -> torch.Tensor:
         return torch.full((3, 8, 8), zlib.crc32(self.data[row]) % 251, dtype=torch.uint8)
 
-    def ask(self, pixels: torch.Tensor) -> torch.Tensor:
+    def infer(self, pixels: torch.Tensor) -> torch.Tensor:
         self.count += len(pixels)
         time.sleep(self.seconds * len(pixels))
         return pixels[:, :1].float() / 7 - 3
 
-    def work(self, **options: int) -> Work:
-        images = {image_digest(data): row for row, data in enumerate(self.data)}
-        return Work(
-            images,
+    def writer(self, file: Path, bound: int = GB, **options: Any) -> CacheWriter:
+        return CacheWriter(
+            file,
+            {"teacher": "of tests"},
+            CacheBudget(file.parent, bound),
+            {image_digest(data): row for row, data in enumerate(self.data)},
             lambda row: (image_digest(self.data[row]), self.pixels(row)),
-            self.ask,
+            self.infer,
             **options,
         )
 
@@ -49,9 +58,9 @@ class Asked:
         return (self.pixels(row)[:1].float() / 7 - 3).half().numpy()
 
 
-def assert_whole(folder: Path, asked: Asked) -> None:
-    """Every image is there once, with its own logits."""
-    cache = TargetCache(folder, SHAPE)
-    assert len(cache) == len(asked.data)
+def assert_whole(file: Path, asked: Asked) -> None:
+    """Every image is there, with its own logits, and nothing else."""
+    cache = TeacherCache(file, SHAPE)
+    assert cached_images(file) == set(map(image_digest, asked.data))
     for row, data in enumerate(asked.data):
         np.testing.assert_array_equal(cache.logits(data, "x"), asked.expected(row))

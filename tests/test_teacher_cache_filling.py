@@ -10,15 +10,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from asked import GB, SHAPE, Asked, assert_whole, files
+import torch
+from asked import SHAPE, Asked, assert_whole, files
+from torch.utils.data import DataLoader, Dataset
 from workers import fillers
 
-from kd_trainer.teacher_cache import Room, TargetCache, filling
-from kd_trainer.teacher_cache.filling import fill
-from kd_trainer.teacher_cache.shards import PARTIAL, shard_paths
+from kd_trainer import teacher_cache
+from kd_trainer.teacher_cache import TeacherCache
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+
+
+@pytest.fixture(autouse=True)
+def each_batch_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These teachers answer in no time; a real one takes longer than a transaction."""
+    monkeypatch.setattr(teacher_cache, "_WRITE_SECONDS", 0.0)
 
 
 def worker(*words: str) -> None:
@@ -29,84 +36,101 @@ def worker(*words: str) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_point_it_goes_on_where_it_was(tmp_path: Path):
-    """A half-written file would be read as logits; a lock that stays would stop everybody.
+    """Half a batch would be read as logits; a lock that stays would stop everybody.
 
-    Each point is a call that touches the disk or the teacher; the process is killed before it or
-    after it, in a flush with half of the file written.
+    Each point is a call of sqlite or of the teacher; the process is killed before it or after it,
+    with the changes of an open transaction on the disk.
     """
     worker("kill", str(tmp_path))
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert len(found) >= 36
-    assert {point["at"].split()[0] for point in found} == {"ask", "fsync", "replace", "_sync"}
+    points = json.loads((tmp_path / "points.json").read_text())
+    assert {point["call"] for point in points} == {"connect", "execute", "executemany", "infer"}
     asked = Asked(files(fillers.IMAGES))
-    left = set()
-    for point in found:
+    for point in points:
         assert point["died"] == -signal.SIGKILL, point
-        assert point["damaged"] == 0, point
         missing = fillers.IMAGES - point["left"]
         assert point["asked"] == 2 * missing, point  # as few as these are all measured first
-        assert not [name for name in point["names"] if name.endswith(PARTIAL)], point
-        assert_whole(Path(point["folder"]), asked)
-        left.add(point["left"])
-    assert left == set(range(fillers.IMAGES + 1))  # as no two are of one bucket
+        assert_whole(Path(point["file"]), asked)
+    assert {point["left"] for point in points} == set(range(fillers.IMAGES))
+    assert any(point["journal"] for point in points)
 
 
 @pytest.mark.distributed
-def test_processes_that_fill_at_once_share_the_work(tmp_path: Path):
-    """Two ranks, or two runs: each image is asked for once, and nobody waits for nothing."""
-    worker("share", str(tmp_path))
-    told = [json.loads((tmp_path / f"done_{i}.json").read_text()) for i in range(3)]
-    assert sum(one["done"] for one in told) == fillers.SHARED
-    assert min(one["done"] for one in told) > fillers.SHARED / 10
-    assert sum(one["asked"] for one in told) <= fillers.SHARED + 3 * 8  # and what was measured
-    folder = tmp_path / "root" / "a"
-    assert_whole(folder, Asked(files(fillers.SHARED)))
-    records = sum(len(filling.read_records(path)) for path in shard_paths(folder))
-    assert records == fillers.SHARED
+@pytest.mark.parametrize("kind", ["ranks", "runs"])
+def test_processes_that_fill_at_once_share_the_work(tmp_path: Path, kind: str):
+    """Two ranks, or two runs: few images are asked for twice, and nobody waits for nothing."""
+    worker(kind, str(tmp_path))
+    asked = [int((tmp_path / f"asked_{i}").read_text()) - 8 for i in range(fillers.PROCESSES)]
+    assert fillers.SHARED <= sum(asked) < 1.25 * fillers.SHARED
+    assert min(asked) > fillers.SHARED / 10
+    assert_whole(tmp_path / "root" / "a.sqlite", Asked(files(fillers.SHARED)))
 
 
-def test_a_full_cache_is_only_read(tmp_path: Path):
-    """Several runs read one folder, which may belong to somebody else."""
-    asked, folder = Asked(files(30)), tmp_path / "a"
-    fill(folder, asked.work(), Room(tmp_path, GB))
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    (folder / "lock").unlink()
-    assert fill(folder, asked.work(), Room(tmp_path, 1)) == 0  # a lower bound does not matter
-    after = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert after == {path: time for path, time in before.items() if path.name != "lock"}
+class Logits(Dataset[tuple[torch.Tensor, bool]]):
+    """The logits of each file, and whether this process has a connection of its own."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, bool]:
+        logits = torch.from_numpy(self.cache.logits(files(20)[index], "x"))
+        return logits, os.getpid() in self.cache._connections
 
 
-def test_long_work_is_written_in_parts(tmp_path: Path, monkeypatch):
-    """A bucket of thousands of images would be lost as a whole."""
-    monkeypatch.setattr(filling, "BUCKETS", 1)
-    monkeypatch.setattr(filling, "bucket_of", lambda image: 0)
-    monkeypatch.setattr(filling, "_SHARD_BYTES", 200)
-    asked = Asked(files(60))
-    fill(tmp_path / "a", asked.work(batch_size=4), Room(tmp_path, GB))
-    assert 3 < len(shard_paths(tmp_path / "a")) <= 15
-    assert_whole(tmp_path / "a", asked)
-    assert len(TargetCache(tmp_path / "a", SHAPE)) == 60
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_data_worker_connects_anew_though_its_parent_has_read(tmp_path: Path, method: str):
+    """A connection that two processes use loses its locks, and cannot be sent to a new one."""
+    asked, file = Asked(files(20)), tmp_path / "a.sqlite"
+    asked.writer(file).fill()
+    data = Logits(TeacherCache(file, SHAPE))
+    expected = torch.stack([data[index][0] for index in range(20)])
+    loader = DataLoader(data, 5, num_workers=2, multiprocessing_context=method)
+    logits, connected = zip(*loader, strict=True)
+    assert torch.equal(torch.cat(logits), expected)
+    assert torch.cat(connected).all()
+
+
+def test_the_images_of_a_batch_do_not_depend_on_the_order(tmp_path: Path):
+    """A GPU may round them together: a run that fills again must get the logits that it had."""
+
+    def batches(name: str, rank: int) -> set[tuple[int, ...]]:
+        asked, seen = Asked(files(30)), set()
+        infer = asked.infer
+
+        def seeing(pixels: torch.Tensor) -> torch.Tensor:
+            seen.add(tuple(pixels[:, 0, 0, 0].tolist()))
+            return infer(pixels)
+
+        asked.infer = seeing
+        writer = asked.writer(tmp_path / f"{name}.sqlite", batch_size=4)
+        writer.fill(rank=rank, world_size=3)
+        return {batch for batch in seen if len(batch) > 1}
+
+    assert len(batches("a", 0)) == 8
+    assert batches("b", 0) == batches("c", 2) == batches("d", 1)
 
 
 def test_an_error_of_the_teacher_leaves_what_was_done(tmp_path: Path):
     """A run that ends there should not have to begin again."""
-    asked, folder = Asked(files(40)), tmp_path / "a"
-    answer = asked.ask
+    asked, file = Asked(files(40)), tmp_path / "a.sqlite"
+    infer = asked.infer
 
-    def failing(pixels):
-        if asked.count > 30:
+    def failing(pixels: torch.Tensor) -> torch.Tensor:
+        if asked.count == 30:
             raise FloatingPointError("broken")
-        return answer(pixels)
+        return infer(pixels)
 
-    asked.ask = failing
+    asked.infer = failing
     with pytest.raises(FloatingPointError, match="broken"):
-        fill(folder, asked.work(), Room(tmp_path, GB))
+        asked.writer(file).fill()
     again = Asked(files(40))
-    assert 10 < fill(folder, again.work(), Room(tmp_path, GB)) < 30
-    assert_whole(folder, again)
+    assert again.writer(file).fill() == 40 - (30 - 8)
+    assert_whole(file, again)
 
 
 def test_a_bar_shows_how_far_it_is(tmp_path: Path, capsys):
     """Hours of silence look like a run that hangs."""
-    fill(tmp_path / "a", Asked(files(25)).work(batch_size=2), Room(tmp_path, GB), quiet=False)
+    Asked(files(25)).writer(tmp_path / "a.sqlite", batch_size=2).fill(quiet=False)
     assert "ask teacher: 100%" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.errors import run_script
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.teacher import Teacher
-from kd_trainer.teacher_cache import TargetCache
+from kd_trainer.teacher_cache import cached_images
 from kd_trainer.trainer import DistillationTrainer
 
 CACHED = {"teacher_targets": "cached"}
@@ -233,8 +233,8 @@ def test_two_processes_of_a_run_fill_one_folder_and_train_from_it(ground: Path, 
     words = [*flags(ground, run, *cached(cache)), "--batch_size", "1", "--epochs", "1"]
     launch(str(Path(__file__).parents[1] / "scripts" / "train.py"), *words)
     assert (run / "results.json").is_file()
-    (folder,) = cache.iterdir()
-    assert len(TargetCache(folder, (3, 64, 64))) == 16
+    (file,) = cache.iterdir()
+    assert len(cached_images(file)) == 16
     assert yaml.safe_load((run / "config.yaml").read_text())["teacher_targets"] == "cached"
     state = json.loads((run / "trainer_state.json").read_text())
     assert state["max_steps"] == 5  # of 11 images, two at a time: there were two processes

@@ -1,8 +1,7 @@
-"""Cached targets of a run: the teacher looks at each clean image before the training."""
+"""Cached targets of a run: the teacher sees each clean image before the training."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,23 +22,20 @@ from kd_trainer.fields import parse_size
 from kd_trainer.resuming import together
 from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.teacher_cache import (
-    Room,
-    TargetCache,
-    Work,
-    about,
-    describe,
-    fill,
-    folder_name,
+    CacheBudget,
+    CacheWriter,
+    TeacherCache,
+    cache_file,
+    cache_key,
     image_digest,
     show_size,
 )
-from kd_trainer.teacher_cache.shards import BUCKETS
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cache_root(args: DistillationArguments) -> Path:
-    """The folder that holds the caches of all teachers."""
+    """The folder that holds a cache file a teacher."""
     if args.teacher_cache is not None:
         return Path(args.teacher_cache).expanduser()
     users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -62,41 +58,42 @@ def use_cached_targets(
             stands for one that the run does not have.
 
     Raises:
-        ValueError: if the logits do not fit the bound; or if a photograph changes meanwhile.
+        ValueError: if the logits do not fit the bound; or if an image changes meanwhile.
         OSError: if they cannot be written.
     """
-    began, pictures = time.monotonic(), _Pictures(datasets)
-    size, asked = pictures.size, 0
-    ingredients = about(
-        teacher,
-        image_size=size,
-        precision=args.mixed_precision or "no",
-        folded=args.fold_teacher,
-    )
-    room = Room(cache_root(args), parse_size(args.teacher_cache_size, "teacher_cache_size"))
-    folder = room.root / folder_name(ingredients)
-    images = pictures.numbers(args)
+    began, images = time.monotonic(), _Images(datasets)
+    precision = args.mixed_precision or "no"
+    key = cache_key(teacher, image_size=images.size, precision=precision, folded=args.fold_teacher)
+    bound = parse_size(args.teacher_cache_size, "teacher_cache_size")
+    budget = CacheBudget(cache_root(args), bound)
+    file, rows, new = cache_file(budget.root, key), images.rows(args), 0
 
-    def fill_it() -> None:
-        nonlocal asked
-        # One by one on a CPU, where it costs nothing: rounding would depend on the company.
-        batch_size = 1 if args.device.type == "cpu" else args.per_device_eval_batch_size
-        threads = max(1, args.dataloader_num_workers)
-        work = Work(images, pictures.look, _asking(teacher, args), batch_size, threads)
-        first = BUCKETS * args.process_index // args.world_size
-        asked = fill(folder, work, room, first=first, quiet=_quiet(args))
-        describe(folder, json.dumps(ingredients, indent=1))
+    def fill() -> None:
+        nonlocal new
+        writer = CacheWriter(
+            file,
+            key,
+            budget,
+            rows,
+            images.read,
+            _inference(teacher, args),
+            # One by one on a CPU, where it costs nothing: rounding would depend on the company.
+            batch_size=1 if args.device.type == "cpu" else args.per_device_eval_batch_size,
+            threads=max(1, args.dataloader_num_workers),
+        )
+        new = writer.fill(rank=args.process_index, world_size=args.world_size, quiet=_quiet(args))
 
-    together(args, fill_it)
+    together(args, fill)
     teacher.to("cpu")
-    cache = TargetCache(folder, (1 if teacher.num_labels == 2 else teacher.num_labels, size, size))
-    for dataset in pictures.datasets:
+    classes = 1 if teacher.num_labels == 2 else teacher.num_labels
+    cache = TeacherCache(file, (classes, images.size, images.size))
+    for dataset in images.datasets:
         dataset.transform.targets = cache
     if args.process_index == 0:
-        taken, took = show_size(room.used().get(folder, 0)), time.monotonic() - began
+        taken, took = show_size(budget.used()[file]), time.monotonic() - began
         print(
-            f"teacher cache: {len(images):,} images, {asked:,} of them new, in {took:.0f} s; "
-            f"{taken} in {folder}",
+            f"teacher cache: {len(rows):,} images, {new:,} of them new, in {took:.0f} s; "
+            f"{taken} in {file}",
             flush=True,
         )
 
@@ -105,8 +102,8 @@ def _quiet(args: DistillationArguments) -> bool | None:
     return True if args.disable_tqdm or args.process_index else None
 
 
-class _Pictures:
-    """The photographs of all data sets of a run, numbered through."""
+class _Images:
+    """The images of all data sets of a run, numbered through."""
 
     def __init__(self, datasets: Sequence[TransformedDataset | StreamedDataset | None]) -> None:
         self.datasets = [data for data in datasets if isinstance(data, TransformedDataset)]
@@ -115,34 +112,34 @@ class _Pictures:
     def __len__(self) -> int:
         return sum(map(len, self.datasets))
 
-    def _cell(self, number: int) -> tuple[dict[str, Any], int]:
+    def _encoded(self, row: int) -> tuple[dict[str, Any], int]:
         for data in self.datasets:
-            if number < len(data):
-                return data.dataset[number]["image"], number
-            number -= len(data)
-        raise IndexError(number)
+            if row < len(data):
+                return data.dataset[row]["image"], row
+            row -= len(data)
+        raise IndexError(row)
 
-    def digest(self, number: int) -> bytes:
-        """Digest of the file of a photograph."""
-        cell, index = self._cell(number)
-        return image_digest(read_image_bytes(cell, image_name(cell, index)))
+    def digest(self, row: int) -> bytes:
+        """Digest of the file of an image."""
+        encoded, index = self._encoded(row)
+        return image_digest(read_image_bytes(encoded, image_name(encoded, index)))
 
-    def look(self, number: int) -> tuple[bytes, Tensor]:
-        """Digest of the file and uint8 (3, S, S) of a photograph."""
-        cell, index = self._cell(number)
-        data = read_image_bytes(cell, image_name(cell, index))
-        known = {"bytes": data, "path": cell.get("path")}
-        return image_digest(data), clean_image(known, index, self.size)
+    def read(self, row: int) -> tuple[bytes, Tensor]:
+        """Digest of the file and uint8 (3, S, S) of an image."""
+        encoded, index = self._encoded(row)
+        data = read_image_bytes(encoded, image_name(encoded, index))
+        content = {"bytes": data, "path": encoded.get("path")}
+        return image_digest(data), clean_image(content, index, self.size)
 
-    def numbers(self, args: DistillationArguments) -> dict[bytes, int]:
-        """Number of a photograph by its digest; the processes of a run read a share each."""
+    def rows(self, args: DistillationArguments) -> dict[bytes, int]:
+        """Number of an image by its digest; the processes of a run read a share each."""
         mine = range(args.process_index, len(self), args.world_size)
         pairs: list[tuple[bytes, int]] = []
 
         def read() -> None:
             with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
-                found = pool.map(self.digest, mine)
-                bar = tqdm(found, "read images", len(mine), unit="image", disable=_quiet(args))
+                digests = pool.map(self.digest, mine)
+                bar = tqdm(digests, "read images", len(mine), unit="image", disable=_quiet(args))
                 pairs.extend(zip(bar, mine, strict=True))
 
         together(args, read)
@@ -153,7 +150,7 @@ class _Pictures:
         return dict(pairs)
 
 
-def _asking(teacher: Teacher, args: DistillationArguments) -> Callable[[Tensor], Tensor]:
+def _inference(teacher: Teacher, args: DistillationArguments) -> Callable[[Tensor], Tensor]:
     """From uint8 pixels to logits, asked as an online training asks."""
     device = args.device
     teacher.to(device)
@@ -161,8 +158,8 @@ def _asking(teacher: Teacher, args: DistillationArguments) -> Callable[[Tensor],
     statistics = pixel_statistics(teacher, device)
     dtype = _DTYPES.get(args.mixed_precision)
 
-    def ask(pixels: Tensor) -> Tensor:
+    def infer(pixels: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             return answers(normalise(pixels.to(device), statistics))
 
-    return ask
+    return infer
