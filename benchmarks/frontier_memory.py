@@ -42,7 +42,7 @@ def peak_memory(options: dict[str, Any], work: str, *, side: int) -> float:
     return float(run_child(MODULE, job)["peak_mib"])
 
 
-def memory_table(*, side: int = 640, repeats: int = 3) -> dict[str, Any]:
+def memory_table(*, side: int = 640, repeats: int = 9) -> dict[str, Any]:
     """Medians of each network and work, and their share of the first network's.
 
     Returns:

@@ -350,6 +350,15 @@ def test_binary_masks_do_not_pass_for_several_labels(made):
         find(made, num_labels=9)
 
 
+def test_known_class_ids_may_show_the_first_class_only():
+    """COCO's categories say how many there are, and only some of the masks are looked at."""
+    options = {"num_labels": 3, "ignore_index": 255, "class_ids": True}
+    assert find_mask_rule([cell([0, 1])], **options).values == (0, 1, 2)
+    for nothing in ([0], [0, 255]):
+        with pytest.raises(ValueError, match="Expected class ids"):
+            find_mask_rule([cell(nothing)], **options)
+
+
 def test_explicit_values_are_classes_in_order():
     rule = MaskRule((7, 300, 0))
     assert read(rule, cell([0, 7, 300, 255], np.uint16)) == [2, 0, 1, 255]

@@ -221,6 +221,19 @@ def test_given_mask_values_win_and_are_checked():
         mask_rule(splits(mask), DataArguments(mask_values=[0, 1, 2]))
 
 
+def test_given_values_of_which_only_the_background_counts_are_refused():
+    """Masks of 0 and 255, read as 0, 1 and ignored, gave an IoU of 0 without a word."""
+    mask = np.array([[0, 255], [255, 0]], np.uint8)
+    for every_class in (False, True):
+        with pytest.raises(ValueError, match=r"a class that counts, got only background and 255 "):
+            mask_rule(splits(mask), DataArguments(mask_values=[0, 1]), every_class=every_class)
+    with pytest.raises(ValueError, match=r"got only 255 \(--ignore_index and 0, by --reduce"):
+        mask_rule(splits(np.zeros_like(mask)), DataArguments(reduce_labels=True))
+    one = np.array([[0, 1], [1, 255]], np.uint8)
+    mask_rule(splits(one), DataArguments(mask_values=[0, 1]))
+    mask_rule(splits(one), DataArguments(reduce_labels=True))
+
+
 def test_a_wrong_size_is_found_before_the_first_epoch():
     mask = np.array([[0, 1], [1, 0]], np.uint8)
     wrong = splits(mask, images=[np.zeros((2, 3, 3), np.uint8)])

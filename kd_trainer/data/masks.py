@@ -230,9 +230,13 @@ def find_mask_rule(
         raise ValueError("Expected masks to learn from, got none in the splits. Check --dataset.")
     if num_labels > 2:
         rule = _class_rule(seen, num_labels, ignore_index)
-        # The first classes alone are no fault of the images that a model is measured on; masks
-        # that mark everything they mark as ignored are one.
-        if every_class or bits or set(seen) - {0} == {ignore_index}:
+        # The first classes alone are no fault of the images that a model is measured on, nor where
+        # categories say how many there are; masks that mark everything as ignored are one.
+        if (
+            (every_class and not (class_ids and 1 in seen))
+            or bits
+            or set(seen) - {0} == {ignore_index}
+        ):
             _check_several(seen, bits, num_labels, ignore_index)
         return rule
     if class_ids and (1 in seen or not every_class):

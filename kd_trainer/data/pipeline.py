@@ -72,15 +72,18 @@ def mask_rule(
         data.ignore_index,
         also_ignored=(0,) if data.reduce_labels else (),
     )
-    ignored = 0
+    classes: set[int] = set()
     for index, cell in enumerate(masks):
         labels = rule.labels(decode_mask(cell, index), image_name(cell, index))
-        ignored += bool((labels == rule.ignore_index).all())
-    if masks and ignored == len(masks):
+        classes |= set(present_values(labels))
+    ignored = {rule.ignore_index}
+    background = set() if data.reduce_labels else {0}
+    if ignored <= classes <= ignored | background:
+        only = "background and " if 0 in classes else ""
         raise ValueError(
-            f"Expected masks with pixels that count, got only {rule.ignore_index} (--ignore_index"
-            f"{' and 0, by --reduce_labels' if data.reduce_labels else ''}) in all {ignored} that "
-            "were looked at. Check the masks, or --mask_values."
+            f"Expected masks with a class that counts, got only {only}{rule.ignore_index} "
+            f"(--ignore_index{' and 0, by --reduce_labels' if data.reduce_labels else ''}) in all "
+            f"{len(masks)} that were looked at. Check the masks, or --mask_values."
         )
     return rule
 
