@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.command_line import ALIASES
+from kd_trainer.command_line import ALIASES, default_of
+from kd_trainer.safe_files import clipped
 
 # Where a run lies and what it shows while it goes do not change what it learns.
 WITHOUT_EFFECT = frozenset(
@@ -55,8 +56,8 @@ _WITNESSES = {
     "encoder_weights": ("student_tensors",),  # first weights, which a checkpoint replaces
 }
 # A run of a version that did not have a setting yet is one with its default.
-_DEFAULTS: dict[str, Any] = {
-    field.name: None if field.default is MISSING else field.default
+DEFAULTS: dict[str, Any] = {
+    field.name: default_of(field)
     for arguments in (DistillationArguments, ModelArguments, DataArguments)
     for field in fields(arguments)
 }
@@ -87,7 +88,7 @@ class Difference(NamedTuple):
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.name} {self.before} → {self.now}"
+        return f"{self.name} {clipped(self.before)} → {clipped(self.now)}"
 
 
 def differences(
@@ -95,7 +96,7 @@ def differences(
 ) -> list[Difference]:
     """What differs between two runs, by name; a missing setting counts as its default."""
     names = sorted((before.keys() | now.keys()) - ignored)
-    pairs = [(n, *(run.get(n, _DEFAULTS.get(n)) for run in (before, now))) for n in names]
+    pairs = [(n, *(run.get(n, DEFAULTS.get(n)) for run in (before, now))) for n in names]
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
@@ -136,7 +137,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return clipped(" ".join(map(str, value)) if isinstance(value, list) else value)
 
 
 def settings_of(args: DistillationArguments) -> dict[str, Any]:

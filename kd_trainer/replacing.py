@@ -86,7 +86,7 @@ def _marked(folder: Path) -> set[str]:
         return set()
     try:
         return {str(name) for name in json.loads(marker.read_text(encoding="utf-8"))["files"]}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return set()  # not ours, or cut off: nothing is known to be ours
 
 

@@ -21,7 +21,7 @@ LAYERS = (
         *("fast_layers", "extras", "fields"),
         *("replacing", "safe_files", "sources", "own_errors"),
     ),
-    ("argument_checks", "augmentation", PORTABLE),
+    ("argument_checks", "augmentation", "run_files", PORTABLE),
     ("arguments",),
     ("command_line", "data", "teacher", "checkpoints", "disk", "hub"),
     (

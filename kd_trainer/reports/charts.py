@@ -305,8 +305,8 @@ _NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second
 
 def curve(logs: Logs, key: str) -> list[Point]:
     """(epoch, value) of each log that has the key; a figure that does not exist is NaN."""
-    found = [(log["epoch"], log[key]) for log in logs if key in log and "epoch" in log]
-    return [(float(x), math.nan if y is None else float(y)) for x, y in found]
+    found = [(log.get("epoch"), log[key]) for log in logs if key in log]
+    return [(float(x), math.nan if y is None else float(y)) for x, y in found if x is not None]
 
 
 def curves_of(logs: Logs, names: Mapping[str, str]) -> dict[str, list[Point]]:
@@ -401,6 +401,6 @@ def evaluations(logs: Logs) -> tuple[list[str], list[list[Any]]]:
     rows = [log for log in logs if "eval_miou" in log]
     keys = [key for key in _under(rows, "eval_") if key not in _NO_METRICS]
     header = ["epoch", *(key.removeprefix("eval_") for key in keys)]
-    return header, [
-        [f"{log.get('epoch', math.nan):g}", *(log.get(key) for key in keys)] for log in rows
-    ]
+    epochs = ("-" if (x := log.get("epoch")) is None else f"{x:g}" for log in rows)
+    figures = ([log.get(key) for key in keys] for log in rows)
+    return header, [[x, *row] for x, row in zip(epochs, figures, strict=True)]

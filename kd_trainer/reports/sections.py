@@ -69,7 +69,7 @@ def _tiles(contents: Contents) -> list[str]:
             more = f"{share_of(student.figures['miou'], other)} of the teacher's {other:.4f}"
         tiles.append(tile("mIoU", text(student.figures["miou"]), more))
     if contents.agreement:
-        mutual = f"of the pixels; mutual mIoU {contents.agreement['agreement_miou']:.4f}"
+        mutual = f"of the pixels; mutual mIoU {text(contents.agreement['agreement_miou'])}"
         share = f"{contents.agreement['agreement']:.2%}"
         tiles.append(tile("agreement with the teacher", share, mutual))
     size = f"{student.parameters / 1e6:.2f} M"
@@ -78,7 +78,8 @@ def _tiles(contents: Contents) -> list[str]:
     if (mib := results.get("student_file_mib")) is not None:
         tiles.append(tile("file size", f"{mib:.1f} MiB", "model.safetensors"))
     if (seconds := results.get("train_seconds")) is not None:
-        done = f"{results.get('epochs', 0):g} epochs of {results.get('train_images', 0):,} images"
+        epochs, count = results.get("epochs") or 0, results.get("train_images") or 0
+        done = f"{epochs:g} epochs of {count:,} images"
         tiles.append(tile("training time", duration(seconds), done))
     return tiles
 

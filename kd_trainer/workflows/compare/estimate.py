@@ -15,7 +15,7 @@ from kd_trainer.command_line import RunArguments, build
 from kd_trainer.trainer import DistillationTrainer
 from kd_trainer.workflows.assemble import Parts
 from kd_trainer.workflows.compare.budget import alone
-from kd_trainer.workflows.compare.runs import NOTE, PlannedRun, read_json
+from kd_trainer.workflows.compare.runs import PlannedRun, written_note, written_results
 from kd_trainer.workflows.image_counts import count_images
 
 MEASURED_UPDATES = 3
@@ -143,12 +143,12 @@ def training_seconds(
 
 def finished_speed(planned: PlannedRun) -> Speed | None:
     """Speed of a run whose whole training was measured, evaluations spread over it."""
-    results = read_json(planned.folder / "results.json")
-    note = read_json(planned.folder / NOTE)
+    seconds = written_results(planned.folder).get("train_seconds")
+    note = written_note(planned.folder)
     whole = note.get("starts") == 1 or note.get("whole_time", False)
-    if not (planned.trained and whole):
+    if seconds is None or not (planned.trained and whole):
         return None
-    return Speed(results["train_seconds"] / planned.budget.updates, 0.0)
+    return Speed(seconds / planned.budget.updates, 0.0)
 
 
 def duration(seconds: float) -> str:

@@ -19,7 +19,7 @@ from kd_trainer.workflows.compare.estimate import (
 )
 from kd_trainer.workflows.compare.report import write_report
 from kd_trainer.workflows.compare.results import read_runs
-from kd_trainer.workflows.compare.runs import NOTE, PlannedRun, plan_runs, read_json
+from kd_trainer.workflows.compare.runs import PlannedRun, plan_runs, written_note, written_results
 from kd_trainer.workflows.plan import describe, updates_per_epoch
 from kd_trainer.workflows.preflight.start import check_before_training
 
@@ -164,8 +164,8 @@ def _execute(one: PlannedRun, prefix: str) -> None:
     if one.complete:
         return
     one.execute()
-    results = read_json(one.folder / "results.json")
-    starts = read_json(one.folder / NOTE).get("starts", 1)
+    results = written_results(one.folder)
+    starts = written_note(one.folder).get("starts") or 1
     parts = f", started {several(starts, 'time')}" if starts > 1 else ""
     took = f"trained in {duration(results['train_seconds'])}{parts}"
     print(f"{prefix} mIoU {results['student_miou']:.4f}, {took}", flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from kd_trainer.command_line import RunArguments, build
 from kd_trainer.fast_layers import give_back
 from kd_trainer.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.losses import TERMS
-from kd_trainer.safe_files import read_regular
+from kd_trainer.run_files import NOTE_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.workflows.assemble import assemble, learn_from_sources
 from kd_trainer.workflows.compare.budget import Budget, baseline_settings
 from kd_trainer.workflows.files import write_json
@@ -81,7 +80,7 @@ class PlannedRun:
     @property
     def trained(self) -> bool:
         """Whether the training came to its end."""
-        return "student_miou" in read_json(self.folder / "results.json")
+        return written_results(self.folder).get("student_miou") is not None
 
     @property
     def complete(self) -> bool:
@@ -108,7 +107,7 @@ class PlannedRun:
         unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
         found = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
         note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
-        note |= read_json(self.folder / NOTE)
+        note |= written_note(self.folder)
         if note["teacher_weights"] != self.teacher_weights:
             found.append("the weights of the teacher")
         if note["updates"] != self.budget.updates:
@@ -143,7 +142,7 @@ class PlannedRun:
         # With nothing but incomplete ones the training says so: that is not to start anew.
         self.run.training.resume = "latest" if checkpoint_folders(self.folder) else None
         self.run.training.no_preflight = True  # the comparison has looked once for all runs
-        starts = read_json(self.folder / NOTE).get("starts", 0) + 1
+        starts = (written_note(self.folder).get("starts") or 0) + 1
         self._write_note(starts=starts, memory_is_its_own=reset_peak_memory())
         train(self.run)
 
@@ -182,13 +181,14 @@ def plan_runs(
     return planned
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none or it was cut off."""
-    try:
-        values = json.loads(read_regular(path).decode("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
+def written_results(folder: Path) -> dict[str, Any]:
+    """Figures of a finished run; empty before."""
+    return read_object(folder / "results.json", RESULTS_SHAPE)
+
+
+def written_note(folder: Path) -> dict[str, Any]:
+    """What results.json does not say; empty where compare.py made no such note."""
+    return read_object(folder / NOTE, NOTE_SHAPE)
 
 
 def reset_peak_memory() -> bool:
