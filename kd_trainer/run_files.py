@@ -47,7 +47,7 @@ EXPORTS_SHAPE = {
 _LATENCY = {"engine": str, "threads": float, "median": float, "percentile_95": float}
 COMPARISON_SHAPE = {
     "baseline": {"metrics": {"*": {"mean": float}}},
-    "costs": {"*": {"latency": [_LATENCY]}},
+    "costs": dict.fromkeys(("student", "teacher"), {"latency": [_LATENCY]}),
 }
 NOTE_SHAPE = {"starts": float, "updates": float, "left_out": float, "teacher_weights": str}
 
@@ -75,8 +75,8 @@ def _checked(value: Any, shape: Any, path: Path, name: str) -> Any:
         words = {float: "a finite number", str: "text", list: "a list", dict: "a JSON object"}
         entry = f" as {clipped(name)}" if name else ""
         raise ValueError(
-            f"Expected {words[kind]}{entry} in {path}, got {clipped(repr(value))}. Correct the "
-            "file, or take it away."
+            f"Expected {words[kind]}{entry} in {path}, got {clipped(repr(value))}. Delete it, or "
+            "correct it."
         )
     if kind is list:
         return [_checked(item, shape[0], path, f"{name}[{i}]") for i, item in enumerate(value)]
