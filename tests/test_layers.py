@@ -19,9 +19,9 @@ LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_transforms", "stock_augmentation"),
         *("fast_layers", "extras", "fields"),
-        *("replacing", "safe_files", "sources", "own_errors"),
+        *("safe_files", "own_errors"),
     ),
-    ("argument_checks", "augmentation", "run_files", PORTABLE),
+    ("argument_checks", "augmentation", "replacing", "run_files", "sources", PORTABLE),
     ("arguments",),
     ("command_line", "data", "teacher", "checkpoints", "disk", "hub"),
     (
