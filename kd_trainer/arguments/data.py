@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
 from kd_trainer.metrics import check_class_names
 from kd_trainer.safe_files import clipped
 
@@ -73,6 +73,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_at_least("image_size", self.image_size, 32)
         if self.num_labels < 2:

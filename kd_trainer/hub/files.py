@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kd_trainer.fields import expanded
 from kd_trainer.hub.boards import copy_boards
 from kd_trainer.run_files import RESULTS_SHAPE, STATE_SHAPE, read_object
 from kd_trainer.sources import model_source, run_folder
@@ -75,7 +76,7 @@ def find_source(folder: str | Path) -> Source:
     Raises:
         FileNotFoundError: if there is no complete student.
     """
-    given = Path(folder).expanduser()
+    given = Path(expanded(str(folder)))
     inside = given / "student"
     student = inside if inside.is_dir() else Path(model_source(str(given)))
     around = run_folder(student)
