@@ -47,7 +47,7 @@ EXPORTS_SHAPE = {
 _LATENCY = {"engine": str, "threads": float, "median": float, "percentile_95": float}
 COMPARISON_SHAPE = {
     "baseline": {"metrics": {"*": {"mean": float}}},
-    "costs": dict.fromkeys(("student", "teacher"), {"latency": [_LATENCY]}),
+    "costs": {"student": {"latency": [_LATENCY]}, "teacher": {"latency": [_LATENCY]}},
 }
 NOTE_SHAPE = {"starts": float, "updates": float, "left_out": float, "teacher_weights": str}
 

@@ -65,8 +65,8 @@ class FinishedRun:
         if (student / "config.json").is_file():
             labels = SmpConfig.from_pretrained(student).id2label or {}
             return {int(index): str(name) for index, name in labels.items()}
-        names = {key: self.config[key] for key in ("num_labels", "class_names")}
-        return DataArguments(**names).id2label
+        names = {key: self.config.get(key) for key in ("num_labels", "class_names")}
+        return DataArguments(**{k: v for k, v in names.items() if v is not None}).id2label
 
     @cached_property
     def figures(self) -> dict[str, dict[str, float]]:
