@@ -32,7 +32,7 @@ from kd_trainer.export.exporter import FILES
 from kd_trainer.export.session import OnnxStudent
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.safe_files import read_json
+from kd_trainer.run_files import EXPORTS_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.sources import model_source
 
 TORCH, ONNX, INT8 = "torch fp32", "onnxruntime fp32", "onnxruntime int8"
@@ -90,8 +90,8 @@ class Contender:
         """Everything but latency; what is not known is None."""
         used, never_used = network_size(self.network)
         config = self.network.config
-        reached = read_json(self.folder / "results.json") or {}
-        exported = (read_json(self.folder / RESULTS) or {}).get("onnx-int8", {})
+        reached = read_object(self.folder / "results.json", RESULTS_SHAPE)
+        exported = read_object(self.folder / RESULTS, EXPORTS_SHAPE).get("onnx-int8", {})
         return {
             "architecture": config._model_class,
             "encoder": config.encoder_name,

@@ -12,6 +12,7 @@ from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.export.files import require_all
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
 from kd_trainer.run_folder import write_json
+from kd_trainer.safe_files import write_text
 
 
 @dataclass
@@ -49,9 +50,9 @@ def frontier_main(arguments: Sequence[str] | None = None) -> None:
     rows = frontier(models, side=args.image_size, repeats=args.repeats)
     folder, table = Path(args.output_dir), frontier_table(rows)
     write_json(folder / "frontier.json", {"models": rows})
-    (folder / "frontier.md").write_text(table + "\n", encoding="utf-8")
+    write_text(folder / "frontier.md", table + "\n")
     chart = frontier_chart(rows, title="mIoU and latency")
-    (folder / "frontier.svg").write_text(chart + "\n", encoding="utf-8")
+    write_text(folder / "frontier.svg", chart + "\n")
     print(f"\n{table}\nWritten to {folder}/frontier.json, .md and .svg")
 
 

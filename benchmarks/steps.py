@@ -24,6 +24,7 @@ from benchmarks.memory import measure_memory
 from benchmarks.pictures import pair_folder
 from kd_trainer.console import markdown_table
 from kd_trainer.run_folder import write_json
+from kd_trainer.safe_files import replacing_file, write_text
 
 TITLES = {
     "plain": "plain loop",
@@ -135,9 +136,10 @@ def save_trace(contender: Contender, folder: Path) -> None:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, profile_memory=False) as profiler:
         contender(1)
-    profiler.export_chrome_trace(str(folder / "ours.json"))
+    with replacing_file(folder / "ours.json") as partial:
+        profiler.export_chrome_trace(str(partial))
     table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
-    (folder / "operations.txt").write_text(table, encoding="utf-8")
+    write_text(folder / "operations.txt", table)
     print(f"Trace: {folder / 'ours.json'}; dearest operations: {folder / 'operations.txt'}")
 
 

@@ -104,7 +104,7 @@ class RunArguments:
             value = value.value if isinstance(value, Enum) else value
             if not field.init or field.name in _DERIVED:
                 continue
-            if field.name in own_fields() or value != _default(field):
+            if field.name in own_fields() or value != default_of(field):
                 values[field.name] = value
         values = {k: v for k, v in values.items() if _is_plain(v)}
         values |= {k: v for k, v in self.given.items() if k not in values}
@@ -119,10 +119,11 @@ def own_fields() -> frozenset[str]:
     return frozenset(DistillationArguments.__annotations__)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; None of one that has to be given."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
-    return field.default
+    return None if field.default is dataclasses.MISSING else field.default
 
 
 def _is_plain(value: Any) -> bool:

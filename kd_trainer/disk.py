@@ -23,7 +23,7 @@ _OF_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed"
 
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
-    place = folder.expanduser().absolute()
+    place = folder.absolute()
     return next(p for p in (place, *place.parents) if p.exists())
 
 

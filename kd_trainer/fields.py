@@ -99,7 +99,7 @@ def check_at_least(name: str, value: float, bound: float, cure: str = "") -> Non
 
 def check_folder(name: str, path: str) -> None:
     """Refuse a folder to write to whose place, or a part of whose path, is taken by a file."""
-    place = Path(path).expanduser().absolute()
+    place = Path(path).absolute()
     taken = next((p for p in (place, *place.parents) if p.exists()), place)
     if taken.is_file():
         raise ValueError(

@@ -20,7 +20,7 @@ from kd_trainer.losses import TERMS
 from kd_trainer.models.configuration_smp import uses_timm_loader
 from kd_trainer.safe_files import plain
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True)

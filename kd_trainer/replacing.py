@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kd_trainer.safe_files import write_text
+
 MARKER = ".kd_trainer.json"  # lists the files beside it that were written with it
 
 
@@ -38,7 +40,7 @@ def check_replaceable(folder: Path, flag: str, *, sources: Collection[Path] = ()
                     f"Expected a folder to write a copy into, got {folder}, which {relation} "
                     f"{name}. {cure}"
                 )
-    foreign = sorted(_entries(folder) - _marked(folder))
+    foreign = sorted(entries(folder) - marked(folder))
     if foreign:
         raise ValueError(
             f"Expected an empty folder or one that was written here before, got {folder}, which "
@@ -59,8 +61,7 @@ def replacing(folder: Path, flag: str, *, sources: Collection[Path] = ()) -> Ite
     new.mkdir(parents=True)
     try:
         yield new
-        names = sorted(_entries(new))
-        (new / MARKER).write_text(json.dumps({"files": names}) + "\n", encoding="utf-8")
+        mark(new, entries(new))
         check_replaceable(folder, flag, sources=sources)  # it may have changed meanwhile
         if place.exists():
             place.rename(old)
@@ -70,8 +71,8 @@ def replacing(folder: Path, flag: str, *, sources: Collection[Path] = ()) -> Ite
     _delete(old)
 
 
-def _entries(folder: Path) -> set[str]:
-    """All that is in a folder but real folders and the marker: links are not followed."""
+def entries(folder: Path) -> set[str]:
+    """Names of all that is in a folder but real folders and the marker: links are not followed."""
     found = set()
     for root, folders, files in os.walk(folder):
         place = Path(root)
@@ -80,13 +81,19 @@ def _entries(folder: Path) -> set[str]:
     return found - {MARKER}
 
 
-def _marked(folder: Path) -> set[str]:
+def mark(folder: Path, names: Collection[str]) -> None:
+    """Write down that these files were written here."""
+    write_text(folder / MARKER, json.dumps({"files": sorted(names)}) + "\n")
+
+
+def marked(folder: Path) -> set[str]:
+    """Names of the files that were written here."""
     marker = folder / MARKER
     if marker.is_symlink() or not marker.is_file():
         return set()
     try:
         return {str(name) for name in json.loads(marker.read_text(encoding="utf-8"))["files"]}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return set()  # not ours, or cut off: nothing is known to be ours
 
 
@@ -94,7 +101,7 @@ def _delete(folder: Path) -> None:
     """Delete a folder of ours, whose entries were looked at; links go, not what they lead to."""
     if not folder.is_dir():
         return
-    for name in (*_entries(folder), MARKER):
+    for name in (*entries(folder), MARKER):
         (folder / name).unlink(missing_ok=True)
     for root, _, _ in os.walk(folder, topdown=False):
         Path(root).rmdir()

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.command_line import ONLY_FLAGS, load_recipe
+from kd_trainer.command_line import load_recipe
 from kd_trainer.data import BadSample
-from kd_trainer.safe_files import check_regular, read_json, read_yaml, write_text
+from kd_trainer.run_files import STATE_SHAPE, read_object
+from kd_trainer.safe_files import check_regular, write_text
 
 
 def run_settings(folder: Path) -> dict[str, Any]:
@@ -25,24 +26,31 @@ def run_settings(folder: Path) -> dict[str, Any]:
                 f"Expected the output folder of a finished training, got {folder}, which has no "
                 f"{name}. Name the folder that holds config.yaml and student/."
             )
-    check_regular(folder / "config.yaml")
-    return load_recipe(str(folder / "config.yaml"))
+    return written_settings(folder)
 
 
 def written_settings(folder: Path) -> dict[str, Any]:
-    """What `config.yaml` holds, as it stands there, without what only a command line can set."""
+    """What `config.yaml` holds, without what only a command line can set."""
     path = folder / "config.yaml"
     check_regular(path)
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"Expected `name: value` lines in {path}, got {type(values).__name__}.")
-    return {name: value for name, value in values.items() if name not in ONLY_FLAGS}
+    return load_recipe(str(path))
 
 
 def written_figures(results: dict[str, Any], who: str) -> dict[str, float]:
     """Metrics of a network as the training wrote them down."""
     own = {k.removeprefix(f"{who}_"): v for k, v in results.items() if k.startswith(f"{who}_")}
-    return {k: float("nan") if v is None else v for k, v in own.items()} if "miou" in own else {}
+    return (
+        {k: float("nan") if v is None else v for k, v in own.items()}
+        if own.get("miou") is not None
+        else {}
+    )
+
+
+def written_agreement(results: dict[str, Any]) -> dict[str, float]:
+    """Agreement of student and teacher as the training wrote it down; empty without."""
+    keys = ("agreement", "agreement_miou")
+    found = {key: results[key] for key in keys if results.get(key) is not None}
+    return found if len(found) == len(keys) else {}
 
 
 def log_history(folder: Path) -> list[dict[str, Any]]:
@@ -50,9 +58,10 @@ def log_history(folder: Path) -> list[dict[str, Any]]:
     checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
     checkpoints.sort(key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
     for place in (folder, *checkpoints):
-        state = read_json(place / "trainer_state.json")
-        if state is not None:
-            return list(state.get("log_history", []))
+        file = place / "trainer_state.json"
+        if file.is_file():
+            logs: list[dict[str, Any]] = read_object(file, STATE_SHAPE).get("log_history", [])
+            return logs
     return []
 
 

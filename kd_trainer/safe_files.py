@@ -20,6 +20,7 @@ MOST_BYTES = 256 * 2**20  # of a JSON file; the logs of a long run are some MiB
 _MOST_YAML_BYTES = 2**20
 _MOST_NODES = 100_000  # of a YAML file, aliases written out
 _LARGEST = 2**63
+_DEEPEST = 50  # brackets in brackets of a JSON file
 
 
 def check_regular(path: Path) -> None:
@@ -112,11 +113,15 @@ def sync(file: Path) -> None:
 def read_json(path: Path) -> Any:
     """What a JSON file holds; None without the file.
 
+    NaN and Infinity, which Python writes for figures that do not exist, become None.
+
     Raises:
         ValueError: if it is no JSON, or no regular file.
     """
     try:
-        return json.loads(read_regular(path).decode("utf-8"))
+        value = json.loads(read_regular(path).decode("utf-8"), parse_constant=lambda _: None)
+        _check_tree(value)
+        return value
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
@@ -126,6 +131,29 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"Expected JSON in {path}, got: {reason}. Delete the file, or write it again."
         ) from None
+
+
+def _check_tree(value: Any) -> None:
+    """Refuse what could be neither walked through nor written down again.
+
+    Raises:
+        RecursionError: if it is nested too deep.
+        ValueError: if a text is none, as half of a surrogate pair is.
+    """
+    level = [value]
+    for _ in range(_DEEPEST):
+        inside: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inside += [*item, *item.values()]
+            elif isinstance(item, list):
+                inside += item
+            elif isinstance(item, str):
+                item.encode()
+        if not inside:
+            return
+        level = inside
+    raise RecursionError
 
 
 def read_yaml(path: Path) -> Any:
@@ -170,7 +198,7 @@ def parse_yaml(text: str) -> Any:
         value = loader.construct_document(node)
     finally:
         loader.dispose()
-    _check_numbers(value)
+    _check_values(value)
     return value
 
 
@@ -186,16 +214,24 @@ def _check_size(node: yaml.Node) -> None:
     raise ValueError(f"more than {_MOST_NODES:,} values, with aliases written out")
 
 
-def _check_numbers(value: Any) -> None:
-    """Refuse whole numbers that no machine number holds: even to print one may be refused."""
+def _check_values(value: Any) -> None:
+    """Refuse what could not be written down again: such whole numbers, and half characters."""
+    if isinstance(value, str):
+        value.encode()
     if isinstance(value, int) and abs(value) > _LARGEST:
         raise ValueError(f"a number of {value.bit_length():,} bits")
     if isinstance(value, dict):
         value = [*value, *value.values()]
     for item in value if isinstance(value, list | tuple | set) else ():
-        _check_numbers(item)
+        _check_values(item)
 
 
 def plain(value: object) -> str:
     """Text without what a terminal would obey, or a table break at: names are a stranger's."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+
+
+def clipped(text: object, most: int = 80) -> str:
+    """Text for a message, of at most so many characters."""
+    shown = str(text)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."

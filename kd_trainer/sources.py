@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kd_trainer.fields import expanded
+
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
 def model_source(source: str) -> str:
-    """What to load where a model is named; anything but these two stays as it is.
+    """What to load where a model is named: a path in full, an id on the Hub as it is.
 
     The output folder of a training means the student in it, and `model.safetensors` beside the
     config.json of a model the folder of both: as a bare state dict it would need its architecture.
     """
-    path = Path(source).expanduser()
+    source = expanded(source)
+    path = Path(source)
     if path.name == WEIGHTS and path.is_file() and _describes_model(path.with_name(CONFIG)):
         return str(path.parent)
     if not (path / CONFIG).exists() and (path / "student" / CONFIG).is_file():
@@ -25,7 +28,7 @@ def model_source(source: str) -> str:
 
 def run_folder(source: str | Path) -> Path:
     """The folder of a run where its student is named; anything else as it is."""
-    path = Path(source).expanduser()
+    path = Path(expanded(str(source)))
     inside = path.name == "student" and (path.parent / "config.yaml").is_file()
     return path.parent if inside else path
 
@@ -35,7 +38,7 @@ def not_here(source: str) -> str:
 
     Relative paths fail wherever they are not used from the folder they were written in.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if path.exists() or path.is_absolute():
         return ""
     return (

@@ -11,7 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from fuzzing import run
+from fuzzing import DEEP, mutated, run
 from pycocotools import mask as coco_mask
 
 from kd_trainer.arguments import DataArguments
@@ -20,7 +20,6 @@ from kd_trainer.data.images import decode_mask
 
 SOUND = 8  # different sound files
 SIDE = (24, 32)
-DEEP = "[" * 100_000 + "]" * 100_000
 # As JSON text, because Python would not write some of them.
 VALUES = (
     *("null", "true", "false", "0", "-1", "1", "2", "7", "0.5", "-0.0", "1e999", "-1e999", "NaN"),
@@ -58,46 +57,6 @@ def sound(number: int) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def places(tree: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of everything inside a tree."""
-    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-    here = [(tree, key) for key in keys]
-    inside = [tree[key] for key in keys if isinstance(tree[key], dict | list)]
-    return here + [place for child in inside for place in places(child)]
-
-
-def mutated(content: dict[str, Any], draw: np.random.Generator) -> bytes:
-    """One or two changes of the tree, and of one file in three of its text."""
-    put = {}
-    for _ in range(int(draw.integers(1, 3))):
-        found = places(content)
-        container, key = found[int(draw.integers(len(found)))]
-        match int(draw.integers(4)):
-            case 0:
-                del container[key]
-            case 1:  # something from elsewhere in the file
-                other, there = found[int(draw.integers(len(found)))]
-                container[key] = json.loads(json.dumps(other[there]))
-            case _:
-                mark = f"PUT {len(put)} HERE"
-                put[mark] = VALUES[int(draw.integers(len(VALUES)))]
-                container[key] = mark
-    text = json.dumps(content)
-    for mark, value in put.items():
-        text = text.replace(f'"{mark}"', value)
-    changed = bytearray(text.encode())
-    if draw.random() < 0.33:
-        place = int(draw.integers(len(changed)))
-        match int(draw.integers(3)):
-            case 0:
-                changed[place] ^= 1 << int(draw.integers(8))
-            case 1:
-                del changed[place:]
-            case _:
-                changed[place : place + 8] = draw.bytes(4)
-    return bytes(changed)
-
-
 def make_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-coco-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -113,7 +72,7 @@ def outcome(number: int) -> str:
     """`sample`, `error`, or what should not be; a negative number is a file that nobody changed."""
     draw = np.random.default_rng([11, abs(number)])
     content = sound(abs(number) % SOUND)
-    text = json.dumps(content).encode() if number < 0 else mutated(content, draw)
+    text = json.dumps(content).encode() if number < 0 else mutated(content, VALUES, draw)
     (FOLDER / "annotations" / "train.json").write_bytes(text)
     one = {"category": "person"} if number % 2 else {"num_labels": 3}
     data = DataArguments(dataset=str(FOLDER), streaming=True, **one)

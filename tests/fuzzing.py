@@ -17,12 +17,57 @@ import resource
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import cv2
+import numpy as np
 
 SECONDS = 20  # that one case may take
 MEMORY = 3 * 2**30  # that the process may take beyond what it has when it starts
+DEEP = "[" * 100_000 + "]" * 100_000  # as JSON text
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of everything inside a tree."""
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    here = [(tree, key) for key in keys]
+    inside = [tree[key] for key in keys if isinstance(tree[key], dict | list)]
+    return here + [place for child in inside for place in places(child)]
+
+
+def mutated(content: dict[str, Any], values: Sequence[str], draw: np.random.Generator) -> bytes:
+    """One or two changes of the tree, some to `values`, and of one file in three of its text."""
+    put = {}
+    for _ in range(int(draw.integers(1, 3))):
+        found = places(content)
+        if not found:  # the first change took all there was
+            break
+        container, key = found[int(draw.integers(len(found)))]
+        match int(draw.integers(4)):
+            case 0:
+                del container[key]
+            case 1:  # something from elsewhere in the file
+                other, there = found[int(draw.integers(len(found)))]
+                container[key] = json.loads(json.dumps(other[there]))
+            case _:
+                mark = f"PUT {len(put)} HERE"
+                put[mark] = values[int(draw.integers(len(values)))]
+                container[key] = mark
+    text = json.dumps(content)
+    for mark, value in put.items():
+        text = text.replace(f'"{mark}"', value)
+    changed = bytearray(text.encode())
+    if draw.random() < 0.33:
+        place = int(draw.integers(len(changed)))
+        match int(draw.integers(3)):
+            case 0:
+                changed[place] ^= 1 << int(draw.integers(8))
+            case 1:
+                del changed[place:]
+            case _:
+                changed[place : place + 8] = draw.bytes(4)
+    return bytes(changed)
 
 
 def run(outcome: Callable[[int], str]) -> None:

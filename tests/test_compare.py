@@ -427,6 +427,10 @@ def spoil_results(folder: Path) -> None:
     (folder / "baseline_seed1" / "results.json").write_text('{"student_mi')
 
 
+def spoil_figures(folder: Path) -> None:
+    (folder / "baseline_seed1" / "results.json").write_text('{"student_miou": null}')
+
+
 def spoil_counts(folder: Path) -> None:
     (folder / "baseline_seed1" / COUNTS).write_bytes(b"this is no archive")
 
@@ -450,7 +454,8 @@ def spoil_student(folder: Path) -> None:
         (spoil_seed, "Expected one run of baseline seed 0, got two"),
         (spoil_settings, "num_train_epochs 1.0 → 9.0"),
         (spoil_file, "without ['image_counts.npz']"),
-        (spoil_results, "without its figures"),
+        (spoil_results, "got: Unterminated string"),
+        (spoil_figures, "without its figures"),
         (spoil_counts, "a file that cannot be read"),
         (spoil_images, "measured on the same images"),
         (spoil_student, "of one student"),

@@ -7,9 +7,10 @@ import pytest
 from small_runs import write_pairs
 
 from kd_trainer.command_line import build, load_recipe
-from kd_trainer.commands.demo import check, clear, constant_miou
+from kd_trainer.commands.demo import check, clear, constant_miou, demo
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.replacing import mark
 
 GOOD = {
     "teacher_miou": 0.85,
@@ -42,23 +43,55 @@ def test_a_demo_that_learned_nothing_is_an_error(change, message):
         check(GOOD | change)
 
 
-def test_the_demo_removes_what_a_demo_made_and_nothing_else(tmp_path: Path):
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_the_demo_removes_what_a_demo_wrote_and_nothing_else(tmp_path: Path, monkeypatch):
     """`runs/demo` is also where a training from the recipe `demo` goes."""
     output = tmp_path / "demo"
-    (output / "student").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"^Expected .*demo, got a folder with student that none"):
-        clear(output)
-    assert (output / "student").is_dir()
-    (output / "student").rmdir()
+    made = ("student/config.json", "teacher/student/config.json", "results.json")
+
+    def interrupted(output: Path) -> None:
+        write(output, *made)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kd_trainer.commands.demo._train_both", interrupted)
+    write(output, "notes.txt", "photos/mine.png")
+    for _ in range(2):  # the second time over what the first has left
+        with pytest.raises(KeyboardInterrupt):
+            demo(output)
+        assert all((output / name).is_file() for name in made)
     clear(output)
-    (output / "student").mkdir()
-    (output / "results.json").touch()
-    (output / "notes.txt").touch()
-    (output / "panels").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere").mkdir()
-    clear(output)
-    assert sorted(p.name for p in output.iterdir()) == [".demo", "notes.txt"]
-    assert (tmp_path / "elsewhere").is_dir()
+    left = {str(path.relative_to(output)) for path in output.rglob("*")}
+    assert left == {".kd_trainer.json", "notes.txt", "photos", "photos/mine.png"}
+
+
+@pytest.mark.parametrize("name", ["student/mine.safetensors", "checkpoint-7/x", "results.json"])
+def test_the_demo_leaves_a_strangers_files_where_it_would_write(name: str, tmp_path: Path):
+    """A marker in the folder says nothing about a file that was put beside those it names."""
+    write(tmp_path, "student/config.json", "runs/events")
+    mark(tmp_path, {"student/config.json", "runs/events", "../demo", "/etc/hosts"})
+    write(tmp_path, name)
+    with pytest.raises(ValueError, match=rf"^Expected .*demo, got {name}, which none has written"):
+        clear(tmp_path)
+    assert (tmp_path / name).is_file()
+    assert (tmp_path / "student" / "config.json").is_file()
+
+
+def test_the_demo_follows_no_link(tmp_path: Path):
+    """A folder of panels may be a link to another disk."""
+    (tmp_path / "demo").mkdir()
+    write(tmp_path / "elsewhere", "panel.png")
+    (tmp_path / "demo" / "panels").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="got panels, which none has written"):
+        clear(tmp_path / "demo")
+    mark(tmp_path / "demo", {"panels", "panels/panel.png"})
+    clear(tmp_path / "demo")
+    assert not (tmp_path / "demo" / "panels").exists()
+    assert (tmp_path / "elsewhere" / "panel.png").is_file()
 
 
 def test_constant_prediction_is_counted_by_hand(tmp_path: Path):

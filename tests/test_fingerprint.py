@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 from small_runs import write_pairs
-from tiny import arguments
+from tiny import Squares, arguments
 
 from kd_trainer.arguments import DataArguments, DistillationArguments
 from kd_trainer.checkpointing import fingerprint
-from kd_trainer.checkpointing.fingerprint import check_same_run, settings_of, tensors_digest
+from kd_trainer.checkpointing.fingerprint import (
+    check_same_run,
+    samples_digest,
+    settings_of,
+    tensors_digest,
+)
 from kd_trainer.data import load_splits
 from kd_trainer.data.images import content_digest
 
@@ -170,3 +176,32 @@ def test_a_path_counts_only_if_something_else_was_read_there(path: str):
     check_same_run(before, before | {path: "/b/y"}, "checkpoint-1")
     with pytest.raises(ValueError, match=rf"{path} /a/x"):
         check_same_run(before, before | {path: "/b/y", PATHS[path]: "3"}, "checkpoint-1")
+
+
+class Changed(Squares):
+    """The squares, but for those samples that `change` alters."""
+
+    def __init__(self, length: int, change) -> None:
+        super().__init__(length)
+        self.change = change
+
+    def __getitem__(self, index: int):
+        sample = super().__getitem__(index)
+        return sample | {"labels": sample["labels"] + int(self.change(index))}
+
+
+def test_one_other_mask_among_64_samples_is_another_data_set():
+    """Four samples say nothing about the other 60: the run would go on with other masks."""
+    first = samples_digest(Squares(64))
+    assert samples_digest(Squares(64)) == first
+    for index in (1, 7, 30, 63):
+        assert samples_digest(Changed(64, lambda i, index=index: i == index)) != first, index
+    far = samples_digest(Squares(1000))
+    assert samples_digest(Changed(1000, lambda i: i >= 980)) != far
+
+
+def test_a_data_set_with_a_rare_augmentation_is_not_compared():
+    """Its digest would differ each time, and no run of it could be resumed."""
+    random.seed(3)
+    for _ in range(5):
+        assert samples_digest(Changed(100, lambda _: random.random() < 0.2)) is None

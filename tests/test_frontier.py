@@ -159,12 +159,18 @@ def test_a_model_without_figures_is_measured_all_the_same(runs, tmp_path):
 def test_the_script_writes_what_it_prints(runs, tmp_path, capsys):
     """The flags, the names and the three files, as a user would meet them."""
     flags = ["--image_size", str(SIDE), "--repeats", "1", "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    for name in ("kept.md", "kept.svg"):  # as a copy of links of an earlier result
+        (tmp_path / name).write_text("earlier")
+        (tmp_path / "out" / f"frontier{Path(name).suffix}").hardlink_to(tmp_path / name)
     frontier_main([f"big={runs['teacher']}", str(runs["fast"]), *flags])
     printed = capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "frontier.json").read_text())
     assert [row["name"] for row in written["models"]] == ["big", "fast"]
     assert (tmp_path / "out" / "frontier.md").read_text().strip() in printed
     assert (tmp_path / "out" / "frontier.svg").read_text().startswith("<svg")
+    for name in ("kept.md", "kept.svg"):
+        assert (tmp_path / name).read_text() == "earlier", "files are replaced, not written over"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Mutated images, masks and annotations: each gives a sample or an error of ours, or fails."""
+"""Mutated images, masks, annotations and runs: each gives a sample or an error of ours."""
 
 import json
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parent
 PAIRS = 48  # sound pairs that the cases are made from; cases -48 to -1 are these themselves
+RUN_FILES = 6  # likewise, of a finished run
 
 
 def fed(driver: str, first: int, last: int, place: Path) -> dict:
@@ -60,3 +61,19 @@ def test_ten_thousand_mutated_coco_files_give_samples_or_errors_of_ours(tmp_path
         f"10,000 mutated COCO files: {found['sample']:,} gave samples, {found['error']:,} an error"
     )
     assert told in page, told
+
+
+def test_a_hundred_mutated_files_of_a_run_give_report_and_card_or_errors_of_ours(tmp_path):
+    """A run folder is handed around: its files were edited, or written by something else."""
+    found = fed("run_folders", -RUN_FILES, 120, tmp_path / "place")
+    assert found["faults"] == {}
+    assert found["sound"] == RUN_FILES
+    assert found["sample"] > RUN_FILES + 10
+    assert found["error"] > 60
+
+
+@pytest.mark.slow
+def test_a_thousand_mutated_files_of_a_run_give_report_and_card_or_errors_of_ours(tmp_path):
+    found = fed("run_folders", 0, 1000, tmp_path / "place")
+    assert found["faults"] == {}
+    assert found["sample"] + found["error"] == 1000

@@ -10,8 +10,11 @@ import torch
 from tiny import tiny_student
 
 from kd_trainer.arguments import ModelArguments
+from kd_trainer.arguments.data import DataArguments
+from kd_trainer.arguments.training import DistillationArguments
 from kd_trainer.commands.predict import PredictArguments, load_segmenter
 from kd_trainer.commands.report import build_report
+from kd_trainer.commands.teacher_targets import cache_root
 from kd_trainer.evaluation import raw_logits
 from kd_trainer.hub import find_source
 from kd_trainer.loading import load_measured, load_student
@@ -73,6 +76,33 @@ def test_a_run_is_its_student_wherever_a_model_is_named(
     with torch.no_grad():
         for source in (run, weights) if name == "eval" else (run,):
             assert torch.equal(answer(LOADERS[name](str(source))), expected), source
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_home_folder_is_found_wherever_a_model_is_named(
+    name: str, run: Path, expected: torch.Tensor, monkeypatch
+):
+    """A shell writes `~` out, Python does not: `~/run` was looked for on the Hub."""
+    monkeypatch.setenv("HOME", str(run.parent))
+    with torch.no_grad():
+        for source in ("~/run", "~/run/student"):
+            assert torch.equal(answer(LOADERS[name](source)), expected), source
+
+
+def test_a_home_folder_is_written_out_in_every_place_that_settings_name(monkeypatch, tmp_path):
+    """`~/x` as it stands is a folder of that name in the working folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = DataArguments(dataset="~/a", unlabelled="~/b")
+    model = ModelArguments(teacher="~/c", student="~/d", encoder_weights="~/e")
+    cache = {"teacher_targets": "cached", "teacher_cache": "~/g"}
+    training = DistillationArguments(output_dir="~/f", use_cpu=True, **cache)
+    found = [data.dataset, data.unlabelled, model.teacher, model.student, model.encoder_weights]
+    found += [training.output_dir, training.teacher_cache]
+    assert found == [str(tmp_path / name) for name in "abcdefg"]
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    default = cache_root(DistillationArguments(output_dir="x", use_cpu=True))
+    assert default == tmp_path / ".cache" / "kd_trainer" / "teacher_logits"
+    assert model_source("~no one/x") == "~no one/x", "a folder of that name"
 
 
 def test_only_a_run_and_the_weights_of_a_folder_mean_another_place(run: Path, tmp_path: Path):

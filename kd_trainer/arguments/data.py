@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
 from kd_trainer.metrics import check_class_names
+from kd_trainer.safe_files import clipped
 
 AUGMENTATIONS = ("heavy", "seed", "light", "none")
 ON_BAD_SAMPLE = ("error", "skip")
@@ -72,6 +73,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_at_least("image_size", self.image_size, 32)
         if self.num_labels < 2:
@@ -82,7 +84,7 @@ class DataArguments:
         if self.class_names is not None and len(self.class_names) != self.num_labels:
             raise ValueError(
                 f"Expected {self.num_labels} --class_names (one per label, background first), got "
-                f"{len(self.class_names)}: {' '.join(self.class_names)}."
+                f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
             )
         if self.reduce_labels and self.mask_values is not None:
             raise ValueError(

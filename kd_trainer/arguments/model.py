@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kd_trainer.fields import check_at_least, help_field
+from kd_trainer.fields import check_at_least, expanded, help_field
 from kd_trainer.sources import model_source
 
 
@@ -52,6 +52,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         self.teacher = model_source(self.teacher)
+        self.encoder_weights = expanded(self.encoder_weights)
         if self.student is not None:
             self.student = model_source(self.student)
         if (self.teacher_mean is None) != (self.teacher_std is None):

@@ -18,7 +18,7 @@ from kd_trainer.argument_checks import (
     check_targets,
 )
 from kd_trainer.arguments.loading import set_loading
-from kd_trainer.fields import check_at_least, check_choice, help_field, parse_point
+from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
 from kd_trainer.losses import TERMS, LossWeights
 from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
 
@@ -159,8 +159,8 @@ class DistillationArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = help_field(True, "Needed by staged unfreezing.")
 
     def __post_init__(self) -> None:
-        if not self.output_dir:
-            self.output_dir = "runs/distillation"
+        self.output_dir = expanded(self.output_dir or "runs/distillation")
+        self.teacher_cache, self.resume = expanded(self.teacher_cache), expanded(self.resume)
         self._check_schedules()
         set_loading(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         check_run(self)

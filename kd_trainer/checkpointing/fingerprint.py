@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.command_line import ALIASES
+from kd_trainer.command_line import ALIASES, default_of
+from kd_trainer.safe_files import clipped
 
 # Where a run lies and what it shows while it goes do not change what it learns.
 WITHOUT_EFFECT = frozenset(
@@ -55,14 +56,14 @@ _WITNESSES = {
     "encoder_weights": ("student_tensors",),  # first weights, which a checkpoint replaces
 }
 # A run of a version that did not have a setting yet is one with its default.
-_DEFAULTS: dict[str, Any] = {
-    field.name: None if field.default is MISSING else field.default
+DEFAULTS: dict[str, Any] = {
+    field.name: default_of(field)
     for arguments in (DistillationArguments, ModelArguments, DataArguments)
     for field in fields(arguments)
 }
 _FLAGS = {field: alias for alias, field in ALIASES.items()}
 _SHOWN = 8
-_SAMPLES = 4
+_SAMPLES = 64  # twice 640 x 640 pixels of each take about a second
 # What to say beside the two values.
 _REASONS = {
     "num_train_epochs": "learning rates and temperature are curves over all epochs, so more or "
@@ -87,7 +88,7 @@ class Difference(NamedTuple):
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.name} {self.before} → {self.now}"
+        return f"{self.name} {clipped(self.before)} → {clipped(self.now)}"
 
 
 def differences(
@@ -95,7 +96,7 @@ def differences(
 ) -> list[Difference]:
     """What differs between two runs, by name; a missing setting counts as its default."""
     names = sorted((before.keys() | now.keys()) - ignored)
-    pairs = [(n, *(run.get(n, _DEFAULTS.get(n)) for run in (before, now))) for n in names]
+    pairs = [(n, *(run.get(n, DEFAULTS.get(n)) for run in (before, now))) for n in names]
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
@@ -136,7 +137,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
 
 
 def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return clipped(" ".join(map(str, value)) if isinstance(value, list) else value)
 
 
 def settings_of(args: DistillationArguments) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def settings_of(args: DistillationArguments) -> dict[str, Any]:
 def samples_digest(dataset: Any) -> str | None:
     """A short hash of a few samples spread over a data set; None if they cannot tell it.
 
-    Each is drawn twice: where both differ, the data set draws augmentations that no number decides.
+    Each is drawn twice: where two differ, the data set draws augmentations that no number decides.
     The random generators are left as they were.
     """
     if isinstance(dataset, Mapping):  # several sets by name
@@ -169,21 +170,26 @@ def samples_digest(dataset: Any) -> str | None:
     before = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            drawn = [_drawn(dataset) for _ in range(2)]
+            return _drawn(dataset)
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
-    return drawn[0] if drawn[0] == drawn[1] else None
 
 
-def _drawn(dataset: Any) -> str:
+def _drawn(dataset: Any) -> str | None:
     digest = hashlib.sha256()
     count = min(_SAMPLES, len(dataset))
     for index in range(count):
-        sample = dataset[len(dataset) * index // count]
-        values = {name: torch.as_tensor(sample[name]) for name in ("pixel_values", "labels")}
-        digest.update(tensors_digest(values, values=True).encode())
+        one, two = (_sample_digest(dataset[len(dataset) * index // count]) for _ in range(2))
+        if one != two:
+            return None
+        digest.update(one.encode())
     return digest.hexdigest()[:16]
+
+
+def _sample_digest(sample: Mapping[str, Any]) -> str:
+    values = {name: torch.as_tensor(sample[name]) for name in ("pixel_values", "labels")}
+    return tensors_digest(values, values=True)
 
 
 def tensors_digest(state: Mapping[str, Tensor], *, values: bool) -> str:

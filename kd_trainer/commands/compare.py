@@ -13,7 +13,7 @@ from kd_trainer.compare.budget import KINDS, Budget
 from kd_trainer.compare.estimate import finished_speed, measure_speed, seconds_left
 from kd_trainer.compare.report import write_report
 from kd_trainer.compare.results import read_runs
-from kd_trainer.compare.runs import NOTE, PlannedRun, plan_runs, read_json
+from kd_trainer.compare.runs import PlannedRun, plan_runs, written_note, written_results
 from kd_trainer.costs import alone, duration, total_updates, updates_per_epoch
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several
@@ -166,8 +166,8 @@ def _execute(one: PlannedRun, prefix: str) -> None:
     if one.complete:
         return
     one.execute(train)
-    results = read_json(one.folder / "results.json")
-    starts = read_json(one.folder / NOTE).get("starts", 1)
+    results = written_results(one.folder)
+    starts = written_note(one.folder).get("starts") or 1
     parts = f", started {several(starts, 'time')}" if starts > 1 else ""
     took = f"trained in {duration(results['train_seconds'])}{parts}"
     print(f"{prefix} mIoU {results['student_miou']:.4f}, {took}", flush=True)

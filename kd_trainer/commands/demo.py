@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,13 @@ from kd_trainer.data import TransformedDataset
 from kd_trainer.errors import run_script
 from kd_trainer.evaluation import figures_of
 from kd_trainer.metrics import image_counts
+from kd_trainer.replacing import entries, mark, marked
 from kd_trainer.run_folder import write_json
 
 OUTPUT = Path("runs/demo")
-MARKER = ".demo"  # in a folder whose contents by these names are a demo's
+# What a demo writes, and what would be taken for its figures.
 MADE = (
-    *("student", "teacher", "checkpoint-*", "panels", "runs", "config.yaml"),
+    *("student", "teacher", "checkpoint-*", "panels", "runs", "config.yaml", "report.html"),
     *("results.json", "trainer_state.json", "export.json"),
 )
 # What the demo has to reach; below it nothing was learned and it fails.
@@ -72,31 +73,45 @@ def check(results: dict[str, Any]) -> None:
 
 
 def clear(output: Path) -> None:
-    """Remove what an earlier demo made, and nothing else that lies there.
+    """Remove the files that an earlier demo has written and named, and no other.
 
     Raises:
-        ValueError: if the folder is not one of a demo.
+        ValueError: if something of another origin is in the demo's way.
     """
-    present = sorted(output.iterdir()) if output.is_dir() else []
-    if present and not (output / MARKER).is_file():
+    present = _made(output)
+    foreign = sorted(present - marked(output))
+    if foreign:
         raise ValueError(
-            f"Expected {output} to be left by an earlier demo, got a folder with "
-            f"{present[0].name} that none has marked. Move it to another place, or delete it."
+            f"Expected {output} to be left by an earlier demo, got {foreign[0]}, which none has "
+            "written. Move it to another place, or delete it."
         )
-    for pattern in MADE:
-        for path in output.glob(pattern):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).touch()
+    for name in present:
+        (output / name).unlink()
+    folders = {folder for name in present for folder in (output / name).parents}
+    for folder in sorted(folders - {output, *output.parents}, reverse=True):
+        folder.rmdir()  # what was inside is gone, of links nothing was
+
+
+def _made(output: Path) -> set[str]:
+    """Names of the files where a demo writes."""
+    found = {name: PurePath(name).parts[0] for name in entries(output)}
+    return {name for name, top in found.items() if any(fnmatch(top, made) for made in MADE)}
 
 
 def demo(output: Path = OUTPUT) -> dict[str, Any]:
     """Train both networks from their recipes; returns what `results.json` holds."""
     start = time.perf_counter()
     clear(output)
+    try:
+        results = _train_both(output)
+        results["demo_seconds"] = time.perf_counter() - start
+        write_json(output / "results.json", results)
+    finally:  # also where it was stopped
+        mark(output, _made(output))
+    return results
+
+
+def _train_both(output: Path) -> dict[str, Any]:
     print("1/2 teacher: draws the pictures and trains a large network without a teacher")
     teacher_settings = load_recipe("demo_teacher") | {"output_dir": str(output / "teacher")}
     train(build(teacher_settings), stops=False)  # Ctrl-C ends a demo at once
@@ -107,8 +122,6 @@ def demo(output: Path = OUTPUT) -> dict[str, Any]:
     evaluated = assemble(run).eval_dataset
     assert isinstance(evaluated, TransformedDataset)
     results["constant_miou"] = constant_miou(evaluated)
-    results["demo_seconds"] = time.perf_counter() - start
-    write_json(output / "results.json", results)
     return results
 
 

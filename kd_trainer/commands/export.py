@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from kd_trainer.fields import add_fields
 from kd_trainer.loading import load_student
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.replacing import check_replaceable, replacing
+from kd_trainer.run_files import EXPORTS_SHAPE, read_object
 from kd_trainer.run_folder import write_json
 
 RESULTS = "export.json"
@@ -54,7 +54,7 @@ def export_student(
         FileNotFoundError: if images are missing.
     """
     output = Path(args.output)
-    earlier = _earlier(output / RESULTS)
+    earlier = read_object(output / RESULTS, EXPORTS_SHAPE)
     student.cpu().eval()
     target = output / args.file_name
     if args.format == "smp":
@@ -87,23 +87,6 @@ def _put(made: Path, target: Path) -> None:
 def _name(dataset: str) -> str:
     """The data set without the folders of this machine: the figures are published."""
     return Path(dataset).name if Path(dataset).exists() else dataset
-
-
-def _earlier(path: Path) -> dict[str, Any]:
-    """What export.json says so far.
-
-    Raises:
-        ValueError: if it is something else.
-    """
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise ValueError(f"Expected JSON in {path}, got something else. Delete it.")
-    return values
 
 
 def _images(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
@@ -156,30 +139,29 @@ def _figures(parity: Parity) -> dict[str, Any]:
 
 def results_table(results: dict[str, dict[str, Any]]) -> str:
     """The exports in a folder as a Markdown table."""
-    rows = []
-    for name, result in results.items():
-        miou = (result["torch_miou"], result["miou"], result["miou_drop_points"])
-        known = miou[0] is not None
-        rows.append(
-            [
-                name,
-                result["file"],
-                f"{result['mib']:.1f}",
-                f"{result['images']:,}",
-                f"{result['largest_difference']:.2g}",
-                f"{result['mask_iou']:.4f}",
-                *([f"{miou[0]:.4f}", f"{miou[1]:.4f}", f"{miou[2]:.2f}"] if known else [""] * 3),
-                *(_median(result, name) for name in ("torch", "file")),
-            ]
-        )
+    columns = {"mib": ".1f", "images": ",", "largest_difference": ".2g", "mask_iou": ".4f"}
+    columns |= {"torch_miou": ".4f", "miou": ".4f", "miou_drop_points": ".2f"}
+    rows = [
+        [
+            name,
+            result.get("file") or "",
+            *(_number(result.get(key), form) for key, form in columns.items()),
+            *(_number(_median(result, who), ".1f") for who in ("torch", "file")),
+        ]
+        for name, result in results.items()
+    ]
     header = ["format", "file", "MiB", "images", "largest difference", "mask IoU"]
     header += ["mIoU torch", "mIoU", "points lost", "ms torch", "ms file"]
     return markdown_table(header, rows)
 
 
-def _median(result: dict[str, Any], name: str) -> str:
-    found = result.get("latency", {}).get(name)
-    return f"{found['median']:.1f}" if found else ""
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _median(result: dict[str, Any], who: str) -> float | None:
+    median: float | None = result.get("latency", {}).get(who, {}).get("median")
+    return median
 
 
 def export_main(arguments: Sequence[str] | None = None) -> None:
@@ -209,5 +191,5 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
     if result.get("kept_in_fp32"):
         print(f"Kept in fp32: {', '.join(result['kept_in_fp32'])}")
     output = Path(args.output)
-    results = json.loads((output / RESULTS).read_text(encoding="utf-8"))
+    results = read_object(output / RESULTS, EXPORTS_SHAPE)
     print(f"\n{results_table(results)}\n\nWritten to {output / args.file_name} and {RESULTS}")

@@ -31,13 +31,15 @@ from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.page import report_html
+from kd_trainer.run_files import COMPARISON_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.run_folder import (
     log_history,
     run_settings,
+    written_agreement,
     written_evaluations,
     written_figures,
 )
-from kd_trainer.safe_files import read_json, write_text
+from kd_trainer.safe_files import write_text
 from kd_trainer.teacher import Teacher
 
 LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch")
@@ -180,7 +182,7 @@ def _contents(
     teacher: Teacher | None,
 ) -> Contents:
     """All that is there without a look at an image."""
-    results = read_json(folder / "results.json") or {}
+    results = read_object(folder / "results.json", RESULTS_SHAPE)
     logs = log_history(folder)
     missing = (
         "No trainer_state.json in the folder or its checkpoints, so no curves but those of the "
@@ -204,13 +206,13 @@ def _contents(
         networks=networks,
         measured="Figures of results.json.",
         notes=[] if logs else [missing],
-        agreement={k: results[k] for k in ("agreement", "agreement_miou") if k in results},
+        agreement=written_agreement(results),
         results=results,
         settings=settings,
         logs=logs or written_evaluations(results),
         # compare.py writes it beside the folders of its runs.
-        comparison=read_json(folder / "comparison.json")
-        or read_json(folder.resolve().parent / "comparison.json"),
+        comparison=read_object(folder / "comparison.json", COMPARISON_SHAPE)
+        or read_object(folder.resolve().parent / "comparison.json", COMPARISON_SHAPE),
         versions={"python": platform.python_version()} | {n: version(n) for n in LIBRARIES},
     )
 

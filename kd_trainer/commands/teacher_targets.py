@@ -18,7 +18,7 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, clean_image
 from kd_trainer.data.images import image_name, read_image_bytes
 from kd_trainer.evaluation import normalise, pixel_statistics
-from kd_trainer.fields import parse_size
+from kd_trainer.fields import expanded, parse_size
 from kd_trainer.resuming import together
 from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.teacher_cache import (
@@ -37,9 +37,9 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def cache_root(args: DistillationArguments) -> Path:
     """The folder that holds a cache file a teacher."""
     if args.teacher_cache is not None:
-        return Path(args.teacher_cache).expanduser()
-    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(users).expanduser() / "kd_trainer" / "teacher_logits"
+        return Path(args.teacher_cache)
+    users = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(users) / "kd_trainer" / "teacher_logits"
 
 
 def use_cached_targets(

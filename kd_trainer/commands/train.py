@@ -213,7 +213,7 @@ def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:
 
 def _public_name(source: str) -> str:
     """An id on the Hub, or what a path here is called: results.json is published."""
-    return last_part(source) if Path(source).expanduser().exists() else source
+    return last_part(source) if Path(source).exists() else source
 
 
 def weight_file_mib(source: Path) -> float | None:

@@ -6,7 +6,7 @@ import time
 
 from kd_trainer.build import Parts
 from kd_trainer.command_line import RunArguments
-from kd_trainer.compare.runs import NOTE, PlannedRun, read_json
+from kd_trainer.compare.runs import PlannedRun, written_note, written_results
 from kd_trainer.doctor.resources import Speed, measure_update, training_seconds
 from kd_trainer.image_counts import count_images
 
@@ -57,9 +57,9 @@ def seconds_left(planned: PlannedRun, speed: Speed, eval_images: int) -> float:
 
 def finished_speed(planned: PlannedRun) -> Speed | None:
     """Speed of a run whose whole training was measured, evaluations spread over it."""
-    results = read_json(planned.folder / "results.json")
-    note = read_json(planned.folder / NOTE)
+    seconds = written_results(planned.folder).get("train_seconds")
+    note = written_note(planned.folder)
     whole = note.get("starts") == 1 or note.get("whole_time", False)
-    if not (planned.trained and whole):
+    if seconds is None or not (planned.trained and whole):
         return None
-    return Speed(results["train_seconds"] / planned.budget.updates, 0.0)
+    return Speed(seconds / planned.budget.updates, 0.0)

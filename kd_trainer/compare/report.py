@@ -91,7 +91,7 @@ def summarise(runs: Sequence[FinishedRun], resamples: int) -> dict[str, Any]:
             for kind, own in by_kind.items()
         },
         "updates": runs[0].note.get("updates") if runs else None,
-        "left_out_by_baseline": max((run.note.get("left_out", 0) for run in runs), default=0),
+        "left_out_by_baseline": max((run.note.get("left_out") or 0 for run in runs), default=0),
         "difference": _paired(by_kind),
         "gap_closed": None if gap is None else _gap(gap),
         "bootstrap": _interval(by_kind, resamples) if both else None,

@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
+from kd_trainer.checkpointing.fingerprint import DEFAULTS, WITHOUT_EFFECT, Difference, differences
 from kd_trainer.compare.budget import KINDS
 from kd_trainer.compare.runs import (
     COUNTS,
     NOTE,
     OF_THE_DISTILLATION,
-    read_json,
+    written_note,
+    written_results,
 )
 from kd_trainer.image_counts import ImageCounts, load_counts
+from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.run_folder import written_settings
 
 FILES = ("results.json", "config.yaml", NOTE, COUNTS)
@@ -59,9 +61,10 @@ class FinishedRun:
     @property
     def id2label(self) -> dict[int, str]:
         """Names of the classes: of the student while it is here, else as the settings have them."""
-        written = read_json(self.folder / "student" / "config.json").get("id2label")
-        if written:
-            return {int(index): str(name) for index, name in written.items()}
+        student = self.folder / "student"
+        if (student / "config.json").is_file():
+            labels = SmpConfig.from_pretrained(student).id2label or {}
+            return {int(index): str(name) for index, name in labels.items()}
         names = {key: self.config.get(key) for key in ("num_labels", "class_names")}
         return DataArguments(**{k: v for k, v in names.items() if v is not None}).id2label
 
@@ -128,13 +131,13 @@ def _runs_in(folder: Path, seeds: list[int] | None, kinds: Sequence[str]) -> lis
         seed, missing = int(match[2]), [f for f in FILES if not (path / f).is_file()]
         if seeds is not None and (missing or seed not in seeds):
             continue
-        if missing or "student_miou" not in read_json(path / "results.json"):
+        results = {} if missing else written_results(path)
+        if results.get("student_miou") is None:
             raise FileNotFoundError(
                 f"Expected a finished run in {path}, got one without {missing or 'its figures'}. "
                 "Finish it with compare.py, bring the files, or take the folder away."
             )
-        config = written_settings(path)
-        results, note = read_json(path / "results.json"), read_json(path / NOTE)
+        config, note = DEFAULTS | written_settings(path), written_note(path)
         counts = load_counts(path / COUNTS)
         runs.append(FinishedRun(match[1], seed, path, config, results, note, counts))
     return runs
@@ -170,7 +173,7 @@ def _check_settings(one: FinishedRun, other: FinishedRun, ignored: frozenset[str
     for key in ("updates", "teacher_weights"):
         values = one.note.get(key), other.note.get(key)
         if values[0] != values[1]:
-            found.append(f"{key} {values[0]} → {values[1]}")
+            found.append(str(Difference(key, *values)))
     if found:
         raise ValueError(
             f"Expected runs of the same settings, got {one.name} and {other.name} with other: "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,8 @@ from kd_trainer.costs import reset_peak_memory
 from kd_trainer.image_counts import count_images
 from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
+from kd_trainer.run_files import NOTE_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.run_folder import write_json, written_settings
-from kd_trainer.safe_files import read_regular
 
 COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 
@@ -79,7 +78,7 @@ class PlannedRun:
     @property
     def trained(self) -> bool:
         """Whether the training came to its end."""
-        return "student_miou" in read_json(self.folder / "results.json")
+        return written_results(self.folder).get("student_miou") is not None
 
     @property
     def complete(self) -> bool:
@@ -106,7 +105,7 @@ class PlannedRun:
         unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
         found = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
         note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
-        note |= read_json(self.folder / NOTE)
+        note |= written_note(self.folder)
         if note["teacher_weights"] != self.teacher_weights:
             found.append("the weights of the teacher")
         if note["updates"] != self.budget.updates:
@@ -145,7 +144,7 @@ class PlannedRun:
         # With nothing but incomplete ones the training says so: that is not to start anew.
         self.run.training.resume = "latest" if checkpoint_folders(self.folder) else None
         self.run.training.no_preflight = True  # the comparison has looked once for all runs
-        starts = read_json(self.folder / NOTE).get("starts", 0) + 1
+        starts = (written_note(self.folder).get("starts") or 0) + 1
         self._write_note(starts=starts, memory_is_its_own=reset_peak_memory())
         train(self.run)
 
@@ -184,10 +183,11 @@ def plan_runs(
     return planned
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none or it was cut off."""
-    try:
-        values = json.loads(read_regular(path).decode("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
+def written_results(folder: Path) -> dict[str, Any]:
+    """Figures of a finished run; empty before."""
+    return read_object(folder / "results.json", RESULTS_SHAPE)
+
+
+def written_note(folder: Path) -> dict[str, Any]:
+    """What results.json does not say; empty where compare.py made no such note."""
+    return read_object(folder / NOTE, NOTE_SHAPE)

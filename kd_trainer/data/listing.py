@@ -347,7 +347,7 @@ def unlabelled_dataset(folder: str, *, look: bool = True) -> datasets.Dataset:
         FileNotFoundError: if the folder is missing.
         ValueError: if it holds no images, or one of the sample is none.
     """
-    path = Path(folder).expanduser()
+    path = Path(folder)
     if not path.is_dir():
         raise missing_path(path, "a folder of images (--unlabelled)")
     images = list_images(path)

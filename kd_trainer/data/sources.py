@@ -273,7 +273,7 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     if data.dataset == "synthetic":
         _check_no_category(data)
         return _synthetic(data, split), None
-    path = Path(data.dataset).expanduser()
+    path = Path(data.dataset)
     columns: dict[str, Any] = {"image_column": data.image_column, "mask_column": data.mask_column}
     if not data.dataset or not path.exists():
         rows = _from_hub(data, split)
@@ -307,13 +307,13 @@ def source_class_names(data: DataArguments) -> list[str] | None:
         return None
     if data.category is not None:
         return ["background", data.category]
-    path = Path(data.dataset).expanduser()
+    path = Path(data.dataset)
     return coco_class_names(path, data.train_split, (data.eval_split,))
 
 
 def is_coco(data: DataArguments) -> bool:
     """Whether the masks are drawn from COCO annotations."""
-    path = Path(data.dataset).expanduser()
+    path = Path(data.dataset)
     if path.suffix == ".json":
         return path.exists()
     splits = (data.train_split, data.eval_split)
@@ -362,7 +362,7 @@ def _from_hub(data: DataArguments, split: str) -> Any:
             "Expected --dataset, got nothing. Name a folder, a file, a data set on the Hub, or "
             "`synthetic`."
         )
-    missing = missing_path(Path(data.dataset).expanduser(), "a data set (--dataset)")
+    missing = missing_path(Path(data.dataset), "a data set (--dataset)")
     first = Path(data.dataset).parts[0]
     if not _HUB_ID.fullmatch(data.dataset) or (Path(first).is_dir() and first != "."):
         raise missing

@@ -7,7 +7,6 @@ state is put back, so that a training goes the same way with and without its pre
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -79,6 +78,7 @@ from kd_trainer.doctor.teacher import (
 )
 from kd_trainer.evaluation import labels_of, pixel_statistics
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
+from kd_trainer.models.config_checks import read_config
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 
 _BACKWARD = 3  # a training step is about three forward passes
@@ -250,7 +250,7 @@ class Preflight:
         if not isinstance(network, SmpForSemanticSegmentation) or not file.is_file():
             return  # a bare state dict does not say what it was trained with
         # A folder of smp's own does not say so either.
-        if "image_size" in json.loads(file.read_text(encoding="utf-8")):
+        if "image_size" in read_config(folder):
             given = teacher.image_size or self.run.data.image_size
             yield input_size_finding(int(network.config.image_size), given)
 

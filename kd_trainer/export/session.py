@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kd_trainer.export.files import read_metadata, require
+from kd_trainer.fields import expanded
 
 # Seconds an image: far more than a student takes, so that only a graph without an end meets it.
 TIME_LIMIT = 60.0
@@ -40,6 +41,7 @@ class OnnxStudent:
     def __init__(
         self, path: str | Path, *, threads: int = 0, time_limit: float = TIME_LIMIT
     ) -> None:
+        path = expanded(str(path))
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"Expected an ONNX file, got {path}, which does not exist. scripts/export.py "

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from kd_trainer.fields import expanded
 from kd_trainer.hub.boards import copy_boards
+from kd_trainer.run_files import RESULTS_SHAPE, STATE_SHAPE, read_object
 from kd_trainer.sources import model_source, run_folder
 
 WEIGHTS = "model.safetensors"
@@ -24,7 +26,7 @@ CODE = (
     "encoder_units.py",
     "weights.py",
 )
-RESULTS = ("results.json", "all_results.json", "trainer_state.json")
+RESULTS = {"results.json": RESULTS_SHAPE, "all_results.json": {}, "trainer_state.json": STATE_SHAPE}
 CARD, PANEL, BOARDS = "README.md", "panel.png", "runs"
 OURS = frozenset({*STUDENT, *CODE, *RESULTS, CARD, PANEL})
 # Of an earlier push; the names that the stock writer of TensorBoard gives hold a host as well.
@@ -54,7 +56,7 @@ def changes_loading(names: Iterable[str]) -> list[str]:
     return found
 
 
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 # Paths by their key, however they are written.
 _PATHS = frozenset({"best_model_checkpoint", "output_dir"})
 _FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".onnx", ".json", ".yaml")
@@ -74,7 +76,7 @@ def find_source(folder: str | Path) -> Source:
     Raises:
         FileNotFoundError: if there is no complete student.
     """
-    given = Path(folder).expanduser()
+    given = Path(expanded(str(folder)))
     inside = given / "student"
     student = inside if inside.is_dir() else Path(model_source(str(given)))
     around = run_folder(student)
@@ -135,13 +137,13 @@ def copy_files(
     run = source.run
     if run is None:
         return
-    for name in RESULTS:
+    for name, shape in RESULTS.items():
         places = [_newest_checkpoint(run) / name]
         if finished:
             places.insert(0, run / name)
         found = next((place for place in places if place.is_file()), None)
         if found is not None:
-            _copy_json(found, destination / name)
+            _copy_json(found, destination / name, shape)
     panel = _panel(run, destination / "trainer_state.json" if finished else None)
     if panel is not None and pictures:
         shutil.copyfile(panel, destination / PANEL)
@@ -176,8 +178,8 @@ def _is_path(text: str) -> bool:
     return not is_id or Path(text).exists()
 
 
-def _copy_json(source: Path, destination: Path) -> None:
-    values = json.loads(source.read_text(encoding="utf-8"))
+def _copy_json(source: Path, destination: Path, shape: dict[str, Any]) -> None:
+    values = read_object(source, shape)
     cleaned = without_paths(values)
     if cleaned == values:
         shutil.copyfile(source, destination)
@@ -199,8 +201,8 @@ def _panel(run: Path, state: Path | None) -> Path | None:
     """The picture of the evaluation that chose the student, else the newest."""
     pictures = sorted((run / "panels").glob("step_*.png"))
     if state is not None and state.is_file():
-        best = json.loads(state.read_text(encoding="utf-8")).get("best_global_step")
-        chosen = run / "panels" / f"step_{best or 0:06d}.png"
+        best = read_object(state, STATE_SHAPE).get("best_global_step") or 0
+        chosen = run / "panels" / f"step_{int(best):06d}.png"
         if chosen in pictures:
             return chosen
     return pictures[-1] if pictures else None

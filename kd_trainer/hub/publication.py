@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kd_trainer.argument_checks import check_license, check_repo_id
+from kd_trainer.checkpointing.fingerprint import DEFAULTS
+from kd_trainer.command_line import load_recipe
 from kd_trainer.hub import (
     PANEL,
     Pushed,
@@ -23,6 +22,7 @@ from kd_trainer.hub import (
 from kd_trainer.model_card import CardFacts, dataset_name, render
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.replacing import replacing
+from kd_trainer.run_files import COMPARISON_SHAPE, EXPORTS_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.tracking import check_finite_weights
 
 # Optional files of a run with further measurements: a list of rows, each a mapping.
@@ -88,15 +88,10 @@ def publish(
 
 
 def settings_of(run: Path | None) -> dict[str, Any]:
-    """The settings in a run's config.yaml; empty without one."""
+    """All settings that a run's config.yaml comes to; empty without one."""
     if run is None or not (run / "config.yaml").is_file():
         return {}
-    path = run / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"Expected YAML in {path}, got: {' '.join(str(error).split())}.") from None
-    return settings if isinstance(settings, dict) else {}
+    return DEFAULTS | load_recipe(str(run / "config.yaml"))
 
 
 def _facts(source: Source, about: Publication) -> CardFacts:
@@ -106,11 +101,11 @@ def _facts(source: Source, about: Publication) -> CardFacts:
     run, settings = source.run, settings_of(source.run)
     results = about.results
     if results is None:
-        results = _json(run / "results.json") if run is not None else {}
+        results = _read(run / "results.json", RESULTS_SHAPE) if run is not None else {}
     return CardFacts(
         repo_id=about.repo_id,
         license=about.license,
-        config=json.loads((source.student / "config.json").read_text(encoding="utf-8")),
+        config=student.config.to_dict(),
         parameters=(used, never_used),
         file_mib=(source.student / "model.safetensors").stat().st_size / 2**20,
         dataset=dataset_name(settings, about.dataset_name),
@@ -122,8 +117,9 @@ def _facts(source: Source, about: Publication) -> CardFacts:
     )
 
 
-def _json(path: Path) -> Any:
-    return without_paths(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+def _read(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = without_paths(read_object(path, shape))
+    return found
 
 
 def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
@@ -133,13 +129,13 @@ def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
     """
     if given is None:
         metrics = _compared(run).get("baseline", {}).get("metrics", {})
-        return {f"student_{name}": mean["mean"] for name, mean in metrics.items() if mean}
+        return {f"student_{name}": mean.get("mean") for name, mean in metrics.items()}
     if not given.is_file():
         raise FileNotFoundError(
             f"Expected --baseline to be the results.json of a run without a teacher, got {given}."
         )
-    results: dict[str, Any] = _json(given)
-    if "student_miou" not in results or results.get("teacher"):
+    results = _read(given.resolve(), RESULTS_SHAPE)
+    if results.get("student_miou") is None or results.get("teacher"):
         found = f"one taught by {results['teacher']}" if results.get("teacher") else "another file"
         raise ValueError(
             f"Expected --baseline to be the results.json of a run without a teacher, got {found}: "
@@ -148,14 +144,16 @@ def _baseline(run: Path | None, given: Path | None) -> dict[str, Any]:
     return results
 
 
-def _compared(run: Path | None) -> Any:
+def _compared(run: Path | None) -> dict[str, Any]:
     """What a comparison found that the run was a part of; empty without one."""
-    return _json(run.resolve().parent / COMPARISON) if run is not None else {}
+    if run is None:
+        return {}
+    return _read(run.resolve().parent / COMPARISON, COMPARISON_SHAPE)
 
 
 def _measured(run: Path | None) -> dict[str, list[dict[str, Any]]]:
     """Checked exports and measured latencies, one row each, with what can stand in a cell."""
-    exports = _json(run / EXPORTS) if run is not None else {}
+    exports = _read(run / EXPORTS, EXPORTS_SHAPE) if run is not None else {}
     columns = {"file MiB": "mib", "mask IoU": "mask_iou", "points lost": "miou_drop_points"}
     rows = []
     for name, figures in exports.items():
@@ -165,10 +163,10 @@ def _measured(run: Path | None) -> dict[str, list[dict[str, Any]]]:
         rows.append(row)
     costs = _compared(run).get("costs", {})
     latencies = [
-        {"network": who, "engine": one["engine"], "threads": one["threads"]}
-        | {"median ms": one["median"], "95th percentile ms": one["percentile_95"]}
+        {"network": who, "engine": one.get("engine"), "threads": one.get("threads")}
+        | {"median ms": one.get("median"), "95th percentile ms": one.get("percentile_95")}
         for who in ("teacher", "student")
-        for one in (costs.get(who) or {}).get("latency", [])
+        for one in costs.get(who, {}).get("latency", [])
     ]
     tables = {
         "Exports (one picture on one thread of a CPU)": rows,

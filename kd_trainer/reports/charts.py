@@ -248,8 +248,8 @@ METRICS = {
 
 def curve(logs: Logs, key: str) -> list[Point]:
     """(epoch, value) of each log that has the key; a figure that does not exist is NaN."""
-    found = [(log["epoch"], log[key]) for log in logs if key in log and "epoch" in log]
-    return [(float(x), math.nan if y is None else float(y)) for x, y in found]
+    found = [(log.get("epoch"), log[key]) for log in logs if key in log]
+    return [(float(x), math.nan if y is None else float(y)) for x, y in found if x is not None]
 
 
 def curves_of(logs: Logs, names: Mapping[str, str]) -> dict[str, list[Point]]:

@@ -163,7 +163,7 @@ def _tiles(contents: Contents) -> Iterator[tuple[str, object, str]]:
             more = f"{_share(student.figures['miou'], other)} of the teacher's {shown(other)}"
         yield "mIoU", student.figures["miou"], more
     if contents.agreement:
-        mutual = f"of the pixels; mutual mIoU {contents.agreement['agreement_miou']:.4f}"
+        mutual = f"of the pixels; mutual mIoU {text(contents.agreement['agreement_miou'])}"
         yield "agreement with the teacher", f"{contents.agreement['agreement']:.2%}", mutual
     of = ""
     if teacher is not None and teacher.parameters:
@@ -173,7 +173,8 @@ def _tiles(contents: Contents) -> Iterator[tuple[str, object, str]]:
     if (mib := results.get("student_file_mib")) is not None:
         yield "file size", f"{mib:.1f} MiB", "model.safetensors"
     if (seconds := results.get("train_seconds")) is not None:
-        done = f"{results.get('epochs', 0):g} epochs of {results.get('train_images', 0):,} images"
+        epochs, count = results.get("epochs") or 0, results.get("train_images") or 0
+        done = f"{epochs:g} epochs of {count:,} images"
         yield "training time", duration(seconds), done
 
 
@@ -206,10 +207,12 @@ def _evaluations(logs: Sequence[Mapping[str, Any]]) -> Table | None:
     evaluated = [log for log in logs if "eval_miou" in log]
     keys = list(dict.fromkeys(key for log in evaluated for key in log if key.startswith("eval_")))
     keys = [key for key in keys if key not in _NO_METRICS]
-    rows = [
-        [f"{log.get('epoch', math.nan):g}", *(log.get(key) for key in keys)] for log in evaluated
-    ]
+    rows = [[_epoch(log.get("epoch")), *(log.get(key) for key in keys)] for log in evaluated]
     return (["epoch", *(key.removeprefix("eval_") for key in keys)], rows) if rows else None
+
+
+def _epoch(epoch: float | None) -> str:
+    return "-" if epoch is None else f"{epoch:g}"
 
 
 def _legends(contents: Contents) -> Iterator[dict[str, str]]:
