@@ -71,6 +71,13 @@ ABSENT = {
         "Images and masks are found below --dataset, in train/images and train/masks.",
     ),
     **dict.fromkeys(
+        ("model", "model_name_or_path", "checkpoint", "ckpt"),
+        "Saved models are named as words without a flag: eval.py MODEL, export.py MODEL.",
+    ),
+    **dict.fromkeys(
+        ("repo_id", "hub_model_id"), "It is a word without a flag: push.py FOLDER OWNER/NAME."
+    ),
+    **dict.fromkeys(
         ("opset", "opset_version"), "It is a flag of scripts/export.py, which writes ONNX files."
     ),
     **dict.fromkeys(
