@@ -416,7 +416,7 @@ def test_a_class_that_never_occurs_is_no_fault_and_a_data_set_without_any_pixel_
     for path in root.glob("*/masks/*.png"):
         cv2.imwrite(str(path), np.full((SIDE, SIDE), 255, np.uint8))
     for fields in ({"mask_values": [0, 1, 2, 3]}, {}):
-        with pytest.raises(ValueError, match=r"^Expected (masks with pixels|class ids 0)"):
+        with pytest.raises(ValueError, match=r"^Expected (masks with|class ids 0)"):
             samples(root, num_labels=4, **fields)
 
 
