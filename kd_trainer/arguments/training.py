@@ -139,7 +139,7 @@ class DistillationArguments(TrainingArguments):
         True, "Push to a private repository; `false`: to a public one."
     )
     hub_pictures: bool = help_field(
-        False, "Also publish the panel and its curves; they show pictures of the evaluation data."
+        False, "Also publish the panel, which shows images of the evaluation data."
     )
     dataloader_num_workers: int = help_field(
         None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."

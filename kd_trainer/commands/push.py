@@ -44,8 +44,7 @@ class PushArguments:
     )
     pictures: bool = help_field(
         False,
-        "Also publish the panel, and those in the curves; they show pictures of the evaluation "
-        "data.",
+        "Also publish the panel, which shows images of the evaluation data.",
     )
     commit_message: str = help_field("Push a student", "Message of the commit.")
 
@@ -116,7 +115,7 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
     """Push, and say where."""
     parser = command_parser(
         "push.py",
-        "Publish a trained student with its card: the student alone, figures and curves; "
+        "Publish a trained student with its card: the student alone and its figures; "
         "never the teacher, optimizer, training arguments or a token. The token is that of "
         "`hf auth login`, or HF_TOKEN.",
         "Examples:\n  push.py runs/distilled me/student --license apache-2.0 --dry_run\n"

@@ -33,7 +33,6 @@ from kd_trainer.hub.files import (
     STUDENT,
     WEIGHTS,
     changes_loading,
-    is_board,
 )
 from kd_trainer.replacing import MARKER
 
@@ -140,10 +139,8 @@ def upload(
         before = api.model_info(repo_id, files_metadata=True)
         stored = {s.rfilename: s.lfs.sha256 if s.lfs else None for s in before.siblings or ()}
         left = stored.keys() - files.keys()
-        stale = sorted(name for name in left if is_board(name))
         named = sorted(left & {PANEL, *RESULTS})
-        if named and _is_ours(repo_id, before.sha, stored.keys()):
-            stale += named
+        stale = named if named and _is_ours(repo_id, before.sha, stored.keys()) else []
         others = left - set(stale)
         if not force:
             _check_others(repo_id, others - {PANEL, *RESULTS})

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kd_trainer.fields import expanded
-from kd_trainer.hub.boards import copy_boards
 from kd_trainer.run_files import RESULTS_SHAPE, STATE_SHAPE, read_object
 from kd_trainer.sources import model_source, run_folder
 
@@ -27,18 +26,11 @@ CODE = (
     "weights.py",
 )
 RESULTS = {"results.json": RESULTS_SHAPE, "all_results.json": {}, "trainer_state.json": STATE_SHAPE}
-CARD, PANEL, BOARDS = "README.md", "panel.png", "runs"
+CARD, PANEL = "README.md", "panel.png"
 OURS = frozenset({*STUDENT, *CODE, *RESULTS, CARD, PANEL})
-# Of an earlier push; the names that the stock writer of TensorBoard gives hold a host as well.
-_BOARD = re.compile(rf"{BOARDS}/(?:[^/]+/)*events\.out\.tfevents\.\d+\.\d+")
 # What transformers, huggingface_hub and inference services look for beside a model.
 _WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".safetensors", ".h5", ".msgpack", ".gguf")
 _CODE = (".py", ".pyc", ".so")
-
-
-def is_board(name: str) -> bool:
-    """Whether a file of a repository is a curve that was pushed from here."""
-    return bool(_BOARD.fullmatch(name))
 
 
 def changes_loading(names: Iterable[str]) -> list[str]:
@@ -110,8 +102,8 @@ def _read(source: Source) -> Iterator[Path]:
     if run is None:
         return
     yield source.student
-    yield from (run / name for name in ("config.yaml", "export.json", "panels", *RESULTS, BOARDS))
-    for pattern in ("panels/*", f"{BOARDS}/**/*", "checkpoint-*"):
+    yield from (run / name for name in ("config.yaml", "export.json", "panels", *RESULTS))
+    for pattern in ("panels/*", "checkpoint-*"):
         yield from run.glob(pattern)
     yield from (folder / name for folder in run.glob("checkpoint-*") for name in RESULTS)
 
@@ -122,8 +114,7 @@ def copy_files(
     """Copy everything that is published but the card.
 
     The student is copied as it is. Paths of this machine are cut to their last part in the
-    results, and left out of the curves together with the name of the machine.
-    `check_regular` comes first.
+    results. `check_regular` comes first.
 
     Args:
         source: the student and its run.
@@ -147,7 +138,6 @@ def copy_files(
     panel = _panel(run, destination / "trainer_state.json" if finished else None)
     if panel is not None and pictures:
         shutil.copyfile(panel, destination / PANEL)
-    copy_boards(run / BOARDS, destination / BOARDS, pictures=pictures)
 
 
 def without_paths(value: Any, key: str = "") -> Any:
