@@ -70,10 +70,3 @@ def test_a_hundred_mutated_files_of_a_run_give_report_and_card_or_errors_of_ours
     assert found["sound"] == RUN_FILES
     assert found["sample"] > RUN_FILES + 10
     assert found["error"] > 60
-
-
-@pytest.mark.slow
-def test_a_thousand_mutated_files_of_a_run_give_report_and_card_or_errors_of_ours(tmp_path):
-    found = fed("run_folders", 0, 1000, tmp_path / "place")
-    assert found["faults"] == {}
-    assert found["sample"] + found["error"] == 1000
