@@ -77,6 +77,7 @@ ABSENT = {
     **dict.fromkeys(
         ("repo_id", "hub_model_id"), "It is a word without a flag: push.py FOLDER OWNER/NAME."
     ),
+    "teacher_stream": "It is gone, as it never ran on a GPU. Take the line out.",
     **dict.fromkeys(
         ("opset", "opset_version"), "It is a flag of scripts/export.py, which writes ONNX files."
     ),

@@ -42,8 +42,10 @@ from kd_trainer.fast_layers import (
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import GroupedTrainer
-from kd_trainer.publishing import PublishingTrainer
-from kd_trainer.resuming import EpochCounter, ResumableTrainer, together
+from kd_trainer.processes import together
+from kd_trainer.publishing.trainer import PublishingTrainer
+from kd_trainer.resuming.epochs import EpochCounter
+from kd_trainer.resuming.trainer import ResumableTrainer
 from kd_trainer.schedules import RunningEpoch
 from kd_trainer.teacher import Teacher, state_of
 from kd_trainer.teaching import TaughtTrainer

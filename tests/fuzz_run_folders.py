@@ -20,10 +20,10 @@ from kd_trainer.compare.report import summarise
 from kd_trainer.compare.results import read_runs
 from kd_trainer.compare.tables import markdown
 from kd_trainer.hub import find_source, publication
+from kd_trainer.hub.publication import Publication, write_folder
 from kd_trainer.image_counts import ImageCounts
 from kd_trainer.losses import TERMS
 from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.publishing import Publication, write_folder
 from kd_trainer.run_files import EXPORTS_SHAPE, read_object
 
 # As JSON text, because Python would not write some of them.

@@ -19,7 +19,7 @@ from kd_trainer.data import StreamedDataset, TransformedDataset, clean_image
 from kd_trainer.data.images import image_name, read_image_bytes
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import expanded, parse_size
-from kd_trainer.resuming import together
+from kd_trainer.processes import together
 from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.teacher_cache import (
     CacheBudget,

@@ -14,6 +14,7 @@ from torch import nn
 
 from kd_trainer.build import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
+from kd_trainer.checkpointing.stopping import stoppable
 from kd_trainer.command_line import RunArguments
 from kd_trainer.commands.evaluate import evaluate_model
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
@@ -26,10 +27,11 @@ from kd_trainer.disk import FolderLock, check_own_files, check_writable, replaci
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.plan import describe
 from kd_trainer.hub import check_access, last_part
+from kd_trainer.hub.publication import publish
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.publishing import HUB_FOLDER, publish
-from kd_trainer.resuming import newest_checkpoint, settle_all, stoppable
+from kd_trainer.publishing.trainer import HUB_FOLDER
+from kd_trainer.resuming.trainer import newest_checkpoint, settle_all
 from kd_trainer.run_folder import write_bad_samples, write_json
 from kd_trainer.safe_files import plain, write_text
 from kd_trainer.trainer import DistillationTrainer

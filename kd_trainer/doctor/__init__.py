@@ -1,1 +1,1 @@
-"""Checks of a run before it starts: pure functions of tensors, counts and rows to findings."""
+"""Findings on a run before it starts, each with its cure, and the plan of the run."""
