@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 
@@ -43,6 +45,16 @@ def together(args: TrainingArguments, step: Callable[[], object] | None) -> None
             )
     if failure is not None:
         raise failure
+
+
+def leave_process_group() -> None:
+    """End the threads with which this process talks to the others, before Python ends itself.
+
+    A process that ends while gloo's threads run may abort: `terminate called without an active
+    exception`. They run for as long as a DDP module holds the group, so those are collected first.
+    """
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 _GO_ON = "Go on with the same command and --resume auto"

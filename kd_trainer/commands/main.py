@@ -43,8 +43,10 @@ def train_main() -> None:
     """Parse, and only then import what a training needs: help and errors should come at once."""
     run = parse()
     from kd_trainer.commands.train import run_train
+    from kd_trainer.processes import leave_process_group
 
     run_train(run)
+    leave_process_group()
 
 
 def main() -> None:
