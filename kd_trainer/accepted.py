@@ -46,6 +46,8 @@ def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, An
             f", num_labels={len(labels_of(model))}, mean=..., std=...), with the mean and std that "
             "it was trained with."
         )
+    if teacher is not None:
+        args.loss_weights.check_teacher()
     for name, reason in _REFUSED.items():
         if options.get(name) not in (None, (None, None)):
             raise ValueError(f"Expected no {name}, got one: {reason}.")

@@ -1,17 +1,25 @@
 """From logits to figures: one row of counts an image, summed over the data set, ratios last.
 
 The rows are what processes exchange, so the figures depend neither on their number nor on the
-batch size.
+batch size. The trainer gets them batch by batch from `evaluation_rows`; everybody else from the one
+pass over a data set, `Evaluator.run`, which hands the logits of each batch to whoever counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import TrainingArguments
 
+from kd_trainer.data import collate
 from kd_trainer.fields import closest
 from kd_trainer.losses import (
     TERMS,
@@ -22,9 +30,11 @@ from kd_trainer.losses import (
 )
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import Teacher
+from kd_trainer.reports.contents import STUDENT, TEACHER
+from kd_trainer.teacher import Teacher, state_of
 
 NAMES = tuple(term.name for term in TERMS)
+AGREEMENT = "agreement"
 
 
 Measured = SmpForSemanticSegmentation | Teacher
@@ -178,6 +188,124 @@ def evaluation_rows(
     return tuple(rows)
 
 
+@dataclass(frozen=True)
+class EvaluatedBatch:
+    """What a pass over a data set shows of one batch.
+
+    Attributes:
+        logits: raw, fp32 (B, K, H, W), of `student`, and of `teacher` if there is one.
+        labels: class ids (B, H, W), on the same device.
+    """
+
+    logits: dict[str, Tensor]
+    labels: Tensor
+
+
+@dataclass
+class Evaluator:
+    """Student and teacher, ready to be asked on one device, in fp32.
+
+    Args:
+        student: put there, in eval mode.
+        teacher: likewise; None measures the student alone.
+        ignore_index: label of the pixels that count nowhere.
+        device: where to compute.
+    """
+
+    student: Measured
+    teacher: Teacher | None = None
+    ignore_index: int = 255
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        network: nn.Module = self.student
+        network.to(self.device).eval().to(memory_format=torch.channels_last)
+        if self.teacher is not None:
+            self.teacher.expect_input(*input_statistics(self.student)).to(self.device)
+        self.statistics = pixel_statistics(self.student, self.device)
+        self.id2label = labels_of(self.student)
+        # Only counts are asked for: the weights of the losses play no part.
+        weights = LossWeights()
+        self.settings = EvaluationSettings(len(self.id2label), self.ignore_index, weights)
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Raw logits (B, K, H, W) of each network for uint8 images (B, 3, H, W).
+
+        Raises:
+            FloatingPointError: if the student's are not finite: its classes would be a guess.
+        """
+        inputs = normalise(pixels.to(self.device), self.statistics)
+        student = raw_logits(self.student, inputs)
+        if not student.isfinite().all():
+            raise FloatingPointError(
+                "Expected finite logits, got NaN or infinity from the model. Its weights are "
+                "broken: take another checkpoint."
+            )
+        logits = {STUDENT: student}
+        return logits if self.teacher is None else logits | {TEACHER: self.teacher(inputs)}
+
+    def run(
+        self,
+        dataset: Any,
+        *counters: Callable[[EvaluatedBatch], None],
+        batch_size: int,
+        workers: int = 0,
+        batches: int | None = None,
+        title: str = "evaluate",
+    ) -> None:
+        """Go once over a data set without augmentation; each counter is shown every batch.
+
+        Args:
+            dataset: samples with `pixel_values` uint8 and `labels`, map-style or a stream.
+            counters: keep what they need; no logit is kept here.
+            batch_size: images at a time.
+            workers: processes that read the data.
+            batches: stop after so many; None takes all.
+            title: of the progress bar.
+        """
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
+        total = len(loader) if batches is None else batches
+        steps = tqdm(islice(loader, batches), title, total, unit="batch", leave=False, disable=None)
+        for batch in steps:
+            shown = EvaluatedBatch(
+                self.logits(batch["pixel_values"]), batch["labels"].to(self.device)
+            )
+            for count in counters:
+                count(shown)
+
+
+class RowCounter:
+    """Counts of every image of a pass, in the order of the data."""
+
+    def __init__(self, settings: EvaluationSettings) -> None:
+        self.settings = settings
+        self.parts: dict[str, list[np.ndarray]] = {}
+
+    def __call__(self, batch: EvaluatedBatch) -> None:
+        """Count a batch."""
+        labels, settings = batch.labels, self.settings
+        counts = {who: student_rows(raw, labels, settings) for who, raw in batch.logits.items()}
+        if TEACHER in batch.logits:
+            pair = batch.logits[STUDENT], batch.logits[TEACHER]
+            counts[AGREEMENT] = agreement_rows(*pair, labels, settings)
+        for who, rows in counts.items():
+            self.parts.setdefault(who, []).append(rows.cpu().numpy())
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """int64 (N, C) of `student`, and with a teacher of `teacher` and `agreement`.
+
+        Raises:
+            ValueError: if there was no image.
+        """
+        if not self.parts:
+            raise ValueError(
+                "Expected at least one evaluation image, got none. Name a split that has some with "
+                "--eval_split."
+            )
+        return {who: np.concatenate(parts) for who, parts in self.parts.items()}
+
+
 def figures_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
     """Metrics of a data set from its rows of counts (N, C)."""
     return SegmentationCounts.zero(len(id2label)).add(rows).metrics(id2label)
@@ -194,14 +322,23 @@ def figure_names(id2label: dict[int, str], weights: LossWeights, *, teacher: boo
     ]
 
 
-def check_best_metric(metric: str | None, known: list[str]) -> None:
-    """Refuse a figure that no evaluation will have, before hours are spent.
+def check_best_metric(
+    args: TrainingArguments, figures: Sequence[str], sets: Iterable[str] = ()
+) -> None:
+    """Refuse to choose the best student by a figure that no evaluation has, before hours are spent.
+
+    Args:
+        args: of the run.
+        figures: of an evaluation.
+        sets: names of the evaluation sets, if there are several.
 
     Raises:
         ValueError: names the nearest.
     """
-    metric = metric or "loss"  # what the Trainer takes
-    if metric.removeprefix("eval_") not in known:
+    known = [f"{one}_{name}" for one in sets for name in figures] or figures
+    metric = args.metric_for_best_model or "loss"  # what the Trainer takes
+    chooses = args.load_best_model_at_end or args.save_strategy == "best"
+    if chooses and metric.removeprefix("eval_") not in known:
         raise ValueError(
             f"Expected --metric_for_best_model to be a figure of the evaluation, got {metric!r}."
             f"{closest(metric, known)} There are {', '.join(known)}."
@@ -241,3 +378,39 @@ def terms_of(rows: np.ndarray, counts: np.ndarray, weights: LossWeights) -> dict
                 "weights that are not finite, or for extreme logits of the teacher or student."
             )
     return {("dice_loss" if name == "dice" else name): value for name, value in means.items()}
+
+
+class DataSetFigures:
+    """Metrics of a data set from the rows of an evaluation; an unchanged teacher is counted once.
+
+    Args:
+        id2label: the classes, background first.
+        weights: those of the loss.
+    """
+
+    def __init__(self, id2label: dict[int, str], weights: LossWeights) -> None:
+        self.id2label = id2label
+        self.weights = weights
+        self._of_teacher: dict[str, float] = {}
+        self._measured: tuple[object, object] | None = None
+
+    def knows(self, teacher: Teacher | None, dataset: object) -> bool:
+        """Whether the teacher, as it is now, has been counted on this data set."""
+        if teacher is None or self._measured is None:
+            return False
+        known, state = self._measured
+        return known is dataset and state == state_of(teacher)
+
+    def __call__(
+        self, predictions: tuple[np.ndarray, ...], teacher: Teacher | None, dataset: object
+    ) -> dict[str, float]:
+        """Figures from the rows of `evaluation_rows`, of all processes."""
+        student, terms, *rest = (np.asarray(rows) for rows in predictions)
+        figures = figures_of(student, self.id2label) | terms_of(terms, student, self.weights)
+        if teacher is None:
+            return figures
+        if len(rest) == 2:
+            self._of_teacher = figures_of(rest[1], self.id2label)
+            self._measured = (dataset, state_of(teacher))
+        figures |= agreement_of(rest[0], self.id2label)
+        return figures | {f"teacher_{name}": value for name, value in self._of_teacher.items()}

@@ -469,7 +469,7 @@ def allow_recompiles(units: int) -> None:
     settings.recompile_limit = max(settings.recompile_limit, 4 * (units + 2))
 
 
-def forget_earlier_training(model: nn.Module) -> None:
+def reset_accelerate_prepare(model: nn.Module) -> None:
     """Take off what accelerate put on a model for another Trainer of this process.
 
     It prepares a model once and passes it on after that: a second Trainer with another

@@ -20,11 +20,10 @@ from kd_trainer.models.modeling import (
     check_image_size,
     parameter_counts,
 )
-from kd_trainer.models.weights import SUFFIXES
+from kd_trainer.models.weights import SUFFIXES, check_finite_weights
 from kd_trainer.safe_files import parse_yaml
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher import Teacher, load_teacher
-from kd_trainer.tracking import check_finite_weights
 
 
 def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:

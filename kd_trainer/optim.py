@@ -1,23 +1,20 @@
-"""Parameter groups of staged unfreezing.
+"""The optimizer of staged unfreezing: a group for each free part, and the rates that drive them.
 
-All groups are built once, before the first step, in a fixed order: decoder and head, then the
-encoder units from the deepest to the shallowest, each split by weight decay. Freeing a unit later
-only changes `requires_grad` and the learning rate (see `schedules`), so the optimizer's state, the
-learning-rate scheduler and a resumed run never meet a group that was not there before.
+While a unit is frozen the optimizer knows nothing of it. When it is freed it gets a group of its
+own, behind those that are there; their tensors keep their state. The weights come out as those of
+groups that are all built at the start, bit for bit: a tensor without a gradient is never touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
-from kd_trainer.schedules import TrainingSchedule
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -36,61 +33,87 @@ def unit_parameters(model: SmpForSemanticSegmentation) -> dict[str, NamedParamet
     return {DECODER: rest, **parts}
 
 
+def base_rate(part: str, args: DistillationArguments) -> float:
+    """Learning rate of a part before the schedule: the encoder's is a share of the decoder's."""
+    return args.learning_rate * (1.0 if part == DECODER else args.encoder_lr_scale)
+
+
 def parameter_groups(
-    model: SmpForSemanticSegmentation, args: DistillationArguments
+    model: SmpForSemanticSegmentation, args: DistillationArguments, free_units: int
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: two for each part, with and without weight decay.
+    """Groups for AdamW of the free parts: two for each, with and without weight decay.
 
     Each group has `name` (`decoder`, `unit_6`, ...), `params` as (name, tensor) pairs, `lr` (base
-    rate; the encoder's is `encoder_lr_scale` of the decoder's) and `weight_decay` (0 for tensors of
-    one dimension: biases and the scales of normalisation layers). Empty groups are left out.
+    rate) and `weight_decay` (0 for tensors of one dimension: biases and the scales of normalisation
+    layers). Empty groups are left out.
     """
-    groups = []
-    for part, parameters in unit_parameters(model).items():
-        scale = 1.0 if part == DECODER else args.encoder_lr_scale
-        for decays in (True, False):
-            chosen = [(name, p) for name, p in parameters if (p.ndim > 1) == decays]
-            if chosen:
-                groups.append(
-                    {
-                        "name": part,
-                        "params": chosen,
-                        "lr": args.learning_rate * scale,
-                        "weight_decay": args.weight_decay if decays else 0.0,
-                    }
-                )
-    return groups
+    free = list(unit_parameters(model).items())[: 1 + free_units]
+    split = (
+        (part, decays, [(name, p) for name, p in parameters if (p.ndim > 1) == decays])
+        for part, parameters in free
+        for decays in (True, False)
+    )
+    return [
+        {
+            "name": part,
+            "params": chosen,
+            "lr": base_rate(part, args),
+            "initial_lr": base_rate(part, args),
+            "weight_decay": args.weight_decay if decays else 0.0,
+        }
+        for part, decays, chosen in split
+        if chosen
+    ]
 
 
-class GroupedTrainer(Trainer):
-    """Trains the parts of a student in groups of their own, each at its own rates."""
+def regroup(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]]) -> None:
+    """Make these the groups of an optimizer, in place.
 
-    args: DistillationArguments
-    model: SmpForSemanticSegmentation
-    schedule: TrainingSchedule
+    Args:
+        optimizer: tensors that stay keep their state, those that come have none, and that of those
+            that go is dropped.
+        groups: as `parameter_groups` gives them.
+    """
+    present = {id(group["params"][0]): group for group in optimizer.param_groups}
+    optimizer.param_groups.clear()
+    for group in groups:
+        _, first = group["params"][0]
+        if id(first) in present:
+            optimizer.param_groups.append(present[id(first)])
+        else:
+            optimizer.add_param_group(group)
+    free = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    for tensor in [tensor for tensor in optimizer.state if id(tensor) not in free]:
+        del optimizer.state[tensor]
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One group a part of the network, all built before anything is frozen."""
-        if self.optimizer is None:
-            groups = parameter_groups(self.model, self.args)
-            optimizer_class, options = (
-                self.optimizer_cls_and_kwargs
-                or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            )
-            self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        """A LambdaLR with one pure function of the update for each group."""
-        if self.lr_scheduler is None:
-            optimizer = self.create_optimizer() if optimizer is None else optimizer
-            rates = [self.rate(group["name"]) for group in optimizer.param_groups]
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+class PartLR(torch.optim.lr_scheduler.LRScheduler):
+    """Drives whatever groups the optimizer has now, each by a pure function of the step.
 
-    def rate(self, part: str) -> Callable[[int], float]:
-        """Learning rate of a part as the schedules of the running epoch have it."""
-        return lambda update: self.schedule.rate(part)(update)
+    `LambdaLR` holds a list of functions and of base rates, made for the groups that it was built
+    with.
+
+    Args:
+        optimizer: its groups have a `name` and an `initial_lr`.
+        rate: of a part, as a share of its base rate, at a step counted from 0.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, rate: Callable[[str, int], float]) -> None:
+        self.rate = rate
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """Rate of each group for the next step."""
+        step = self.last_epoch  # torch's name for what it counts
+        groups = self.optimizer.param_groups
+        return [group["initial_lr"] * self.rate(group["name"], step) for group in groups]
+
+    def refresh(self) -> None:
+        """Set the rates of the next step again: groups or the length of epochs have changed."""
+        self._last_lr = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were taken: everything else can be derived."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}

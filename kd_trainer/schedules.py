@@ -167,23 +167,6 @@ class UnfreezeSchedule:
 _ROUNDING = 1e-6  # of an epoch that is scaled to another length
 
 
-@dataclass
-class RunningEpoch:
-    """Where a run is. Counted, because an epoch can have fewer updates than it was to have.
-
-    Attributes:
-        index: of the running epoch, from 0.
-        first_update: updates of the run before it.
-        over: whether it has ended.
-        entered: whether it has begun in this process.
-    """
-
-    index: int = 0
-    first_update: int = 0
-    over: bool = False
-    entered: bool = False
-
-
 @dataclass(frozen=True)
 class TrainingSchedule:
     """When what happens. Nothing of it is saved: a resumed run derives the same values again.

@@ -3,58 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.fast_layers import compiled_graphs
 from kd_trainer.losses import LossTerms, LossWeights
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.optim import base_rate, unit_parameters
 from kd_trainer.schedules import TrainingSchedule
-
-
-def check_finite_weights(model: nn.Module, where: str) -> None:
-    """Raise if a parameter or buffer is not finite; one transfer from the device.
-
-    A finite loss can have a gradient that is not, and AdamW then writes it into the weights. Such a
-    model still predicts: NaN is never above 0, so it finds nothing.
-
-    Args:
-        model: to look at.
-        where: it is, for the message: after which update, or in which folder.
-
-    Raises:
-        FloatingPointError: naming the first one.
-    """
-    floating = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
-    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist()
-    bad = next((name for name, fine in zip(floating, finite, strict=True) if not fine), None)
-    if bad is not None:
-        raise FloatingPointError(
-            f"Expected finite weights, got NaN or infinity in {bad} ({where}). Take an earlier "
-            "checkpoint; lower the learning rate, or look for extreme inputs or logits."
-        )
 
 
 def schedule_logs(
     model: SmpForSemanticSegmentation,
     schedule: TrainingSchedule,
-    groups: Iterable[Mapping[str, Any]],
+    args: DistillationArguments,
     step: int,
-    *,
-    compiled: bool = False,
 ) -> dict[str, float]:
-    """What the schedules do at a step: temperature, free units, learning rate of each group.
+    """What the schedules do at a step: temperature, free units, learning rate of each part.
 
     Also, where something is compiled, how often it was: each unit that is freed means once more.
     """
     rates = {
-        f"lr/{group['name']}": group["initial_lr"] * schedule.rate(group["name"])(step)
-        for group in groups
+        f"lr/{part}": base_rate(part, args) * schedule.rate(part)(step)
+        for part, parameters in unit_parameters(model).items()
+        if parameters
     }
+    compiled = args.torch_compile or args.compile_teacher
     _, _, trainable = parameter_counts(model)
     return {
         **({"compiled_graphs": float(compiled_graphs())} if compiled else {}),

@@ -1,63 +1,81 @@
 """`DistillationTrainer`: a transformers Trainer whose loss asks a frozen teacher.
 
-It overrides what distillation needs and nothing else: the loss, the optimizer's groups, the
-learning rates, the evaluation step, and what is logged.
+Read from top to bottom: the loss, the optimizer, the epochs, the evaluation, the log, the
+checkpoints, the Hub. Where it overrides a private method of the Trainer, a comment says what would
+go wrong without.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, TrainerCallback
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput, has_length
 
 from kd_trainer.accepted import as_teacher, check_accepted
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.callbacks import EvaluationPanels, ProgressiveUnfreezing, tensorboard_of
+from kd_trainer.callbacks import (
+    EpochCounter,
+    EvaluationPanels,
+    ProgressiveUnfreezing,
+    ResumeCallback,
+    steps_of,
+)
+from kd_trainer.checkpointing.fingerprint import fingerprint_of
+from kd_trainer.checkpointing.resume import (
+    best_checkpoint,
+    check_resumable,
+    loading_safely,
+    newest_checkpoint,
+    no_stock_rotation,
+    progress_file,
+    read_progress,
+    save_checkpoint,
+    without_warnings,
+)
+from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.console import ConsoleLines, ConsoleProgress
-from kd_trainer.data import collate
-from kd_trainer.data.loaders import LoadingTrainer
+from kd_trainer.data import BadSample, StreamedDataset, collate
+from kd_trainer.data.streaming import seed_loader, stream_loader
+from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
+    DataSetFigures,
     EvaluationSettings,
-    agreement_of,
     check_best_metric,
     classes_of,
     evaluation_rows,
     figure_names,
-    figures_of,
+    input_statistics,
     labels_of,
     normalise,
     pixel_statistics,
-    terms_of,
 )
-from kd_trainer.fast_layers import (
-    allow_recompiles,
-    forget_earlier_training,
-    keep_freed_memory,
-    use_fast_layers,
-)
+from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare
+from kd_trainer.hub import Pushed
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
-from kd_trainer.optim import GroupedTrainer
-from kd_trainer.processes import together
-from kd_trainer.publishing.trainer import PublishingTrainer
-from kd_trainer.resuming.epochs import EpochCounter
-from kd_trainer.resuming.trainer import ResumableTrainer
-from kd_trainer.schedules import RunningEpoch
-from kd_trainer.teacher import Teacher, state_of
-from kd_trainer.teaching import TaughtTrainer
-from kd_trainer.tracking import TermSums, check_finite_weights, schedule_logs
+from kd_trainer.models.weights import check_finite_weights
+from kd_trainer.optim import PartLR, parameter_groups, regroup
+from kd_trainer.processes import Peer, naming_the_dead, processes_of_run, together
+from kd_trainer.push_callback import PushCallback, check_push, push_student
+from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.teacher import Teacher, TeacherInference
+from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
 DICE_IMAGES = "dice_images"
+# What the loss takes of a sample beside what the student's forward pass does.
+LOSS_COLUMNS = ("distil_mask", "teacher_logits")
 
 
-class DistillationTrainer(
-    TaughtTrainer, GroupedTrainer, LoadingTrainer, ResumableTrainer, PublishingTrainer
-):
+class DistillationTrainer(Trainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
@@ -73,6 +91,13 @@ class DistillationTrainer(
         callbacks: more callbacks, after ours.
         kwargs: anything else `transformers.Trainer` takes, but for what `accepted` refuses.
             `compute_metrics` adds its figures to ours; it gets the rows of `evaluation_rows`.
+
+    Attributes:
+        teacher: a plain attribute: inside the student it would be saved, trained and counted.
+        facts: what is compared on resume beside the arguments, the networks and the number of
+            images: set by who knows more, such as the content of the data.
+        peers: the processes of the training, by rank.
+        stop: a request to stop, looked at after each step; None without one.
     """
 
     # The loss is a mean per micro-batch: the Trainer divides it by the accumulation steps.
@@ -80,6 +105,17 @@ class DistillationTrainer(
 
     model: SmpForSemanticSegmentation
     args: DistillationArguments
+    teacher: Teacher | None
+    facts: Mapping[str, Any] = {}
+    peers: Sequence[Peer] = ()
+    stop: StopRequest | None = None
+    _inference: TeacherInference | None = None
+    _model_is_ours = False
+    _earlier_seconds = 0.0  # of training, before this process
+    _began = 0.0
+    _resumed: Path | None = None
+    _checked: Path | None = None
+    _fingerprint: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -95,8 +131,6 @@ class DistillationTrainer(
     ) -> None:
         check_accepted(model, args, teacher, kwargs)
         weights = args.loss_weights
-        if teacher is not None:
-            weights.check_teacher()
         self.loss_weights = weights if teacher is not None else weights.without_teacher()
         self.id2label = labels_of(model)
         self.own_metrics = kwargs.pop("compute_metrics", None)
@@ -104,64 +138,39 @@ class DistillationTrainer(
         self.settings = EvaluationSettings(
             len(self.id2label), ignore_index, self.loss_weights, args.pos_weight
         )
-        if args.load_best_model_at_end or args.save_strategy == "best":
+        if self.own_metrics is None:  # whose figures nobody knows yet
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
-            several = [f"{one}_{name}" for one in sets for name in names]
-            if self.own_metrics is None:  # whose figures nobody knows yet
-                check_best_metric(args.metric_for_best_model, several or names)
+            check_best_metric(args, names, sets)
+        self.figures = DataSetFigures(self.id2label, self.loss_weights)
         self.tracked = TermSums(self.loss_weights)
-        self._teacher_figures: tuple[Any, Any, dict[str, float]] | None = None
-        self.schedule = args.schedule(len(encoder_units(model)), args.num_train_epochs)
-        self.running = RunningEpoch()
-        unfreezing = ProgressiveUnfreezing(lambda e: self.schedule.free_units(e), self.running)
+        self.epochs = EpochCounter(args.schedule(len(encoder_units(model)), args.num_train_epochs))
+        self.pushes = PushCallback()
+        ours = [self.epochs, ProgressiveUnfreezing(self.epochs)]
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=kwargs.pop("data_collator", collate),
-            compute_metrics=self._figures,
-            callbacks=[EpochCounter(self), unfreezing, *(callbacks or [])],
+            compute_metrics=self._compute_metrics,
+            callbacks=[*ours, *([self.pushes] if args.push_to_hub else []), *(callbacks or [])],
             **kwargs,
         )
-        forget_earlier_training(model)
-        use_fast_layers(model)
-        if args.keep_freed_memory and args.device.type == "cpu":
-            keep_freed_memory()
-        self.teacher = self.placed(as_teacher(teacher, len(self.id2label)))
-        if args.torch_compile:
-            allow_recompiles(self.schedule.unfreezing.units)
-        self._statistics = pixel_statistics(model, args.device)
+        # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
+        self.label_names = [*self.label_names, *LOSS_COLUMNS]
+        self.teacher = as_teacher(teacher, len(self.id2label))
+        self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
         if args.panel_images > 0 and eval_dataset is not None:
-            self.add_callback(self._panels(next(iter(sets.values()), eval_dataset)))
+            self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
 
-    def _panels(self, dataset: Any) -> EvaluationPanels:
-        return EvaluationPanels(
-            self.found_classes,
-            dataset,
-            collator=self.data_collator,
-            statistics=self._statistics,
-            settings=self.settings,
-            tensorboard=tensorboard_of(self.callback_handler.callbacks),
-        )
+    @property
+    def schedule(self) -> TrainingSchedule:
+        """What happens when, for the length that the running epoch has."""
+        return self.epochs.schedule
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
-        """Move to the device and normalise there: as uint8, pictures are a quarter of the bytes."""
-        inputs = super()._prepare_inputs(inputs)
-        if inputs["pixel_values"].dtype == torch.uint8:
-            inputs["pixel_values"] = normalise(inputs["pixel_values"], self._statistics)
-        return inputs
-
-    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
-        """The batches of an update, each with the number of images its Dice is divided by."""
-        batches, items = super().get_batch_samples(*args)
-        if batches and all("labels" in batch for batch in batches):
-            images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
-            images = self.accelerator.reduce(images, reduction="mean")
-            batches = [{**batch, DICE_IMAGES: images} for batch in batches]
-        return batches, items
+    # ---- The loss ----
 
     def compute_loss(
         self,
@@ -171,10 +180,9 @@ class DistillationTrainer(
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
-        pixels = inputs["pixel_values"]
-        asks_teacher = self.loss_weights.ask_teacher
-        teacher = self.teacher_logits(inputs) if asks_teacher else None
-        outputs = model(pixel_values=pixels)
+        inputs = self._normalised(inputs)
+        teacher = self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
+        outputs = model(pixel_values=inputs["pixel_values"])
         terms = distillation_terms(
             outputs["raw_logits"],
             teacher,
@@ -190,13 +198,161 @@ class DistillationTrainer(
         self.tracked.add(terms, outputs["raw_logits"])
         return (loss, dict(outputs)) if return_outputs else loss
 
+    def teacher_logits(self, inputs: Batch) -> Tensor | None:
+        """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
+
+        Args:
+            inputs: a batch on the device, with images that are normalised for the student, and with
+                `teacher_logits` where they are cached.
+
+        Raises:
+            ValueError: if they should be cached and are not there.
+        """
+        if self.teacher is None:
+            return None
+        if self.args.teacher_targets == "cached":
+            if "teacher_logits" not in inputs:
+                raise ValueError(
+                    "Expected teacher_logits in every sample with --teacher_targets cached, got "
+                    f"{', '.join(inputs)}. Give them with the data, or use online."
+                )
+            return inputs["teacher_logits"].float()
+        if self._inference is None or self._inference.teacher is not self.teacher:
+            self._inference = self._make_inference(self.teacher)  # a callback may put another here
+        # Without autocast the teacher would run in fp32 beside a bf16 student.
+        with torch.no_grad(), self.accelerator.autocast():
+            return self._inference(inputs["pixel_values"])
+
+    def _make_inference(self, teacher: Teacher) -> TeacherInference:
+        teacher.expect_input(*input_statistics(self.model))
+        return TeacherInference(
+            teacher.to(self.args.device),
+            precision=str(self.accelerator.mixed_precision),
+            fold=self.args.fold_teacher,
+            backend=self.args.teacher_backend,
+        )
+
+    def _normalised(self, inputs: Batch) -> Batch:
+        """With images as the student expects them; as bytes they are a quarter of the transfer."""
+        pixels: Tensor = inputs["pixel_values"]
+        if pixels.dtype != torch.uint8:
+            return inputs
+        return {**inputs, "pixel_values": normalise(pixels, self.statistics)}
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
+        """The batches of a step, each with the number of images its Dice is divided by."""
+        batches, items = super().get_batch_samples(*args)
+        if batches and all("labels" in batch for batch in batches):
+            images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
+            images = self.accelerator.reduce(images, reduction="mean")
+            batches = [{**batch, DICE_IMAGES: images} for batch in batches]
+        return batches, items
+
+    def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
+        self, dataset: Any, description: str, batch_size: int, **options: Any
+    ) -> Any:
+        """The Trainer's loader, but for three of its habits.
+
+        It would give the rows of a stream, which has split itself among ranks and workers already,
+        to the ranks once more; drop the last short batch of an evaluation too; and let the workers'
+        seeds be drawn from the generator that DropPath draws from.
+        """
+        args = self.args
+        drop_last = args.dataloader_drop_last and options.get("is_training", False)
+        if isinstance(dataset, IterableDataset):
+            options = {"batch_size": batch_size, "drop_last": drop_last}
+            return seed_loader(
+                stream_loader(dataset, args, self.data_collator, **options), args.seed
+            )
+        before, args.dataloader_drop_last = args.dataloader_drop_last, drop_last
+        try:
+            loader = super()._get_dataloader(dataset, description, batch_size, **options)
+        finally:
+            args.dataloader_drop_last = before
+        return seed_loader(loader, args.seed)
+
+    # ---- The optimizer ----
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Its groups are those of the free parts; `ProgressiveUnfreezing` adds the others."""
+        free = self.schedule.free_units(self.epochs.index)
+        if self._resumed is not None:  # the state that is loaded next has the groups of its save
+            free = self._saved_progress()["free_units"]
+        groups = parameter_groups(self.model, self.args, free)
+        if self.optimizer is not None:  # of an earlier call of `train`
+            regroup(self.optimizer, groups)
+            return self.optimizer
+        wanted = self.optimizer_cls_and_kwargs
+        kind, options = wanted or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Each part at the rate that the schedules of the running epoch have for it."""
+        if self.lr_scheduler is None:
+            optimizer = self.create_optimizer() if optimizer is None else optimizer
+            rates = PartLR(optimizer, lambda part, step: self.schedule.rate(part)(step))
+            vars(self)["lr_scheduler"] = rates  # the base class declares a LambdaLR
+            self._created_lr_scheduler = True  # else another call of `train` would go on with it
+        scheduler: Any = self.lr_scheduler
+        return scheduler
+
+    # ---- The epochs ----
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
+        """As many epochs as `--max_steps` can need: one may be as short as a single step."""
+        values = super().set_initial_training_values(args, dataloader)
+        self.epochs.start(args, self.state, steps=values[1])
+        return (max(values[0], args.max_steps), *values[1:])
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any
+    ) -> tuple[int, int]:
+        """Start in the counted epoch, after the batches of it that were trained on.
+
+        The Trainer divides by the length of an epoch: after a short one a resumed run would start
+        in an earlier one. It also warns of a best checkpoint that moved, which `restore` finds.
+        """
+        with without_warnings():
+            index, _ = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
+        batches = 0
+        if self._resumed is not None:
+            saved = self._saved_progress()["position"]
+            index, first_step = saved["epoch"], saved["first_step"]
+            self.epochs.go_on(index, first_step)
+            if not self.args.ignore_data_skip:
+                steps = self.state.global_step - first_step
+                batches = steps * self.args.gradient_accumulation_steps
+            if isinstance(self.train_dataset, StreamedDataset):
+                self.train_dataset.restore([BadSample(**bad) for bad in saved["bad_samples"]])
+        if 0 < self.args.max_steps <= self.state.global_step:
+            index = epochs  # nothing is left to do
+        return index, batches
+
+    def _run_epoch(self, **options: Any) -> None:  # type: ignore[override] # all have names
+        """With the length that the loader has now.
+
+        The Trainer asks once, before the first epoch: where a stream has left rows out since, it
+        would wait for batches that never come.
+        """
+        loader = options["train_dataloader"]
+        if has_length(loader):
+            options["steps_in_epoch"] = len(loader)
+            options["num_update_steps_per_epoch"] = steps_of(loader, self.args)
+        super()._run_epoch(**options)
+
+    # ---- The evaluation ----
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the Trainer does, and leave the random state as it was found.
 
         Without that, a run that is evaluated would see other DropPath draws than one that is not.
         All processes measure the student that the first one saves: each has BatchNorm statistics
-        of its own, which DDP takes from the first one at the next update anyway.
+        of its own, which DDP takes from the first one at the next step anyway.
         """
+        self._take_model()
         if self.accelerator.num_processes > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
@@ -217,24 +373,29 @@ class DistillationTrainer(
                 f"Expected labels in every sample, got {', '.join(inputs)}: figures are counts "
                 "against them. For class maps of images without, use scripts/predict.py."
             )
-        pixels, labels = inputs["pixel_values"], inputs["labels"]
-        with torch.no_grad(), self.accelerator.autocast():
-            student = model(pixel_values=pixels)["raw_logits"].float()
-            teacher = self.teacher_logits(inputs)
-            rows = evaluation_rows(
-                student,
-                teacher,
-                labels,
-                self.settings,
-                teacher_figures=not self._knows_teacher(),
-            )
+        labels = inputs["labels"]
+        student, teacher = self._logits(model, inputs)
+        rows = evaluation_rows(
+            student,
+            teacher,
+            labels,
+            self.settings,
+            teacher_figures=not self.figures.knows(self.teacher, self._evaluated),
+        )
         return None, rows, torch.zeros(len(labels), device=labels.device)
 
-    def _knows_teacher(self) -> bool:
-        known = self._teacher_figures
-        if known is None or self.teacher is None:
-            return False
-        return known[0] is self._evaluated and known[1] == state_of(self.teacher)
+    def predict_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
+        student, teacher = self._logits(self.model.eval(), self._prepare_inputs(batch))
+        return classes_of(student), None if teacher is None else classes_of(teacher)
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor | None]:
+        """Raw logits of student and teacher for a batch on the device."""
+        inputs = self._normalised(inputs)
+        with self.accelerator.autocast():
+            student = model(pixel_values=inputs["pixel_values"])["raw_logits"]
+            return student.float(), self.teacher_logits(inputs)
 
     @property
     def _evaluated(self) -> Any:
@@ -242,9 +403,9 @@ class DistillationTrainer(
         loader: Any = self.callback_handler.eval_dataloader
         return loader.dataset
 
-    def _figures(self, prediction: EvalPrediction) -> dict[str, float]:
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Our metrics of the data set, and those of the user's `compute_metrics`."""
-        figures = self._own_figures(prediction)
+        figures = self.figures(tuple(prediction.predictions), self.teacher, self._evaluated)
         more = self.own_metrics(prediction) if self.own_metrics is not None else {}
         twice = sorted(figures.keys() & more.keys())
         if twice:
@@ -254,41 +415,18 @@ class DistillationTrainer(
             )
         return figures | more
 
-    def _own_figures(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics of the data set from the rows of all processes."""
-        student, terms, *rest = (np.asarray(rows) for rows in prediction.predictions)
-        figures = figures_of(student, self.id2label) | terms_of(terms, student, self.loss_weights)
-        if not rest:
-            return figures
-        if len(rest) == 2:
-            assert self.teacher is not None
-            own = figures_of(rest[1], self.id2label)
-            self._teacher_figures = (self._evaluated, state_of(self.teacher), own)
-        assert self._teacher_figures is not None
-        figures |= agreement_of(rest[0], self.id2label)
-        return figures | {f"teacher_{k}": v for k, v in self._teacher_figures[2].items()}
-
-    def found_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
-        inputs = self._prepare_inputs(batch)
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            student = self.model(pixel_values=inputs["pixel_values"])["raw_logits"]
-            teacher = self.teacher_logits(inputs)
-        return classes_of(student), None if teacher is None else classes_of(teacher)
+    # ---- The log ----
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, their gradient shares, temperature, free units and learning rates."""
         if "loss" in logs and self.tracked.count:
             together(self.args, lambda: self.tracked.check_finite(self.state.global_step))
             logs |= self.tracked.drain(self.accelerator)
-            done = max(self.state.global_step - 1, 0)  # the update that is logged, not the next
             logs |= schedule_logs(
                 self.model,
                 self.schedule,
-                self.create_optimizer().param_groups,
-                done,
-                compiled=self.args.torch_compile or self.args.compile_teacher,
+                self.args,
+                max(self.state.global_step - 1, 0),  # the step that is logged, not the next
             )
         super().log(logs, start_time)
 
@@ -297,7 +435,164 @@ class DistillationTrainer(
         self.tracked.check_finite(self.state.global_step)
         check_finite_weights(self.model, f"after update {self.state.global_step}")
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Save, unless something went bad: nothing non-finite is ever kept."""
+    # ---- The checkpoints ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train as the Trainer does; a checkpoint is checked first.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint to go on from.
+            ValueError: if it is damaged, or that of another run.
+            Stopped: after a request to stop, once a checkpoint is saved.
+        """
+        self._take_model()
+        if self.args.torch_compile:
+            allow_recompiles(self.schedule.unfreezing.units)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_checkpoint(self.args).folder)
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed is not None:
+            self.check_resume(self._resumed)
+        else:
+            self._fingerprint = self.fingerprint()
+        resuming = ResumeCallback(self)
+        self.add_callback(resuming)
+        try:
+            with naming_the_dead(self), loading_safely(self._resumed):
+                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except Stopped:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # boards, bars
+            raise
+        finally:
+            self.remove_callback(resuming)
+
+    def _take_model(self) -> None:
+        """Forget, once, that another Trainer of this process has trained the same student."""
+        if not self._model_is_ours:
+            reset_accelerate_prepare(self.model)
+            self._model_is_ours = True
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes this run the one it is, as plain values."""
+        student = self.accelerator.unwrap_model(self.model)
+        data = {"train": self.train_dataset, "eval": self.eval_dataset}
+        return fingerprint_of(self.args, student, self.teacher, data, self.facts)
+
+    def check_resume(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that this run cannot go on from: see `check_resumable`."""
+        if self._checked == checkpoint:
+            return
+        self._fingerprint = self.fingerprint()
+        needs_best = self.args.load_best_model_at_end
+        check_resumable(checkpoint, self._fingerprint, needs_best=needs_best)
+        self._checked = checkpoint
+
+    def restore(self) -> None:
+        """Set what the Trainer starts at zero, private fields too, to what it was at the save."""
+        self.peers = processes_of_run()
+        self._began, self._earlier_seconds = time.monotonic(), 0.0
+        if self._resumed is None:
+            return
+        # Steps between logs and evaluations are the old run's in the file; a new logging counts.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        best = best_checkpoint(self._resumed)
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        self.args.eval_on_start = False  # the log of it is in the checkpoint
+        saved = self._saved_progress()
+        self._earlier_seconds = saved["seconds"]
+        self._tr_loss = saved["loss"].to(self.args.device)
+        self._total_loss_scalar = saved["total_loss"]
+        self._globalstep_last_logged = saved["last_logged"]
+        self._initial_global_step = 0  # so that means and speeds are those of the whole run
+        self.tracked.restore(saved["terms"], self.args.device)
+
+    def _save_progress(self, folder: Path) -> None:
+        """What this process has summed up, and where in its epochs the run is."""
+        progress = {
+            "seconds": self._seconds(),
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "terms": self.tracked.saved(),
+            "position": self.epochs.position(self.state, self.control, self.train_dataset),
+            "free_units": self.model.free_units,
+        }
+        torch.save(progress, progress_file(folder, self.args))
+
+    def _saved_progress(self) -> dict[str, Any]:
+        assert self._resumed is not None
+        return read_progress(self._resumed, self.args)
+
+    def _seconds(self) -> float:
+        """Seconds of training so far: the clock on the wall may be set meanwhile."""
+        return self._earlier_seconds + time.monotonic() - self._began
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, declare it complete, and only then let older ones go.
+
+        The Trainer writes in place and deletes before it is done: a kill would leave half a
+        checkpoint, or none. Nothing non-finite is ever kept.
+        """
         together(self.args, self.check_finite)
-        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+        def write() -> None:
+            with no_stock_rotation(self.args):
+                super(DistillationTrainer, self)._save_checkpoint(model, trial)
+            self._save_progress(folder)
+
+        save_checkpoint(
+            folder,
+            write,
+            self.args,
+            run=lambda: self._fingerprint or self.fingerprint(),
+            best=lambda: self.state.best_model_checkpoint,
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """With `save_strategy best` this alone decides on a save: a stop needs one in any case."""
+        best = super()._determine_best_metric(metrics, trial)
+        return best or (self.stop is not None and self.stop.agreed)
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """Count the seconds of the parts before as well, by a clock that nobody can set.
+
+        The Trainer knows those of this process alone, and with a limit of 1 it would delete the
+        newest checkpoint here.
+        """
+        with no_stock_rotation(self.args):
+            start_time = time.time() - self._seconds()  # which is subtracted from time.time()
+            return super()._finalize_training(trial, num_train_samples, start_time)
+
+    # ---- The Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Find out before the training whether a push will be possible."""
+        check_push(self.args, self.processing_class, token=token, private=private)
+        vars(self)["hub_model_id"] = self.args.hub_model_id  # the base class declares it as None
+
+    def push_to_hub(  # type: ignore[override] # what is pushed is not the caller's choice
+        self, commit_message: str = "Push a student", **kwargs: Any
+    ) -> Pushed | None:
+        """Save the student into the output folder and push it with its card.
+
+        Raises:
+            TypeError: for any other argument of the stock method.
+        """
+        if kwargs:
+            raise TypeError(
+                f"Expected commit_message alone, got {', '.join(kwargs)}. Everything else is set "
+                "by the hub_ fields of the arguments."
+            )
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self.pushes.finish()
+        if not self.is_world_process_zero():
+            return None
+        student = self.accelerator.unwrap_model(self.model)
+        return push_student(student, self.processing_class, self.args, commit_message)

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from small_runs import train_flags, write_pairs
 from tiny import Squares, arguments, tiny_student
 
 from kd_trainer import fast_layers
+from kd_trainer.command_line import parse
+from kd_trainer.commands.train import train
 from kd_trainer.trainer import DistillationTrainer
 
 COUNT = """
@@ -82,12 +86,23 @@ def test_another_libc_is_left_alone(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_trainer_on_a_cpu_keeps_memory_unless_told_otherwise(
+def test_a_command_on_a_cpu_keeps_memory_unless_told_otherwise(
     kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The whole process is changed, so there is a flag."""
+    """The whole process is changed, so there is a flag, and no trainer of a notebook does it."""
     calls: list[Any] = []
-    monkeypatch.setattr("kd_trainer.trainer.keep_freed_memory", lambda: calls.append(1))
-    changed = {} if kept else {"keep_freed_memory": False}
-    DistillationTrainer(tiny_student(), arguments(tmp_path, **changed), train_dataset=Squares(4))
+    monkeypatch.setattr("kd_trainer.commands.train.keep_freed_memory", lambda: calls.append(1))
+    data = write_pairs(tmp_path / "data", train=2, validation=1)
+    flags = train_flags(data, tmp_path / "out", "--epochs", "1")
+    train(parse([*flags, *(() if kept else ("--no_preflight", "--keep_freed_memory", "false"))]))
     assert len(calls) == kept
+
+
+def test_a_trainer_leaves_the_student_and_the_process_as_they_are(tmp_path: Path):
+    """Somebody who makes one to look at it would find other layers in a model of theirs."""
+    student = tiny_student("timm-efficientnet-b0")
+    before = [type(module) for module in student.modules()]
+    limit = torch._dynamo.config.recompile_limit
+    DistillationTrainer(student, arguments(tmp_path, torch_compile=True), train_dataset=Squares(4))
+    assert [type(module) for module in student.modules()] == before
+    assert torch._dynamo.config.recompile_limit == limit

@@ -27,6 +27,7 @@ from kd_trainer.commands.report import ReportArguments, build_report
 from kd_trainer.compare.arguments import parse_comparison
 from kd_trainer.compare.budget import Budget, baseline_settings
 from kd_trainer.compare.estimate import finished_speed, seconds_left
+from kd_trainer.compare.image_counts import ImageCounts, load_counts
 from kd_trainer.compare.report import METRICS, summarise
 from kd_trainer.compare.results import FILES, FinishedRun, check_comparable, read_runs
 from kd_trainer.compare.runs import COUNTS, NOTE, PlannedRun
@@ -36,7 +37,6 @@ from kd_trainer.data import TransformedDataset
 from kd_trainer.doctor.resources import Speed
 from kd_trainer.hub import find_source
 from kd_trainer.hub.publication import Publication, write_folder
-from kd_trainer.image_counts import ImageCounts, load_counts
 from kd_trainer.trainer import DistillationTrainer
 
 NAMES = ["baseline_seed0", "baseline_seed1", "distilled_seed0", "distilled_seed1"]

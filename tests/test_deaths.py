@@ -175,15 +175,15 @@ def test_peer_that_dies_after_the_marker_leaves_the_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: Any
 ):
     """The others took their own error for a failed save and deleted what was complete."""
-    from kd_trainer.resuming import trainer as resuming
+    from kd_trainer.checkpointing import resume
 
-    done = resuming.complete
+    done = resume.complete
 
     def declared(folder: Path, run: Any) -> None:
         done(folder, run)
         raise RuntimeError("[gloo] Connection closed by peer")
 
-    monkeypatch.setattr(resuming, "complete", declared)
+    monkeypatch.setattr(resume, "complete", declared)
     with pytest.raises(RuntimeError, match="closed by peer"):
         train(parse(train_flags(data, tmp_path / "out")))
     (left,) = checkpoint_folders(tmp_path / "out")

@@ -246,7 +246,7 @@ def test_full_disk_is_named_and_the_last_good_checkpoint_stays(cut: Any, tmp_pat
     places = {
         "optimizer": "torch.save",
         "weights": "transformers.modeling_utils.safe_save_file",
-        "marker": "kd_trainer.resuming.trainer.complete",
+        "marker": "kd_trainer.checkpointing.resume.complete",
     }
     run = parse(cut())
     with pytest.MonkeyPatch.context() as patch:

@@ -113,8 +113,8 @@ def test_exactly_the_promised_files_are_pushed_at_each_push(world: World):
     shared = {*STUDENT_FILES, "README.md", "panel.png", "trainer_state.json"}
     commits = world.hub.repos["models", BINARY].commits[1:]
     assert [message for _, message, _ in commits] == [
-        "Training in progress, update 3",
-        "Training in progress, update 6",
+        "Training in progress, step 3",
+        "Training in progress, step 6",
         "Push a student",
     ]
     for _, message, files in commits:
@@ -130,7 +130,7 @@ def test_a_student_in_training_comes_with_its_own_figures(world: World):
         world.hub.repos["models", BINARY].commits[1:3], history, strict=True
     ):
         card = files["README.md"].decode()
-        assert "**In training, update" in card
+        assert "**In training, step" in card
         found = {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}
         assert found["mean_iou"] == pytest.approx(logged["miou"], abs=1e-6)
     assert "In training" not in world.hub.files(BINARY)["README.md"].decode()

@@ -24,12 +24,9 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.command_line import parse
 from kd_trainer.commands import train as training
-from kd_trainer.commands.examination import (
-    Networks,
-    examine,
-    samples_at,
-)
+from kd_trainer.commands.evaluate import evaluate_model
 from kd_trainer.commands.report import ReportArguments, build_report, report_main
+from kd_trainer.commands.shown_images import samples_at
 from kd_trainer.data.synthetic import synthetic_pair
 from kd_trainer.loading import load_student
 from kd_trainer.reports.charts import merged
@@ -214,12 +211,12 @@ def test_every_image_of_a_small_set_is_shown_once_with_all_its_pictures(finished
 
 def test_stream_and_folder_are_counted_alike(binary: Run):
     """A stream that loses its tail, or counts other pixels, gives other figures unnoticed."""
-    networks = Networks(load_student(binary.output / "student"), None, 255)
+    student = load_student(binary.output / "student")
     found = []
     for streaming in (False, True):
         data = DataArguments(dataset=str(binary.data), image_size=64, streaming=streaming)
         dataset = evaluation_dataset(data, batch_size=2)
-        seen = examine(networks, dataset, batch_size=2 if streaming else 3)
+        seen = evaluate_model(student, dataset, batch_size=2 if streaming else 3)
         picked = dict(samples_at(dataset, {1, 4}))
         found.append((seen, picked))
     (left, right) = (seen for seen, _ in found)

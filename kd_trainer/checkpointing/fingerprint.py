@@ -8,6 +8,7 @@ that it does not.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -16,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES, default_of
+from kd_trainer.data import StreamedDataset
 from kd_trainer.safe_files import clipped
 
 # Where a run lies and what it shows while it goes do not change what it learns.
@@ -61,6 +63,7 @@ DEFAULTS: dict[str, Any] = {
     for arguments in (DistillationArguments, ModelArguments, DataArguments)
     for field in fields(arguments)
 }
+CONTENT = {"train_content": "train", "eval_content": "eval"}
 _FLAGS = {field: alias for alias, field in ALIASES.items()}
 _SHOWN = 8
 _SAMPLES = 64  # twice 640 x 640 pixels of each take about a second
@@ -138,6 +141,45 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
 
 def _text(value: Any) -> str:
     return clipped(" ".join(map(str, value)) if isinstance(value, list) else value)
+
+
+def fingerprint_of(
+    args: DistillationArguments,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What makes a run the one it is, as plain values.
+
+    Args:
+        args: of the run.
+        student: the names, shapes and types of its tensors count.
+        teacher: the values of its tensors count too.
+        data: the data set of `train`, and that of `eval` or several by name.
+        facts: what is known beside these. Where there are none, a few samples are looked at.
+    """
+    run: dict[str, Any] = {
+        **settings_of(args),
+        "student_tensors": tensors_digest(student.state_dict(), values=False),
+        "teacher_weights": None,
+        **{f"{split}_images": _announced(dataset) for split, dataset in data.items()},
+    }
+    if not facts:  # from Python nobody has looked at the files
+        run |= {name: samples_digest(data[split]) for name, split in CONTENT.items()}
+    if teacher is not None:
+        run["teacher_weights"] = tensors_digest(teacher.state_dict(), values=True)
+    plain: dict[str, Any] = json.loads(json.dumps(run | dict(facts)))
+    return plain
+
+
+def _announced(data: Any) -> Any:
+    """Number of images, of several sets by name; of a stream before it has left any out."""
+    if isinstance(data, Mapping):
+        return {name: _announced(one) for name, one in data.items()}
+    if data is None:
+        return 0
+    return data.announced if isinstance(data, StreamedDataset) else len(data)
 
 
 def settings_of(args: DistillationArguments) -> dict[str, Any]:

@@ -5,39 +5,39 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import REDUCED, counts_from_one, evaluation_dataset
 from kd_trainer.command_line import (
     EVALUATION_DATA,
-    TEACHER,
     command_parser,
     given_flags,
     given_settings,
 )
+from kd_trainer.command_line import TEACHER as TEACHER_FIELDS
 from kd_trainer.console import markdown_table
-from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset, collate
+from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset
 from kd_trainer.evaluation import (
+    AGREEMENT,
+    EvaluatedBatch,
+    Evaluator,
     Measured,
+    RowCounter,
     classes_of,
-    input_statistics,
     labels_of,
-    normalise,
-    pixel_statistics,
-    raw_logits,
 )
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
 from kd_trainer.loading import load_measured, make_teacher
 from kd_trainer.losses import class_ids
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.reports.calibration import Reliability, reliability_counts
+from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.run_folder import write_bad_samples, write_json
 from kd_trainer.safe_files import plain, write_text
@@ -48,14 +48,26 @@ from kd_trainer.teacher import Teacher
 class Evaluation:
     """Figures of one evaluation; `teacher` and `agreement` are empty without a teacher.
 
-    `bad_samples` is what `--on_bad_sample skip` left out, None without it.
+    Attributes:
+        student: metrics by name.
+        teacher: likewise.
+        agreement: of student and teacher.
+        rows: counts of each image by who was counted, as `RowCounter` gives them.
+        reliability: pixels by confidence of `student`, and of `teacher` if there is one.
+        bad_samples: what `--on_bad_sample skip` left out, None without it.
     """
 
     student: dict[str, float]
-    eval_images: int
-    teacher: dict[str, float] = field(default_factory=dict)
-    agreement: dict[str, float] = field(default_factory=dict)
+    teacher: dict[str, float]
+    agreement: dict[str, float]
+    rows: dict[str, np.ndarray]
+    reliability: dict[str, Reliability]
     bad_samples: list[BadSample] | None = None
+
+    @property
+    def eval_images(self) -> int:
+        """How many images were looked at."""
+        return len(self.rows[STUDENT])
 
     def results(self) -> dict[str, Any]:
         """One flat mapping: `student_miou`, `teacher_miou`, `agreement`, `eval_images`, ..."""
@@ -83,7 +95,6 @@ class Evaluation:
         return f"{table}\n\n{self.eval_images:,} images{left_out}\n"
 
 
-@torch.no_grad()
 def evaluate_model(
     student: Measured,
     dataset: TransformedDataset | StreamedDataset,
@@ -94,50 +105,69 @@ def evaluate_model(
     device: torch.device | str = "cpu",
     workers: int = 0,
 ) -> Evaluation:
-    """Figures of a model on a data set without augmentation, in fp32.
+    """Figures of a model on a data set without augmentation, in fp32, by our `evaluate.Metric`.
 
     The same figures as `DistillationTrainer.evaluate` in fp32, on the same data.
 
     Raises:
         FloatingPointError: if a logit is not finite; the classes read off it would be a guess.
+        ValueError: if there is no image.
     """
-    network: nn.Module = student
-    network.to(device).eval().to(memory_format=torch.channels_last)
-    statistics = pixel_statistics(student, device)
-    labels = labels_of(student)
-    compared = ["student", *(["teacher", "agreement"] if teacher is not None else [])]
-    metrics = {
-        who: load_metric(len(labels), id2label=labels, ignore_index=ignore_index)
-        for who in compared
-    }
-    if teacher is not None:
-        teacher.expect_input(*input_statistics(student)).to(device)
-    images, finite = 0, torch.tensor(True, device=device)
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
-    for batch in tqdm(loader, desc="evaluate", unit="batch", disable=None):
-        pixels = normalise(batch["pixel_values"].to(device), statistics)
-        truth = class_ids(batch["labels"])
-        raw = raw_logits(student, pixels)
-        finite &= raw.isfinite().all()
-        found = classes_of(raw).cpu()
-        metrics["student"].add_batch(predictions=found, references=truth)
-        if teacher is not None:
-            guide = classes_of(teacher(pixels)).cpu()
-            metrics["teacher"].add_batch(predictions=guide, references=truth)
-            guide[truth == ignore_index] = ignore_index
-            metrics["agreement"].add_batch(predictions=found, references=guide)
-        images += len(truth)
-    if not finite:
-        raise FloatingPointError(
-            "Expected finite logits, got NaN or infinity from the model. Its weights are broken: "
-            "take another checkpoint."
-        )
-    figures = {who: metric.compute() for who, metric in metrics.items()}
+    evaluator = Evaluator(student, teacher, ignore_index, device)
+    rows, reliability = RowCounter(evaluator.settings), ReliabilityCounter(ignore_index)
+    metrics = MetricCounter(evaluator)
+    counters = (rows, reliability, metrics)
+    evaluator.run(dataset, *counters, batch_size=batch_size, workers=workers)
+    counted = rows.rows()  # there are images
+    figures = metrics.compute()
     agreement = {}
     if teacher is not None:
-        same = figures["agreement"]
+        same = figures[AGREEMENT]
         agreement = {"agreement": same["pixel_accuracy"], "agreement_miou": same["miou"]}
-    return Evaluation(figures["student"], images, figures.get("teacher", {}), agreement)
+    of_teacher = figures.get(TEACHER, {})
+    return Evaluation(figures[STUDENT], of_teacher, agreement, counted, reliability.counts)
+
+
+class MetricCounter:
+    """Feeds a pass to one `evaluate.Metric` each of student, teacher and their agreement."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.ignore_index = evaluator.ignore_index
+        with_teacher = evaluator.teacher is not None
+        labels = evaluator.id2label
+        self.metrics = {
+            who: load_metric(len(labels), id2label=labels, ignore_index=self.ignore_index)
+            for who in (STUDENT, *((TEACHER, AGREEMENT) if with_teacher else ()))
+        }
+
+    def __call__(self, batch: EvaluatedBatch) -> None:
+        """Add a batch."""
+        truth = class_ids(batch.labels).cpu()
+        classes = {who: classes_of(raw).cpu() for who, raw in batch.logits.items()}
+        for who, predicted in classes.items():
+            self.metrics[who].add_batch(predictions=predicted, references=truth)
+        if TEACHER in classes:
+            target = classes[TEACHER]
+            target[truth == self.ignore_index] = self.ignore_index
+            self.metrics[AGREEMENT].add_batch(predictions=classes[STUDENT], references=target)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Metrics by name, of each that was compared."""
+        return {who: metric.compute() for who, metric in self.metrics.items()}
+
+
+class ReliabilityCounter:
+    """Pixels of a pass by confidence, of `student` and, if there is one, of `teacher`."""
+
+    def __init__(self, ignore_index: int) -> None:
+        self.ignore_index = ignore_index
+        self.counts: dict[str, Reliability] = {}
+
+    def __call__(self, batch: EvaluatedBatch) -> None:
+        """Count a batch."""
+        for who, raw in batch.logits.items():
+            bins = reliability_counts(raw, batch.labels, ignore_index=self.ignore_index)
+            self.counts[who] = self.counts.get(who, Reliability.zero()).add(bins)
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
@@ -196,7 +226,7 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     )
     add_fields(parser, EvaluateArguments, title="evaluation")
     add_fields(parser, DataArguments, title="data", only=EVALUATION_DATA)
-    add_fields(parser, ModelArguments, title="teacher", only=TEACHER)
+    add_fields(parser, ModelArguments, title="teacher", only=TEACHER_FIELDS)
     given = given_flags(parser, arguments)
     source = given.pop("model")
     own, data_settings, model_settings = given_settings(

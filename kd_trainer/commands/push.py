@@ -11,7 +11,7 @@ from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.fields import add_fields, help_field
 from kd_trainer.hub import Pushed, Source, check_access, find_source, upload
 from kd_trainer.hub.publication import Publication, settings_of, write_folder
-from kd_trainer.publishing.trainer import HUB_FOLDER
+from kd_trainer.push_callback import HUB_FOLDER
 from kd_trainer.replacing import MARKER
 from kd_trainer.safe_files import plain
 

@@ -10,21 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kd_trainer import sources
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.command_line import EVALUATION_DATA, command_parser, given_flags, given_settings
-from kd_trainer.commands.examination import (
-    AGREEMENT,
-    EvaluationData,
-    Networks,
-    choose,
-    examine,
-    shown_images,
-)
-from kd_trainer.evaluation import agreement_of, figures_of, labels_of
+from kd_trainer.commands.evaluate import Evaluation, evaluate_model
+from kd_trainer.commands.shown_images import EvaluationData, choose, shown_images
+from kd_trainer.evaluation import Evaluator, figures_of, labels_of
 from kd_trainer.fields import add_fields, check_at_least, help_field
 from kd_trainer.loading import load_student, make_teacher, network_name, network_size
 from kd_trainer.metrics import SegmentationCounts
@@ -66,10 +61,11 @@ class ReportArguments:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a training has at hand already, so that it is not loaded twice."""
+    """What a training has at hand already, so that nothing is loaded or measured twice."""
 
     teacher: Teacher | None
     dataset: EvaluationData | None
+    evaluation: Evaluation | None = None
 
 
 def build_report(
@@ -114,8 +110,11 @@ def build_report(
     contents = _contents(folder, settings, student, teacher)
     contents = dataclasses.replace(contents, notes=[*notes, *contents.notes])
     if dataset is not None:
-        networks = Networks(student, teacher, data.ignore_index, device)
-        contents = _with_images(contents, networks, dataset, args, data)
+        evaluator = Evaluator(student, teacher, data.ignore_index, device)
+        evaluation = loaded.evaluation if loaded is not None else None
+        contents = _with_images(
+            contents, evaluator, dataset, evaluation=evaluation, args=args, data=data
+        )
     path = Path(args.output) if args.output else folder / "report.html"
     write_text(path, report_html(contents))
     return path
@@ -219,35 +218,49 @@ def _contents(
 
 def _with_images(
     contents: Contents,
-    networks: Networks,
+    evaluator: Evaluator,
     dataset: EvaluationData,
+    *,
+    evaluation: Evaluation | None,
     args: ReportArguments,
     data: DataArguments,
 ) -> Contents:
     """The contents with everything that needs the images."""
-    found = examine(networks, dataset, batch_size=args.batch_size, workers=args.workers)
-    labels = networks.labels
-    ious = found.image_ious(labels)
-    totals = SegmentationCounts.zero(len(labels))
+    if evaluation is None:
+        evaluation = evaluate_model(
+            evaluator.student,
+            dataset,
+            teacher=evaluator.teacher,
+            batch_size=args.batch_size,
+            ignore_index=evaluator.ignore_index,
+            device=evaluator.device,
+            workers=args.workers,
+        )
+    labels = evaluator.id2label
+    figures = {STUDENT: evaluation.student, TEACHER: evaluation.teacher}
+    ious = {
+        who: np.array([figures_of(row[None], labels)["miou"] for row in evaluation.rows[who]])
+        for who in evaluation.reliability
+    }
     chosen = choose(ious[STUDENT], args.max_images)
+    totals = SegmentationCounts.zero(len(labels))
     measured = {
         who: dataclasses.replace(
             contents.networks[who],
-            figures=figures_of(found.rows[who], labels),
-            confusion=totals.add(found.rows[who]).confusion,
-            reliability=found.reliability[who],
+            figures=figures[who],
+            confusion=totals.add(evaluation.rows[who]).confusion,
+            reliability=evaluation.reliability[who],
         )
         for who in ious
     }
-    images = len(found.rows[STUDENT])
     return dataclasses.replace(
         contents,
         networks=dict(contents.networks) | measured,
-        images=shown_images(networks, dataset, chosen, ious),
-        agreement=agreement_of(found.rows[AGREEMENT], labels) if AGREEMENT in found.rows else {},
+        images=shown_images(evaluator, dataset, chosen, ious),
+        agreement=evaluation.agreement,
         measured=(
-            f"Measured in fp32 on the {images:,} images of the split {data.eval_split} of "
-            f"{data.dataset}, at {data.image_size} x {data.image_size} pixels."
+            f"Measured in fp32 on the {evaluation.eval_images:,} images of the split "
+            f"{data.eval_split} of {data.dataset}, at {data.image_size} x {data.image_size} pixels."
         ),
     )
 

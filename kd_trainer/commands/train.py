@@ -11,12 +11,14 @@ from typing import Any
 
 import yaml
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 
 from kd_trainer.build import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
+from kd_trainer.checkpointing.resume import newest_checkpoint, settle_all
 from kd_trainer.checkpointing.stopping import stoppable
 from kd_trainer.command_line import RunArguments
-from kd_trainer.commands.evaluate import evaluate_model
+from kd_trainer.commands.evaluate import Evaluation, evaluate_model
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
 from kd_trainer.commands.teacher_targets import use_cached_targets
 from kd_trainer.console import markdown_table
@@ -26,14 +28,14 @@ from kd_trainer.data.images import content_digest
 from kd_trainer.disk import FolderLock, check_own_files, check_writable, replacing_files, writing
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.plan import describe
+from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.hub import check_access, last_part
 from kd_trainer.hub.publication import publish
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.publishing.trainer import HUB_FOLDER
-from kd_trainer.resuming.trainer import newest_checkpoint, settle_all
+from kd_trainer.push_callback import HUB_FOLDER, publication_of
 from kd_trainer.run_folder import write_bad_samples, write_json
-from kd_trainer.safe_files import plain, write_text
+from kd_trainer.safe_files import plain, replacing_file, write_text
 from kd_trainer.trainer import DistillationTrainer
 
 LIBRARIES = (
@@ -80,6 +82,7 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
     if checkpoint is None and not run.training.no_preflight:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
     output = Path(str(run.training.output_dir))
+    _speed_up(run, parts)
     trainer = DistillationTrainer(
         parts.student,
         run.training,
@@ -101,7 +104,9 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
     with stoppable(trainer) if stops else nullcontext():
         trained = trainer.train(str(checkpoint) if checkpoint else None).metrics
     trainer.check_finite()
-    trainer.save_state()  # trainer_state.json, with the logs that the report's curves are drawn of
+    if first:  # with the logs that the report's curves are drawn of
+        with replacing_file(output / TRAINER_STATE_NAME) as partial:
+            trainer.state.save_to_json(str(partial))
     trainer.accelerator.wait_for_everyone()
     # All processes take part: where the weights are split among them, each has a share.
     weights = trainer.accelerator.get_state_dict(trainer.model)
@@ -112,18 +117,25 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
     with writing("the student", student_folder), replacing_files(student_folder) as partial:
         student.save_pretrained(partial, state_dict=weights)
         parts.processor.save_pretrained(partial)
-    results = _results(run, parts, student_folder, trained)
+    results, evaluation = _results(run, parts, student_folder, trained)
     results["epochs"] = round(float(trainer.state.epoch or 0.0), 4)
     results["eval_history"] = eval_history(trainer.state.log_history)
     if run.data.on_bad_sample == "skip":
         results["bad_samples"] = write_bad_samples(output, parts.bad_samples)
     write_json(output / "results.json", results)
     if run.training.report:
-        _report(run, parts, output)
+        _report(run, parts, output, evaluation)
     if run.training.push_to_hub:
-        pushed = publish(output, output / HUB_FOLDER, trainer.publication())
+        pushed = publish(output, output / HUB_FOLDER, publication_of(run.training))
         print(f"\nPushed: {pushed.url}")
     return results
+
+
+def _speed_up(run: RunArguments, parts: Parts) -> None:
+    """What changes the student's layers and this process, which is why no constructor does it."""
+    use_fast_layers(parts.student)
+    if run.training.keep_freed_memory and run.training.device.type == "cpu":
+        keep_freed_memory()
 
 
 def _write_settings(run: RunArguments, parts: Parts, output: Path) -> None:
@@ -134,8 +146,8 @@ def _write_settings(run: RunArguments, parts: Parts, output: Path) -> None:
         write_bad_samples(output, parts.bad_samples)
 
 
-def _report(run: RunArguments, parts: Parts, output: Path) -> None:
-    """`report.html`, with the teacher and the images that are in memory already.
+def _report(run: RunArguments, parts: Parts, output: Path, evaluation: Evaluation | None) -> None:
+    """`report.html`, with the teacher, the images and the figures that are in memory already.
 
     A stream is opened anew: this process has only its own share of it.
     """
@@ -143,7 +155,7 @@ def _report(run: RunArguments, parts: Parts, output: Path) -> None:
     build_report(
         output,
         ReportArguments(batch_size=run.training.per_device_eval_batch_size),
-        loaded=Loaded(parts.teacher, None if streamed else parts.eval_dataset),
+        loaded=Loaded(parts.teacher, None if streamed else parts.eval_dataset, evaluation),
         device=run.training.device,
     )
 
@@ -160,7 +172,7 @@ def eval_history(logs: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 def _results(
     run: RunArguments, parts: Parts, folder: Path, trained: dict[str, float]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Evaluation | None]:
     """Figures of the student as it was saved: read back from its folder, in fp32."""
     student = load_student(folder)
     results: dict[str, Any] = {
@@ -178,6 +190,7 @@ def _results(
     if parts.teacher is not None:
         results["teacher_parameters"] = network_size(parts.teacher.network)[0]
         results["teacher_file_mib"] = weight_file_mib(Path(run.model.teacher))
+    evaluation = None
     if parts.eval_dataset is not None:
         size, images = run.training.per_device_eval_batch_size, parts.eval_dataset
         if isinstance(images, StreamedDataset):  # of which this process has only its share
@@ -192,7 +205,7 @@ def _results(
         )
         results = evaluation.results() | results
     results |= _latencies(run, parts, student)
-    return results | {"versions": {name: version(name) for name in LIBRARIES}}
+    return results | {"versions": {name: version(name) for name in LIBRARIES}}, evaluation
 
 
 def _latencies(

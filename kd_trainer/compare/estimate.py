@@ -6,9 +6,9 @@ import time
 
 from kd_trainer.build import Parts
 from kd_trainer.command_line import RunArguments
+from kd_trainer.compare.image_counts import count_images
 from kd_trainer.compare.runs import PlannedRun, written_note, written_results
 from kd_trainer.doctor.resources import Speed, measure_update, training_seconds
-from kd_trainer.image_counts import count_images
 
 
 def measure_speed(run: RunArguments, parts: Parts, guide: Parts) -> Speed:
@@ -32,9 +32,8 @@ def _seconds_an_image(run: RunArguments, parts: Parts, guide: Parts) -> float:
             parts.student,
             guide.teacher,
             guide.eval_dataset,
-            batch_size=size,
+            run.training,
             ignore_index=run.data.ignore_index,
-            device=run.training.device,
             batches=1,
         )
         elapsed = time.perf_counter() - start

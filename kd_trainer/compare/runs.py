@@ -16,8 +16,8 @@ from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, upda
 from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.command_line import RunArguments, build
 from kd_trainer.compare.budget import Budget, baseline_settings
+from kd_trainer.compare.image_counts import count_images
 from kd_trainer.costs import reset_peak_memory
-from kd_trainer.image_counts import count_images
 from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
 from kd_trainer.run_files import NOTE_SHAPE, RESULTS_SHAPE, read_object
@@ -135,9 +135,8 @@ class PlannedRun:
             load_student(self.folder / "student"),
             parts.teacher,
             parts.eval_dataset,
-            batch_size=self.run.training.per_device_eval_batch_size,
+            self.run.training,
             ignore_index=self.run.data.ignore_index,
-            device=self.run.training.device,
         ).save(self.folder / COUNTS)
 
     def _train(self, train: Callable[[RunArguments], Any]) -> None:

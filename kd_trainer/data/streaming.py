@@ -18,6 +18,8 @@ import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from kd_trainer.data.bad_samples import StreamedBad
 from kd_trainer.data.dataset import SegmentationTransform, SharedEpoch, padding_like
@@ -291,3 +293,34 @@ def shuffled(rows: Iterable[Row], draw: np.random.Generator, size: int) -> Itera
         buffer[place] = row
     for place in draw.permutation(len(buffer)):
         yield buffer[place]
+
+
+def stream_loader(
+    dataset: Any, args: TrainingArguments, collator: Any, *, batch_size: int, drop_last: bool
+) -> DataLoader[Any]:
+    """A loader of a stream, with the settings of a run; its batches are of one rank already."""
+    workers = args.dataloader_num_workers
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=collator,
+        num_workers=workers,
+        persistent_workers=args.dataloader_persistent_workers and workers > 0,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        in_order=args.dataloader_in_order,
+        drop_last=drop_last,
+    )
+    return loader
+
+
+def seed_loader(loader: Any, seed: int) -> Any:
+    """Let a DataLoader draw the seeds of its workers elsewhere than DropPath draws on a CPU.
+
+    With persistent workers it draws once in a run, else once in an epoch; a resumed run draws once
+    more, and would see other DropPath draws.
+    """
+    base: DataLoader[Any] = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper
+    base.generator = torch.Generator().manual_seed(seed)
+    return loader

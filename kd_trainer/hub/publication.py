@@ -21,9 +21,9 @@ from kd_trainer.hub import (
 )
 from kd_trainer.model_card import CardFacts, dataset_name, render
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.replacing import replacing
 from kd_trainer.run_files import COMPARISON_SHAPE, EXPORTS_SHAPE, RESULTS_SHAPE, read_object
-from kd_trainer.tracking import check_finite_weights
 
 # Optional files of a run with further measurements: a list of rows, each a mapping.
 EXPORTS = "export.json"  # as export.py leaves it with the run's folder as --output

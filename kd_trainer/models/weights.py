@@ -258,3 +258,26 @@ def _downloaded_encoder(config: SmpConfig) -> nn.Module:
         raise ValueError(
             f"Expected ImageNet weights for {config.encoder_name}, got none published. {cure}"
         ) from error
+
+
+def check_finite_weights(model: nn.Module, where: str) -> None:
+    """Raise if a parameter or buffer is not finite; one transfer from the device.
+
+    A finite loss can have a gradient that is not, and AdamW then writes it into the weights. Such a
+    model still predicts: NaN is never above 0, so it finds nothing.
+
+    Args:
+        model: to look at.
+        where: it is, for the message: after which update, or in which folder.
+
+    Raises:
+        FloatingPointError: naming the first one.
+    """
+    floating = {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floating.values()]).tolist()
+    bad = next((name for name, fine in zip(floating, finite, strict=True) if not fine), None)
+    if bad is not None:
+        raise FloatingPointError(
+            f"Expected finite weights, got NaN or infinity in {bad} ({where}). Take an earlier "
+            "checkpoint; lower the learning rate, or look for extreme inputs or logits."
+        )

@@ -19,10 +19,9 @@ from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter, onnx_segmenter, torch_segmenter
 from kd_trainer.loading import load_student, network_name, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.models.weights import SUFFIXES
+from kd_trainer.models.weights import SUFFIXES, check_finite_weights
 from kd_trainer.sources import model_source
 from kd_trainer.teacher import Teacher, load_teacher
-from kd_trainer.tracking import check_finite_weights
 
 
 @dataclass(frozen=True)

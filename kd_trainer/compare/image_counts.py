@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import zipfile
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from kd_trainer.data import StreamedDataset, TransformedDataset, collate
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.evaluation import (
-    EvaluationSettings,
+    AGREEMENT,
+    Evaluator,
+    RowCounter,
     agreement_of,
-    agreement_rows,
     figures_of,
-    labels_of,
-    normalise,
-    pixel_statistics,
-    student_rows,
 )
-from kd_trainer.losses import LossWeights
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 
 Rows = npt.NDArray[np.int32]
-_TABLES = ("student", "teacher", "agreement")
+_TABLES = (STUDENT, TEACHER, AGREEMENT)
 
 
 @dataclass(frozen=True)
@@ -88,45 +81,19 @@ def load_counts(path: Path) -> ImageCounts:
     return ImageCounts(**tables)
 
 
-@torch.no_grad()
 def count_images(
     student: SmpForSemanticSegmentation,
     teacher: Teacher,
     dataset: TransformedDataset | StreamedDataset,
+    args: DistillationArguments,
     *,
-    batch_size: int,
     ignore_index: int,
-    device: torch.device | str,
     batches: int | None = None,
 ) -> ImageCounts:
-    """Run student and teacher over a data set without augmentation, in fp32.
-
-    The sums of the counts give the figures of `evaluate_model` on the same data.
-
-    Args:
-        student: put on the device, in eval mode.
-        teacher: likewise.
-        dataset: samples of evaluation.
-        batch_size: images at a time.
-        ignore_index: label of the pixels that count nowhere.
-        device: where to compute.
-        batches: stop after so many; None takes all.
-    """
-    network: nn.Module = student
-    network.to(device).eval().to(memory_format=torch.channels_last)
-    teacher.to(device)
-    statistics = pixel_statistics(student, device)
-    settings = EvaluationSettings(len(labels_of(student)), ignore_index, LossWeights())
-    found: dict[str, list[torch.Tensor]] = {name: [] for name in _TABLES}
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-    total = len(loader) if batches is None else batches
-    steps = tqdm(islice(loader, batches), "count", total, unit="batch", leave=False, disable=None)
-    for batch in steps:
-        pixels = normalise(batch["pixel_values"].to(device), statistics)
-        labels = batch["labels"].to(device)
-        raw, guide = student(pixel_values=pixels)["raw_logits"], teacher(pixels)
-        found["student"].append(student_rows(raw, labels, settings))
-        found["teacher"].append(student_rows(guide, labels, settings))
-        found["agreement"].append(agreement_rows(raw, guide, labels, settings))
-    tables = {name: torch.cat(rows).cpu().numpy().astype(np.int32) for name, rows in found.items()}
+    """Counts of student and teacher on the evaluation images, or on the first batches of them."""
+    evaluator = Evaluator(student, teacher, ignore_index, args.device)
+    counter = RowCounter(evaluator.settings)
+    size = args.per_device_eval_batch_size
+    evaluator.run(dataset, counter, batch_size=size, batches=batches, title="count")
+    tables = {name: rows.astype(np.int32) for name, rows in counter.rows().items()}
     return ImageCounts(**tables)

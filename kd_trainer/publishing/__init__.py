@@ -1,1 +1,0 @@
-"""A Trainer that pushes the student and its card."""

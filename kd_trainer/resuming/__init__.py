@@ -1,1 +1,0 @@
-"""A Trainer that saves complete checkpoints and resumes exactly."""
