@@ -1,12 +1,14 @@
 """The loss terms against float64 numpy written from the formulas, and their invariances."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from kd_trainer.losses import (
+    TERMS,
     LossTerms,
     LossWeights,
     distillation_terms,
@@ -340,7 +342,7 @@ def test_no_term_reads_a_value_on_the_host(channels):
         student.requires_grad_(), teacher, labels, temperature=2.0, distil_mask=mask,
         pos_weight=2.0 if channels == 1 else None,
     )  # fmt: skip
-    weighted_sum(terms, LossWeights(1.0, 1.0, 1.0, 1.0)).backward()
+    weighted_sum(terms, LossWeights(kl=1.0, mse=1.0, bce=1.0, dice=1.0)).backward()
     assert student.grad.shape == student.shape
 
 
@@ -368,11 +370,11 @@ def test_terms_of_weight_zero_are_not_computed(monkeypatch):
     """They cost time and memory, and a NaN in one of them would matter."""
     student, teacher, labels = draw(1)
 
-    def never(*_):
+    def never(**_):
         pytest.fail("computed a term of weight 0")
 
-    monkeypatch.setattr("kd_trainer.losses.terms.binary_kl", never)
-    monkeypatch.setattr("kd_trainer.losses.terms.binary_dice", never)
+    rows = [replace(t, binary=never) if t.name in ("kl", "dice") else t for t in TERMS]
+    monkeypatch.setattr("kd_trainer.losses.terms.TERMS", rows)
     weights = LossWeights(mse=0.5, bce=0.5)
     terms = distillation_terms(student, teacher, labels, temperature=1.0, weights=weights)
     assert list(terms.named()) == ["mse", "bce"]
@@ -399,7 +401,8 @@ def test_without_a_teacher_there_are_only_task_terms(channels):
 
 def test_the_total_is_the_recipe_s_sum():
     """0.3·2 + 0.5·3 + 0.7·(0.5·5 + 1·7): each weight at its own term, `task` at the last two."""
-    terms = LossTerms(*(torch.tensor(x) for x in (2.0, 3.0, 5.0, 7.0)))
+    values = torch.tensor([2.0, 3.0, 5.0, 7.0])
+    terms = LossTerms(kl=values[0], mse=values[1], bce=values[2], dice=values[3])
     weights = LossWeights(kl=0.3, mse=0.5, bce=0.5, dice=1.0, task=0.7)
     assert weighted_sum(terms, weights).item() == pytest.approx(0.6 + 1.5 + 0.7 * 9.5)
     supervised = LossTerms(bce=terms.bce, dice=terms.dice)
