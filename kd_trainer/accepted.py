@@ -13,7 +13,7 @@ from kd_trainer.teacher import Teacher
 # Arguments of the Trainer, and why they cannot be followed.
 _REFUSED = {
     "compute_loss_func": "the loss is the sum of our terms. Set their weights, or add a term as "
-    "docs/design.md says",
+    "docs/losses.md says",
     "optimizers": "its groups are the encoder's units, which are freed one after the other. Give "
     "the class as optimizer_cls_and_kwargs",
     "preprocess_logits_for_metrics": "an evaluation keeps counts of each image, and no logits. "

@@ -29,7 +29,7 @@ from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
 from kd_trainer.loading import make_student, make_teacher, student_options
 from kd_trainer.losses import LossWeights
-from kd_trainer.losses.functions import check_pos_weight
+from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
@@ -93,7 +93,10 @@ def assemble(run: RunArguments) -> Parts:
         )
     args, data = run.training, run.data
     _check_together(run)
-    check_pos_weight(args.pos_weight, 1 if data.num_labels == 2 else data.num_labels)
+    channels = 1 if data.num_labels == 2 else data.num_labels
+    check_pos_weight(args.pos_weight, channels)
+    weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
+    weights.check_channels(channels)
     data = learn_from_sources(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = _load(run)
@@ -113,14 +116,13 @@ def assemble(run: RunArguments) -> Parts:
     if evaluation in splits:
         eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
     _check_enough(train_dataset, run, student)
-    weights = args.loss_weights
     return Parts(
         student=student,
         teacher=teacher,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processor=_processor(student, data),
-        loss_weights=weights if teacher is not None else weights.without_teacher(),
+        loss_weights=weights,
     )
 
 

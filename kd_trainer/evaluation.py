@@ -313,10 +313,11 @@ def figures_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
 
 def figure_names(id2label: dict[int, str], weights: LossWeights, *, teacher: bool) -> list[str]:
     """Names of the figures that each evaluation of a training gives."""
-    terms = [name for name, factor in weights.effective().items() if factor > 0]
+    factors = weights.effective()
+    terms = [term.evaluated_as for term in TERMS if factors[term.name] > 0]
     return [
         *SegmentationCounts.zero(len(id2label)).metrics(id2label),
-        *("dice_loss" if name == "dice" else name for name in terms),
+        *terms,
         "loss",
         *(("agreement", "agreement_miou") if teacher else ()),
     ]
@@ -377,7 +378,8 @@ def terms_of(rows: np.ndarray, counts: np.ndarray, weights: LossWeights) -> dict
                 f"Expected finite loss terms in the evaluation, got {name} = {value}. Look for "
                 "weights that are not finite, or for extreme logits of the teacher or student."
             )
-    return {("dice_loss" if name == "dice" else name): value for name, value in means.items()}
+    names = {term.name: term.evaluated_as for term in TERMS}
+    return {names.get(name, name): value for name, value in means.items()}
 
 
 class DataSetFigures:

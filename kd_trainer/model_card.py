@@ -198,7 +198,7 @@ def _loss(settings: dict[str, Any], *, taught: bool) -> str:
     for term in TERMS:
         factor = settings.get(term.flag, 0.0) * (float(taught) if term.needs_teacher else task)
         if factor:
-            title = (several and term.title_of_many) or term.title
+            title = (several and term.softmax_title) or term.title
             terms.append(f"{factor:g} {title}")
     return " + ".join(terms)
 

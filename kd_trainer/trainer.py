@@ -132,6 +132,7 @@ class DistillationTrainer(Trainer):
         check_accepted(model, args, teacher, kwargs)
         weights = args.loss_weights
         self.loss_weights = weights if teacher is not None else weights.without_teacher()
+        self.loss_weights.check_channels(model.config.classes)
         self.id2label = labels_of(model)
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}

@@ -246,9 +246,8 @@ class DistillationArguments(TrainingArguments):
     def _best_is_a_loss(self) -> bool:
         """Whether the best student is the one with least of its metric."""
         name = str(self.metric_for_best_model).removeprefix("eval_")
-        # `dice` is the metric: the term of that name is called dice_loss. Of several evaluation
-        # sets each figure begins with the name of its set.
-        terms = set(self.loss_weights.effective()) - {"dice"}
+        # Of several evaluation sets each figure begins with the name of its set.
+        terms = [term.evaluated_as for term in TERMS]
         return name.endswith("loss") or any(f"_{name}".endswith(f"_{term}") for term in terms)
 
     @property

@@ -100,7 +100,7 @@ def parameter_finding(gradients: Gradients) -> Finding:
         return fault(
             check,
             "Expected gradients in the student, got none in any parameter",
-            "Give a loss term a weight that reaches it: --bce_weight, --dice_weight.",
+            weight_hint(),
         )
     if gradients.missing:
         lost = sum(gradients.sizes[name] for name in gradients.missing)

@@ -1,13 +1,13 @@
-"""Pure loss functions on logits: the recipe's four terms, for binary and multi-class models."""
+"""Pure loss functions on logits, the table of terms, their weights and their sum."""
 
-from kd_trainer.losses.functions import class_ids, labelled_images
+from kd_trainer.losses.checks import class_ids
+from kd_trainer.losses.functions import TERMS, Term
 from kd_trainer.losses.terms import (
     TEACHER_TERMS,
-    TERMS,
     LossTerms,
     LossWeights,
-    Term,
     distillation_terms,
+    labelled_images,
     weight_hint,
     weighted_sum,
 )

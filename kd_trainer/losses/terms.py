@@ -1,114 +1,66 @@
-"""The recipe's loss: named terms, their weights and their sum.
+"""The loss of a run: the terms of the table, their weights and their sum.
 
     total = kl·KL(T) + mse·MSE + task·(bce·BCE + dice·Dice)
 
-Each term is a mean over valid pixels (Dice: over pictures that have any), in fp32, without clamps,
+Each term is a mean over valid pixels (Dice: over images that have any), in fp32, without clamps,
 and stays on the device. At high temperature T²·KL tends to (s − t)²/8, so there KL and MSE are
 nearly one term.
 """
 
-import dataclasses
-import math
-from dataclasses import dataclass
-from typing import Self
+from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from kd_trainer.losses.functions import (
-    binary_cross_entropy,
-    binary_dice,
-    binary_kl,
-    binary_mse,
-    centred_mse,
-    check_inputs,
-    check_pos_weight,
-    check_temperature,
-    class_ids,
-    keep_pixels,
-    softmax_cross_entropy,
-    softmax_dice,
-    softmax_kl,
-    working_precision,
-)
+from kd_trainer.losses.checks import check_inputs, check_temperature, class_ids
+from kd_trainer.losses.functions import TERMS
 
-
-@dataclass(frozen=True)
-class Term:
-    """What the package knows of a loss term; everything that shows or weighs terms reads this.
-
-    Attributes:
-        name: of its field in `LossTerms` and `LossWeights`; its flag is `--NAME_weight`.
-        needs_teacher: it compares with the teacher's logits, the others with labels.
-        title: in a model card, for a student of one logit.
-        title_of_many: the same for a student of several, where it differs.
-        softened: the temperature of the run is one of its inputs.
-    """
-
-    name: str
-    needs_teacher: bool
-    title: str
-    title_of_many: str | None = None
-    softened: bool = False
-
-    @property
-    def flag(self) -> str:
-        """Name of its weight on the command line and in a configuration."""
-        return f"{self.name}_weight"
-
-
-TERMS = (
-    Term("kl", needs_teacher=True, title="KL(T)", softened=True),
-    Term("mse", needs_teacher=True, title="MSE"),
-    Term("bce", needs_teacher=False, title="BCE", title_of_many="cross entropy"),
-    Term("dice", needs_teacher=False, title="Dice"),
-)
+NAMES = tuple(term.name for term in TERMS)
 TEACHER_TERMS = frozenset(term.name for term in TERMS if term.needs_teacher)
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """Unweighted scalar terms; None where a term was not computed.
+class LossTerms(SimpleNamespace):
+    """Unweighted scalar terms, an attribute for each row of `TERMS`; None where not computed."""
 
-    Attributes:
-        kl: divergence of the softened student from the softened teacher, times T².
-        mse: squared difference of the logits.
-        bce: cross entropy with the labels (of the softmax, where there are several channels).
-        dice: one minus the soft Dice.
-    """
-
-    kl: Tensor | None = None
-    mse: Tensor | None = None
-    bce: Tensor | None = None
-    dice: Tensor | None = None
+    def __init__(self, **terms: Tensor) -> None:
+        super().__init__(**dict.fromkeys(NAMES) | terms)
 
     def named(self) -> dict[str, Tensor]:
-        """The computed terms by name, in the order of the fields."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        """The computed terms by name, in the order of `TERMS`."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """Factors of the terms; `task` multiplies those that compare with labels.
+class LossWeights(SimpleNamespace):
+    """Factors of the terms, an attribute for each row of `TERMS`; 0 where not given.
 
-    The neutral defaults switch everything off; the recipe's are in arguments.py.
+    The recipe's are in arguments/training.py.
+
+    Args:
+        task: multiplies the terms that compare with labels.
+        weights: by the names of the terms.
 
     Raises:
+        TypeError: if there is no term of a name.
         ValueError: if a weight is negative or not finite.
     """
 
-    kl: float = 0.0
-    mse: float = 0.0
-    bce: float = 0.0
-    dice: float = 0.0
-    task: float = 1.0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+    def __init__(self, *, task: float = 1.0, **weights: float) -> None:
+        unknown = sorted(weights.keys() - set(NAMES))
+        if unknown:
+            raise TypeError(
+                f"Expected loss weights for {', '.join(NAMES)} or task, got one for {unknown[0]}. "
+                "Name a term of the table, or add a row to it."
+            )
+        super().__init__(**dict.fromkeys(NAMES, 0.0) | weights, task=task)
+        for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(
-                    f"Expected loss weight {field.name} >= 0, got {value}. Use 0 to leave it out."
+                    f"Expected loss weight {name} >= 0, got {value}. Use 0 to leave it out."
                 )
 
     def effective(self) -> dict[str, float]:
@@ -120,12 +72,12 @@ class LossWeights:
 
     @property
     def ask_teacher(self) -> bool:
-        """Whether a term that counts needs the teacher's logits."""
+        """Whether a term that counts needs the teacher."""
         return any(factor > 0 for name, factor in self.effective().items() if name in TEACHER_TERMS)
 
-    def without_teacher(self) -> Self:
+    def without_teacher(self) -> LossWeights:
         """The same without the terms that need one."""
-        return dataclasses.replace(self, **dict.fromkeys(TEACHER_TERMS, 0.0))
+        return LossWeights(**vars(self) | dict.fromkeys(TEACHER_TERMS, 0.0))
 
     def check_teacher(self) -> None:
         """Refuse a teacher that would be loaded, and never be asked.
@@ -140,8 +92,22 @@ class LossWeights:
                 f"them ({', '.join(flags)}). Give one a weight, or train without the teacher."
             )
 
+    def check_channels(self, channels: int) -> None:
+        """Refuse a term that teaches nothing to a student of so many logits a pixel.
 
-ALL_TERMS = LossWeights(**{term.name: 1.0 for term in TERMS})
+        Raises:
+            ValueError: with the reason.
+        """
+        for term in TERMS:
+            if self.effective()[term.name] > 0 and term.function(channels) is None:
+                raise ValueError(
+                    f"Expected a weight of 0 for the term {term.name}, which teaches nothing to a "
+                    f"student of {channels} logit{'s' * (channels > 1)} a pixel, got "
+                    f"{getattr(self, term.name):g}: {term.degenerate}. Set --{term.flag} 0."
+                )
+
+
+ALL_TERMS = LossWeights(**dict.fromkeys(NAMES, 1.0))
 
 
 def distillation_terms(
@@ -156,7 +122,7 @@ def distillation_terms(
     pos_weight: float | None = None,
     dice_images: Tensor | None = None,
 ) -> LossTerms:
-    """Compute the recipe's terms; one channel is a binary model, more are a softmax model.
+    """Compute the terms; one channel is a binary model, more are a softmax model.
 
     What logits, labels and mask hold at pixels that do not count has no influence, NaN included.
     Labels that count must be class ids: others fail in an index operation, as reading them
@@ -169,9 +135,9 @@ def distillation_terms(
         temperature: > 0, softens both sides of the KL and nothing else.
         ignore_index: label of the pixels that count in no task term.
         distil_mask: bool (B, H, W), the pixels of the teacher terms; by default the labelled ones.
-        weights: terms of weight 0 are not computed; None computes all.
+        weights: terms of weight 0 are not computed; None computes all that K logits allow.
         pos_weight: factor of the foreground in the bce of a one-logit model.
-        dice_images: what `labelled_images` says of the micro-batches and processes of an update;
+        dice_images: what `labelled_images` says of the micro-batches and processes of a step;
             None takes the mean over the labelled images of this batch.
 
     Returns:
@@ -179,39 +145,57 @@ def distillation_terms(
 
     Raises:
         TypeError: if a tensor has the wrong kind of type, or temperature is no number.
-        ValueError: if shapes do not fit, or temperature or pos_weight is out of range.
+        ValueError: if shapes do not fit, a number is out of range, or a term that has a weight is
+            degenerate for K logits.
     """
     check_inputs(student_logits, teacher_logits, labels, distil_mask)
     check_temperature(temperature)
-    check_pos_weight(pos_weight, student_logits.shape[1])
+    if weights is not None:
+        weights.check_channels(student_logits.shape[1])
     factors = (weights or ALL_TERMS).effective()
-    wanted = {name for name, factor in factors.items() if factor > 0}
-    student, labels = working_precision(student_logits), class_ids(labels)
+    student, labels = _working_precision(student_logits), class_ids(labels)
     valid = labels != ignore_index
-    terms: dict[str, Tensor] = {}
-    if teacher_logits is not None and wanted & TEACHER_TERMS:
-        teacher = teacher_logits.detach().to(student.dtype)
-        mask = valid if distil_mask is None else distil_mask
-        terms |= _teacher_terms(student, teacher, mask, wanted, temperature)
-    if wanted - TEACHER_TERMS:
-        terms |= _task_terms(student, labels, valid, wanted, pos_weight)
-    if "dice" in wanted:
-        dice = binary_dice if student.shape[1] == 1 else softmax_dice
-        terms["dice"] = dice(keep_pixels(student, valid), labels, valid, dice_images)
-    if teacher_logits is None:
-        wanted -= TEACHER_TERMS
-    _check_computed(wanted, terms)
+    inputs: dict[str, Any] = {"labels": labels, "temperature": temperature}
+    inputs |= {"pos_weight": pos_weight, "images": dice_images}
+    sides = [(False, valid)]
+    if teacher_logits is not None:
+        inputs["teacher"] = teacher_logits.detach().to(student.dtype)
+        sides.append((True, valid if distil_mask is None else distil_mask))
+    terms = {}
+    for needs_teacher, mask in sides:
+        # One tensor for all terms of a side, whose gradients then meet in it.
+        inputs |= {"student": _keep_pixels(student, mask), "mask": mask}
+        for term in TERMS:
+            function = term.function(student.shape[1])
+            if function and term.needs_teacher == needs_teacher and factors[term.name] > 0:
+                terms[term.name] = function(**{name: inputs[name] for name in term.takes})
     return LossTerms(**terms)
 
 
-def _check_computed(wanted: set[str], terms: dict[str, Tensor]) -> None:
-    """A term that was added and is not computed would leave the total without a word."""
-    missing = sorted(wanted - terms.keys())
-    if missing:
-        raise NotImplementedError(
-            f"Expected the terms {sorted(wanted)}, got none of {missing}. Compute them in "
-            "losses/terms.py."
-        )
+def _working_precision(logits: Tensor) -> Tensor:
+    """Logits as fp32, whatever the network ran in; float64 stays, so that gradients can be checked.
+
+    Half precision holds neither the sum over a 640x640 image nor the T² that follows it.
+    """
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _keep_pixels(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits (B, K, H, W) with zeros outside the mask (B, H, W).
+
+    Multiplying the loss by the mask would not do: 0 times an infinite or NaN gradient is NaN.
+    """
+    return torch.where(mask.unsqueeze(1), logits, 0.0)
+
+
+def labelled_images(batches: Iterable[Mapping[str, Any]], ignore_index: int) -> Tensor:
+    """Mean number of images with a pixel that counts in these micro-batches, fp32, on their device.
+
+    As `dice_images` of each of the micro-batches it makes the mean of their Dice terms the mean
+    over all labelled images. Averaged over processes, it does so for what DDP averages.
+    """
+    counts = [(batch["labels"] != ignore_index).flatten(1).any(dim=1).sum() for batch in batches]
+    return torch.stack(counts).float().mean()
 
 
 def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:
@@ -234,10 +218,7 @@ def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:
             f"Expected at least one term with a weight above 0, got {factors} for the computed "
             f"terms {sorted(named)}. {weight_hint()}"
         )
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return sum(parts[1:], start=parts[0])
 
 
 def weight_hint() -> str:
@@ -246,32 +227,3 @@ def weight_hint() -> str:
         [term.name for term in TERMS if term.needs_teacher == needs] for needs in (False, True)
     )
     return f"Give {' or '.join(task)} a weight; {' and '.join(taught)} need a teacher."
-
-
-def _teacher_terms(
-    student: Tensor, teacher: Tensor, mask: Tensor, wanted: set[str], temperature: float
-) -> dict[str, Tensor]:
-    kl, mse = (binary_kl, binary_mse) if student.shape[1] == 1 else (softmax_kl, centred_mse)
-    # The teacher gets no gradient, so that the masked mean alone keeps its other pixels out.
-    student = keep_pixels(student, mask)
-    terms = {}
-    if "kl" in wanted:
-        terms["kl"] = kl(student, teacher, mask, temperature)
-    if "mse" in wanted:
-        terms["mse"] = mse(student, teacher, mask)
-    return terms
-
-
-def _task_terms(
-    student: Tensor, labels: Tensor, valid: Tensor, wanted: set[str], pos_weight: float | None
-) -> dict[str, Tensor]:
-    binary = student.shape[1] == 1
-    student = keep_pixels(student, valid)
-    terms = {}
-    if "bce" in wanted:
-        terms["bce"] = (
-            binary_cross_entropy(student, labels, valid, pos_weight)
-            if binary
-            else softmax_cross_entropy(student, labels, valid)
-        )
-    return terms

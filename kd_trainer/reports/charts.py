@@ -275,7 +275,7 @@ def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
     terms = {term.name: term.name for term in TERMS}
     shares = {f"grad_share/{name}": name for name in terms}
     softened = {term.name for term in TERMS if term.softened}
-    evaluated = {f"eval_{k}": v for k, v in {**terms, "dice_loss": "dice"}.items() if k != "dice"}
+    evaluated = {f"eval_{term.evaluated_as}": term.name for term in TERMS}
     classes = {f"eval_iou_{name}": name for name in class_names}
     return [
         *_chart(logs, "mIoU at each evaluation", _miou(), "mIoU"),
