@@ -5,36 +5,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import TrainArguments
-from benchmarks.data_main import DataPathArguments, run_data
+import torch
+
+from benchmarks.data import DataPathArguments, run_data
 from benchmarks.evaluation import EvaluationArguments, run_evaluation
-from benchmarks.processes import ProcessArguments, run_processes
-from benchmarks.steps import run_steps
+from benchmarks.timer import figures_table, machine
+from benchmarks.train import ProcessArguments, TrainArguments, run_processes, run_train
 from kd_trainer.command_line import Parser, command_parser, given_flags, given_settings
 from kd_trainer.fields import add_fields, closest
+from kd_trainer.run_folder import write_json
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of measurement."""
+    """One kind of measurement: in words, its settings, and what measures, prints and gives it."""
 
     about: str
     arguments: type
-    run: Callable[[Any], Any]
+    run: Callable[[Any], dict[str, Any]]
 
 
 # A further measurement is a line here.
 PARTS = {
-    "train": Part(
-        "training steps: plain loop, student alone, ours, cached", TrainArguments, run_steps
-    ),
+    "train": Part("steps of plain loop, student alone, ours, cached", TrainArguments, run_train),
     "data": Part("augmentation, decoding, growth of the data", DataPathArguments, run_data),
-    "processes": Part("steps of several processes against one", ProcessArguments, run_processes),
-    "evaluation": Part(
-        "memory against the number of evaluation images", EvaluationArguments, run_evaluation
-    ),
+    "processes": Part("steps of two processes against one", ProcessArguments, run_processes),
+    "evaluation": Part("memory by evaluation images", EvaluationArguments, run_evaluation),
 }
 DEFAULT = "train"
 
@@ -44,7 +43,7 @@ def benchmark_parser(word: str) -> Parser:
     parts = "\n".join(f"  {name:<12} {part.about}" for name, part in PARTS.items())
     parser = command_parser(
         f"benchmark.py {word}",
-        f"Measure {PARTS[word].about}. Ratios are taken within one process, in turn.",
+        f"Measure {PARTS[word].about}.",
         f"What can be measured (`benchmark.py NAME --help`), `{DEFAULT}` if no name is given:\n"
         f"{parts}\n\n"
         "Examples:\n  benchmark.py train --json speed.json\n"
@@ -55,8 +54,8 @@ def benchmark_parser(word: str) -> Parser:
     return parser
 
 
-def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[Part, Any]:
-    """What is measured, and its settings.
+def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
+    """Name of what is measured, and its settings.
 
     Raises:
         ValueError: on an unknown name, flag or value.
@@ -67,13 +66,16 @@ def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[Part, Any]:
         raise ValueError(
             f"Expected one of {', '.join(PARTS)} to measure, got {word!r}.{closest(word, PARTS)}"
         )
-    part = PARTS[word]
-    given = given_flags(benchmark_parser(word), words)
-    (own,) = given_settings((part.arguments,), given)
-    return part, part.arguments(**own)
+    cls = PARTS[word].arguments
+    (own,) = given_settings((cls,), given_flags(benchmark_parser(word), words))
+    return word, cls(**own)
 
 
 def benchmark_main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the file that is asked for."""
-    part, args = parse_benchmark(arguments)
-    part.run(args)
+    word, args = parse_benchmark(arguments)
+    about = machine(getattr(args, "torch_device", torch.device("cpu")))
+    print(figures_table({"machine": about}))
+    result = {"what": word, "machine": about, "work": vars(args), **PARTS[word].run(args)}
+    if args.json is not None:
+        write_json(Path(args.json), result)

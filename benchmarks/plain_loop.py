@@ -7,8 +7,8 @@ trainer, so that a mistake there is none here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import albumentations as A
@@ -19,10 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.stopwatch import Stopwatch
-
 TEMPERATURE = 4.0
-LOG_EVERY = 10
 
 
 def stock_list(image_size: int) -> Any:
@@ -56,18 +53,23 @@ def stock_list(image_size: int) -> Any:
 
 
 class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Decodes with PIL, changes with albumentations, normalises on the CPU."""
+    """Decodes with PIL, changes with albumentations, normalises on the CPU.
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]], image_size: int) -> None:
-        self.pairs = pairs
+    Args:
+        files: paths of image and mask of each sample.
+        image_size: side of the samples in pixels.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, str]], image_size: int) -> None:
+        self.files = files
         self.transform = stock_list(image_size)
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """A normalised picture float (3, S, S) and its mask float (1, S, S)."""
-        image_path, mask_path = self.pairs[index]
+        """A normalised image float (3, S, S) and its mask float (1, S, S)."""
+        image_path, mask_path = self.files[index]
         image = np.array(Image.open(image_path).convert("RGB"))
         mask = np.array(Image.open(mask_path).convert("L"))
         changed = self.transform(image=image, mask=mask)
@@ -82,8 +84,8 @@ class PlainLoop:
     Args:
         student: with `raw_logits` in its output.
         teacher: likewise, frozen here.
-        dataset: pictures and masks.
-        batch_size: pictures of a step.
+        dataset: images and masks, at least a batch.
+        batch_size: images of a step.
         device: to train on.
         workers: processes that read.
     """
@@ -96,60 +98,37 @@ class PlainLoop:
         *,
         batch_size: int,
         device: torch.device,
-        workers: int = 0,
+        workers: int,
     ) -> None:
         self.student = student.to(device).train()
-        self.teacher = teacher.to(device).eval()
-        for parameter in self.teacher.parameters():
-            parameter.requires_grad = False
-        self.loader = DataLoader(
+        self.teacher = teacher.to(device).eval().requires_grad_(False)
+        loader = DataLoader(
             dataset, batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=True
         )
+        self.batches = chain.from_iterable(repeat(loader))
         trainable = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=1e-4)
         self.device = device
 
-    def run(self, steps: int, watch: Stopwatch) -> None:
-        """Train for so many steps; the stopwatch starts after one more, which warms up."""
-        running = 0.0
-        batches = self._endless()
-        for step in range(-1, steps):
-            if step == 0:
-                watch.start()
-            with watch.part("data"):
-                images, masks = next(batches)
-                images, masks = images.to(self.device), masks.to(self.device)
-            running += self._step(images, masks, watch)
-            if step >= 0 and (step + 1) % LOG_EVERY == 0:
-                running = 0.0
-
-    def _endless(self) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield from self.loader
-
-    def _step(self, images: Tensor, masks: Tensor, watch: Stopwatch) -> float:
+    def step(self) -> list[float]:
+        """Train on the next batch; gives the loss and its terms."""
+        images, masks = (tensor.to(self.device) for tensor in next(self.batches))
         self.optimizer.zero_grad()
-        with watch.part("teacher"), torch.no_grad():
+        with torch.no_grad():
             teacher = self.teacher(images)["raw_logits"]
-        with watch.part("student forward"):
-            student = self.student(images)["raw_logits"]
-        with watch.part("loss"):
-            target = torch.sigmoid(teacher / TEMPERATURE)
-            soft = F.binary_cross_entropy_with_logits(student / TEMPERATURE, target)
-            least = F.binary_cross_entropy_with_logits(teacher / TEMPERATURE, target)
-            kl = (soft - least) * TEMPERATURE**2
-            mse = F.mse_loss(student, teacher)
-            bce = F.binary_cross_entropy_with_logits(student, masks)
-            probability = torch.sigmoid(student)
-            overlap = (probability * masks).sum(dim=(1, 2, 3))
-            areas = probability.sum(dim=(1, 2, 3)) + masks.sum(dim=(1, 2, 3))
-            dice = (1 - (2 * overlap + 1) / (areas + 1)).mean()
-            loss = 0.3 * kl + 0.5 * mse + 0.5 * bce + dice
-        with watch.part("student backward"):
-            loss.backward()
-        with watch.part("optimizer"):
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
-            self.optimizer.step()
-        with watch.part("loss"):
-            values = [term.item() for term in (loss, kl, mse, bce, dice)]
-        return values[0]
+        student = self.student(images)["raw_logits"]
+        target = torch.sigmoid(teacher / TEMPERATURE)
+        soft = F.binary_cross_entropy_with_logits(student / TEMPERATURE, target)
+        least = F.binary_cross_entropy_with_logits(teacher / TEMPERATURE, target)
+        kl = (soft - least) * TEMPERATURE**2
+        mse = F.mse_loss(student, teacher)
+        bce = F.binary_cross_entropy_with_logits(student, masks)
+        probability = torch.sigmoid(student)
+        overlap = (probability * masks).sum(dim=(1, 2, 3))
+        areas = probability.sum(dim=(1, 2, 3)) + masks.sum(dim=(1, 2, 3))
+        dice = (1 - (2 * overlap + 1) / (areas + 1)).mean()
+        loss = 0.3 * kl + 0.5 * mse + 0.5 * bce + dice
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        self.optimizer.step()
+        return [term.item() for term in (loss, kl, mse, bce, dice)]

@@ -1,4 +1,4 @@
-"""Latency, size and mIoU of trained models: `python scripts/frontier.py MODEL ... --help`."""
+"""Latency, size, memory and mIoU of models: `python scripts/frontier.py MODEL ... --help`."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from kd_trainer.errors import run_script
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks are not installed
-from benchmarks.frontier_main import frontier_main
+from benchmarks.frontier import frontier_main
 
 if __name__ == "__main__":
     run_script(frontier_main)

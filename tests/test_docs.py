@@ -13,7 +13,7 @@ from small_runs import save_network, train_flags, write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_layers import LAYERS
 
-from benchmarks import frontier_main
+from benchmarks import frontier
 from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
@@ -53,7 +53,7 @@ SCRIPTS = {
     "report.py": (report.ReportArguments, *CLASSES),
     "push.py": (push.PushArguments,),
     "demo.py": (web_demo.WebDemoArguments, *CLASSES),
-    "frontier.py": (frontier_main.FrontierArguments,),
+    "frontier.py": (frontier.FrontierArguments,),
 }
 WORDS = ("model", "models", "pictures", "run", "folder", "repo_id")
 
@@ -88,14 +88,14 @@ def parsers():
             patch.setattr(module, "given_flags", catch)
         patch.setattr(push, "given_flags", catch)
         patch.setattr(web_demo, "given_flags", catch)
-        patch.setattr(frontier_main, "given_flags", catch)
+        patch.setattr(frontier, "given_flags", catch)
         mains = (
             ("eval.py", evaluate.evaluate_main),
             ("predict.py", predict.predict_main),
             ("report.py", report.report_main),
             ("push.py", push.push_main),
             ("demo.py", web_demo.web_demo_main),
-            ("frontier.py", frontier_main.frontier_main),
+            ("frontier.py", frontier.frontier_main),
         )
         for name, main in mains:
             with pytest.raises(CaughtError) as caught:
@@ -238,7 +238,7 @@ def test_documented_defaults_are_those_of_the_recipe(page: str, least: int):
         ("docs/publish.md", "flag of push.py", push.PushArguments),
         ("docs/export.md", "flag of export.py", export_main.ExportArguments),
         ("docs/demo.md", "flag of demo.py", web_demo.WebDemoArguments),
-        ("docs/frontier.md", "flag of frontier.py", frontier_main.FrontierArguments),
+        ("docs/frontier.md", "flag of frontier.py", frontier.FrontierArguments),
         ("docs/speed.md", "flag of benchmark.py train", PARTS["train"].arguments),
     ],
 )

@@ -1,4 +1,4 @@
-"""The frontier of latency and mIoU: what is timed, what it is compared with, who is called best."""
+"""The frontier of latency and mIoU: what is timed, what it is compared with, and what is shown."""
 
 from __future__ import annotations
 
@@ -13,13 +13,23 @@ import torch
 from tiny import SIDE, tiny_student
 
 from benchmarks import frontier as frontier_module
-from benchmarks.frontier import ENGINES, INT8, ONNX, TORCH, Contender, frontier
-from benchmarks.frontier_main import frontier_main, named_folders
-from benchmarks.frontier_page import frontier_chart, frontier_table
+from benchmarks.frontier import (
+    ENGINES,
+    INT8,
+    ONNX,
+    TORCH,
+    FrontierArguments,
+    calls_of,
+    frontier,
+    frontier_chart,
+    frontier_main,
+    frontier_table,
+    named_folders,
+)
 from kd_trainer.costs import RawLogits, macs, picture
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
-from kd_trainer.loading import load_student
+from kd_trainer.loading import load_student, network_size
 
 MIOU = {"teacher": 0.9, "slow": 0.8, "fast": 0.85}
 
@@ -45,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         metadata,
         with_preprocessing=False,
     )
-    exported = {"onnx-int8": {"miou": 0.84, "kept_in_fp32": ["encoder.layer1"]}}
+    exported = {"onnx-int8": {"miou": 0.84}}
     (fast / "export.json").write_text(json.dumps(exported))
     return folders
 
@@ -53,12 +63,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_every_engine_runs_the_network_it_is_said_to_run(runs, monkeypatch):
     """A figure of another file, or of another input, could never be told by looking at it."""
     pixels = picture(SIDE)
-    slow, fast = (Contender.load(runs[name]) for name in ("slow", "fast"))
+    slow, fast = (load_student(runs[name]).eval() for name in ("slow", "fast"))
     with torch.no_grad():
-        of_slow, of_fast = (RawLogits(one.network)(pixels).numpy() for one in (slow, fast))
-        made = slow.calls(pixels)
+        of_slow, of_fast = (RawLogits(network)(pixels).numpy() for network in (slow, fast))
+        made = calls_of(runs["slow"], slow, pixels)
         monkeypatch.setattr(frontier_module, "onnx_bytes", None)  # the file is there
-        read = fast.calls(pixels)
+        read = calls_of(runs["fast"], fast, pixels)
         assert list(made) == [TORCH, ONNX]
         assert list(read) == list(ENGINES)
         for call, expected in (
@@ -71,39 +81,39 @@ def test_every_engine_runs_the_network_it_is_said_to_run(runs, monkeypatch):
 
 @pytest.fixture(scope="module")
 def rows(runs) -> list[dict]:
-    """Rows of a busy machine: in the second pass everything takes ten times as long."""
+    """Rows of a busy machine: in the second round everything takes ten times as long."""
     slow, fast = {TORCH: 3.0, ONNX: 2.0}, {TORCH: 1.5, ONNX: 1.0, INT8: 0.5}
     each = {"teacher": {TORCH: 6.0, ONNX: 4.0}, "slow": slow, "fast": fast}
     load = (1.0, 10.0, 1.0, 3.0)
     asked = {}
 
-    def passes(calls, inputs, repeats, threads, *, progress):
-        asked.update(calls=list(calls), repeats=repeats, threads=threads)
+    def take_turns(variants, rounds, *, warm_up):
+        asked.update(variants=list(variants), rounds=rounds, threads=torch.get_num_threads())
         return {
-            f"{name} {engine}": [seconds * busy for busy in load]
+            (name, engine): [milliseconds * busy for busy in load]
             for name, engines in each.items()
-            for engine, seconds in engines.items()
+            for engine, milliseconds in engines.items()
         }
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(frontier_module, "passes", passes)
+        patch.setattr(frontier_module, "take_turns", take_turns)
         patch.setattr(frontier_module, "onnx_bytes", lambda network, side: b"a model")
         patch.setattr(frontier_module, "onnx_call", lambda model, pixels, threads: None)
-        found = frontier(runs, side=SIDE, repeats=4)
-    assert asked["repeats"] == 4
+        measured = frontier(runs, FrontierArguments(image_size=SIDE, repeats=4))
+    assert asked["rounds"] == 4
     assert asked["threads"] == 1
-    assert len(asked["calls"]) == 7
-    return found
+    assert len(asked["variants"]) == 7
+    return measured
 
 
 def test_speed_is_that_of_neighbouring_calls(rows):
-    """Medians over all passes would compare a quiet minute of one with a busy one of another."""
+    """Medians over all rounds would compare a quiet minute of one with a busy one of another."""
     by_name = {row["name"]: row for row in rows}
     assert by_name["teacher"]["speed"] == {TORCH: 1.0, ONNX: 1.0}
     assert by_name["slow"]["speed"] == {TORCH: 2.0, ONNX: 2.0}
     assert by_name["fast"]["speed"] == {TORCH: 4.0, ONNX: 4.0}
-    assert by_name["fast"]["latency"][ONNX]["median"] == pytest.approx(2000.0)
-    assert by_name["fast"]["latency"][INT8]["median"] == pytest.approx(1000.0)
+    assert by_name["fast"]["latency"][ONNX]["median"] == pytest.approx(2.0)
+    assert by_name["fast"]["latency"][INT8]["median"] == pytest.approx(1.0)
 
 
 def test_figures_are_those_of_the_files(rows, runs):
@@ -111,34 +121,24 @@ def test_figures_are_those_of_the_files(rows, runs):
     by_name = {row["name"]: row for row in rows}
     fast = by_name["fast"]
     network = load_student(runs["fast"] / "student").eval()
-    assert fast["parameters"] + fast["never_used"] == sum(p.numel() for p in network.parameters())
+    assert fast["parameters"] == network_size(network)[0]
     assert fast["gflop"] == pytest.approx(2e-9 * macs(RawLogits(network), SIDE))
     assert 0 < fast["encoder_gflop"] < fast["gflop"]
     assert fast["mib"]["onnx"] == (runs["fast"] / "student.onnx").stat().st_size / 2**20
-    assert (fast["int8_miou"], fast["int8_kept_in_fp32"]) == (0.84, ["encoder.layer1"])
+    assert fast["int8_miou"] == 0.84
     assert {name: row["miou"] for name, row in by_name.items()} == MIOU
     assert by_name["slow"]["miou_share"] == pytest.approx(0.8 / 0.9)
     assert by_name["slow"]["mib"]["int8"] is by_name["slow"]["int8_miou"] is None
 
 
-def test_best_are_those_that_no_other_beats(rows):
-    """The slow one is slower and worse than the fast one; the teacher is slowest and best."""
-    assert {row["name"]: row["best"] for row in rows} == {
-        "teacher": True,
-        "slow": False,
-        "fast": True,
-    }
-
-
 def test_table_and_chart_show_every_model(rows):
-    """A model that was left out of a picture is taken for one that was not tried."""
+    """A model that was left out of a chart is taken for one that was not tried."""
     table = frontier_table(rows)
-    lines = table.splitlines()
     assert all(len(re.findall(rf"^\|\s+{name} \|", table, re.MULTILINE)) == 2 for name in MIOU)
-    fast = next(line for line in lines if " fast |" in line)
-    assert "0.8500" in fast
-    assert "94.4%" in fast
-    assert "2000 (4.00)" in next(line for line in reversed(lines) if " fast |" in line)
+    quality, costs = (line for line in table.splitlines() if " fast |" in line)
+    assert " 0.85 " in quality
+    assert " 0.9444 " in quality
+    assert " 2 (4.00) " in costs
     chart = frontier_chart(rows, title="mIoU & latency")
     assert "mIoU &amp; latency" in chart
     assert all(f"<title>{name}</title>" in chart for name in MIOU)
@@ -149,11 +149,22 @@ def test_table_and_chart_show_every_model(rows):
 def test_a_model_without_figures_is_measured_all_the_same(runs, tmp_path):
     """Latency of a network that somebody else trained is known, its mIoU is not."""
     shutil.copytree(runs["slow"] / "student", tmp_path / "bare")
-    (row,) = frontier({"bare": tmp_path / "bare"}, side=SIDE, repeats=1, progress=False)
-    assert row["latency"][ONNX]["repeats"] == 1
+    args = FrontierArguments(image_size=SIDE, repeats=1)
+    (row,) = frontier({"bare": tmp_path / "bare"}, args)
+    assert row["latency"][ONNX]["median"] > 0
     assert row["speed"] == {TORCH: 1.0, ONNX: 1.0}
-    assert row["miou"] is row["miou_share"] is row["best"] is None
+    assert row["miou"] is row["miou_share"] is None
+    assert row["memory"] == {}
     assert "no data" in frontier_chart([row], title="one")
+
+
+@pytest.mark.slow
+def test_training_a_model_takes_more_memory_than_using_it(runs):
+    """Both are measured in new processes, which find the model by its folder."""
+    args = FrontierArguments(image_size=256, repeats=1, memory=1)
+    (row,) = frontier({"slow": runs["slow"]}, args)
+    assert 0 < row["memory"]["inference"] < row["memory"]["training"]
+    assert " MiB of training |" in frontier_table([row])
 
 
 def test_the_script_writes_what_it_prints(runs, tmp_path, capsys):
