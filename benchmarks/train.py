@@ -28,6 +28,7 @@ from benchmarks.timer import Clock, Turn, figures_table, ratios, take_turns
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.arguments.loading import usable_processors
 from kd_trainer.commands.teacher_targets import use_cached_targets
+from kd_trainer.commands.train import speed_up
 from kd_trainer.costs import reset_peak_memory
 from kd_trainer.data import TransformedDataset
 from kd_trainer.evaluation import input_statistics
@@ -317,9 +318,11 @@ def _train(
     """Some steps of `DistillationTrainer.train`, of which the first only warms up."""
     window = _Window(args, steps)
     with TemporaryDirectory() as output, redirect_stdout(io.StringIO()):
+        settings = trainer_arguments(args, output, max_steps=_WARM_UP + steps, **changed)
+        speed_up(student, settings)
         trainer = DistillationTrainer(
             student,
-            trainer_arguments(args, output, max_steps=_WARM_UP + steps, **changed),
+            settings,
             teacher=teacher,
             train_dataset=dataset,
             callbacks=[window],

@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.build import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
 from kd_trainer.checkpointing.resume import newest_checkpoint, settle_all
@@ -82,7 +83,7 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
     if checkpoint is None and not run.training.no_preflight:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
     output = Path(str(run.training.output_dir))
-    _speed_up(run, parts)
+    speed_up(parts.student, run.training)
     trainer = DistillationTrainer(
         parts.student,
         run.training,
@@ -131,10 +132,10 @@ def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any
     return results
 
 
-def _speed_up(run: RunArguments, parts: Parts) -> None:
+def speed_up(student: SmpForSemanticSegmentation, args: DistillationArguments) -> None:
     """What changes the student's layers and this process, which is why no constructor does it."""
-    use_fast_layers(parts.student)
-    if run.training.keep_freed_memory and run.training.device.type == "cpu":
+    use_fast_layers(student)
+    if args.keep_freed_memory and args.device.type == "cpu":
         keep_freed_memory()
 
 
