@@ -13,7 +13,7 @@ from benchmarks.data_path import augmentation_times, decoding_times
 from benchmarks.machine import machine
 from kd_trainer.console import markdown_table
 from kd_trainer.fields import check_at_least, help_field
-from kd_trainer.run_folder import write_json
+from kd_trainer.files import write_json
 
 _GROWTH = {"start": 2, "mib": 2, "map": 0, "stream": 0}
 """Figures of a folder, and their decimals."""

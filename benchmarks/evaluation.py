@@ -21,7 +21,7 @@ from kd_trainer.console import markdown_table
 from kd_trainer.costs import reset_peak_memory
 from kd_trainer.evaluation import input_statistics
 from kd_trainer.fields import check_at_least, help_field
-from kd_trainer.run_folder import write_json
+from kd_trainer.files import write_json
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
 

@@ -32,7 +32,7 @@ from kd_trainer.export.exporter import FILES
 from kd_trainer.export.session import OnnxStudent
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.run_files import EXPORTS_SHAPE, RESULTS_SHAPE, read_object
+from kd_trainer.run_folder import EXPORTS_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.sources import model_source
 
 TORCH, ONNX, INT8 = "torch fp32", "onnxruntime fp32", "onnxruntime int8"

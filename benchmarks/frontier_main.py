@@ -11,8 +11,7 @@ from benchmarks.frontier_page import frontier_chart, frontier_table
 from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.export.files import require_all
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
-from kd_trainer.run_folder import write_json
-from kd_trainer.safe_files import write_text
+from kd_trainer.files import write_json, write_text
 
 
 @dataclass

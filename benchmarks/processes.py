@@ -25,7 +25,7 @@ from benchmarks.memory import run_child
 from benchmarks.pictures import pair_folder
 from kd_trainer.arguments.loading import usable_processors
 from kd_trainer.fields import check_at_least, help_field
-from kd_trainer.run_folder import write_json
+from kd_trainer.files import write_json
 
 MODULE = "benchmarks.processes"
 

@@ -23,8 +23,7 @@ from benchmarks.machine import machine
 from benchmarks.memory import measure_memory
 from benchmarks.pictures import pair_folder
 from kd_trainer.console import markdown_table
-from kd_trainer.run_folder import write_json
-from kd_trainer.safe_files import replacing_file, write_text
+from kd_trainer.files import replacing_file, write_json, write_text
 
 TITLES = {
     "plain": "plain loop",

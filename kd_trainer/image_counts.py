@@ -26,9 +26,9 @@ from kd_trainer.evaluation import (
     pixel_statistics,
     student_rows,
 )
+from kd_trainer.files import replacing_file
 from kd_trainer.losses import LossWeights
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 
 Rows = npt.NDArray[np.int32]

@@ -16,9 +16,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from kd_trainer.errors import printable
 from kd_trainer.losses import TERMS
 from kd_trainer.models.configuration_smp import uses_timm_loader
-from kd_trainer.safe_files import plain
 
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 
@@ -265,12 +265,12 @@ _MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
 
 def markup(value: object) -> Markup:
     """A value as Markdown that shows it as it is; what is Markdown already stays."""
-    return value if isinstance(value, Markup) else Markup(_MARKUP.sub(r"\\\g<0>", plain(value)))
+    return value if isinstance(value, Markup) else Markup(_MARKUP.sub(r"\\\g<0>", printable(value)))
 
 
 def code(value: object) -> Markup:
     """A value in backticks, inside of which Markdown knows no escape."""
-    return Markup("`" + plain(value).replace("`", "'") + "`")
+    return Markup("`" + printable(value).replace("`", "'") + "`")
 
 
 # jinja2 escapes what is not Markup, so that whatever `markup` made passes.

@@ -26,7 +26,7 @@ def model_source(source: str) -> str:
     return source
 
 
-def run_folder(source: str | Path) -> Path:
+def run_of(source: str | Path) -> Path:
     """The folder of a run where its student is named; anything else as it is."""
     path = Path(expanded(str(source)))
     inside = path.name == "student" and (path.parent / "config.yaml").is_file()

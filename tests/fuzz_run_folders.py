@@ -24,7 +24,7 @@ from kd_trainer.hub.publication import Publication, write_folder
 from kd_trainer.image_counts import ImageCounts
 from kd_trainer.losses import TERMS
 from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.run_files import EXPORTS_SHAPE, read_object
+from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 
 # As JSON text, because Python would not write some of them.
 VALUES = (

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits
+from kd_trainer.files import MARKER, check_replaceable, replacing_folder
 from kd_trainer.hub import (
     check_access,
     check_regular,
@@ -23,7 +24,6 @@ from kd_trainer.hub import (
     without_paths,
 )
 from kd_trainer.hub.files import CARD, CODE, RESULTS, STUDENT
-from kd_trainer.replacing import MARKER, check_replaceable, replacing
 
 ID = "me/student"
 
@@ -363,7 +363,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def copied(run: Path, destination: Path, **options: bool) -> dict[str, bytes]:
-    with replacing(destination, "output_dir") as folder:
+    with replacing_folder(destination, "output_dir") as folder:
         copy_files(find_source(run), folder, **options)
     return contents(destination)
 
@@ -428,13 +428,13 @@ def test_only_what_was_written_here_before_is_replaced(run: Path, tmp_path: Path
     for place in forbidden:
         with pytest.raises(ValueError, match=r"^Expected .*Name another --output_dir"):
             check_replaceable(place, "output_dir", sources=(source.student, run))
-        with pytest.raises(ValueError, match="Expected"), replacing(place, "output_dir"):
+        with pytest.raises(ValueError, match="Expected"), replacing_folder(place, "output_dir"):
             pytest.fail("nothing may be written")
     assert contents(tmp_path) == before
 
 
 def break_off(folder: Path) -> None:
-    with replacing(folder, "output_dir") as new:
+    with replacing_folder(folder, "output_dir") as new:
         (new / "half").write_bytes(b"half")
         raise OSError("full")
 

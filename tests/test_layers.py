@@ -17,14 +17,11 @@ AUGMENTATION = "kd_trainer/data/augmentation.py"
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
     (
-        *("losses", "schedules", "metrics", "fast_layers", "extras"),
-        *("fields", "processes", "safe_files", PORTABLE),
+        *("losses", "schedules", "metrics", "fast_layers"),
+        *("errors", "fields", "files", "processes", PORTABLE),
     ),
-    (
-        *("argument_checks", "console", "errors", "model_card", "replacing", "reports"),
-        *("run_files", "sources", "tracking"),
-    ),
-    ("arguments", "disk", "teacher"),
+    ("argument_checks", "console", "model_card", "reports", "sources", "tracking"),
+    ("arguments", "teacher"),
     ("command_line", "data", "evaluation", "optim"),
     ("accepted", "callbacks", "checkpointing", "image_counts", "loading", "run_folder", "teaching"),
     ("build", "costs", "hub", "resuming", "teacher_cache"),

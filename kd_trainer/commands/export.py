@@ -25,11 +25,10 @@ from kd_trainer.export.images import (
 )
 from kd_trainer.export.parity import Parity
 from kd_trainer.fields import add_fields
+from kd_trainer.files import check_replaceable, replacing_folder, write_json
 from kd_trainer.loading import load_student
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.replacing import check_replaceable, replacing
-from kd_trainer.run_files import EXPORTS_SHAPE, read_object
-from kd_trainer.run_folder import write_json
+from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 
 RESULTS = "export.json"
 DATA_FLAGS = EVALUATION_DATA - {"image_size", "max_eval_samples"} | {"train_split"}
@@ -73,7 +72,7 @@ def export_student(
 def _put(made: Path, target: Path) -> None:
     """Put a checked file or folder where it belongs, whole."""
     if made.is_dir():
-        with replacing(target, "output") as folder:
+        with replacing_folder(target, "output") as folder:
             shutil.copytree(made, folder, dirs_exist_ok=True)
         return
     beside = target.with_name(f".{target.name}.{os.getpid()}")

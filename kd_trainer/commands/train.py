@@ -23,17 +23,24 @@ from kd_trainer.console import markdown_table
 from kd_trainer.costs import peak_memory_mib, picture_milliseconds
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.data.images import content_digest
-from kd_trainer.disk import FolderLock, check_own_files, check_writable, replacing_files, writing
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.plan import describe
+from kd_trainer.errors import printable
+from kd_trainer.files import (
+    FolderLock,
+    check_writable,
+    replacing_files,
+    write_json,
+    write_text,
+    writing,
+)
 from kd_trainer.hub import check_access, last_part
 from kd_trainer.hub.publication import publish
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing.trainer import HUB_FOLDER
 from kd_trainer.resuming.trainer import newest_checkpoint, settle_all
-from kd_trainer.run_folder import write_bad_samples, write_json
-from kd_trainer.safe_files import plain, write_text
+from kd_trainer.run_folder import check_no_links, write_bad_samples
 from kd_trainer.trainer import DistillationTrainer
 
 LIBRARIES = (
@@ -69,7 +76,7 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
 
 def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any]:
     first = run.training.process_index == 0
-    check_own_files(Path(str(run.training.output_dir)))
+    check_no_links(Path(str(run.training.output_dir)))
     if first:
         lock.take()  # of a folder that is there; a new one is made below
     checkpoint = find_checkpoint(run)  # before anything is written or takes long
@@ -305,7 +312,7 @@ def find_checkpoint(run: RunArguments) -> Path | None:
         for folder, wrong in skipped.items():
             if args.process_index == 0:
                 told = f"skipped {folder}: {wrong}. Going on from {found.name}: what came after it"
-                print(f"{plain(told)} is done again.", file=sys.stderr)
+                print(f"{printable(told)} is done again.", file=sys.stderr)
     elif resume is not None:
         found = Path(resume)
         check_complete(found)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from kd_trainer import extras
+from kd_trainer import errors
 from kd_trainer.models.config_checks import check_statistics
 from kd_trainer.models.configuration_smp import build_network
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
@@ -27,7 +27,7 @@ def require(name: str) -> Any:
     Raises:
         ValueError: if it is not installed; says how to install it.
     """
-    return extras.require(name, extra="export")
+    return errors.require(name, extra="export")
 
 
 def require_all() -> None:
@@ -36,7 +36,7 @@ def require_all() -> None:
     Raises:
         ValueError: if one of the packages is not installed.
     """
-    for name in extras.EXTRAS["export"]:
+    for name in errors.EXTRAS["export"]:
         require(name)
 
 

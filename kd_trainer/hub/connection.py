@@ -25,6 +25,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
+from kd_trainer.files import MARKER
 from kd_trainer.hub.files import (
     CARD,
     OURS,
@@ -34,7 +35,6 @@ from kd_trainer.hub.files import (
     WEIGHTS,
     changes_loading,
 )
-from kd_trainer.replacing import MARKER
 
 _HEAD = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)  # a card's metadata
 _LOGIN = "Log in with `hf auth login`, or put a token that may write into HF_TOKEN."

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kd_trainer.fields import expanded
-from kd_trainer.run_files import RESULTS_SHAPE, STATE_SHAPE, read_object
-from kd_trainer.sources import model_source, run_folder
+from kd_trainer.run_folder import RESULTS_SHAPE, STATE_SHAPE, read_object
+from kd_trainer.sources import model_source, run_of
 
 WEIGHTS = "model.safetensors"
 STUDENT = ("config.json", WEIGHTS, "preprocessor_config.json")
@@ -71,7 +71,7 @@ def find_source(folder: str | Path) -> Source:
     given = Path(expanded(str(folder)))
     inside = given / "student"
     student = inside if inside.is_dir() else Path(model_source(str(given)))
-    around = run_folder(student)
+    around = run_of(student)
     run = given if student == inside else around if around != student else None
     missing = [name for name in STUDENT if not (student / name).is_file()]
     if missing:

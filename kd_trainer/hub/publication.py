@@ -9,6 +9,7 @@ from typing import Any
 from kd_trainer.argument_checks import check_license, check_repo_id
 from kd_trainer.checkpointing.fingerprint import DEFAULTS
 from kd_trainer.command_line import load_recipe
+from kd_trainer.files import replacing_folder
 from kd_trainer.hub import (
     PANEL,
     Pushed,
@@ -21,8 +22,7 @@ from kd_trainer.hub import (
 )
 from kd_trainer.model_card import CardFacts, dataset_name, render
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.replacing import replacing
-from kd_trainer.run_files import COMPARISON_SHAPE, EXPORTS_SHAPE, RESULTS_SHAPE, read_object
+from kd_trainer.run_folder import COMPARISON_SHAPE, EXPORTS_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.tracking import check_finite_weights
 
 # Optional files of a run with further measurements: a list of rows, each a mapping.
@@ -68,7 +68,7 @@ def write_folder(source: Source, destination: Path, about: Publication) -> Path:
         ValueError: if weights and configuration do not belong together, or the folder is not ours.
     """
     sources = [path for path in (source.student, source.run) if path is not None]
-    with replacing(destination, "output_dir", sources=sources) as folder:
+    with replacing_folder(destination, "output_dir", sources=sources) as folder:
         check_regular(source)
         facts = _facts(source, about)  # what is wrong shows before anything is replaced
         finished = about.progress is None

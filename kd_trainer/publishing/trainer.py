@@ -15,11 +15,10 @@ from typing import Any
 from tqdm import tqdm
 from transformers import Trainer
 
-from kd_trainer.disk import replacing_files
+from kd_trainer.errors import printable
+from kd_trainer.files import check_replaceable, replacing_files
 from kd_trainer.hub import Pushed, Source, check_access, upload
 from kd_trainer.hub.publication import Publication, publish, write_folder
-from kd_trainer.replacing import check_replaceable
-from kd_trainer.safe_files import plain
 
 HUB_FOLDER = "hub"
 
@@ -94,7 +93,7 @@ class PublishingTrainer(Trainer):
         """Print what went wrong in the background; the push at the end tries again, and raises."""
         if self._push is not None and (error := self._push.exception()) is not None:
             reason = " ".join(str(error).split())
-            tqdm.write(f"push during the training failed: {plain(reason)}", file=sys.stderr)
+            tqdm.write(f"push during the training failed: {printable(reason)}", file=sys.stderr)
         self._push = None
 
     def push_to_hub(  # type: ignore[override] # what is pushed is not the caller's choice

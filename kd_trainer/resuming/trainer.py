@@ -43,12 +43,11 @@ from kd_trainer.checkpointing.fingerprint import (
 from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.data import StreamedDataset
 from kd_trainer.data.loaders import seed_loader
-from kd_trainer.disk import writing
 from kd_trainer.errors import Stopped
+from kd_trainer.files import replacing_file, writing
 from kd_trainer.processes import Peer, naming_the_dead, processes_of_run, together
 from kd_trainer.resuming.epochs import CountedTrainer
 from kd_trainer.resuming.keeper import Keeper
-from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.extras import require
+from kd_trainer.errors import require
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.web_demo import words
 from kd_trainer.web_demo.result import (
