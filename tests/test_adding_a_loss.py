@@ -61,7 +61,7 @@ from tiny import Squares, arguments, tiny_student, tiny_teacher
 from kd_trainer.command_line import parse
 from kd_trainer.console import console_line
 
-from kd_trainer import model_card
+from kd_trainer.model_card import CardFacts, render
 from kd_trainer.doctor.loss import Gradients, share_finding
 from kd_trainer.reports.charts import history_charts
 from kd_trainer.trainer import DistillationTrainer
@@ -76,7 +76,10 @@ trainer.train()
 logs = trainer.state.log_history
 settings = {"cwd_weight": 2.0, "dice_weight": 1.0, "max_steps": 2}
 settings |= {"temperature_schedule": "constant", "temperature_start": 3.0}
-facts = type("Facts", (), {"settings": settings, "teacher": "some", "side": 32, "results": {}})
+facts = CardFacts(
+    "me/x", "mit", tiny_student().config.to_dict(), (1, 0), 1.0, "photos",
+    {"teacher": "big"}, settings,
+)
 few = {"cwd": 9.9, "bce": 0.1}
 try:
     DistillationTrainer(tiny_student(), arguments(out, **none), teacher=tiny_teacher())
@@ -89,7 +92,7 @@ print(json.dumps({
     "eval": next(log for log in logs if "eval_miou" in log),
     "console": console_line(logs[0]),
     "charts": history_charts(logs, ["a", "b"]),
-    "card": str(model_card.recipe(facts)),
+    "card": render(facts),
     "doctor": share_finding(Gradients(few, few, [], [], {})).text,
     "compare": sorted(OF_THE_DISTILLATION),
     "flag": parse(["--cwd_weight", "0.5"]).training.loss_weights.cwd,

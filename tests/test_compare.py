@@ -34,8 +34,7 @@ from kd_trainer.compare.tables import markdown
 from kd_trainer.costs import duration, peak_memory_mib, reset_peak_memory
 from kd_trainer.data import TransformedDataset
 from kd_trainer.doctor.resources import Speed
-from kd_trainer.hub import find_source
-from kd_trainer.hub.publication import Publication, write_folder
+from kd_trainer.hub import Publication, find_source, write_folder
 from kd_trainer.image_counts import ImageCounts, load_counts
 from kd_trainer.trainer import DistillationTrainer
 

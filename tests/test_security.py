@@ -20,7 +20,7 @@ from kd_trainer.checkpointing.checkpoints import complete, read_marker
 from kd_trainer.command_line import load_recipe
 from kd_trainer.doctor.finding import note, summary, table
 from kd_trainer.errors import PACKAGE, Stopped, run_script
-from kd_trainer.hub.publication import settings_of
+from kd_trainer.hub import settings_of
 from kd_trainer.loading import load_measured, load_student, make_student, make_teacher
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import run_settings

@@ -29,6 +29,7 @@ from kd_trainer.files import check_replaceable, replacing_folder, write_json
 from kd_trainer.loading import load_student
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
+from kd_trainer.sources import public_name
 
 RESULTS = "export.json"
 DATA_FLAGS = EVALUATION_DATA - {"image_size", "max_eval_samples"} | {"train_split"}
@@ -64,7 +65,7 @@ def export_student(
         result = _result(exporter, data)
         output.mkdir(parents=True, exist_ok=True)
         _put(exporter.path, target)
-    result["images_of"] = _name(data.dataset) if data.dataset else "pictures"
+    result["images_of"] = public_name(data.dataset) if data.dataset else "pictures"
     write_json(output / RESULTS, earlier | {args.entry: result})
     return result
 
@@ -81,11 +82,6 @@ def _put(made: Path, target: Path) -> None:
         beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _name(dataset: str) -> str:
-    """The data set without the folders of this machine: the figures are published."""
-    return Path(dataset).name if Path(dataset).exists() else dataset
 
 
 def _images(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:

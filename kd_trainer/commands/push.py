@@ -11,8 +11,16 @@ from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.errors import printable
 from kd_trainer.fields import add_fields, help_field
 from kd_trainer.files import MARKER
-from kd_trainer.hub import Pushed, Source, check_access, find_source, upload
-from kd_trainer.hub.publication import Publication, settings_of, write_folder
+from kd_trainer.hub import (
+    Publication,
+    Pushed,
+    Source,
+    check_access,
+    find_source,
+    settings_of,
+    upload,
+    write_folder,
+)
 from kd_trainer.publishing.trainer import HUB_FOLDER
 
 

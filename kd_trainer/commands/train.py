@@ -34,13 +34,13 @@ from kd_trainer.files import (
     write_text,
     writing,
 )
-from kd_trainer.hub import check_access, last_part
-from kd_trainer.hub.publication import publish
+from kd_trainer.hub import check_access, publish
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.publishing.trainer import HUB_FOLDER
 from kd_trainer.resuming.trainer import newest_checkpoint, settle_all
 from kd_trainer.run_folder import check_no_links, write_bad_samples
+from kd_trainer.sources import public_name
 from kd_trainer.trainer import DistillationTrainer
 
 LIBRARIES = (
@@ -180,7 +180,7 @@ def _results(
         "image_size": run.data.image_size,
         "mixed_precision": run.training.mixed_precision,
         "device": str(run.training.device),
-        "teacher": _public_name(run.model.teacher) if parts.teacher is not None else None,
+        "teacher": public_name(run.model.teacher) if parts.teacher is not None else None,
     }
     if parts.teacher is not None:
         results["teacher_parameters"] = network_size(parts.teacher.network)[0]
@@ -218,11 +218,6 @@ def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:
     """Images in an epoch; a stream's length is announced, with the bad ones that it leaves out."""
     left_out = len(dataset.bad_samples) if isinstance(dataset, StreamedDataset) else 0
     return image_count(dataset) - left_out
-
-
-def _public_name(source: str) -> str:
-    """An id on the Hub, or what a path here is called: results.json is published."""
-    return last_part(source) if Path(source).exists() else source
 
 
 def weight_file_mib(source: Path) -> float | None:

@@ -17,8 +17,7 @@ from transformers import Trainer
 
 from kd_trainer.errors import printable
 from kd_trainer.files import check_replaceable, replacing_files
-from kd_trainer.hub import Pushed, Source, check_access, upload
-from kd_trainer.hub.publication import Publication, publish, write_folder
+from kd_trainer.hub import Publication, Pushed, Source, check_access, publish, upload, write_folder
 
 HUB_FOLDER = "hub"
 
