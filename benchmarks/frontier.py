@@ -29,7 +29,7 @@ from kd_trainer.costs import (
     summary,
 )
 from kd_trainer.export.exporter import FILES
-from kd_trainer.export.session import OnnxStudent
+from kd_trainer.export.onnx_file import OnnxStudent
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.run_folder import EXPORTS_SHAPE, RESULTS_SHAPE, read_object

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.frontier import frontier
 from benchmarks.frontier_page import frontier_chart, frontier_table
 from kd_trainer.command_line import command_parser, given_flags, given_settings
-from kd_trainer.export.files import require_all
+from kd_trainer.export.onnx_file import require_all
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
 from kd_trainer.files import write_json, write_text
 

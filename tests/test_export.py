@@ -24,15 +24,21 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.commands.export import RESULTS, export_main, export_student
 from kd_trainer.errors import user_message
 from kd_trainer.export import exporter as export_module
-from kd_trainer.export.calibration import PERCENTILE, write_ranges
-from kd_trainer.export.exporter import ExportArguments, Exporter, int8_fault, versions
-from kd_trainer.export.files import read_metadata, read_program, write_program, write_smp
-from kd_trainer.export.graph import ExportGraph, export_program, metadata_of
-from kd_trainer.export.images import from_pictures, spread
-from kd_trainer.export.onnx_file import save_onnx, write_half, write_onnx
+from kd_trainer.export.exporter import (
+    ExportArguments,
+    Exporter,
+    from_pictures,
+    int8_fault,
+    read_program,
+    spread,
+    versions,
+    write_program,
+    write_smp,
+)
+from kd_trainer.export.graph import ExportGraph, export_program, metadata_of, read_metadata
+from kd_trainer.export.onnx_file import OnnxStudent, load_onnx, save_onnx, write_half, write_onnx
 from kd_trainer.export.parity import Parity, Reference, compare
-from kd_trainer.export.quantize import Quantiser, part_name, parts_of
-from kd_trainer.export.session import OnnxStudent, load_onnx
+from kd_trainer.export.quantize import PERCENTILE, Quantiser, part_name, parts_of, write_ranges
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 

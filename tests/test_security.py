@@ -232,7 +232,7 @@ READERS = (run_settings, settings_of)
 def test_an_onnx_file_reads_weights_beside_it_only(place, tmp_path):
     """ONNX may keep weights in other files, and name any file as one."""
     onnx = pytest.importorskip("onnx")
-    from kd_trainer.export.session import load_onnx
+    from kd_trainer.export.onnx_file import load_onnx
 
     (tmp_path / "secret.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())
     folder = tmp_path / "model"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,17 +14,19 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import EVALUATION_DATA, command_parser, given_flags, given_settings
 from kd_trainer.commands.evaluate import data_of
 from kd_trainer.console import markdown_table
-from kd_trainer.export.exporter import ExportArguments, Exporter, check
-from kd_trainer.export.images import (
+from kd_trainer.export.exporter import (
+    ExportArguments,
+    Exporter,
     Sample,
     at_another_size,
     batches_of,
+    check,
     from_dataset,
     from_pictures,
 )
 from kd_trainer.export.parity import Parity
 from kd_trainer.fields import add_fields
-from kd_trainer.files import check_replaceable, replacing_folder, write_json
+from kd_trainer.files import check_replaceable, replacing_file, replacing_folder, write_json
 from kd_trainer.loading import load_student
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
@@ -76,12 +77,8 @@ def _put(made: Path, target: Path) -> None:
         with replacing_folder(target, "output") as folder:
             shutil.copytree(made, folder, dirs_exist_ok=True)
         return
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        shutil.copyfile(made, beside)  # from another disk, maybe
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing_file(target) as partial:
+        shutil.copyfile(made, partial)  # from another disk, maybe
 
 
 def _images(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
