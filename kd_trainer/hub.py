@@ -310,8 +310,8 @@ def _measured(
         for one in costs.get(who, {}).get("latency", [])
     ]
     tables = {
-        "Exports (one picture on one thread of a CPU)": rows,
-        "Latency (one picture on a CPU)": latencies,
+        "Exports (one image on one thread of a CPU)": rows,
+        "Latency (one image on a CPU)": latencies,
     }
     return {heading: table for heading, table in tables.items() if table}
 

@@ -218,7 +218,7 @@ def _sizes(facts: CardFacts) -> Table:
         parameters = f"{results['teacher_parameters']:,}"
         rows.append(["teacher", parameters, "", f"{mib:.1f}" if mib else ""])
     if results.get("student_ms"):
-        header.append("ms a picture")
+        header.append("ms an image")
         for row in rows:
             milliseconds = results.get(f"{row[0]}_ms")
             row.append(f"{milliseconds:.1f}" if milliseconds else "")

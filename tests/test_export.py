@@ -27,7 +27,7 @@ from kd_trainer.export import exporter as export_module
 from kd_trainer.export.exporter import (
     ExportArguments,
     Exporter,
-    from_pictures,
+    from_images,
     int8_fault,
     read_program,
     spread,
@@ -557,7 +557,7 @@ def test_images_are_spread_over_the_folder(folder):
     """The first hundred files of a sorted folder may show one place on one day."""
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(3, 8) == [0, 1, 2]
-    found = from_pictures([str(folder / "data" / "train" / "images")], SIDE, 2)
+    found = from_images([str(folder / "data" / "train" / "images")], SIDE, 2)
     assert [(tuple(p.shape), p.dtype, m) for p, m in found] == 2 * [
         ((3, SIDE, SIDE), torch.uint8, None)
     ]

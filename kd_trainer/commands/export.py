@@ -22,7 +22,7 @@ from kd_trainer.export.exporter import (
     batches_of,
     check,
     from_dataset,
-    from_pictures,
+    from_images,
 )
 from kd_trainer.export.parity import Parity
 from kd_trainer.fields import add_fields
@@ -83,7 +83,7 @@ def _put(made: Path, target: Path) -> None:
 
 def _images(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
     if args.images:
-        return from_pictures(args.images, data.image_size, count)
+        return from_images(args.images, data.image_size, count)
     return from_dataset(data, split, count)
 
 

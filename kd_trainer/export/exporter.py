@@ -61,32 +61,32 @@ class ExportArguments:
     output: str = help_field("runs/export", "Folder that gets the file and export.json.")
     with_preprocessing: bool = help_field(
         False,
-        "Normalisation and sigmoid (softmax) inside: uint8 pictures (batch, height, width, 3) in, "
+        "Normalisation and sigmoid (softmax) inside: uint8 images (batch, height, width, 3) in, "
         "probabilities out.",
     )
     fixed_size: bool = help_field(
         False,
-        "Take pictures of the student's own size only (needed by networks that pool into a fixed "
+        "Take images of the student's own size only (needed by networks that pool into a fixed "
         "grid, such as PSPNet and UPerNet, and by some vision transformers).",
     )
     opset: int | None = help_field(
         None, "onnx: version of the operators, 18 or newer (default: the exporter's choice)."
     )
     images: list[str] | None = help_field(
-        None, "Pictures to check on (files, folders, globs) instead of a data set with masks."
+        None, "Images to check on (files, folders, globs) instead of a data set with masks."
     )
-    check_images: int = help_field(100, "On how many pictures to compare with torch.")
+    check_images: int = help_field(100, "On how many images to compare with torch.")
     calibration_images: int = help_field(
-        64, "onnx-int8: on how many pictures to measure ranges, from the split to train on."
+        64, "onnx-int8: on how many images to measure ranges, from the split to train on."
     )
     int8_exclude: list[str] = help_field(
         ["auto"],
         "onnx-int8: parts that stay in fp32: auto (those that int8 hurts most, as many as needed), "
         "none, or their names (such as decoder.blocks.0).",
     )
-    batch_size: int = help_field(4, "Pictures at a time in the check.")
+    batch_size: int = help_field(4, "Images at a time in the check.")
     latency_repeats: int = help_field(
-        20, "Measured calls of torch and of the file, one picture on one thread; 0 measures none."
+        20, "Measured calls of torch and of the file, one image on one thread; 0 measures none."
     )
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Exporter:
     Args:
         student: on the CPU, in eval mode.
         args: the settings.
-        samples: pictures, with masks where they are known.
+        samples: images, with masks where they are known.
         work: an empty folder.
         ignore_index: label of the pixels that do not count.
     """
@@ -173,7 +173,7 @@ class Exporter:
         Raises:
             ValueError: if no version is good enough.
         """
-        batches = [self._feed(picture[None]).numpy() for picture, _ in calibration]
+        batches = [self._feed(image[None]).numpy() for image, _ in calibration]
         full = self._write_full()
         OnnxStudent(full)(batches[0])  # says in one line why a graph cannot be run
         quantiser = Quantiser(full, batches, self.work, self.metadata)
@@ -196,22 +196,22 @@ class Exporter:
         run = self._runner(torch.get_num_threads())
         return compare(
             self.reference,
-            lambda pictures: run(self._feed(pictures)),
+            lambda images: run(self._feed(images)),
             batches,
             ignore_index=self.ignore_index,
             title=title,
         )
 
     def latency(self) -> dict[str, Latency]:
-        """Student and written file by turns: one picture, on one thread.
+        """Student and written file by turns: one image, on one thread.
 
-        The preparation of the picture counts for both where the file does it itself, else for none.
+        The preparation of the image counts for both where the file does it itself, else for none.
         """
-        picture = self.samples[0][0][None]
-        pixels = self.reference.prepare(picture)
+        image = self.samples[0][0][None]
+        pixels = self.reference.prepare(image)
         network = partial(self.reference.output, pixels)
-        torch_call = partial(self.reference, picture) if self.inside else network
-        calls = {"torch": torch_call, "file": partial(self._runner(threads=1), self._feed(picture))}
+        torch_call = partial(self.reference, image) if self.inside else network
+        calls = {"torch": torch_call, "file": partial(self._runner(threads=1), self._feed(image))}
         return interleaved(calls, [], self.args.latency_repeats, threads=1)
 
     def _program(self, *, prune: bool) -> ExportedProgram:
@@ -227,9 +227,9 @@ class Exporter:
         write_onnx(program, path, self.metadata, with_preprocessing=self.inside, opset=opset)
         return path
 
-    def _feed(self, pictures: Tensor) -> Tensor:
+    def _feed(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) as the exported file takes them."""
-        return pictures.permute(0, 2, 3, 1) if self.inside else self.reference.prepare(pictures)
+        return images.permute(0, 2, 3, 1) if self.inside else self.reference.prepare(images)
 
     def _runner(self, threads: int) -> Network:
         """The written file as a function of what it takes."""
@@ -346,7 +346,7 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
-    """Pictures uint8 (3, H, W) and labels (H, W) of a split, without augmentation."""
+    """Images uint8 (3, H, W) and labels (H, W) of a split, without augmentation."""
     other = data.train_split if split == data.eval_split else data.eval_split
     dataset: Any = evaluation_dataset(
         replace(data, eval_split=split, train_split=other), batch_size=1
@@ -358,22 +358,22 @@ def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
     return [(row["pixel_values"], row["labels"]) for row in rows]
 
 
-def from_pictures(sources: Sequence[str], size: int, count: int) -> list[Sample]:
-    """Pictures uint8 (3, size, size) of files, folders and globs; their masks are unknown.
+def from_images(sources: Sequence[str], size: int, count: int) -> list[Sample]:
+    """Images uint8 (3, size, size) of files, folders and globs; their masks are unknown.
 
     Raises:
-        FileNotFoundError: if a source names no picture.
-        ValueError: if a file is no readable picture.
+        FileNotFoundError: if a source names no image.
+        ValueError: if a file is no readable image.
     """
     paths = [path for path in find_pictures(sources) if not is_video(path)]
     if not paths:
         raise ValueError(
-            f"Expected pictures as --images, got only videos: {' '.join(sources)}. Export single "
+            f"Expected images as --images, got only videos: {' '.join(sources)}. Export single "
             "frames of them first."
         )
     chosen = [paths[i] for i in spread(len(paths), count)]
-    pictures = (decode_image({"path": str(p), "bytes": None}, 0) for p in chosen)
-    tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in pictures)
+    images = (decode_image({"path": str(p), "bytes": None}, 0) for p in chosen)
+    tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in images)
     return [(resize_image(tensor, size, size), None) for tensor in tensors]
 
 
@@ -384,13 +384,13 @@ def batches_of(samples: Sequence[Sample], batch_size: int) -> list[CheckBatch]:
         some = samples[start : start + batch_size]
         labels = [label for _, label in some if label is not None]
         batches.append(
-            (torch.stack([picture for picture, _ in some]), torch.stack(labels) if labels else None)
+            (torch.stack([image for image, _ in some]), torch.stack(labels) if labels else None)
         )
     return batches
 
 
 def at_another_size(samples: Sequence[Sample], size: int, multiple: int) -> list[CheckBatch]:
     """One batch of another number, height and width than any other, without masks."""
-    pictures = [picture for picture, _ in samples[:3]]
+    images = [image for image, _ in samples[:3]]
     height, width = size + multiple, size + 2 * multiple
-    return [(torch.stack([resize_image(p, height, width) for p in pictures]), None)]
+    return [(torch.stack([resize_image(p, height, width) for p in images]), None)]

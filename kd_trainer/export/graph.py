@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from kd_trainer.models.config_checks import check_statistics
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
-RAW_INPUT, PICTURE_INPUT = "pixel_values", "image"
+RAW_INPUT, IMAGE_INPUT = "pixel_values", "image"
 RAW_OUTPUT, PROBABILITY_OUTPUT = "logits", "probabilities"
 METADATA_VERSION = 1
 # An image of this side takes 3 GiB as floats; more is no image size but a mistake.
@@ -37,7 +37,7 @@ class ExportGraph(nn.Module):
 
     Args:
         student: its parts are shared, not copied.
-        with_preprocessing: take uint8 pictures (B, H, W, 3) and give probabilities (B, K, H, W),
+        with_preprocessing: take uint8 images (B, H, W, 3) and give probabilities (B, K, H, W),
             instead of normalised floats (B, 3, H, W) and raw logits (B, K, H, W). K is 1 for a
             binary model, whose probability is that of the foreground.
     """
@@ -101,7 +101,7 @@ def export_program(
         with_preprocessing: see `ExportGraph`.
         prune: leave out the weights that nothing uses, at the price of tracing twice. The ONNX
             exporter does it by itself.
-        fixed_size: take pictures of the student's own size only; the batch stays dynamic.
+        fixed_size: take images of the student's own size only; the batch stays dynamic.
 
     Raises:
         ValueError: if its network cannot be traced.

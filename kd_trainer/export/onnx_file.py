@@ -17,7 +17,7 @@ from torch.onnx import export as torch_onnx_export
 
 from kd_trainer import errors
 from kd_trainer.export.graph import (
-    PICTURE_INPUT,
+    IMAGE_INPUT,
     PROBABILITY_OUTPUT,
     RAW_INPUT,
     RAW_OUTPUT,
@@ -84,7 +84,7 @@ def write_onnx(
             dynamo=True,
             verbose=False,
             opset_version=opset,
-            input_names=[PICTURE_INPUT if with_preprocessing else RAW_INPUT],
+            input_names=[IMAGE_INPUT if with_preprocessing else RAW_INPUT],
             output_names=[PROBABILITY_OUTPUT if with_preprocessing else RAW_OUTPUT],
         )
     model = exported.model_proto
@@ -180,7 +180,7 @@ class OnnxStudent:
 
     Args:
         path: of the file.
-        threads: that one picture may use; 0 leaves the choice to onnxruntime.
+        threads: that one image may use; 0 leaves the choice to onnxruntime.
         time_limit: seconds an image may take; a file can hold a loop without end.
 
     Attributes:
@@ -190,7 +190,7 @@ class OnnxStudent:
         fixed_size: whether height and width have to be `image_size`.
         image_mean: of each channel, of values in 0..1.
         image_std: likewise.
-        with_preprocessing: whether it takes uint8 pictures and gives probabilities.
+        with_preprocessing: whether it takes uint8 images and gives probabilities.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -234,7 +234,7 @@ class OnnxStudent:
         """Segment a batch.
 
         Args:
-            pixels: normalised float32 (B, 3, H, W), or uint8 pictures (B, H, W, 3) if the
+            pixels: normalised float32 (B, 3, H, W), or uint8 images (B, H, W, 3) if the
                 preprocessing is inside.
 
         Returns:
@@ -256,7 +256,7 @@ class OnnxStudent:
             if self.fixed_size and side != self.image_size:
                 raise ValueError(
                     f"Expected height and width of {self.image_size}, the one size of this file, "
-                    f"got {side}. Resize the picture, or export without --fixed_size."
+                    f"got {side}. Resize the image, or export without --fixed_size."
                 )
             if side < 1 or side % self.size_multiple:
                 raise ValueError(

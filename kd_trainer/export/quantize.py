@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kd_trainer.export.graph import PICTURE_INPUT, RAW_INPUT
+from kd_trainer.export.graph import IMAGE_INPUT, RAW_INPUT
 from kd_trainer.export.onnx_file import Batch, OnnxStudent, quiet, require, save_onnx
 from kd_trainer.fields import closest
 
@@ -175,4 +175,4 @@ class Quantiser:
 
 
 def _input_name(batch: Batch) -> str:
-    return PICTURE_INPUT if batch.dtype == np.uint8 else RAW_INPUT
+    return IMAGE_INPUT if batch.dtype == np.uint8 else RAW_INPUT

@@ -47,7 +47,7 @@ class DemoModel:
 
     Args:
         name: architecture and encoder; never a path, because strangers read it.
-        segmenter: pictures to logits.
+        segmenter: images to logits.
         class_names: background first.
         parameters: without those that no output depends on; None if unknown.
         file_mib: size of the weight file; None if unknown.
@@ -68,15 +68,15 @@ Models = Mapping[str, DemoModel]
 
 @dataclass(frozen=True)
 class Result:
-    """One picture as all models see it.
+    """One image as all models see it.
 
     Attributes:
-        picture: uint8 (H, W, 3), as it was shown to the models.
+        image: uint8 (H, W, 3), as it was shown to the models.
         masks: class ids, uint8 (H, W), of each model.
         difference: between teacher and student; None without a teacher.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     masks: dict[str, np.ndarray]
     difference: Disagreement | None
 
@@ -86,7 +86,7 @@ class Drawings:
     """A result to look at.
 
     Attributes:
-        left: uint8 (H, W, 3), left of the slider: the teacher's overlay, else the picture.
+        left: uint8 (H, W, 3), left of the slider: the teacher's overlay, else the image.
         right: the student's overlay.
         masks: uint8 (H, W, 3) of each model.
         difference: uint8 (H, W, 3) where the masks differ; without a teacher the cut-out of the
@@ -104,7 +104,7 @@ def load_demo_student(source: str) -> DemoModel:
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if it is none of these, or does not take pictures of the size it asks for.
+        ValueError: if it is none of these, or does not take images of the size it asks for.
     """
     if source.endswith(".onnx"):
         return _tried(_from_onnx(source), source, "its saved image size")
@@ -119,11 +119,11 @@ def load_demo_student(source: str) -> DemoModel:
 def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | None:
     """The teacher that the settings name, with the student's classes in the student's order.
 
-    It is shown pictures at the size it was saved with, else at the student's.
+    It is shown images at the size it was saved with, else at the student's.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if it has other classes, or does not take pictures of that size.
+        ValueError: if it has other classes, or does not take images of that size.
     """
     if not model.has_teacher:
         return None
@@ -219,14 +219,14 @@ def _tried(model: DemoModel, source: str, size_from: str) -> DemoModel:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"Expected a model that takes pictures of {side} x {side} pixels, got {source}: "
+            f"Expected a model that takes images of {side} x {side} pixels, got {source}: "
             f"{reason} Change {size_from}."
         ) from error
     return model
 
 
 def read_upload(path: str | Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """A picture that a visitor sent, read as for training.
+    """An image that a visitor sent, read as for training.
 
     Args:
         path: of the file on this machine.
@@ -235,69 +235,69 @@ def read_upload(path: str | Path) -> tuple[np.ndarray, tuple[int, int]]:
         uint8 RGB (H, W, 3) of at most LONGEST pixels a side, and the height and width of the file.
 
     Raises:
-        ValueError: if it is no readable picture; names the file without its folder.
+        ValueError: if it is no readable image; names the file without its folder.
     """
     file = Path(path)
     try:
-        picture = np.asarray(read_picture(file))
+        image = np.asarray(read_picture(file))
     except ValueError as error:
         raise ValueError(str(error).replace(str(file), file.name)) from error
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     if max(height, width) <= LONGEST:
-        return picture, (height, width)
+        return image, (height, width)
     small = [max(1, round(side * LONGEST / max(height, width))) for side in (height, width)]
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     shrunk = resize_image(pixels, small[0], small[1]).permute(1, 2, 0).contiguous()
     return shrunk.numpy(), (height, width)
 
 
-def examine(models: Models, picture: np.ndarray, threshold: float) -> Result:
+def examine(models: Models, image: np.ndarray, threshold: float) -> Result:
     """Masks of all models and how they differ.
 
     Args:
         models: as `Models` says.
-        picture: uint8 RGB (H, W, 3).
+        image: uint8 RGB (H, W, 3).
         threshold: probability from which a binary model's pixel is foreground.
     """
     masks = {
-        role: classes_at(model.segmenter.logits([picture])[0], threshold)
+        role: classes_at(model.segmenter.logits([image])[0], threshold)
         for role, model in models.items()
     }
     difference = None
     if TEACHER in masks:
         num_labels = len(models[STUDENT].class_names)
         difference = disagreement(masks[TEACHER], masks[STUDENT], num_labels)
-    return Result(picture, masks, difference)
+    return Result(image, masks, difference)
 
 
 def drawings(result: Result, num_labels: int) -> Drawings:
-    """The pictures of a result; `num_labels` counts the background too."""
-    picture, masks = result.picture, result.masks
-    tinted = {role: overlay(picture, mask, num_labels=num_labels) for role, mask in masks.items()}
+    """The images of a result; `num_labels` counts the background too."""
+    image, masks = result.image, result.masks
+    tinted = {role: overlay(image, mask, num_labels=num_labels) for role, mask in masks.items()}
     if TEACHER in masks:
-        difference = disagreement_map(picture, masks[TEACHER], masks[STUDENT])
+        difference = disagreement_map(image, masks[TEACHER], masks[STUDENT])
     else:
-        difference = drawn("cutouts", picture, masks[STUDENT], num_labels)
+        difference = drawn("cutouts", image, masks[STUDENT], num_labels)
     return Drawings(
-        tinted.get(TEACHER, picture),
+        tinted.get(TEACHER, image),
         tinted[STUDENT],
         {role: mask_picture(mask, num_labels) for role, mask in masks.items()},
         difference,
     )
 
 
-def milliseconds(models: Models, picture: np.ndarray, repeats: int) -> dict[str, Latency]:
-    """How long each network takes for this picture at its own input size.
+def milliseconds(models: Models, image: np.ndarray, repeats: int) -> dict[str, Latency]:
+    """How long each network takes for this image at its own input size.
 
     The networks alone, in turn: reading, resizing and drawing cost the same with either.
 
     Args:
         models: as `Models` says.
-        picture: uint8 RGB (H, W, 3).
+        image: uint8 RGB (H, W, 3).
         repeats: measured calls of each, after one that warms up.
     """
     calls = {
-        role: partial(model.segmenter.network, model.segmenter.network_input(picture))
+        role: partial(model.segmenter.network, model.segmenter.network_input(image))
         for role, model in models.items()
     }
     threads = torch.get_num_threads()

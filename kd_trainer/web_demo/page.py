@@ -24,9 +24,9 @@ from kd_trainer.web_demo.models import (
 )
 
 HOUR = 3600
-MOST_BYTES = 64 * 2**20  # of an upload; a photograph of a large camera has some 40 MiB
-MOST_WAITING = 20  # pictures; each takes a second or so, and whoever comes later is told
-QUEUE = "models"  # one picture at a time: two at once would slow each other's milliseconds down
+MOST_BYTES = 64 * 2**20  # of an upload; an image of a large camera has some 40 MiB
+MOST_WAITING = 20  # images; each takes a second or so, and whoever comes later is told
+QUEUE = "models"  # one image at a time: two at once would slow each other's milliseconds down
 STYLE = """
 .gradio-container{max-width:1360px!important;margin:0 auto!important}
 .gradio-container,.gradio-container .main,.gradio-container main{width:100%;min-width:0}
@@ -62,8 +62,8 @@ def build_page(
     Args:
         models: teacher (if any) and student, under these names.
         threshold: with which the page starts; of binary models.
-        repeats: measured calls of each network for one picture.
-        examples: pictures to click on.
+        repeats: measured calls of each network for one image.
+        examples: images to click on.
 
     Returns:
         A `gradio.Blocks`.
@@ -80,7 +80,7 @@ def build_page(
         gr.HTML(introduction(models), elem_classes="kd")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                photograph = _photograph(gr)
+                upload = _upload(gr)
                 level = gr.Slider(
                     *(0.05, 0.95),
                     value=threshold,
@@ -90,39 +90,39 @@ def build_page(
                     visible=binary,
                 )
                 if examples:
-                    gr.Examples([[str(path)] for path in examples], photograph, label="examples")
+                    gr.Examples([[str(path)] for path in examples], upload, label="examples")
             with gr.Column(scale=2, min_width=320):
                 notice = gr.HTML(elem_classes="kd", elem_id="notice")
                 slider = _slider(gr, models)
         outputs = [notice, slider, *_results(gr, models)]
         shared: dict[str, Any] = {
-            "inputs": [photograph, level],
+            "inputs": [upload, level],
             "outputs": outputs,
             "api_visibility": "private",
         }
         shared |= {"concurrency_id": QUEUE, "concurrency_limit": 1}
-        photograph.change(_answer(models, repeats, gr.skip), **shared)
+        upload.change(_answer(models, repeats, gr.skip), **shared)
         level.release(_answer(models, 0, gr.skip), **shared)
     return page.queue(max_size=MOST_WAITING)
 
 
-def _photograph(gr: Any) -> Any:
+def _upload(gr: Any) -> Any:
     component = gr.Image(
         type="filepath",
         image_mode=None,
         sources=["upload", "clipboard"],
-        label="photograph",
+        label="image",
         elem_id="photograph",
         height=320,
         buttons=["fullscreen"],
     )
-    # gradio's own reading ignores transparency and answers a file that is no picture with a word.
+    # gradio's own reading ignores transparency and answers a file that is no image with a word.
     component.preprocess = lambda payload: payload and payload.path
     return component
 
 
 def _slider(gr: Any, models: Models) -> Any:
-    left, right = ("teacher", "student") if TEACHER in models else ("photograph", "student")
+    left, right = ("teacher", "student") if TEACHER in models else ("image", "student")
     return gr.ImageSlider(
         label=f"left: {left}, right: {right}",
         format="png",
@@ -135,7 +135,7 @@ def _slider(gr: Any, models: Models) -> Any:
 def _results(gr: Any, models: Models) -> list[Any]:
     """Components for what `_answer` gives behind the slider, in its order."""
 
-    def picture(label: str, name: str) -> Any:
+    def image(label: str, name: str) -> Any:
         return gr.Image(
             label=label,
             format="png",
@@ -147,8 +147,8 @@ def _results(gr: Any, models: Models) -> list[Any]:
         )
 
     with gr.Row():
-        masks = [picture(f"mask of the {role}", f"mask-{role}") for role in models]
-        difference = picture("difference" if TEACHER in models else "cut-out", "difference")
+        masks = [image(f"mask of the {role}", f"mask-{role}") for role in models]
+        difference = image("difference" if TEACHER in models else "cut-out", "difference")
     with gr.Row():
         with gr.Column(min_width=320, elem_id="said"):
             shares = gr.HTML(elem_classes="kd", elem_id="found")
@@ -160,7 +160,7 @@ def _results(gr: Any, models: Models) -> list[Any]:
 def _answer(
     models: Models, repeats: int, skip: Callable[[], Any]
 ) -> Callable[[str | None, float], Iterator[list[Any]]]:
-    """What happens when a picture or the threshold changes; values of all outputs, in order.
+    """What happens when an image or the threshold changes; values of all outputs, in order.
 
     Args:
         models: teacher (if any) and student.
@@ -176,14 +176,14 @@ def _answer(
             yield ["", *empty, "", unmeasured]
             return
         try:
-            picture, original = read_upload(path)
+            image, original = read_upload(path)
         except ValueError as error:
             yield [error_note(str(error)), *empty, "", unmeasured]
             return
-        result = examine(models, picture, threshold)
+        result = examine(models, image, threshold)
         drawn = drawings(result, len(class_names))
         yield [
-            shrunk_note((picture.shape[0], picture.shape[1]), original),
+            shrunk_note((image.shape[0], image.shape[1]), original),
             (drawn.left, drawn.right),
             *drawn.masks.values(),
             drawn.difference,
@@ -191,7 +191,7 @@ def _answer(
             unmeasured if repeats else skip(),
         ]
         if repeats:
-            times = milliseconds(models, picture, repeats)
+            times = milliseconds(models, image, repeats)
             yield [*(skip() for _ in range(len(empty) + 2)), figures_table(models, times)]
 
     return answer
@@ -202,12 +202,12 @@ def introduction(models: Models) -> str:
     student, teacher = models[STUDENT].name, models.get(TEACHER)
     if teacher is None:
         return (
-            f"<h1>Segmentation</h1><p>By {text(student)}. Drop a photograph, then move the slider "
+            f"<h1>Segmentation</h1><p>By {text(student)}. Drop an image, then move the slider "
             "between it and what was found.</p>"
         )
     return (
         f"<h1>Teacher and student</h1><p>Teacher: {text(teacher.name)}. Student: {text(student)}, "
-        "which learned from it. Drop a photograph, then move the slider between the two.</p>"
+        "which learned from it. Drop an image, then move the slider between the two.</p>"
     )
 
 
@@ -217,7 +217,7 @@ def error_note(message: str) -> str:
 
 
 def shrunk_note(shown: tuple[int, int], original: tuple[int, int]) -> str:
-    """A box that says that a large picture was shrunk; nothing if it was not.
+    """A box that says that a large image was shrunk; nothing if it was not.
 
     Args:
         shown: height and width that the models saw.
@@ -226,7 +226,7 @@ def shrunk_note(shown: tuple[int, int], original: tuple[int, int]) -> str:
     if shown == original:
         return ""
     return (
-        f'<p class="note">The picture of {original[1]} x {original[0]} pixels was shrunk to '
+        f'<p class="note">The image of {original[1]} x {original[0]} pixels was shrunk to '
         f"{shown[1]} x {shown[0]} first: this page works with at most {LONGEST} a side.</p>"
     )
 
@@ -274,7 +274,7 @@ def _figures(name: str, values: Mapping[str, float | None], form: str) -> list[o
 
 
 def shares_table(result: Result, class_names: tuple[str, ...]) -> str:
-    """Colour and share of the picture of each class that a model found."""
+    """Colour and share of the image of each class that a model found."""
     colours = class_colours(len(class_names))
     present = [
         index
@@ -282,12 +282,12 @@ def shares_table(result: Result, class_names: tuple[str, ...]) -> str:
         if any((mask == index).any() for mask in result.masks.values())
     ]
     if not present:
-        return "<p>Nothing was found in this picture.</p>"
+        return "<p>Nothing was found in this image.</p>"
     shares = [
         [class_names[i], *(_percent(float((mask == i).mean())) for mask in result.masks.values())]
         for i in present
     ]
-    header = ["share of the picture", *result.masks]
+    header = ["share of the image", *result.masks]
     return legend({class_names[i]: rgb(colours[i]) for i in present}) + table(header, shares)
 
 
