@@ -31,14 +31,13 @@ from kd_trainer.costs import (
     torch_threads,
 )
 from kd_trainer.export.exporter import FILES
-from kd_trainer.export.files import require_all
+from kd_trainer.export.onnx_file import require_all
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
+from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.charts import Point, line_chart
-from kd_trainer.run_files import EXPORTS_SHAPE, RESULTS_SHAPE, read_object
-from kd_trainer.run_folder import write_json
-from kd_trainer.safe_files import write_text
+from kd_trainer.run_folder import EXPORTS_SHAPE, RESULTS_SHAPE, read_object
 
 TORCH, ONNX, INT8 = "torch fp32", "onnxruntime fp32", "onnxruntime int8"
 ENGINES = (TORCH, ONNX, INT8)

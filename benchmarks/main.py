@@ -16,7 +16,7 @@ from benchmarks.timer import figures_table, machine
 from benchmarks.train import ProcessArguments, TrainArguments, run_processes, run_train
 from kd_trainer.command_line import Parser, command_parser, given_flags, given_settings
 from kd_trainer.fields import add_fields, closest
-from kd_trainer.run_folder import write_json
+from kd_trainer.files import write_json
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from kd_trainer.data import TransformedDataset
 from kd_trainer.evaluation import input_statistics
 from kd_trainer.fast_layers import usual_memory
 from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.files import replacing_file, write_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.safe_files import replacing_file, write_text
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
 

@@ -15,7 +15,7 @@ from kd_trainer.argument_checks import UNUSABLE, check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.errors import is_own
 from kd_trainer.fields import add_fields, closest, convert, expanded, flag_hint, hints_of
-from kd_trainer.safe_files import read_yaml
+from kd_trainer.files import read_yaml
 
 # Flags of the teacher beside a model that is evaluated.
 TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name) | {

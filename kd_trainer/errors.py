@@ -1,20 +1,53 @@
-"""Errors that a user can mend: one line on the terminal, and no traceback."""
+"""Errors that a user can mend: one printable line on the terminal, and no traceback."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
-from kd_trainer.safe_files import plain
-
 PACKAGE = Path(__file__).parent
+# Packages that only one part needs, as in pyproject.toml: imported late.
+EXTRAS = {"export": ("onnx", "onnxruntime", "onnxscript"), "demo": ("gradio",)}
 _FRAME = re.compile(r'^\s*File "([^"]+)", line \d+', re.MULTILINE)
+
+
+def printable(value: object) -> str:
+    """Text without what a terminal would obey, or a table break at: names are a stranger's."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+
+
+def clipped(text: object, most: int = 80) -> str:
+    """Text for a message, of at most so many characters."""
+    shown = str(text)
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+def require(name: str, *, extra: str) -> Any:
+    """A module of an extra.
+
+    Args:
+        name: dotted name of the module.
+        extra: a key of EXTRAS.
+
+    Raises:
+        ValueError: if it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = name.partition(".")[0]
+        raise ValueError(
+            f"Expected the packages of the extra '{extra}' ({', '.join(EXTRAS[extra])}), got no "
+            f"{missing}. pip install 'kd_trainer[{extra}]'."
+        ) from error
 
 
 def is_own(error: BaseException) -> bool:
@@ -80,7 +113,7 @@ def run_script(main: Callable[[], None], *, go_on: str = GO_ON) -> None:
         sys.exit(130)
     except Stopped as stop:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{plain(stop)} {go_on}", file=sys.stderr)
+            print(f"{printable(stop)} {go_on}", file=sys.stderr)
         sys.exit(stop.code)
 
 
@@ -94,4 +127,4 @@ def user_message(error: BaseException) -> str | None:
     message = own_message_of_worker(text) if "DataLoader worker" in text else None
     if message is None and (is_own(error) or isinstance(error, OSError)):
         message = text
-    return None if message is None else plain(" ".join(message.split()))
+    return None if message is None else printable(" ".join(message.split()))

@@ -15,11 +15,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from kd_trainer.disk import replacing_files
-from kd_trainer.hub import Pushed, Source, check_access, upload
-from kd_trainer.hub.publication import Publication, publish, write_folder
-from kd_trainer.replacing import check_replaceable
-from kd_trainer.safe_files import plain
+from kd_trainer.errors import printable
+from kd_trainer.files import check_replaceable, replacing_files
+from kd_trainer.hub import Publication, Pushed, Source, check_access, publish, upload, write_folder
 
 HUB_FOLDER = "hub"
 
@@ -118,7 +116,7 @@ class PushCallback(TrainerCallback):
         """
         if self._running is not None and (error := self._running.exception()) is not None:
             reason = " ".join(str(error).split())
-            tqdm.write(f"push during the training failed: {plain(reason)}", file=sys.stderr)
+            tqdm.write(f"push during the training failed: {printable(reason)}", file=sys.stderr)
         self._running = None
 
 

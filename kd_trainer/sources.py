@@ -1,14 +1,17 @@
-"""Which folder or file is meant by the name of a model: a run is its student."""
+"""What a name of a model or of data means here, and what it is called where others read it."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from kd_trainer.fields import expanded
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+_HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".onnx", ".json", ".yaml")
 
 
 def model_source(source: str) -> str:
@@ -26,7 +29,7 @@ def model_source(source: str) -> str:
     return source
 
 
-def run_folder(source: str | Path) -> Path:
+def run_of(source: str | Path) -> Path:
     """The folder of a run where its student is named; anything else as it is."""
     path = Path(expanded(str(source)))
     inside = path.name == "student" and (path.parent / "config.yaml").is_file()
@@ -45,6 +48,30 @@ def not_here(source: str) -> str:
         f" There is no {source} in the working folder {Path.cwd()}: name its place in full, or go "
         "to the folder that it is relative to."
     )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether text could be the id of a model or a data set, OWNER/NAME."""
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def public_name(source: str) -> str:
+    """What a model or data set is called in what is published: a path by its last part.
+
+    `runs/...`, where trainings go, could be an id on the Hub, but for no teacher that is known.
+    """
+    file_of_ours = source.startswith("runs/") or source.endswith(_FILES)
+    if not re.search(r"[/\\]", source):
+        return source
+    if is_hub_id(source) and not file_of_ours and not Path(source).exists():
+        return source
+    return last_part(source)
+
+
+def last_part(path: str) -> str:
+    """What a path is called: its last part, for the `student` in a run the run's name."""
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".")]
+    return next((part for part in reversed(parts) if part != "student"), path)
 
 
 def _describes_model(file: Path) -> bool:

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.errors import is_own
+from kd_trainer.errors import is_own, printable
 from kd_trainer.fast_layers import folded, logits_of
 from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
 from kd_trainer.models.configuration_smp import (
@@ -42,7 +42,6 @@ from kd_trainer.models.weights import (
     read_weights,
     unused_state_keys,
 )
-from kd_trainer.safe_files import plain
 from kd_trainer.sources import model_source, not_here
 
 Statistics = Sequence[float]
@@ -376,7 +375,7 @@ def _announce_code(source: str, config: dict[str, Any]) -> None:
     named = config.get("auto_map")
     values = [str(v) for v in named.values()] if isinstance(named, dict) else []
     owners = dict.fromkeys(v.split("--")[0] if "--" in v else source for v in values)
-    for owner in map(plain, owners):
+    for owner in map(printable, owners):
         print(f"Running Python code of {owner}, as --trust_remote_code asks for.", file=sys.stderr)
 
 

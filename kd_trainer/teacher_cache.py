@@ -41,7 +41,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from kd_trainer.checkpointing.fingerprint import tensors_digest
-from kd_trainer.disk import existing, writing
+from kd_trainer.files import nearest_existing, writing
 from kd_trainer.teacher import Teacher
 
 Half = npt.NDArray[np.float16]
@@ -193,7 +193,7 @@ class CacheBudget:
                 f"(--teacher_cache_size), got {wanted}, together {show_size(need)}{beside}."
                 f"{self._cure(file, used)}"
             )
-        free = shutil.disk_usage(existing(self.root)).free
+        free = shutil.disk_usage(nearest_existing(self.root)).free
         if need > free:
             raise ValueError(
                 f"Expected {show_size(need)} of free disk at {self.root} for the teacher's logits "
@@ -228,7 +228,7 @@ def _errors_in_one_line(file: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        free = shutil.disk_usage(existing(file.parent)).free
+        free = shutil.disk_usage(nearest_existing(file.parent)).free
         raise OSError(
             f"Expected to use the teacher's logits in {file}, got: {error} ({show_size(free)} are "
             "free there). See to the folder's rights, its disk, and that its file system has "

@@ -14,17 +14,17 @@ import numpy as np
 from fuzzing import DEEP, mutated, run
 from tiny import BINARY, tiny_student
 
+from kd_trainer import hub
 from kd_trainer.commands import report
 from kd_trainer.commands.export import results_table
+from kd_trainer.compare.image_counts import ImageCounts
 from kd_trainer.compare.report import summarise
 from kd_trainer.compare.results import read_runs
 from kd_trainer.compare.tables import markdown
-from kd_trainer.hub import find_source, publication
-from kd_trainer.hub.publication import Publication, write_folder
-from kd_trainer.image_counts import ImageCounts
+from kd_trainer.hub import Publication, find_source, write_folder
 from kd_trainer.losses import TERMS
 from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.run_files import EXPORTS_SHAPE, read_object
+from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 
 # As JSON text, because Python would not write some of them.
 VALUES = (
@@ -120,7 +120,7 @@ for written, value in (FILES | make_run("baseline")).items():
 FILES[ROOT / "comparison.json"] = make_comparison()
 # Read once: the weights are none of the changed files.
 report.load_student = lambda *_, **__: STUDENT
-publication.SmpForSemanticSegmentation.from_pretrained = lambda _: STUDENT
+hub.SmpForSemanticSegmentation.from_pretrained = lambda _: STUDENT
 RUN = ROOT / "distilled_seed0"
 READERS: dict[str, Callable[[], Any]] = {
     "report": lambda: report.build_report(RUN, changed={"dataset": "none"}),

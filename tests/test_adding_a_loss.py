@@ -65,7 +65,10 @@ distillation.train()
 logs = distillation.state.log_history
 settings = {"cwd_weight": 3.0, "dice_weight": 1.0, "max_steps": 2}
 settings |= {"temperature_schedule": "constant", "temperature_start": 3.0}
-facts = type("Facts", (), {"settings": settings, "teacher": "some", "side": 32, "results": {}})
+facts = CardFacts(
+    "me/x", "mit", tiny_student().config.to_dict(), (1, 0), 1.0, "photos",
+    {"teacher": "big"}, settings,
+)
 few = {"cwd": 9.9, "bce": 0.1}
 flags = ["--dataset", "synthetic", "--teacher", "some", "--inter_weight", "1"]
 logits, labels = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
@@ -76,7 +79,7 @@ print(json.dumps({
     "eval": next(log for log in logs if "eval_miou" in log),
     "console": console_line(logs[0]),
     "charts": history_charts(logs, ["a", "b"]),
-    "card": str(model_card.recipe(facts)),
+    "card": render(facts),
     "doctor": share_finding(Gradients(few, few, [], [], {})).text,
     "compare": sorted(OF_THE_DISTILLATION),
     "flag": parse(["--cwd_weight", "0.5"]).training.loss_weights.cwd,

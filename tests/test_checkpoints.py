@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kd_trainer.checkpointing import checkpoints
 from kd_trainer.checkpointing.checkpoints import (
     MARKER,
     check_complete,
@@ -23,6 +22,7 @@ from kd_trainer.checkpointing.checkpoints import (
     settle,
     update_of,
 )
+from kd_trainer.run_folder import checkpoints
 
 RUN = {"batch_size": 4, "learning_rate": 1e-4, "names": ["background", "person"]}
 

@@ -35,8 +35,7 @@ from kd_trainer.compare.tables import markdown
 from kd_trainer.costs import duration, peak_memory_mib, reset_peak_memory
 from kd_trainer.data import TransformedDataset
 from kd_trainer.doctor.resources import Speed
-from kd_trainer.hub import find_source
-from kd_trainer.hub.publication import Publication, write_folder
+from kd_trainer.hub import Publication, find_source, write_folder
 from kd_trainer.trainer import DistillationTrainer
 
 NAMES = ["baseline_seed0", "baseline_seed1", "distilled_seed0", "distilled_seed1"]

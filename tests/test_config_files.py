@@ -23,12 +23,12 @@ from kd_trainer.command_line import (
     merged,
     parse,
 )
+from kd_trainer.files import parse_yaml
 from kd_trainer.loading import load_student
 from kd_trainer.models import config_checks
 from kd_trainer.models.config_checks import read_config, timm_arguments
 from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.safe_files import parse_yaml
 from kd_trainer.teacher import load_teacher
 
 # Paths, downloads, classes and functions that timm or its builder would take.

@@ -19,9 +19,7 @@ from kd_trainer.checkpointing import stopping
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
 from kd_trainer.command_line import parse
 from kd_trainer.commands.train import find_checkpoint, train
-from kd_trainer.disk import replacing_files
 from kd_trainer.processes import Peer, cause_of_death
-from kd_trainer.safe_files import replacing_file, write_text
 
 
 @pytest.fixture(scope="module")
@@ -188,27 +186,6 @@ def test_peer_that_dies_after_the_marker_leaves_the_checkpoint(
         train(parse(train_flags(data, tmp_path / "out")))
     (left,) = checkpoint_folders(tmp_path / "out")
     check_complete(left)
-
-
-def test_files_are_replaced_as_a_whole(tmp_path: Path):
-    """A reader, or a process that dies while it writes, left half a file under the name."""
-    file = tmp_path / "results.json"
-    write_text(file, "before")
-
-    def die_halfway() -> None:
-        with replacing_file(file) as partial:
-            partial.write_text("half")
-            assert file.read_text() == "before"
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        die_halfway()
-    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
-    assert file.read_text() == "before"
-    with replacing_files(tmp_path / "student") as folder:
-        (folder / "config.json").write_text("{}")
-        assert not list((tmp_path / "student").iterdir())
-    assert (tmp_path / "student" / "config.json").read_text() == "{}"
 
 
 @pytest.mark.slow

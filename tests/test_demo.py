@@ -9,8 +9,8 @@ from small_runs import write_pairs
 from kd_trainer.command_line import build, load_recipe
 from kd_trainer.commands.demo import check, clear, constant_miou, demo
 from kd_trainer.data import TransformedDataset, load_splits, transforms
+from kd_trainer.files import write_marker
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.replacing import mark
 
 GOOD = {
     "teacher_miou": 0.85,
@@ -73,7 +73,7 @@ def test_the_demo_removes_what_a_demo_wrote_and_nothing_else(tmp_path: Path, mon
 def test_the_demo_leaves_a_strangers_files_where_it_would_write(name: str, tmp_path: Path):
     """A marker in the folder says nothing about a file that was put beside those it names."""
     write(tmp_path, "student/config.json", "runs/events")
-    mark(tmp_path, {"student/config.json", "runs/events", "../demo", "/etc/hosts"})
+    write_marker(tmp_path, {"student/config.json", "runs/events", "../demo", "/etc/hosts"})
     write(tmp_path, name)
     with pytest.raises(ValueError, match=rf"^Expected .*demo, got {name}, which none has written"):
         clear(tmp_path)
@@ -88,7 +88,7 @@ def test_the_demo_follows_no_link(tmp_path: Path):
     (tmp_path / "demo" / "panels").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="got panels, which none has written"):
         clear(tmp_path / "demo")
-    mark(tmp_path / "demo", {"panels", "panels/panel.png"})
+    write_marker(tmp_path / "demo", {"panels", "panels/panel.png"})
     clear(tmp_path / "demo")
     assert not (tmp_path / "demo" / "panels").exists()
     assert (tmp_path / "elsewhere" / "panel.png").is_file()

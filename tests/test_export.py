@@ -24,15 +24,21 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.commands.export import RESULTS, export_main, export_student
 from kd_trainer.errors import user_message
 from kd_trainer.export import exporter as export_module
-from kd_trainer.export.calibration import PERCENTILE, write_ranges
-from kd_trainer.export.exporter import ExportArguments, Exporter, int8_fault, versions
-from kd_trainer.export.files import read_metadata, read_program, write_program, write_smp
-from kd_trainer.export.graph import ExportGraph, export_program, metadata_of
-from kd_trainer.export.images import from_pictures, spread
-from kd_trainer.export.onnx_file import save_onnx, write_half, write_onnx
+from kd_trainer.export.exporter import (
+    ExportArguments,
+    Exporter,
+    from_images,
+    int8_fault,
+    read_program,
+    spread,
+    versions,
+    write_program,
+    write_smp,
+)
+from kd_trainer.export.graph import ExportGraph, export_program, metadata_of, read_metadata
+from kd_trainer.export.onnx_file import OnnxStudent, load_onnx, save_onnx, write_half, write_onnx
 from kd_trainer.export.parity import Parity, Reference, compare
-from kd_trainer.export.quantize import Quantiser, part_name, parts_of
-from kd_trainer.export.session import OnnxStudent, load_onnx
+from kd_trainer.export.quantize import PERCENTILE, Quantiser, part_name, parts_of, write_ranges
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
@@ -551,7 +557,7 @@ def test_images_are_spread_over_the_folder(folder):
     """The first hundred files of a sorted folder may show one place on one day."""
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(3, 8) == [0, 1, 2]
-    found = from_pictures([str(folder / "data" / "train" / "images")], SIDE, 2)
+    found = from_images([str(folder / "data" / "train" / "images")], SIDE, 2)
     assert [(tuple(p.shape), p.dtype, m) for p, m in found] == 2 * [
         ((3, SIDE, SIDE), torch.uint8, None)
     ]

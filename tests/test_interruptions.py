@@ -300,7 +300,7 @@ def test_a_run_that_saves_its_best_student_only_stops_as_well(
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kd_trainer.disk import FolderLock
+from kd_trainer.files import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take()
 print("held", flush=True)

@@ -17,14 +17,11 @@ AUGMENTATION = "kd_trainer/data/augmentation.py"
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
     (
-        *("losses", "schedules", "metrics", "fast_layers", "extras"),
-        *("fields", "processes", "safe_files", PORTABLE),
+        *("losses", "schedules", "metrics", "fast_layers"),
+        *("errors", "fields", "files", "processes", PORTABLE),
     ),
-    (
-        *("argument_checks", "console", "errors", "model_card", "replacing", "reports"),
-        *("run_files", "sources"),
-    ),
-    ("arguments", "disk", "teacher"),
+    ("argument_checks", "console", "reports", "sources"),
+    ("arguments", "model_card", "teacher"),
     ("command_line", "data", "optim"),
     ("evaluation",),
     ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),

@@ -20,7 +20,7 @@ from kd_trainer.checkpointing.checkpoints import complete, read_marker
 from kd_trainer.command_line import load_recipe
 from kd_trainer.doctor.finding import note, summary, table
 from kd_trainer.errors import PACKAGE, Stopped, run_script
-from kd_trainer.hub.publication import settings_of
+from kd_trainer.hub import settings_of
 from kd_trainer.loading import load_measured, load_student, make_student, make_teacher
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import run_settings
@@ -232,7 +232,7 @@ READERS = (run_settings, settings_of)
 def test_an_onnx_file_reads_weights_beside_it_only(place, tmp_path):
     """ONNX may keep weights in other files, and name any file as one."""
     onnx = pytest.importorskip("onnx")
-    from kd_trainer.export.session import load_onnx
+    from kd_trainer.export.onnx_file import load_onnx
 
     (tmp_path / "secret.bin").write_bytes(np.arange(4, dtype=np.float32).tobytes())
     folder = tmp_path / "model"

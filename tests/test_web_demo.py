@@ -26,14 +26,8 @@ from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
 from kd_trainer.loading import load_student
 from kd_trainer.web_demo import page
-from kd_trainer.web_demo.result import (
-    LONGEST,
-    drawings,
-    examine,
-    milliseconds,
-    read_upload,
-)
-from kd_trainer.web_demo.words import differences, figures, found
+from kd_trainer.web_demo.models import LONGEST, drawings, examine, milliseconds, read_upload
+from kd_trainer.web_demo.page import difference_text, figures_table, shares_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,10 +58,10 @@ def pair(folders: Path) -> dict:
 
 def test_masks_are_those_of_predict(pair, folders: Path, tmp_path: Path):
     """A resize or threshold of its own would show another model than the one that is used."""
-    found = {}
+    masks = {}
     for threshold in ("0.5", "0.45"):
         result = examine(pair, read_upload(folders / "p.png")[0], float(threshold))
-        found[threshold] = result.masks["student"]
+        masks[threshold] = result.masks["student"]
         assert list(result.masks) == ["teacher", "student"]
         for role, mask in result.masks.items():
             out = tmp_path / threshold / role
@@ -75,8 +69,8 @@ def test_masks_are_those_of_predict(pair, folders: Path, tmp_path: Path):
             predict_main([str(folders / role), str(folders / "p.png"), *flags])
             assert (mask * 255 == np.asarray(Image.open(out / "masks" / "p.png"))).all()
         assert (result.masks["teacher"] != result.masks["student"]).any() or threshold != "0.5"
-    assert 0 < found["0.5"].mean() < 1
-    assert (found["0.5"] != found["0.45"]).any()
+    assert 0 < masks["0.5"].mean() < 1
+    assert (masks["0.5"] != masks["0.45"]).any()
 
 
 @pytest.mark.parametrize("suffix", ["", "3"])
@@ -96,8 +90,8 @@ def test_what_is_drawn_is_what_was_found(suffix: str, folders: Path):
     teacher, student = result.masks["teacher"], result.masks["student"]
     coloured = np.ptp(shown.difference.astype(int), axis=2) > 0
     assert (coloured == (teacher != student)).all()
-    assert f"{100 * (teacher != student).mean():.1f} %" in differences(result, names)
-    told = found(result, names)
+    assert f"{100 * (teacher != student).mean():.1f} %" in difference_text(result, names)
+    told = shares_table(result, names)
     for index in range(1, len(names)):
         if (teacher == index).any() or (student == index).any():
             assert f"<td>{names[index]}</td>" in told
@@ -112,8 +106,8 @@ def test_a_student_alone_is_compared_with_the_picture(folders: Path):
     assert (shown.left == picture).all()
     assert (shown.right != picture).any()
     assert (shown.difference[..., 3] == result.masks["student"] * 255).all()
-    assert differences(result, models["student"].class_names) == ""
-    assert "ratio" not in figures(models, None)
+    assert difference_text(result, models["student"].class_names) == ""
+    assert "ratio" not in figures_table(models, None)
 
 
 def picture_file(folder: Path, kind: str) -> Path:
@@ -176,19 +170,19 @@ def test_milliseconds_and_sizes_stand_under_their_model(pair, folders: Path):
     assert {role: one.repeats for role, one in measured.items()} == {"teacher": 2, "student": 2}
     assert min(one.median for one in measured.values()) > 0
     times = {"teacher": Latency(30, 40, 5, 1), "student": Latency(20, 40, 5, 1)}
-    told = figures(pair, times)
+    told = figures_table(pair, times)
     assert "<td>milliseconds</td><td>30.0</td><td>20.0</td><td>1.50</td>" in told
     mib = (folders / "student" / "model.safetensors").stat().st_size / 2**20
     assert f"<td>weight file, MiB</td><td>{mib:.1f}</td><td>{mib:.1f}</td><td>1.00</td>" in told
     count = sum(p.numel() for p in load_student(folders / "student").parameters())
     assert f"<td>{count / 1e6:.2f}</td>" in told
-    assert "<td>milliseconds</td><td>-</td><td>-</td><td>-</td>" in figures(pair, None)
+    assert "<td>milliseconds</td><td>-</td><td>-</td><td>-</td>" in figures_table(pair, None)
 
 
 def test_names_of_classes_are_text(pair, folders: Path):
     """A name from the Hub that is markup would run in the visitor's browser."""
     result = examine(pair, read_upload(folders / "p.png")[0], 0.5)
-    told = found(result, ("background", "<script>x</script>"))
+    told = shares_table(result, ("background", "<script>x</script>"))
     assert "<script>" not in told
     assert "&lt;script&gt;" in told
 
@@ -234,7 +228,9 @@ def test_an_onnx_file_is_a_student_and_a_teacher(folders: Path, tmp_path: Path):
     assert (result.masks["student"] == plain.masks["student"]).mean() > 0.999
     assert result.difference.pixels == 0
     assert models["student"].runs_on.startswith("onnxruntime, CPU")
-    assert "<td>million parameters</td><td>-</td><td>-</td><td>-</td>" in figures(models, None)
+    assert "<td>million parameters</td><td>-</td><td>-</td><td>-</td>" in figures_table(
+        models, None
+    )
     with pytest.raises(ValueError, match="Expected a teacher of the student's classes"):
         models_of(folders, "student3", "student.onnx")
 

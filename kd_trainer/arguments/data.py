@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_trainer.errors import clipped
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
 from kd_trainer.metrics import check_class_names
-from kd_trainer.safe_files import clipped
 
 AUGMENTATIONS = ("heavy", "seed", "light", "none")
 ON_BAD_SAMPLE = ("error", "skip")

@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.command_line import ALIASES, default_of
 from kd_trainer.data import StreamedDataset
-from kd_trainer.safe_files import clipped
+from kd_trainer.errors import clipped
 
 # Where a run lies and what it shows while it goes do not change what it learns.
 WITHOUT_EFFECT = frozenset(

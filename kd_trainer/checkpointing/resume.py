@@ -28,7 +28,7 @@ from kd_trainer.checkpointing.checkpoints import (
     settle,
 )
 from kd_trainer.checkpointing.fingerprint import CONTENT, check_same_run
-from kd_trainer.disk import writing
+from kd_trainer.files import writing
 from kd_trainer.processes import together
 
 

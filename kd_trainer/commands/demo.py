@@ -15,9 +15,8 @@ from kd_trainer.commands.train import summary_table, train
 from kd_trainer.data import TransformedDataset
 from kd_trainer.errors import run_script
 from kd_trainer.evaluation import figures_of
+from kd_trainer.files import file_names, marked_files, write_json, write_marker
 from kd_trainer.metrics import image_counts
-from kd_trainer.replacing import entries, mark, marked
-from kd_trainer.run_folder import write_json
 
 OUTPUT = Path("runs/demo")
 # What a demo writes, and what would be taken for its figures.
@@ -79,7 +78,7 @@ def clear(output: Path) -> None:
         ValueError: if something of another origin is in the demo's way.
     """
     present = _made(output)
-    foreign = sorted(present - marked(output))
+    foreign = sorted(present - marked_files(output))
     if foreign:
         raise ValueError(
             f"Expected {output} to be left by an earlier demo, got {foreign[0]}, which none has "
@@ -94,7 +93,7 @@ def clear(output: Path) -> None:
 
 def _made(output: Path) -> set[str]:
     """Names of the files where a demo writes."""
-    found = {name: PurePath(name).parts[0] for name in entries(output)}
+    found = {name: PurePath(name).parts[0] for name in file_names(output)}
     return {name for name, top in found.items() if any(fnmatch(top, made) for made in MADE)}
 
 
@@ -107,7 +106,7 @@ def demo(output: Path = OUTPUT) -> dict[str, Any]:
         results["demo_seconds"] = time.perf_counter() - start
         write_json(output / "results.json", results)
     finally:  # also where it was stopped
-        mark(output, _made(output))
+        write_marker(output, _made(output))
     return results
 
 

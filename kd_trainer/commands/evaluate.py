@@ -23,6 +23,7 @@ from kd_trainer.command_line import (
 from kd_trainer.command_line import TEACHER as TEACHER_FIELDS
 from kd_trainer.console import markdown_table
 from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset
+from kd_trainer.errors import printable
 from kd_trainer.evaluation import (
     AGREEMENT,
     EvaluatedBatch,
@@ -33,14 +34,14 @@ from kd_trainer.evaluation import (
     labels_of,
 )
 from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
+from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_measured, make_teacher
 from kd_trainer.losses import class_ids
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
-from kd_trainer.run_folder import write_bad_samples, write_json
-from kd_trainer.safe_files import plain, write_text
+from kd_trainer.run_folder import write_bad_samples
 from kd_trainer.teacher import Teacher
 
 
@@ -83,7 +84,7 @@ class Evaluation:
         """Metrics as rows, student and teacher as columns."""
         header = ["metric", "student", *(["teacher"] if self.teacher else [])]
         rows = [
-            [plain(name), *(f"{who[name]:.4f}" for who in (self.student, self.teacher) if who)]
+            [printable(name), *(f"{who[name]:.4f}" for who in (self.student, self.teacher) if who)]
             for name in self.student
         ]
         table = markdown_table(header, rows)

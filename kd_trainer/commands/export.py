@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,21 +14,23 @@ from kd_trainer.arguments import DataArguments
 from kd_trainer.command_line import EVALUATION_DATA, command_parser, given_flags, given_settings
 from kd_trainer.commands.evaluate import data_of
 from kd_trainer.console import markdown_table
-from kd_trainer.export.exporter import ExportArguments, Exporter, check
-from kd_trainer.export.images import (
+from kd_trainer.export.exporter import (
+    ExportArguments,
+    Exporter,
     Sample,
     at_another_size,
     batches_of,
+    check,
     from_dataset,
-    from_pictures,
+    from_images,
 )
 from kd_trainer.export.parity import Parity
 from kd_trainer.fields import add_fields
+from kd_trainer.files import check_replaceable, replacing_file, replacing_folder, write_json
 from kd_trainer.loading import load_student
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.replacing import check_replaceable, replacing
-from kd_trainer.run_files import EXPORTS_SHAPE, read_object
-from kd_trainer.run_folder import write_json
+from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
+from kd_trainer.sources import public_name
 
 RESULTS = "export.json"
 DATA_FLAGS = EVALUATION_DATA - {"image_size", "max_eval_samples"} | {"train_split"}
@@ -65,7 +66,7 @@ def export_student(
         result = _result(exporter, data)
         output.mkdir(parents=True, exist_ok=True)
         _put(exporter.path, target)
-    result["images_of"] = _name(data.dataset) if data.dataset else "pictures"
+    result["images_of"] = public_name(data.dataset) if data.dataset else "pictures"
     write_json(output / RESULTS, earlier | {args.entry: result})
     return result
 
@@ -73,25 +74,16 @@ def export_student(
 def _put(made: Path, target: Path) -> None:
     """Put a checked file or folder where it belongs, whole."""
     if made.is_dir():
-        with replacing(target, "output") as folder:
+        with replacing_folder(target, "output") as folder:
             shutil.copytree(made, folder, dirs_exist_ok=True)
         return
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        shutil.copyfile(made, beside)  # from another disk, maybe
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _name(dataset: str) -> str:
-    """The data set without the folders of this machine: the figures are published."""
-    return Path(dataset).name if Path(dataset).exists() else dataset
+    with replacing_file(target) as partial:
+        shutil.copyfile(made, partial)  # from another disk, maybe
 
 
 def _images(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
     if args.images:
-        return from_pictures(args.images, data.image_size, count)
+        return from_images(args.images, data.image_size, count)
     return from_dataset(data, split, count)
 
 

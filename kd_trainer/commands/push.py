@@ -8,12 +8,20 @@ from pathlib import Path
 
 from kd_trainer.argument_checks import check_license, check_repo_id, missing_license
 from kd_trainer.command_line import command_parser, given_flags, given_settings
+from kd_trainer.errors import printable
 from kd_trainer.fields import add_fields, help_field
-from kd_trainer.hub import Pushed, Source, check_access, find_source, upload
-from kd_trainer.hub.publication import Publication, settings_of, write_folder
+from kd_trainer.files import MARKER
+from kd_trainer.hub import (
+    Publication,
+    Pushed,
+    Source,
+    check_access,
+    find_source,
+    settings_of,
+    upload,
+    write_folder,
+)
 from kd_trainer.push_callback import HUB_FOLDER
-from kd_trainer.replacing import MARKER
-from kd_trainer.safe_files import plain
 
 
 @dataclass
@@ -106,7 +114,7 @@ def _listing(folder: Path) -> str:
     """The files and their sizes, one a line."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
     return "\n".join(
-        f"{file.stat().st_size / 2**10:10,.1f} KiB  {plain(file.relative_to(folder))}"
+        f"{file.stat().st_size / 2**10:10,.1f} KiB  {printable(file.relative_to(folder))}"
         for file in files
     )
 
@@ -135,5 +143,5 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
     else:
         print("" if pushed.changed else "\nThe repository holds exactly this already: no commit.")
         if pushed.others:
-            print(f"Also there, and not of this push: {plain(', '.join(pushed.others))}")
+            print(f"Also there, and not of this push: {printable(', '.join(pushed.others))}")
         print(f"{pushed.url}")

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_trainer import sources
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.command_line import EVALUATION_DATA, command_parser, given_flags, given_settings
@@ -21,20 +20,23 @@ from kd_trainer.commands.evaluate import Evaluation, evaluate_model
 from kd_trainer.commands.shown_images import EvaluationData, choose, shown_images
 from kd_trainer.evaluation import Evaluator, figures_of, labels_of
 from kd_trainer.fields import add_fields, check_at_least, help_field
+from kd_trainer.files import write_text
 from kd_trainer.loading import load_student, make_teacher, network_name, network_size
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.page import report_html
-from kd_trainer.run_files import COMPARISON_SHAPE, RESULTS_SHAPE, read_object
 from kd_trainer.run_folder import (
+    COMPARISON_SHAPE,
+    RESULTS_SHAPE,
     log_history,
+    read_object,
     run_settings,
     written_agreement,
     written_evaluations,
     written_figures,
 )
-from kd_trainer.safe_files import write_text
+from kd_trainer.sources import run_of
 from kd_trainer.teacher import Teacher
 
 LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch")
@@ -94,7 +96,7 @@ def build_report(
         FileNotFoundError: if the folder is no finished run, or its evaluation data is not there.
         ValueError: if settings contradict the student.
     """
-    folder, args, changed = sources.run_folder(run_folder), args or ReportArguments(), changed or {}
+    folder, args, changed = run_of(run_folder), args or ReportArguments(), changed or {}
     settings = run_settings(folder)
     data = _part(DataArguments, settings | changed)
     model = _part(ModelArguments, settings | changed)

@@ -26,17 +26,25 @@ from kd_trainer.console import markdown_table
 from kd_trainer.costs import peak_memory_mib, picture_milliseconds
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.data.images import content_digest
-from kd_trainer.disk import FolderLock, check_own_files, check_writable, replacing_files, writing
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.plan import describe
+from kd_trainer.errors import printable
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
-from kd_trainer.hub import check_access, last_part
-from kd_trainer.hub.publication import publish
+from kd_trainer.files import (
+    FolderLock,
+    check_writable,
+    replacing_file,
+    replacing_files,
+    write_json,
+    write_text,
+    writing,
+)
+from kd_trainer.hub import check_access, publish
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
-from kd_trainer.run_folder import write_bad_samples, write_json
-from kd_trainer.safe_files import plain, replacing_file, write_text
+from kd_trainer.run_folder import check_no_links, write_bad_samples
+from kd_trainer.sources import public_name
 from kd_trainer.trainer import DistillationTrainer
 
 LIBRARIES = (
@@ -72,7 +80,7 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
 
 def _train(run: RunArguments, lock: FolderLock, *, stops: bool) -> dict[str, Any]:
     first = run.training.process_index == 0
-    check_own_files(Path(str(run.training.output_dir)))
+    check_no_links(Path(str(run.training.output_dir)))
     if first:
         lock.take()  # of a folder that is there; a new one is made below
     checkpoint = find_checkpoint(run)  # before anything is written or takes long
@@ -186,7 +194,7 @@ def _results(
         "image_size": run.data.image_size,
         "mixed_precision": run.training.mixed_precision,
         "device": str(run.training.device),
-        "teacher": _public_name(run.model.teacher) if parts.teacher is not None else None,
+        "teacher": public_name(run.model.teacher) if parts.teacher is not None else None,
     }
     if parts.teacher is not None:
         results["teacher_parameters"] = network_size(parts.teacher.network)[0]
@@ -225,11 +233,6 @@ def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:
     """Images in an epoch; a stream's length is announced, with the bad ones that it leaves out."""
     left_out = len(dataset.bad_samples) if isinstance(dataset, StreamedDataset) else 0
     return image_count(dataset) - left_out
-
-
-def _public_name(source: str) -> str:
-    """An id on the Hub, or what a path here is called: results.json is published."""
-    return last_part(source) if Path(source).exists() else source
 
 
 def weight_file_mib(source: Path) -> float | None:
@@ -319,7 +322,7 @@ def find_checkpoint(run: RunArguments) -> Path | None:
         for folder, wrong in skipped.items():
             if args.process_index == 0:
                 told = f"skipped {folder}: {wrong}. Going on from {found.name}: what came after it"
-                print(f"{plain(told)} is done again.", file=sys.stderr)
+                print(f"{printable(told)} is done again.", file=sys.stderr)
     elif resume is not None:
         found = Path(resume)
         check_complete(found)

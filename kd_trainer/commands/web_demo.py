@@ -19,12 +19,11 @@ from kd_trainer.command_line import TEACHER as TEACHER_FLAGS
 from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.commands.predict import THRESHOLD, check_threshold
 from kd_trainer.data.folder_images import find_pictures, is_video, read_picture
-from kd_trainer.extras import require
+from kd_trainer.errors import require
 from kd_trainer.fields import add_fields, check_at_least, help_field
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.web_demo.models import load_demo_student, load_demo_teacher
+from kd_trainer.web_demo.models import Models, load_demo_student, load_demo_teacher
 from kd_trainer.web_demo.page import MOST_BYTES, STYLE, build_page
-from kd_trainer.web_demo.result import Models
 
 FIRST_PORT, PORTS = 7860, 100
 MOST_EXAMPLES = 12

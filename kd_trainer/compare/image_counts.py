@@ -19,9 +19,9 @@ from kd_trainer.evaluation import (
     agreement_of,
     figures_of,
 )
+from kd_trainer.files import replacing_file
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.safe_files import replacing_file
 from kd_trainer.teacher import Teacher
 
 Rows = npt.NDArray[np.int32]

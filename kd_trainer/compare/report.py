@@ -17,6 +17,7 @@ from kd_trainer.compare.budget import KINDS
 from kd_trainer.compare.results import FinishedRun
 from kd_trainer.compare.tables import markdown
 from kd_trainer.costs import costs, file_mib
+from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, make_teacher, network_name
 from kd_trainer.metrics import (
     GapClosed,
@@ -27,8 +28,6 @@ from kd_trainer.metrics import (
     mean_of,
 )
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.run_folder import write_json
-from kd_trainer.safe_files import write_text
 from kd_trainer.teacher import Teacher
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")

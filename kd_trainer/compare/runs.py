@@ -18,10 +18,10 @@ from kd_trainer.command_line import RunArguments, build
 from kd_trainer.compare.budget import Budget, baseline_settings
 from kd_trainer.compare.image_counts import count_images
 from kd_trainer.costs import reset_peak_memory
+from kd_trainer.files import write_json
 from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
-from kd_trainer.run_files import NOTE_SHAPE, RESULTS_SHAPE, read_object
-from kd_trainer.run_folder import write_json, written_settings
+from kd_trainer.run_folder import NOTE_SHAPE, RESULTS_SHAPE, read_object, written_settings
 
 COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 

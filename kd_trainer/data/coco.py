@@ -36,8 +36,7 @@ from kd_trainer.data.listing import (
     stream_shards,
 )
 from kd_trainer.data.masks import MaskRule
-from kd_trainer.errors import is_own
-from kd_trainer.safe_files import plain
+from kd_trainer.errors import is_own, printable
 
 
 def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
@@ -484,7 +483,7 @@ def _tell_moved(source: CocoSplit) -> None:
     moved = [(name, file) for name, file in zip(names, files, strict=True) if name != file]
     if moved and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         tqdm.write(
-            plain(
+            printable(
                 f"{len(moved)} of {len(names)} file names of {source.annotations} are paths of "
                 f"another machine; in {folder} {moved[0][0]} is {moved[0][1]}."
             ),

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 
-from kd_trainer.safe_files import plain
+from kd_trainer.errors import printable
 
 MAX_SCANS = 32
 """Scans of a JPEG; a progressive one has about ten. Each of them goes through all pixels."""
@@ -227,10 +227,10 @@ class BadSample:
 
     def line(self) -> str:
         """All four between tabs, as in bad_samples.txt."""
-        return "\t".join(map(plain, astuple(self)))
+        return "\t".join(map(printable, astuple(self)))
 
     def __str__(self) -> str:
-        return plain(f"{self.split} row {self.row}: {self.reason}")
+        return printable(f"{self.split} row {self.row}: {self.reason}")
 
 
 class MissingFileError(BadSampleError, FileNotFoundError):

@@ -13,7 +13,7 @@ from itertools import zip_longest
 import numpy as np
 import torch
 
-from kd_trainer.safe_files import plain
+from kd_trainer.errors import printable
 
 GO_ON = "(--no_preflight goes on all the same)"
 _HEADER = ("check", "", "finding", "what to do")
@@ -67,7 +67,7 @@ def graded(findings: Sequence[Finding], grade: Grade) -> list[Finding]:
 
 def table(findings: Sequence[Finding]) -> str:
     """All findings as a table that fits into a terminal."""
-    rows = [(f.check, str(f.grade), plain(f.text), plain(f.cure)) for f in findings]
+    rows = [(f.check, str(f.grade), printable(f.text), printable(f.cure)) for f in findings]
     lines = [_line(_HEADER), "-+-".join("-" * width for width in _WIDTHS)]
     for row in rows:
         cells = [textwrap.wrap(cell, w) or [""] for cell, w in zip(row, _WIDTHS, strict=True)]
@@ -95,7 +95,7 @@ def summary(findings: Sequence[Finding], seconds: float) -> str:
     notes = graded(findings, Grade.NOTE)
     how = f"checks, {several(len(notes), 'note')}," if notes else "checks passed"
     first = f"Preflight: {len(findings)} {how} in {seconds:.1f} s"
-    return "\n".join([first, *(plain(f"- {f.check}: {f.text}. {f.cure}") for f in notes)])
+    return "\n".join([first, *(printable(f"- {f.check}: {f.text}. {f.cure}") for f in notes)])
 
 
 def several(count: int, word: str) -> str:

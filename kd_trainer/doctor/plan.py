@@ -16,10 +16,10 @@ from kd_trainer.console import markdown_table
 from kd_trainer.costs import length_in_epochs, updates_per_epoch
 from kd_trainer.doctor.finding import Grade
 from kd_trainer.doctor.resources import plan_finding
+from kd_trainer.errors import printable
 from kd_trainer.loading import network_name, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.optim import DECODER, unit_parameters
-from kd_trainer.safe_files import plain
 from kd_trainer.schedules import TrainingSchedule
 
 
@@ -131,10 +131,10 @@ def describe(run: RunArguments, parts: Parts) -> str:
     updates = updates_per_epoch(train, args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
-        "source": plain(run.data.dataset),
+        "source": printable(run.data.dataset),
         "train": f"{train:,} images ({updates:,} updates an epoch)",
         "evaluation": f"{evaluation:,} images",
-        "classes": plain(", ".join(run.data.id2label.values())),
+        "classes": printable(", ".join(run.data.id2label.values())),
         "input": f"{run.data.image_size} x {run.data.image_size}",
     }
     weights = parts.loss_weights.effective()

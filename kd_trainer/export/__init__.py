@@ -1,5 +1,5 @@
 """Students as files that run without this package: ONNX, torch.export, smp."""
 
-from kd_trainer.export.session import OnnxStudent, load_onnx
+from kd_trainer.export.onnx_file import OnnxStudent, load_onnx
 
 __all__ = ["OnnxStudent", "load_onnx"]

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
+from kd_trainer.arguments import DataArguments
+from kd_trainer.build import evaluation_dataset
 from kd_trainer.costs import Latency, interleaved
-from kd_trainer.export.files import read_program, read_smp, require_all, write_program, write_smp
+from kd_trainer.data.folder_images import find_pictures, is_video
+from kd_trainer.data.images import decode_image
 from kd_trainer.export.graph import export_program, metadata_of
-from kd_trainer.export.images import Sample, batches_of
-from kd_trainer.export.onnx_file import check_opset, write_half, write_onnx
+from kd_trainer.export.onnx_file import (
+    OnnxStudent,
+    check_opset,
+    quiet,
+    require_all,
+    write_half,
+    write_onnx,
+)
 from kd_trainer.export.parity import CheckBatch, Network, Parity, Reference, compare
 from kd_trainer.export.quantize import Quantiser
-from kd_trainer.export.session import OnnxStudent
 from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.models.configuration_smp import build_network
+from kd_trainer.models.image_processing import resize_image
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 FILES = {
@@ -33,6 +49,8 @@ PRECISIONS = {"onnx-int8": "int8", "onnx-fp16": "fp16"}
 MOST_DIFFERENCE, LEAST_MASK_IOU = 1e-3, 0.999
 LEAST_MASK_IOU_HALF = 0.99
 MOST_DROP, LEAST_MASK_IOU_INT8 = 0.5, 0.97
+METADATA_FILE = "metadata.json"
+Sample = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -43,32 +61,32 @@ class ExportArguments:
     output: str = help_field("runs/export", "Folder that gets the file and export.json.")
     with_preprocessing: bool = help_field(
         False,
-        "Normalisation and sigmoid (softmax) inside: uint8 pictures (batch, height, width, 3) in, "
+        "Normalisation and sigmoid (softmax) inside: uint8 images (batch, height, width, 3) in, "
         "probabilities out.",
     )
     fixed_size: bool = help_field(
         False,
-        "Take pictures of the student's own size only (needed by networks that pool into a fixed "
+        "Take images of the student's own size only (needed by networks that pool into a fixed "
         "grid, such as PSPNet and UPerNet, and by some vision transformers).",
     )
     opset: int | None = help_field(
         None, "onnx: version of the operators, 18 or newer (default: the exporter's choice)."
     )
     images: list[str] | None = help_field(
-        None, "Pictures to check on (files, folders, globs) instead of a data set with masks."
+        None, "Images to check on (files, folders, globs) instead of a data set with masks."
     )
-    check_images: int = help_field(100, "On how many pictures to compare with torch.")
+    check_images: int = help_field(100, "On how many images to compare with torch.")
     calibration_images: int = help_field(
-        64, "onnx-int8: on how many pictures to measure ranges, from the split to train on."
+        64, "onnx-int8: on how many images to measure ranges, from the split to train on."
     )
     int8_exclude: list[str] = help_field(
         ["auto"],
         "onnx-int8: parts that stay in fp32: auto (those that int8 hurts most, as many as needed), "
         "none, or their names (such as decoder.blocks.0).",
     )
-    batch_size: int = help_field(4, "Pictures at a time in the check.")
+    batch_size: int = help_field(4, "Images at a time in the check.")
     latency_repeats: int = help_field(
-        20, "Measured calls of torch and of the file, one picture on one thread; 0 measures none."
+        20, "Measured calls of torch and of the file, one image on one thread; 0 measures none."
     )
 
     def __post_init__(self) -> None:
@@ -109,7 +127,7 @@ class Exporter:
     Args:
         student: on the CPU, in eval mode.
         args: the settings.
-        samples: pictures, with masks where they are known.
+        samples: images, with masks where they are known.
         work: an empty folder.
         ignore_index: label of the pixels that do not count.
     """
@@ -131,22 +149,23 @@ class Exporter:
         self.ignore_index = ignore_index
         self.inside = args.with_preprocessing
         self.reference = Reference(student, probabilities=self.inside)
+        self.metadata = metadata_of(
+            student,
+            with_preprocessing=self.inside,
+            precision=PRECISIONS.get(args.format, "fp32"),
+            fixed_size=args.fixed_size,
+        )
 
     def write(self) -> None:
         """Write every format but int8."""
         if self.args.format == "smp":
             write_smp(self.student, self.path)
         elif self.args.format == "torch-export":
-            program = export_program(
-                self.student, with_preprocessing=self.inside, fixed_size=self.args.fixed_size
-            )
-            write_program(program, self.path, self._metadata())
+            write_program(self._program(prune=True), self.path, self.metadata)
+        elif self.args.format == "onnx-fp16":
+            write_half(self._write_full(), self.path, self.metadata)
         else:
-            full = self._write_full()
-            if self.args.format == "onnx-fp16":
-                write_half(full, self.path, self._metadata())
-            else:
-                full.rename(self.path)
+            self._write_full().rename(self.path)
 
     def write_int8(self, calibration: Sequence[Sample]) -> tuple[list[str], Parity]:
         """Write int8, leaving out what has to be left out; returns that and the figures.
@@ -154,10 +173,10 @@ class Exporter:
         Raises:
             ValueError: if no version is good enough.
         """
-        batches = [self._feed(picture[None]).numpy() for picture, _ in calibration]
+        batches = [self._feed(image[None]).numpy() for image, _ in calibration]
         full = self._write_full()
         OnnxStudent(full)(batches[0])  # says in one line why a graph cannot be run
-        quantiser = Quantiser(full, batches, self.work, self._metadata())
+        quantiser = Quantiser(full, batches, self.work, self.metadata)
         for left_out in versions(quantiser, self.args.int8_exclude):
             quantiser.write(self.path, left_out=left_out)
             title = f"check, {len(left_out)} parts in fp32" if left_out else "check"
@@ -174,80 +193,52 @@ class Exporter:
 
     def compare(self, batches: Sequence[CheckBatch], title: str = "check") -> Parity:
         """The written file against the student."""
+        run = self._runner(torch.get_num_threads())
         return compare(
             self.reference,
-            self._exported(torch.get_num_threads()),
+            lambda images: run(self._feed(images)),
             batches,
             ignore_index=self.ignore_index,
             title=title,
         )
 
     def latency(self) -> dict[str, Latency]:
-        """Student and written file by turns: one picture, on one thread.
+        """Student and written file by turns: one image, on one thread.
 
-        The preparation of the picture counts for both where the file does it itself, else for none.
+        The preparation of the image counts for both where the file does it itself, else for none.
         """
-        picture = self.samples[0][0][None]
-        pixels = self.reference.prepare(picture)
+        image = self.samples[0][0][None]
+        pixels = self.reference.prepare(image)
         network = partial(self.reference.output, pixels)
-        torch_call = partial(self.reference, picture) if self.inside else network
-        calls = {"torch": torch_call, "file": partial(self._runner(threads=1), self._feed(picture))}
+        torch_call = partial(self.reference, image) if self.inside else network
+        calls = {"torch": torch_call, "file": partial(self._runner(threads=1), self._feed(image))}
         return interleaved(calls, [], self.args.latency_repeats, threads=1)
 
+    def _program(self, *, prune: bool) -> ExportedProgram:
+        fixed = self.args.fixed_size
+        return export_program(
+            self.student, with_preprocessing=self.inside, prune=prune, fixed_size=fixed
+        )
+
     def _write_full(self) -> Path:
-        path = self.work / "full.onnx"
-        program = export_program(
-            self.student,
-            with_preprocessing=self.inside,
-            prune=False,
-            fixed_size=self.args.fixed_size,
-        )
-        write_onnx(
-            program,
-            path,
-            self._metadata(),
-            with_preprocessing=self.inside,
-            opset=self.args.opset,
-        )
+        """The student as ONNX in fp32, from which the other precisions are made."""
+        path, opset = self.work / "full.onnx", self.args.opset
+        program = self._program(prune=False)
+        write_onnx(program, path, self.metadata, with_preprocessing=self.inside, opset=opset)
         return path
 
-    def _metadata(self) -> dict[str, str]:
-        precision = PRECISIONS.get(self.args.format, "fp32")
-        return metadata_of(
-            self.student,
-            with_preprocessing=self.inside,
-            precision=precision,
-            fixed_size=self.args.fixed_size,
-        )
-
-    def _feed(self, pictures: Tensor) -> Tensor:
+    def _feed(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) as the exported file takes them."""
-        return pictures.permute(0, 2, 3, 1) if self.inside else self.reference.prepare(pictures)
-
-    def _exported(self, threads: int) -> Network:
-        """The written file as a function of uint8 pictures (B, 3, H, W)."""
-        run = self._runner(threads)
-        return lambda pictures: run(self._feed(pictures))
+        return images.permute(0, 2, 3, 1) if self.inside else self.reference.prepare(images)
 
     def _runner(self, threads: int) -> Network:
         """The written file as a function of what it takes."""
         if self.args.format == "smp":
             return read_smp(self.path)
         if self.args.format == "torch-export":
-            return partial(_run_program, read_program(self.path))
+            return read_program(self.path)
         session = OnnxStudent(self.path, threads=threads)
         return lambda fed: torch.from_numpy(session(fed.numpy()))
-
-
-def _run_program(program: Network, pixels: Tensor) -> Tensor:
-    try:
-        return program(pixels)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise ValueError(
-            f"Expected a program that runs on {tuple(pixels.shape)}, got one that does not: "
-            f"{reason}. Export the student with --fixed_size."
-        ) from error
 
 
 def versions(quantiser: Quantiser, exclude: Sequence[str]) -> Iterator[list[str]]:
@@ -297,3 +288,109 @@ def check(args: ExportArguments, parity: Parity, where: str) -> None:
             f"{parity.relative_difference:.2g} and IoU {parity.mask_iou:.4f} {where}. Nothing was "
             "written. Check that student and images belong together; if they do, please report it."
         )
+
+
+def write_program(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a traced student as one file for `torch.export.load`.
+
+    The metadata is in it too: `torch.export.load(path, extra_files={"metadata.json": ""})`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    program.example_inputs = None  # they would be in the file: 10 MiB at 640 pixels
+    torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(dict(metadata))})
+
+
+def read_program(path: Path) -> Network:
+    """The network in such a file, as a function of a batch.
+
+    Raises:
+        ValueError: on a call, if the program does not run on that batch.
+    """
+    module: Network = torch.export.load(path).module()
+
+    def run(pixels: Tensor) -> Tensor:
+        try:
+            return module(pixels)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise ValueError(
+                f"Expected a program that runs on {tuple(pixels.shape)}, got one that does not: "
+                f"{reason}. Export the student with --fixed_size."
+            ) from error
+
+    return run
+
+
+def write_smp(student: SmpForSemanticSegmentation, folder: Path) -> None:
+    """Write the folder that `smp.from_pretrained` reads, strictly: with all weights.
+
+    It has none of our keys in its config.json, so that `tu-*` students can be read.
+    """
+    network = build_network(student.config)
+    network.load_state_dict(student.state_dict())
+    network.save_pretrained(folder)
+    # smp's card names a licence that nobody has chosen.
+    (folder / "README.md").unlink(missing_ok=True)
+
+
+def read_smp(folder: Path) -> Network:
+    """The network in such a folder, as a function of a batch, in eval mode."""
+    with quiet():  # it tells where it found them
+        network: Network = smp.from_pretrained(str(folder)).eval()
+    return network
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over `length`: a folder is often sorted by its contents."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
+def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
+    """Images uint8 (3, H, W) and labels (H, W) of a split, without augmentation."""
+    other = data.train_split if split == data.eval_split else data.eval_split
+    dataset: Any = evaluation_dataset(
+        replace(data, eval_split=split, train_split=other), batch_size=1
+    )
+    if data.streaming:
+        rows = list(itertools.islice(dataset, count))
+    else:
+        rows = [dataset[i] for i in spread(len(dataset), count)]
+    return [(row["pixel_values"], row["labels"]) for row in rows]
+
+
+def from_images(sources: Sequence[str], size: int, count: int) -> list[Sample]:
+    """Images uint8 (3, size, size) of files, folders and globs; their masks are unknown.
+
+    Raises:
+        FileNotFoundError: if a source names no image.
+        ValueError: if a file is no readable image.
+    """
+    paths = [path for path in find_pictures(sources) if not is_video(path)]
+    if not paths:
+        raise ValueError(
+            f"Expected images as --images, got only videos: {' '.join(sources)}. Export single "
+            "frames of them first."
+        )
+    chosen = [paths[i] for i in spread(len(paths), count)]
+    images = (decode_image({"path": str(p), "bytes": None}, 0) for p in chosen)
+    tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in images)
+    return [(resize_image(tensor, size, size), None) for tensor in tensors]
+
+
+def batches_of(samples: Sequence[Sample], batch_size: int) -> list[CheckBatch]:
+    """Samples stacked, in order."""
+    batches = []
+    for start in range(0, len(samples), batch_size):
+        some = samples[start : start + batch_size]
+        labels = [label for _, label in some if label is not None]
+        batches.append(
+            (torch.stack([image for image, _ in some]), torch.stack(labels) if labels else None)
+        )
+    return batches
+
+
+def at_another_size(samples: Sequence[Sample], size: int, multiple: int) -> list[CheckBatch]:
+    """One batch of another number, height and width than any other, without masks."""
+    images = [image for image, _ in samples[:3]]
+    height, width = size + multiple, size + 2 * multiple
+    return [(torch.stack([resize_image(p, height, width) for p in images]), None)]

@@ -1,4 +1,6 @@
-"""The graph that is exported: dynamic batch, height and width, and no weight that it does not use.
+"""The graph that is exported, and what its file says about it.
+
+The graph has dynamic batch, height and width, and no weight that it does not use.
 
 Height and width stay multiples of the encoder's output stride; the metadata names it. Networks that
 pool into a fixed grid (PSPNet, UPerNet) or take one size only (some vision transformers) are
@@ -9,17 +11,25 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from kd_trainer.models.config_checks import check_statistics
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
-RAW_INPUT, PICTURE_INPUT = "pixel_values", "image"
+RAW_INPUT, IMAGE_INPUT = "pixel_values", "image"
 RAW_OUTPUT, PROBABILITY_OUTPUT = "logits", "probabilities"
 METADATA_VERSION = 1
+# An image of this side takes 3 GiB as floats; more is no image size but a mistake.
+LARGEST_SIDE = 16_384
+MOST_CLASSES = 65_536
+_TEXTS = ("architecture", "encoder", "precision", "input")
 
 
 class ExportGraph(nn.Module):
@@ -27,7 +37,7 @@ class ExportGraph(nn.Module):
 
     Args:
         student: its parts are shared, not copied.
-        with_preprocessing: take uint8 pictures (B, H, W, 3) and give probabilities (B, K, H, W),
+        with_preprocessing: take uint8 images (B, H, W, 3) and give probabilities (B, K, H, W),
             instead of normalised floats (B, 3, H, W) and raw logits (B, K, H, W). K is 1 for a
             binary model, whose probability is that of the foreground.
     """
@@ -91,7 +101,7 @@ def export_program(
         with_preprocessing: see `ExportGraph`.
         prune: leave out the weights that nothing uses, at the price of tracing twice. The ONNX
             exporter does it by itself.
-        fixed_size: take pictures of the student's own size only; the batch stays dynamic.
+        fixed_size: take images of the student's own size only; the batch stays dynamic.
 
     Raises:
         ValueError: if its network cannot be traced.
@@ -170,3 +180,69 @@ def metadata_of(
         "input": inside if with_preprocessing else outside,
         "output": f"{probabilities if with_preprocessing else logits}; {channels}",
     }
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The metadata of a file of scripts/export.py, see `metadata_of`; `text` is all of it."""
+
+    text: dict[str, str]
+    class_names: list[str]
+    image_size: int
+    size_multiple: int
+    image_mean: list[float]
+    image_std: list[float]
+    with_preprocessing: bool
+
+
+def read_metadata(text: Mapping[str, str], path: str | Path) -> Metadata:
+    """Check and convert the metadata of a file.
+
+    Raises:
+        ValueError: if an entry is missing or makes no sense; names it.
+    """
+    if "kd_trainer_metadata" not in text:
+        raise ValueError(
+            f"Expected an ONNX file of scripts/export.py, got {path}, which does not say what "
+            "it takes. Export the student anew."
+        )
+    for name in _TEXTS:
+        if name not in text:
+            raise _odd(name, "text", text, path)
+    size = _whole("image_size", text, path)
+    multiple = _whole("size_multiple", text, path)
+    if size % multiple:
+        raise _odd("size_multiple", f"a divisor of image_size {size}", text, path)
+    names = _parsed("class_names", text)
+    several = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
+    if not (several and all(isinstance(name, str) for name in names)):
+        raise _odd("class_names", "a JSON list of at least two names", text, path)
+    if text.get("preprocessing") not in ("inside", "outside"):
+        raise _odd("preprocessing", "inside or outside", text, path)
+    mean, std = (_parsed(name, text) for name in ("image_mean", "image_std"))
+    check_statistics(mean, std, f"the metadata of {path}")
+    return Metadata(dict(text), names, size, multiple, mean, std, text["preprocessing"] == "inside")
+
+
+def _parsed(name: str, text: Mapping[str, str]) -> Any:
+    try:
+        return json.loads(text.get(name, ""))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _whole(name: str, text: Mapping[str, str], path: str | Path) -> int:
+    value = text.get(name, "")
+    if not (value.isascii() and value.isdigit() and len(value) <= 9):
+        raise _odd(name, "a whole number", text, path)
+    if not 1 <= int(value) <= LARGEST_SIDE:
+        raise _odd(name, f"1 to {LARGEST_SIDE:,}", text, path)
+    return int(value)
+
+
+def _odd(name: str, wanted: str, text: Mapping[str, str], path: str | Path) -> ValueError:
+    value = repr(text[name][:80]) if name in text else "nothing"
+    return ValueError(
+        f"Expected {wanted} as {name} in the metadata of {path}, got {value}. Export the student "
+        "anew."
+    )

@@ -1,7 +1,9 @@
 """Static int8 quantisation with onnxruntime: QDQ format, a scale for each channel of a weight.
 
-Activations are asymmetric uint8: SiLU networks fall apart with symmetric ones. If the result is not
-good enough, the parts of the network that int8 hurts most stay in fp32; how much it hurts is
+Activations are asymmetric uint8: SiLU networks fall apart with symmetric ones. Rare extremes of
+their ranges are cut off: a range that holds them all leaves too few of the 256 steps for the rest,
+which cost 1.7 points of mIoU on an EfficientNet U-Net, and without them nothing. If the result is
+not good enough, the parts of the network that int8 hurts most stay in fp32; how much it hurts is
 measured, because the usual suspects (the first layer and the head) are often harmless.
 
 Source: onnxruntime's documentation of quantisation; Jacob et al. 2018, arXiv 1712.05877.
@@ -9,9 +11,7 @@ Source: onnxruntime's documentation of quantisation; Jacob et al. 2018, arXiv 17
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,56 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kd_trainer.export.calibration import write_ranges
-from kd_trainer.export.files import require
-from kd_trainer.export.graph import PICTURE_INPUT, RAW_INPUT
-from kd_trainer.export.onnx_file import save_onnx
-from kd_trainer.export.session import Batch, OnnxStudent
+from kd_trainer.export.graph import IMAGE_INPUT, RAW_INPUT
+from kd_trainer.export.onnx_file import Batch, OnnxStudent, quiet, require, save_onnx
 from kd_trainer.fields import closest
 
 # Images on which the sensitivity of the parts is compared: it only has to rank them.
 SENSITIVITY_IMAGES = 16
 _ENDS = ("Sigmoid", "Softmax")
+PERCENTILE = 99.99
+BINS = 2048
+# Values of a tensor that are counted of each batch: at 640 pixels all of them would take minutes.
+MOST_VALUES = 2**15
+
+
+def write_ranges(source: Path, batches: Sequence[Mapping[str, Batch]], target: Path) -> None:
+    """Write the range of every activation, in the file that `quantize_static` reads.
+
+    Args:
+        source: an ONNX file.
+        batches: its inputs by name; one image each needs the least memory.
+        target: a JSON file in a folder that also takes a temporary model.
+    """
+    calibration = require("onnxruntime.quantization.calibrate")
+    with quiet():  # it prints its settings
+        calibrator = calibration.create_calibrator(
+            source,
+            augmented_model_path=str(target.with_suffix(".onnx")),
+            calibrate_method=calibration.CalibrationMethod.Percentile,
+            extra_options={"percentile": PERCENTILE, "num_bins": BINS, "symmetric": False},
+        )
+        names = sorted(calibrator.tensors_to_calibrate)
+        histograms = calibration.HistogramCollector(
+            method="percentile",
+            symmetric=False,
+            num_bins=BINS,
+            num_quantized_bins=None,
+            percentile=PERCENTILE,
+            scenario="same",
+        )
+        for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None):
+            outputs = calibrator.infer_session.run(names, dict(batch))
+            seen = zip(names, outputs, strict=True)
+            histograms.collect({name: [_some(values)] for name, values in seen})
+        calibrator.collector = histograms
+        calibration.save_tensors_data(calibrator.compute_data(), target)
+
+
+def _some(values: Any) -> Batch:
+    """At most MOST_VALUES values, spread evenly; an odd step does not stay in one column."""
+    flat: Batch = np.asarray(values).ravel()
+    return flat[:: max(1, -(-flat.size // MOST_VALUES)) | 1]
 
 
 def part_name(weight: str) -> str:
@@ -118,7 +158,7 @@ class Quantiser:
         ranges = self.work / "ranges.json"  # of the fp32 network, whatever is quantised afterwards
         if not ranges.exists():
             write_ranges(self.source, [{_input_name(b): b} for b in self.batches], ranges)
-        with _quiet():
+        with quiet():  # it advises a preparation that fails on graphs of dynamic size
             quantization.quantize_static(
                 str(self.source),
                 str(target),
@@ -135,15 +175,4 @@ class Quantiser:
 
 
 def _input_name(batch: Batch) -> str:
-    return PICTURE_INPUT if batch.dtype == np.uint8 else RAW_INPUT
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the advice to run a preparation that fails on graphs of dynamic size."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+    return IMAGE_INPUT if batch.dtype == np.uint8 else RAW_INPUT

@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from kd_trainer.errors import printable
 from kd_trainer.losses import TERMS
 from kd_trainer.reports.panels import CLASS_COLOURS
-from kd_trainer.safe_files import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,16 +114,16 @@ def line_chart(
         # SVG counts 72 pixels an inch.
         figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
         axes = figure.add_subplot()
-        axes.set_title(plain(title))
-        axes.set_xlabel(plain(x_label))
-        axes.set_ylabel(plain(y_label))
+        axes.set_title(printable(title))
+        axes.set_xlabel(printable(x_label))
+        axes.set_ylabel(printable(y_label))
         lines = [_line(axes, points, index, step) for index, points in enumerate(values.values())]
         _scale(axes, np.concatenate([[], *(y for _, y in values.values())]), log_y)
         axes.set(**{f"{axis}lim": r for axis, r in (("x", x_range), ("y", y_range)) if r})
         if lines:
             figure.legend(lines, names, loc="outside lower left", ncols=columns)
         figure.savefig(file, format="svg", facecolor="white" if background else "none")
-    root = _element(file.getvalue(), names, plain(title), _summary(values))
+    root = _element(file.getvalue(), names, printable(title), _summary(values))
     if background:
         root.attrib["color"] = "#1f2328"
     return ElementTree.tostring(root, encoding="unicode")
@@ -136,7 +136,7 @@ def _drawable(points: Sequence[Point], log_y: bool) -> tuple[np.ndarray, np.ndar
 
 
 def _legend_name(name: str, points: tuple[np.ndarray, np.ndarray]) -> str:
-    shown = plain(name)
+    shown = printable(name)
     if len(shown) > _LONGEST_NAME:
         shown = f"{shown[: _LONGEST_NAME - 1]}…"
     return shown if np.isfinite(points[1]).any() else f"{shown} (no data)"
@@ -190,7 +190,7 @@ def _scale(axes: Axes, y: np.ndarray, log_y: bool) -> None:
 def _summary(values: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
     """What a screen reader says of the lines."""
     ends = {name: y[np.isfinite(y)] for name, (_, y) in values.items()}
-    said = [f"{plain(name)} {y[0]:.4g} to {y[-1]:.4g}" for name, y in ends.items() if len(y)]
+    said = [f"{printable(name)} {y[0]:.4g} to {y[-1]:.4g}" for name, y in ends.items() if len(y)]
     return "; ".join(said) or "no data"
 
 

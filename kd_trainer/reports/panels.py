@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from kd_trainer.safe_files import replacing_file
+from kd_trainer.files import replacing_file
 
 Picture = np.ndarray
 """uint8 (H, W, 3)."""

@@ -1,1 +1,1 @@
-"""The web demo: models, result of one picture, page."""
+"""The web demo: models, result of one image, page."""

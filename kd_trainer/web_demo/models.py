@@ -1,8 +1,10 @@
-"""The models of the web demo: loaded once, tried once, with what they weigh."""
+"""The models of the web demo, and what they say about one image. Knows no browser."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,29 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from kd_trainer.arguments import ModelArguments
-from kd_trainer.costs import file_mib
+from kd_trainer.costs import Latency, file_mib, interleaved
+from kd_trainer.data.folder_images import read_picture
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
-from kd_trainer.inference import Segmenter, onnx_segmenter, torch_segmenter
+from kd_trainer.inference import Segmenter, classes_at, drawn, onnx_segmenter, torch_segmenter
 from kd_trainer.loading import load_student, network_name, network_size
+from kd_trainer.models.image_processing import resize_image
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights
+from kd_trainer.reports.contents import STUDENT, TEACHER
+from kd_trainer.reports.panels import (
+    Disagreement,
+    disagreement,
+    disagreement_map,
+    mask_picture,
+    overlay,
+)
 from kd_trainer.sources import model_source
 from kd_trainer.teacher import Teacher, load_teacher
+
+# Longer side of what is shown and predicted. More than any screen shows, and the logits of nine
+# classes at the 100 megapixels of a large camera are 3.6 GB.
+LONGEST = 2048
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class DemoModel:
 
     Args:
         name: architecture and encoder; never a path, because strangers read it.
-        segmenter: pictures to logits.
+        segmenter: images to logits.
         class_names: background first.
         parameters: without those that no output depends on; None if unknown.
         file_mib: size of the weight file; None if unknown.
@@ -45,12 +61,49 @@ class DemoModel:
     runs_on: str
 
 
+Models = Mapping[str, DemoModel]
+"""The student, and perhaps a teacher, under the names of `kd_trainer.reports.contents`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One image as all models see it.
+
+    Attributes:
+        image: uint8 (H, W, 3), as it was shown to the models.
+        masks: class ids, uint8 (H, W), of each model.
+        difference: between teacher and student; None without a teacher.
+    """
+
+    image: np.ndarray
+    masks: dict[str, np.ndarray]
+    difference: Disagreement | None
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """A result to look at.
+
+    Attributes:
+        left: uint8 (H, W, 3), left of the slider: the teacher's overlay, else the image.
+        right: the student's overlay.
+        masks: uint8 (H, W, 3) of each model.
+        difference: uint8 (H, W, 3) where the masks differ; without a teacher the cut-out of the
+            student, (H, W, 4).
+    """
+
+    left: np.ndarray
+    right: np.ndarray
+    masks: dict[str, np.ndarray]
+    difference: np.ndarray
+
+
 def load_demo_student(source: str) -> DemoModel:
     """A student from a folder, the Hub or an ONNX file of scripts/export.py.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if it is none of these, or does not take pictures of the size it asks for.
+        ValueError: if it is none of these, or does not take images of the size it asks for.
     """
     if source.endswith(".onnx"):
         return _tried(_from_onnx(source), source, "its saved image size")
@@ -58,30 +111,30 @@ def load_demo_student(source: str) -> DemoModel:
     student = load_student(source)
     side = student.config.image_size
     check_image_size(side, student)
-    made = _described(student, torch_segmenter(student, side), source, labels_of(student))
-    return _tried(made, source, "its saved image size")
+    model = _described(student, torch_segmenter(student, side), source, labels_of(student))
+    return _tried(model, source, "its saved image size")
 
 
 def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | None:
     """The teacher that the settings name, with the student's classes in the student's order.
 
-    It is shown pictures at the size it was saved with, else at the student's.
+    It is shown images at the size it was saved with, else at the student's.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if it has other classes, or does not take pictures of that size.
+        ValueError: if it has other classes, or does not take images of that size.
     """
     if not model.has_teacher:
         return None
     source = model.teacher
     if source.endswith(".onnx"):
-        made = _from_onnx(source)
-        if made.class_names != student.class_names:
+        exported = _from_onnx(source)
+        if exported.class_names != student.class_names:
             raise ValueError(
                 f"Expected a teacher of the student's classes {', '.join(student.class_names)}, "
-                f"got {source} with {', '.join(made.class_names)}. Name another one."
+                f"got {source} with {', '.join(exported.class_names)}. Name another one."
             )
-        return _tried(made, source, "its saved image size")
+        return _tried(exported, source, "its saved image size")
     labels = dict(enumerate(student.class_names))
     teacher = load_teacher(
         source,
@@ -97,16 +150,16 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
     side = model.teacher_image_size or _saved_side(source) or student.segmenter.image_size
     if isinstance(teacher.network, SmpForSemanticSegmentation):
         check_image_size(side, teacher.network)
-    made = _described(teacher, torch_segmenter(teacher, side), source, labels)
-    return _tried(made, source, "--teacher_image_size")
+    shown = _described(teacher, torch_segmenter(teacher, side), source, labels)
+    return _tried(shown, source, "--teacher_image_size")
 
 
 def _from_onnx(source: str) -> DemoModel:
     threads = torch.get_num_threads()
     exported = load_onnx(source, threads=threads)
-    told = exported.metadata
+    metadata = exported.metadata
     return DemoModel(
-        f"{told['architecture']} {told['encoder']}, {told['precision']}",
+        f"{metadata['architecture']} {metadata['encoder']}, {metadata['precision']}",
         onnx_segmenter(exported),
         tuple(exported.class_names),
         None,
@@ -153,8 +206,8 @@ def _cached_mib(source: str) -> float | None:
     """Size of the weights that were fetched from the Hub."""
     if Path(source).exists():
         return None  # a folder whose weights are no safetensors
-    found = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else file_mib(found)
+    file = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else file_mib(file)
 
 
 def _tried(model: DemoModel, source: str, size_from: str) -> DemoModel:
@@ -165,7 +218,86 @@ def _tried(model: DemoModel, source: str, size_from: str) -> DemoModel:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"Expected a model that takes pictures of {side} x {side} pixels, got {source}: "
+            f"Expected a model that takes images of {side} x {side} pixels, got {source}: "
             f"{reason} Change {size_from}."
         ) from error
     return model
+
+
+def read_upload(path: str | Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image that a visitor sent, read as for training.
+
+    Args:
+        path: of the file on this machine.
+
+    Returns:
+        uint8 RGB (H, W, 3) of at most LONGEST pixels a side, and the height and width of the file.
+
+    Raises:
+        ValueError: if it is no readable image; names the file without its folder.
+    """
+    file = Path(path)
+    try:
+        image = np.asarray(read_picture(file))
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(file), file.name)) from error
+    height, width = image.shape[:2]
+    if max(height, width) <= LONGEST:
+        return image, (height, width)
+    small = [max(1, round(side * LONGEST / max(height, width))) for side in (height, width)]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    shrunk = resize_image(pixels, small[0], small[1]).permute(1, 2, 0).contiguous()
+    return shrunk.numpy(), (height, width)
+
+
+def examine(models: Models, image: np.ndarray, threshold: float) -> Result:
+    """Masks of all models and how they differ.
+
+    Args:
+        models: as `Models` says.
+        image: uint8 RGB (H, W, 3).
+        threshold: probability from which a binary model's pixel is foreground.
+    """
+    masks = {
+        role: classes_at(model.segmenter.logits([image])[0], threshold)
+        for role, model in models.items()
+    }
+    difference = None
+    if TEACHER in masks:
+        num_labels = len(models[STUDENT].class_names)
+        difference = disagreement(masks[TEACHER], masks[STUDENT], num_labels)
+    return Result(image, masks, difference)
+
+
+def drawings(result: Result, num_labels: int) -> Drawings:
+    """The images of a result; `num_labels` counts the background too."""
+    image, masks = result.image, result.masks
+    tinted = {role: overlay(image, mask, num_labels=num_labels) for role, mask in masks.items()}
+    if TEACHER in masks:
+        difference = disagreement_map(image, masks[TEACHER], masks[STUDENT])
+    else:
+        difference = drawn("cutouts", image, masks[STUDENT], num_labels)
+    return Drawings(
+        tinted.get(TEACHER, image),
+        tinted[STUDENT],
+        {role: mask_picture(mask, num_labels) for role, mask in masks.items()},
+        difference,
+    )
+
+
+def milliseconds(models: Models, image: np.ndarray, repeats: int) -> dict[str, Latency]:
+    """How long each network takes for this image at its own input size.
+
+    The networks alone, in turn: reading, resizing and drawing cost the same with either.
+
+    Args:
+        models: as `Models` says.
+        image: uint8 RGB (H, W, 3).
+        repeats: measured calls of each, after one that warms up.
+    """
+    calls = {
+        role: partial(model.segmenter.network, model.segmenter.network_input(image))
+        for role, model in models.items()
+    }
+    threads = torch.get_num_threads()
+    return interleaved(calls, [], repeats, threads, warm_up=1, progress=False)

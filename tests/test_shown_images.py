@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_trainer.commands.examination import choose, probability_difference
+from kd_trainer.commands.shown_images import choose, probability_difference
 from kd_trainer.reports.panels import FALSE_NEGATIVE, FALSE_POSITIVE, difference_map
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kd_trainer.run_files import EXPORTS_SHAPE, RESULTS_SHAPE, STATE_SHAPE, read_object
+from kd_trainer.run_folder import EXPORTS_SHAPE, RESULTS_SHAPE, STATE_SHAPE, read_object
 
 FAULTS = {
     "a list": (RESULTS_SHAPE, "[1]", r"a JSON object in .*results.json, got \[1\]"),
