@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.frontier import frontier
 from benchmarks.frontier_page import frontier_chart, frontier_table
-from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.export.files import require_all
-from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
+from kd_trainer.fields import check_at_least, check_folder, help_field
+from kd_trainer.parsing import Parser
 from kd_trainer.run_folder import write_json
 from kd_trainer.safe_files import write_text
 
@@ -32,7 +32,8 @@ class FrontierArguments:
 
 def frontier_main(arguments: Sequence[str] | None = None) -> None:
     """Measure trained models side by side; print the table, write all files."""
-    parser = command_parser(
+    parser = Parser(
+        [FrontierArguments],
         "frontier.py",
         "Latency (torch, ONNX Runtime, int8), size and mIoU of trained models, side by side on one "
         "thread of the CPU. The first model is what the others are compared with.",
@@ -42,11 +43,9 @@ def frontier_main(arguments: Sequence[str] | None = None) -> None:
         "  frontier.py runs/teacher runs/light --image_size 512 --repeats 50",
     )
     parser.add_argument("models", nargs="+", help="Folders, each as FOLDER or NAME=FOLDER.")
-    add_fields(parser, FrontierArguments, title="measurement")
-    given = given_flags(parser, arguments)
+    given = parser.given(arguments)
     models = named_folders(given.pop("models"))
-    (own,) = given_settings((FrontierArguments,), given)
-    args = FrontierArguments(**own)
+    args = FrontierArguments(**given)
     rows = frontier(models, side=args.image_size, repeats=args.repeats)
     folder, table = Path(args.output_dir), frontier_table(rows)
     write_json(folder / "frontier.json", {"models": rows})

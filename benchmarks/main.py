@@ -12,8 +12,8 @@ from benchmarks.data_main import DataPathArguments, run_data
 from benchmarks.evaluation import EvaluationArguments, run_evaluation
 from benchmarks.processes import ProcessArguments, run_processes
 from benchmarks.steps import run_steps
-from kd_trainer.command_line import Parser, command_parser, given_flags, given_settings
-from kd_trainer.fields import add_fields, closest
+from kd_trainer.fields import closest
+from kd_trainer.parsing import Parser
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ DEFAULT = "train"
 def benchmark_parser(word: str) -> Parser:
     """The parser of one part."""
     parts = "\n".join(f"  {name:<12} {part.about}" for name, part in PARTS.items())
-    parser = command_parser(
+    return Parser(
+        [PARTS[word].arguments],
         f"benchmark.py {word}",
         f"Measure {PARTS[word].about}. Ratios are taken within one process, in turn.",
         f"What can be measured (`benchmark.py NAME --help`), `{DEFAULT}` if no name is given:\n"
@@ -51,8 +52,6 @@ def benchmark_parser(word: str) -> Parser:
         "  benchmark.py train --free_units 0 --pairs 9\n"
         "  benchmark.py train --dataset photos/ --image_size 640 --batch_size 16 --profile trace/",
     )
-    add_fields(parser, PARTS[word].arguments, title=word)
-    return parser
 
 
 def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[Part, Any]:
@@ -68,9 +67,7 @@ def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[Part, Any]:
             f"Expected one of {', '.join(PARTS)} to measure, got {word!r}.{closest(word, PARTS)}"
         )
     part = PARTS[word]
-    given = given_flags(benchmark_parser(word), words)
-    (own,) = given_settings((part.arguments,), given)
-    return part, part.arguments(**own)
+    return part, part.arguments(**benchmark_parser(word).given(words))
 
 
 def benchmark_main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.command_line import load_recipe
+from kd_trainer.config import load_recipe
 from kd_trainer.data import BadSample
 from kd_trainer.run_files import STATE_SHAPE, read_object
 from kd_trainer.safe_files import check_regular, write_text

@@ -58,7 +58,7 @@ import json, sys
 from pathlib import Path
 import kd_trainer
 from tiny import Squares, arguments, tiny_student, tiny_teacher
-from kd_trainer.command_line import parse
+from kd_trainer.config import parse
 from kd_trainer.console import console_line
 
 from kd_trainer import model_card

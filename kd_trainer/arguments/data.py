@@ -20,6 +20,7 @@ class DataArguments:
         "",
         "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
         "parquet file or folder, Hub id, or `synthetic`.",
+        metavar="SOURCE",
     )
     train_split: str = help_field("train", "Name of the split to train on.")
     eval_split: str = help_field("validation", "Name of the split to evaluate on.")

@@ -17,6 +17,7 @@ class ModelArguments:
         "Teacher: a folder (also that of a run), a Hub id or a checkpoint file (.pth, "
         ".safetensors; name its architecture with --teacher_arch and --teacher_encoder). `none` "
         "trains the student alone.",
+        metavar="SOURCE",
     )
     teacher_arch: str = help_field("unet", "Architecture of a bare teacher checkpoint.")
     teacher_encoder: str = help_field(

@@ -57,11 +57,6 @@ class DistillationArguments(TrainingArguments):
     compile_teacher: bool = help_field(
         False, "torch.compile the teacher (the student: --torch_compile)."
     )
-    keep_freed_memory: bool = help_field(
-        True,
-        "On a CPU, keep the memory that a step frees for the next one instead of giving it back "
-        "to the system (glibc only; it holds for the whole process).",
-    )
     # Temperature.
     temperature_schedule: str = help_field(
         "cosine", "cosine, linear, exponential, constant or piecewise."
@@ -86,6 +81,7 @@ class DistillationArguments(TrainingArguments):
         "Epochs that warm-up and unfreezing are written for (the recipes: 50): scale them to those "
         "of the run, or to --max_steps.",
     )
+    # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
     encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
     min_learning_rate: float = help_field(1e-6, "Where the cosine ends (encoder: its share of it).")
@@ -95,11 +91,15 @@ class DistillationArguments(TrainingArguments):
     lr_scheduler_type: str = help_field("cosine", "Only cosine.")
     # The run.
     output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
-    num_train_epochs: float = help_field(50, "Epochs.")
-    per_device_train_batch_size: int = help_field(4, "Images per step and device.")
-    per_device_eval_batch_size: int = help_field(4, "Images per evaluation step and device.")
+    num_train_epochs: float = help_field(50, "Epochs.", aliases=["--epochs"])
+    per_device_train_batch_size: int = help_field(
+        4, "Images per step and device.", aliases=["--batch_size"]
+    )
     mixed_precision: str = help_field(
-        "", "bf16, fp16 or no; without a value (auto) bf16 where it runs, else fp16."
+        "",
+        "bf16, fp16 or no; without a value (auto) bf16 where it runs, else fp16.",
+        nargs="?",
+        const="auto",
     )
     resume: str | None = help_field(
         None,
@@ -107,25 +107,47 @@ class DistillationArguments(TrainingArguments):
         "output folder, with `auto` likewise or from the start if there is none, else from this "
         "checkpoint-N folder. Give the settings of the run again "
         "(--config OUTPUT/config.yaml); other ones that change what is learned are refused.",
+        nargs="?",
+        const="latest",
     )
     no_preflight: bool = help_field(
         False, "Start without the checks of scripts/doctor.py, which take seconds."
+    )
+    save_strategy: str = help_field("epoch", "Save each epoch, every --save_steps, or no.")
+    save_total_limit: int | None = help_field(2, "Checkpoints kept (the best is among them).")
+    dataloader_num_workers: int = help_field(
+        None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
+    )
+    dataloader_persistent_workers: bool = help_field(
+        None, "Keep them between epochs (default: yes, where there are any)."
+    )
+    keep_freed_memory: bool = help_field(
+        True,
+        "On a CPU, keep the memory that a step frees for the next one instead of giving it back "
+        "to the system (glibc only; it holds for the whole process).",
+    )
+    sync_batchnorm: bool = help_field(
+        False, "One BatchNorm statistic over all GPUs, for small batches on each."
+    )
+    # Evaluation and report.
+    eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
+    logging_steps: float = help_field(10, "Log every so many updates.")
+    per_device_eval_batch_size: int = help_field(
+        4, "Images per evaluation step and device.", aliases=["--eval_batch_size"]
+    )
+    load_best_model_at_end: bool = help_field(True, "Keep the student of the best evaluation.")
+    metric_for_best_model: str | None = help_field("miou", "What `best` means.")
+    greater_is_better: bool | None = help_field(
+        None, "Whether more of it is better (default: unless it is a loss or a term of the loss)."
+    )
+    report_to: None | str | list[str] = help_field(  # noqa: RUF036  (as HfArgumentParser needs it)
+        "tensorboard", "tensorboard, none, wandb, ..."
     )
     panel_images: int = help_field(4, "Pictures in the panel drawn at each evaluation; 0 = none.")
     panel_limit: int = help_field(
         2, "Panels kept in the output folder (that of the best student is among them); 0 = all."
     )
     report: bool = help_field(True, "Write report.html at the end: curves, images, reliability.")
-    eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
-    save_strategy: str = help_field("epoch", "Save each epoch, every --save_steps, or no.")
-    save_total_limit: int | None = help_field(2, "Checkpoints kept (the best is among them).")
-    logging_steps: float = help_field(10, "Log every so many updates.")
-    load_best_model_at_end: bool = help_field(True, "Keep the student of the best evaluation.")
-    metric_for_best_model: str | None = help_field("miou", "What `best` means.")
-    greater_is_better: bool | None = help_field(
-        None, "Whether more of it is better (default: unless it is a loss or a term of the loss)."
-    )
-    report_to: str | list[str] | None = help_field("tensorboard", "tensorboard, none, wandb, ...")
     # Publishing.
     push_to_hub: bool = help_field(False, "Push the student with its card to the Hub.")
     hub_model_id: str | None = help_field(None, "Where to push it: OWNER/NAME.")
@@ -139,22 +161,15 @@ class DistillationArguments(TrainingArguments):
         True, "Push to a private repository; `false`: to a public one."
     )
     hub_pictures: bool = help_field(
-        False, "Also publish the panel, which shows images of the evaluation data."
-    )
-    dataloader_num_workers: int = help_field(
-        None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
-    )
-    dataloader_persistent_workers: bool = help_field(
-        None, "Keep them between epochs (default: yes, where there are any)."
+        False,
+        "Also publish the panel, which shows images of the evaluation data.",
+        aliases=["--pictures"],
     )
     # What the Trainer must not do behind our back: each stock default is a silent trap.
     logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
     remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
     dataloader_drop_last: bool = help_field(True, "A short last batch would shift the mean loss.")
     label_names: list[str] | None = help_field(None, "Set to `labels`.")
-    sync_batchnorm: bool = help_field(
-        False, "One BatchNorm statistic over all GPUs, for small batches on each."
-    )
     # Units are frozen after the DDP wrap.
     ddp_find_unused_parameters: bool | None = help_field(True, "Needed by staged unfreezing.")
 

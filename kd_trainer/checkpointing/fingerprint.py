@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.command_line import ALIASES, default_of
+from kd_trainer.config import ALIASES, default_of
 from kd_trainer.safe_files import clipped
 
 # Where a run lies and what it shows while it goes do not change what it learns.

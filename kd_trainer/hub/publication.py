@@ -8,7 +8,7 @@ from typing import Any
 
 from kd_trainer.argument_checks import check_license, check_repo_id
 from kd_trainer.checkpointing.fingerprint import DEFAULTS
-from kd_trainer.command_line import load_recipe
+from kd_trainer.config import load_recipe
 from kd_trainer.hub import (
     PANEL,
     Pushed,
