@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kd_trainer.arguments.data import AUGMENTATIONS
+from kd_trainer.arguments import AUGMENTATIONS
 from kd_trainer.fields import check_at_least, check_choice, help_field
 
 CONTENDERS = ("plain", "student", "ours", "cached")

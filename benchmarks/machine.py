@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kd_trainer.arguments.loading import usable_processors
+from kd_trainer.arguments import usable_processors
 
 _BUSY = 1.5  # processes a core that want to run, beside which wall-clock figures mean little
 

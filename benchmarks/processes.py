@@ -23,7 +23,7 @@ from benchmarks.contenders import make_contender, make_networks
 from benchmarks.machine import machine
 from benchmarks.memory import run_child
 from benchmarks.pictures import pair_folder
-from kd_trainer.arguments.loading import usable_processors
+from kd_trainer.arguments import usable_processors
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.run_folder import write_json
 

@@ -32,8 +32,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         names = ", ".join(sorted(filter(_is_underscored, action.option_strings), key=len))
-        form = {"+": " {} ...", "?": " [{}]"}.get(str(action.nargs), " {}")
-        return names + (form.format(action.metavar) if action.metavar else "")
+        return f"{names} {_value(action)}" if action.metavar else names
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         # Overridden as argparse breaks names of flags and encoders at their hyphens.
@@ -82,7 +81,11 @@ class Parser(HfArgumentParser):
         )
 
     def add_argument(self, *names: str, **options: Any) -> Any:
-        """A flag as argparse takes it; of a field, as transformers describes it."""
+        """A flag as argparse takes it; of a field, as transformers describes it.
+
+        transformers gives a flag the default of its field, which would hide that it was not given,
+        and a type that knows neither `null` nor one word or several (`--report_to`).
+        """
         name = options.get("dest") or names[0].lstrip("-")
         is_flag = names[0].startswith("-")
         if is_flag and name in self.hints:
@@ -109,10 +112,9 @@ class Parser(HfArgumentParser):
 
     def format_help(self) -> str:
         """Usage, description, flags under their headings, epilog."""
-        words = self.sections["positional arguments"]
-        shown = [f"{w.metavar or w.dest}{' ...' if w.nargs == '+' else ''}" for w in words]
+        words = map(_value, self.sections["positional arguments"])
         formatter = self.formatter_class(prog=self.prog)
-        formatter.add_usage(" ".join(["%(prog)s", "[--flag value ...]", *shown]), [], [])
+        formatter.add_usage(" ".join(["%(prog)s", "[--flag value ...]", *words]), [], [])
         formatter.add_text(self.description)
         order = {name: place for place, name in enumerate(self.headings)}
         for heading, flags in self.sections.items():
@@ -151,6 +153,11 @@ class Parser(HfArgumentParser):
             name: convert(name, value, self.hints[name]) if name in self.hints else expanded(value)
             for name, value in vars(namespace).items()
         }
+
+
+def _value(action: argparse.Action) -> str:
+    form = {"+": "{} ...", "?": "[{}]"}.get(str(action.nargs), "{}")
+    return form.format(action.metavar or action.dest)
 
 
 def _is_underscored(option: str) -> bool:

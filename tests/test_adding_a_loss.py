@@ -47,7 +47,7 @@ EDITS = (
         '        terms["cwd"] = channel_kl(student, teacher, temperature)\n',
     ),
     (
-        "arguments/training.py",
+        "arguments.py",
         "    bce_weight: float",
         '    cwd_weight: float = help_field(0.0, "Weight of CWD.")\n',
     ),

@@ -195,6 +195,11 @@ def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], 
         (["--report_to", "nowhere"], r"^Expected --report_to .*got nowhere"),
         (["--eval_strategy", "steps"], r"^Expected --save_strategy and --eval_strategy"),
         (["--bf16", "--fp16"], r"^Expected one precision, got --bf16 and --fp16\. Leave one out"),
+        (
+            ["--bf16", "--mixed_precision", "no"],
+            r"^Expected one precision.* no\.",
+        ),
+        (["--sync_batchnorm", "--use_cpu"], r"several GPUs with --sync_batchnorm, got the CPU"),
         (["--optim", "bogus"], r"^Expected settings that transformers accepts, got: "),
         (["--teacher_image_size", "0"], r"^Expected --teacher_image_size of at least 32, got 0"),
         (["--decoder_channels", "8", "-1"], r"^Expected --decoder_channels of at least 1, got -1"),
@@ -302,12 +307,6 @@ def test_ddp_that_counts_on_one_graph_is_refused_while_units_are_freed(flags: tu
     with pytest.raises(ValueError, match="the graph changes when a unit is freed"):
         parse([*flags])
     parse([*flags, "--unfreeze_start_epoch", "0", "--unfreeze_every", "0"])
-
-
-def test_synchronised_batchnorm_without_several_gpus_is_refused():
-    """On a CPU PyTorch would fail at the first batch; in one process there is nothing to do."""
-    with pytest.raises(ValueError, match="several GPUs with --sync_batchnorm, got the CPU"):
-        parse(["--sync_batchnorm", "true", "--use_cpu"])
 
 
 def test_unknown_recipe_names_the_nearest():
@@ -432,14 +431,6 @@ def test_resolved_configuration_does_not_pin_the_machine(tmp_path: Path):
     assert not derived & settings.keys()
     path = written(tmp_path, yaml.safe_dump(settings))
     assert parse(["--config", path, "--seed", "7"]).training.data_seed == 7
-
-
-def test_two_precisions_are_refused():
-    """One of them would win without a word."""
-    with pytest.raises(
-        ValueError, match=r"^Expected one precision, got --bf16 and --mixed_precision no\."
-    ):
-        parse(["--bf16", "--mixed_precision", "no"])
 
 
 def test_no_token_is_taken_or_written_down(tmp_path: Path):

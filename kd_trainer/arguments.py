@@ -1,9 +1,16 @@
-"""Settings of the distillation: `transformers.TrainingArguments` and what we add to them."""
+"""The settings of a run, and the only place with defaults: model, data, distillation.
+
+The defaults are the recipe `rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog`; a YAML
+recipe or a flag overrides them (see `config`).
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -17,12 +24,208 @@ from kd_trainer.argument_checks import (
     check_sync_batchnorm,
     check_targets,
 )
-from kd_trainer.arguments.loading import set_loading
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
 from kd_trainer.losses import TERMS, LossWeights
+from kd_trainer.metrics import check_class_names
+from kd_trainer.safe_files import clipped
 from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
+from kd_trainer.sources import model_source
 
+AUGMENTATIONS = ("heavy", "seed", "light", "none")
+ON_BAD_SAMPLE = ("error", "skip")
 PRECISIONS = ("auto", "bf16", "fp16", "no")
+MOST_WORKERS = 8
+
+
+@dataclass
+class ModelArguments:
+    """The frozen teacher and the student that learns from it."""
+
+    teacher: str = help_field(
+        "",
+        "Teacher: a folder (also that of a run), a Hub id or a checkpoint file (.pth, "
+        ".safetensors; name its architecture with --teacher_arch and --teacher_encoder). `none` "
+        "trains the student alone.",
+        metavar="SOURCE",
+    )
+    teacher_arch: str = help_field("unet", "Architecture of a bare teacher checkpoint.")
+    teacher_encoder: str = help_field(
+        "timm-efficientnet-b3", "Encoder of a bare teacher checkpoint."
+    )
+    teacher_image_size: int | None = help_field(
+        None, "Input side of the teacher in pixels, where it differs from the student's."
+    )
+    teacher_mean: list[float] | None = help_field(
+        None, "Mean the teacher was trained with, where it differs from the student's."
+    )
+    teacher_std: list[float] | None = help_field(None, "Standard deviation, likewise.")
+    trust_remote_code: bool = help_field(
+        False, "Run Python code that comes with a teacher from the Hub. Off unless asked for."
+    )
+    student_arch: str = help_field("unet", "Student architecture, as in smp.create_model.")
+    student_encoder: str = help_field("timm-efficientnet-b0", "Student encoder, as smp names it.")
+    encoder_weights: str = help_field(
+        "imagenet",
+        "First weights of the student's encoder: imagenet (downloads), none (random) or a file.",
+    )
+    decoder_channels: list[int] | None = help_field(
+        None, "Channels of the student's decoder blocks, deepest first (fewer are faster)."
+    )
+    student_options: list[str] | None = help_field(
+        None,
+        "Further arguments of the student's architecture, as KEY=VALUE: for fpn "
+        "decoder_pyramid_channels=64, say.",
+    )
+    student: str | None = help_field(
+        None, "A saved student (folder or Hub id) to go on from, instead of a new one."
+    )
+
+    def __post_init__(self) -> None:
+        self.teacher = model_source(self.teacher)
+        self.encoder_weights = expanded(self.encoder_weights)
+        if self.student is not None:
+            self.student = model_source(self.student)
+        if (self.teacher_mean is None) != (self.teacher_std is None):
+            raise ValueError(
+                "Expected --teacher_mean and --teacher_std together, got only one. Give both."
+            )
+        if self.teacher_image_size is not None:
+            check_at_least("teacher_image_size", self.teacher_image_size, 32)
+        for channels in self.decoder_channels or ():
+            check_at_least("decoder_channels", channels, 1)
+        for option in self.student_options or ():
+            if not all(option.partition("=")):
+                raise ValueError(
+                    f"Expected --student_options like decoder_dropout=0.1, got {option!r}. Write "
+                    "KEY=VALUE without spaces around the sign."
+                )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is named."""
+        return self.teacher.lower() not in ("", "none")
+
+
+@dataclass
+class DataArguments:
+    """Where images and masks come from, and what happens to them."""
+
+    dataset: str = help_field(
+        "",
+        "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
+        "parquet file or folder, Hub id, or `synthetic`.",
+        metavar="SOURCE",
+    )
+    train_split: str = help_field("train", "Name of the split to train on.")
+    eval_split: str = help_field("validation", "Name of the split to evaluate on.")
+    image_folder: str = help_field("images", "Folder of the images inside a split.")
+    mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
+    category: str | None = help_field(None, "COCO: the category that is the foreground.")
+    image_column: str = help_field("image", "Column of the images (parquet, Hub).")
+    mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
+    num_labels: int = help_field(
+        2, "Classes with the background; 2 is a binary task with one logit."
+    )
+    class_names: list[str] | None = help_field(
+        None,
+        "Names of the classes, background first (default: those of the source, where it has any).",
+    )
+    mask_values: list[int] | None = help_field(
+        None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
+    )
+    reduce_labels: bool | None = help_field(
+        None,
+        "Mask value 0 counts nowhere and value i is class i - 1, as in ADE20K (default: as the "
+        "preprocessing of the teacher, or of the model that is measured, has do_reduce_labels).",
+    )
+    mask_threshold: int | None = help_field(
+        None, "Binary masks: values from this one on are foreground, all below background."
+    )
+    ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
+    unlabelled: str | None = help_field(
+        None, "Folder of images without masks, used by the distillation terms only."
+    )
+    streaming: bool = help_field(False, "Stream the data instead of indexing it.")
+    image_size: int = help_field(640, "Side of the square network input in pixels.")
+    augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
+    brightness_contrast_probability: float = help_field(
+        0.8,
+        "Probability of the brightness/CLAHE/gamma group of the heavy augmentation, and of "
+        "brightness and contrast in seed.",
+    )
+    synthetic_train: int = help_field(480, "Images drawn for training (dataset `synthetic`).")
+    synthetic_eval: int = help_field(120, "Images drawn for evaluation, likewise.")
+    max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
+    max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
+    on_bad_sample: str = help_field(
+        "error",
+        "What an image or mask that cannot be used does: `error` stops and names the file; "
+        "`skip` looks through all files first (streams: on the way), leaves the bad ones out and "
+        "lists them in bad_samples.txt. Nothing ever takes their place.",
+    )
+    max_bad_share: float = help_field(
+        0.01, "With --on_bad_sample skip: stop if more than this share of a split is bad."
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_at_least("image_size", self.image_size, 32)
+        if self.num_labels < 2:
+            raise ValueError(
+                f"Expected --num_labels of at least 2 (background and foreground), got "
+                f"{self.num_labels}. A binary task has 2 labels and one logit."
+            )
+        if self.class_names is not None and len(self.class_names) != self.num_labels:
+            raise ValueError(
+                f"Expected {self.num_labels} --class_names (one per label, background first), got "
+                f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
+            )
+        if self.reduce_labels and self.mask_values is not None:
+            raise ValueError(
+                "Expected either --reduce_labels or --mask_values, got both, which say two things "
+                "of the values in the masks. Leave one out."
+            )
+        if self.mask_threshold is not None:
+            self._check_threshold()
+        check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(
+                f"Expected --max_bad_share between 0 and 1, got {self.max_bad_share}. 0.01 is one "
+                "sample in a hundred."
+            )
+        if self.on_bad_sample == "error" and self.max_bad_share != type(self).max_bad_share:
+            raise ValueError(
+                f"Expected --on_bad_sample skip with --max_bad_share {self.max_bad_share:g}, got "
+                "error, with which no bad sample is let through. Add it, or leave the share out."
+            )
+        check_class_names(list(self.id2label.values()))
+        if not 0 <= self.brightness_contrast_probability <= 1:
+            raise ValueError(
+                "Expected --brightness_contrast_probability between 0 and 1, got "
+                f"{self.brightness_contrast_probability}."
+            )
+
+    def _check_threshold(self) -> None:
+        check_at_least("mask_threshold", self.mask_threshold or 0, 1)
+        if self.num_labels != 2 or self.mask_values is not None or self.reduce_labels:
+            other = "--mask_values" if self.mask_values is not None else "--reduce_labels"
+            other = other if self.num_labels == 2 else f"--num_labels {self.num_labels}"
+            raise ValueError(
+                f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got it "
+                f"with {other}. Leave one out."
+            )
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of every class; class 0 is the background."""
+        if self.class_names is not None:
+            return dict(enumerate(self.class_names))
+        if self.num_labels == 2:
+            # What nobody named has no name: a model that finds cats must not say `person`.
+            drawn = "person" if self.dataset == "synthetic" else "foreground"
+            return {0: "background", 1: self.category or drawn}
+        return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}
 
 
 @dataclass
@@ -303,3 +506,29 @@ class DistillationArguments(TrainingArguments):
             min_rate=self.min_learning_rate / self.learning_rate,
             plan_epochs=self.plan_epochs,
         )
+
+
+def usable_processors() -> int:
+    """Processors this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def set_loading(args: Any, on_gpu: bool) -> None:
+    """Fill in processes that read, whether they stay, and copies that do not wait.
+
+    On a CPU a reading process only takes a core from the training. A GPU would wait for a single
+    one: a picture of the heavy augmentation takes about 10 ms at 640 px. Draws do not depend on any
+    of this.
+
+    Args:
+        args: gets `dataloader_num_workers`, `dataloader_persistent_workers`, `accelerator_config`.
+        on_gpu: whether the training runs on one.
+    """
+    if args.dataloader_num_workers is None:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = usable_processors() // max(here, 1)
+        args.dataloader_num_workers = min(MOST_WORKERS, max(1, cores - 1)) if on_gpu else 0
+    if args.dataloader_persistent_workers is None:
+        args.dataloader_persistent_workers = args.dataloader_num_workers > 0
+    if on_gpu and args.accelerator_config is None:
+        args.accelerator_config = {"non_blocking": True}  # from pinned memory
