@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from benchmarks.memory import added_mib, in_new_process
 from benchmarks.timer import figures_table, ratios, take_turns, timed
-from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.commands.export import RESULTS
 from kd_trainer.costs import (
     RawLogits,
@@ -32,10 +31,11 @@ from kd_trainer.costs import (
 )
 from kd_trainer.export.exporter import FILES
 from kd_trainer.export.onnx_file import require_all
-from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
+from kd_trainer.fields import check_at_least, check_folder, help_field
 from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.parsing import Parser
 from kd_trainer.reports.charts import Point, line_chart
 from kd_trainer.run_folder import EXPORTS_SHAPE, RESULTS_SHAPE, read_object
 
@@ -63,7 +63,8 @@ class FrontierArguments:
 
 def frontier_main(arguments: Sequence[str] | None = None) -> None:
     """Measure trained models side by side; print the table, write all files."""
-    parser = command_parser(
+    parser = Parser(
+        [FrontierArguments],
         "frontier.py",
         "Latency (torch, ONNX Runtime, int8), size, memory and mIoU of trained models, side by "
         "side on the CPU. The first model is what the others are compared with.",
@@ -73,11 +74,9 @@ def frontier_main(arguments: Sequence[str] | None = None) -> None:
         "  frontier.py runs/teacher runs/light --image_size 512 --repeats 50",
     )
     parser.add_argument("models", nargs="+", help="Folders, each as FOLDER or NAME=FOLDER.")
-    add_fields(parser, FrontierArguments, title="measurement")
-    given = given_flags(parser, arguments)
+    given = parser.given(arguments)
     models = named_folders(given.pop("models"))
-    (own,) = given_settings((FrontierArguments,), given)
-    args = FrontierArguments(**own)
+    args = FrontierArguments(**given)
     rows = frontier(models, args)
     folder, table = Path(args.output_dir), frontier_table(rows)
     write_json(folder / "frontier.json", {"models": rows})

@@ -14,9 +14,9 @@ from benchmarks.data import DataPathArguments, run_data
 from benchmarks.evaluation import EvaluationArguments, run_evaluation
 from benchmarks.timer import figures_table, machine
 from benchmarks.train import ProcessArguments, TrainArguments, run_processes, run_train
-from kd_trainer.command_line import Parser, command_parser, given_flags, given_settings
-from kd_trainer.fields import add_fields, closest
+from kd_trainer.fields import closest
 from kd_trainer.files import write_json
+from kd_trainer.parsing import Parser
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ DEFAULT = "train"
 def benchmark_parser(word: str) -> Parser:
     """The parser of one part."""
     parts = "\n".join(f"  {name:<12} {part.about}" for name, part in PARTS.items())
-    parser = command_parser(
+    return Parser(
+        [PARTS[word].arguments],
         f"benchmark.py {word}",
         f"Measure {PARTS[word].about}.",
         f"What can be measured (`benchmark.py NAME --help`), `{DEFAULT}` if no name is given:\n"
@@ -50,8 +51,6 @@ def benchmark_parser(word: str) -> Parser:
         "  benchmark.py train --free_units 0 --pairs 9\n"
         "  benchmark.py train --dataset photos/ --image_size 640 --batch_size 16 --profile trace/",
     )
-    add_fields(parser, PARTS[word].arguments, title=word)
-    return parser
 
 
 def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
@@ -66,9 +65,7 @@ def parse_benchmark(arguments: Sequence[str] | None = None) -> tuple[str, Any]:
         raise ValueError(
             f"Expected one of {', '.join(PARTS)} to measure, got {word!r}.{closest(word, PARTS)}"
         )
-    cls = PARTS[word].arguments
-    (own,) = given_settings((cls,), given_flags(benchmark_parser(word), words))
-    return word, cls(**own)
+    return word, PARTS[word].arguments(**benchmark_parser(word).given(words))
 
 
 def benchmark_main(arguments: Sequence[str] | None = None) -> None:

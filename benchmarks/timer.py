@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from kd_trainer.arguments.loading import usable_processors
+from kd_trainer.arguments import usable_processors
 from kd_trainer.console import markdown_table
 
 Name = TypeVar("Name")

@@ -25,8 +25,7 @@ from benchmarks.data import draw_pairs, read_folder
 from benchmarks.memory import added_mib, in_new_process
 from benchmarks.plain_loop import PlainDataset, PlainLoop
 from benchmarks.timer import Clock, Turn, figures_table, ratios, take_turns
-from kd_trainer.arguments import DistillationArguments
-from kd_trainer.arguments.loading import usable_processors
+from kd_trainer.arguments import DistillationArguments, usable_processors
 from kd_trainer.commands.teacher_targets import use_cached_targets
 from kd_trainer.commands.train import speed_up
 from kd_trainer.costs import reset_peak_memory

@@ -81,7 +81,6 @@ def check_run(args: Any) -> None:
             f"Expected no --label_names, got {args.label_names}: the loss reads `labels` and "
             "`distil_mask` of a sample. Leave it out."
         )
-    check_choice("train_sampling_strategy", args.train_sampling_strategy, ("random", "sequential"))
     check_folder("output_dir", str(args.output_dir))
     if args.torch_compile_backend is not None:
         from accelerate.utils import DynamoBackend  # not above: `--help` needs none of it
@@ -107,20 +106,12 @@ def check_run(args: Any) -> None:
 
 
 def _check_numbers(args: Any) -> None:
-    for name, bound in (
-        ("per_device_train_batch_size", 1),
-        ("per_device_eval_batch_size", 1),
-        ("gradient_accumulation_steps", 1),
-        ("dataloader_num_workers", 0),
-        ("weight_decay", 0),
-        ("max_grad_norm", 0),
-        ("adam_beta1", 0),
-        ("adam_beta2", 0),
-        ("adam_epsilon", 0),
-        ("panel_images", 0),
-        ("panel_limit", 0),
-    ):
-        check_at_least(name, getattr(args, name), bound)
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size")
+    for name in (*batches, "gradient_accumulation_steps"):
+        check_at_least(name, getattr(args, name), 1)
+    optimizer = ("weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
+    for name in (*optimizer, "dataloader_num_workers", "panel_images", "panel_limit"):
+        check_at_least(name, getattr(args, name), 0)
     if not (args.learning_rate > 0 and math.isfinite(args.learning_rate)):
         raise ValueError(f"Expected --learning_rate above 0, got {args.learning_rate:g}.")
     for name in ("adam_beta1", "adam_beta2"):

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import set_seed
 
 from kd_trainer.arguments import DataArguments, DistillationArguments
-from kd_trainer.command_line import RunArguments
+from kd_trainer.config import RunArguments
 from kd_trainer.data import (
     BadSample,
     SegmentationTransform,

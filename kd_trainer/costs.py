@@ -24,8 +24,7 @@ from torch.onnx import OnnxExporterError
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from kd_trainer.arguments import DistillationArguments
-from kd_trainer.arguments.loading import usable_processors
+from kd_trainer.arguments import DistillationArguments, usable_processors
 from kd_trainer.fast_layers import give_back
 from kd_trainer.loading import network_size
 

@@ -12,7 +12,6 @@ from torch import nn
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
-from kd_trainer.fields import convert
 from kd_trainer.files import parse_yaml
 from kd_trainer.models.config_checks import nearest_hint, read_config
 from kd_trainer.models.configuration_smp import architecture_arguments
@@ -22,6 +21,7 @@ from kd_trainer.models.modeling import (
     parameter_counts,
 )
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights
+from kd_trainer.parsing import convert
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher import Teacher, load_teacher
 

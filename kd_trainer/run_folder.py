@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.command_line import load_recipe
+from kd_trainer.config import load_recipe
 from kd_trainer.data import BadSample
 from kd_trainer.errors import clipped
 from kd_trainer.files import check_regular, read_json, write_text

@@ -38,7 +38,7 @@ from tiny import Squares, arguments, tiny_student, tiny_teacher
 import kd_trainer
 from kd_trainer import model_card
 from kd_trainer.build import assemble
-from kd_trainer.command_line import parse
+from kd_trainer.config import parse
 from kd_trainer.compare.runs import OF_THE_DISTILLATION
 from kd_trainer.console import console_line
 from kd_trainer.doctor.loss import Gradients, share_finding
@@ -107,7 +107,7 @@ def test_a_teacher_term_of_any_name_is_computed_logged_and_shown(tmp_path: Path)
     shutil.copytree(here, package, ignore=shutil.ignore_patterns("__pycache__"))
     blocks = re.findall(r"^ +```py\n(.*?)^ +```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     function, row, field = map(dedent, blocks)
-    functions, settings = package / "losses/functions.py", package / "arguments/training.py"
+    functions, settings = package / "losses/functions.py", package / "arguments.py"
     put(functions, "Input = Literal[", f"{function}\n\n")
     rows = f"{row.rstrip()},{REFUSED_ROW.rstrip()},\n"
     put(functions, '    Term(\n        "bce",', indent(rows, "    "))

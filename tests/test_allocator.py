@@ -16,8 +16,8 @@ from small_runs import train_flags, write_pairs
 from tiny import Squares, arguments, tiny_student
 
 from kd_trainer import fast_layers
-from kd_trainer.command_line import parse
 from kd_trainer.commands.train import train
+from kd_trainer.config import parse
 from kd_trainer.trainer import DistillationTrainer
 
 COUNT = """

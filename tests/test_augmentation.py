@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import kd_trainer.data.augmentation
-from kd_trainer.arguments.data import AUGMENTATIONS, DataArguments
+from kd_trainer.arguments import AUGMENTATIONS, DataArguments
 from kd_trainer.data.augmentation import FILL, OUTSIDE, Augmentation
 
 

@@ -15,9 +15,9 @@ from spoiled import REASONS, spoiled_pairs
 from torch.utils.data import DataLoader
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.command_line import parse
 from kd_trainer.commands.evaluate import evaluate_main
 from kd_trainer.commands.train import train
+from kd_trainer.config import parse
 from kd_trainer.data import (
     BadSample,
     StreamedDataset,

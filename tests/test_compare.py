@@ -20,7 +20,6 @@ from test_statistics import by_hand
 from transformers import Trainer
 
 from kd_trainer.checkpointing.checkpoints import complete
-from kd_trainer.command_line import build
 from kd_trainer.commands import compare as compare
 from kd_trainer.commands.compare import run_compare
 from kd_trainer.commands.report import ReportArguments, build_report
@@ -32,6 +31,7 @@ from kd_trainer.compare.report import METRICS, summarise
 from kd_trainer.compare.results import FILES, FinishedRun, check_comparable, read_runs
 from kd_trainer.compare.runs import COUNTS, NOTE, PlannedRun
 from kd_trainer.compare.tables import markdown
+from kd_trainer.config import build
 from kd_trainer.costs import duration, peak_memory_mib, reset_peak_memory
 from kd_trainer.data import TransformedDataset
 from kd_trainer.doctor.resources import Speed

@@ -15,7 +15,7 @@ from timm.models import build_model_with_cfg
 from tiny import tiny_student
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from kd_trainer.command_line import (
+from kd_trainer.config import (
     DEFAULT_RECIPE,
     ONLY_FLAGS,
     RECIPES,

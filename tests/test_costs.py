@@ -11,7 +11,7 @@ from tiny import tiny_student
 from torch import nn
 
 from kd_trainer import costs as costs_module
-from kd_trainer.arguments import loading
+from kd_trainer.arguments import usable_processors
 from kd_trainer.costs import (
     RawLogits,
     costs,
@@ -174,4 +174,4 @@ def test_onnx_runtime_computes_the_network_it_times(tmp_path):
 
 def test_usable_processors_are_what_this_process_may_use():
     """A container with two processors on a machine of 64 must not start 64 threads."""
-    assert 1 <= loading.usable_processors() <= (os.cpu_count() or 1)
+    assert 1 <= usable_processors() <= (os.cpu_count() or 1)

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.build import assemble
-from kd_trainer.command_line import build
+from kd_trainer.config import build
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits
 from kd_trainer.data.coco import category_classes
 from kd_trainer.data.images import decode_image, decode_mask

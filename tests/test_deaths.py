@@ -17,8 +17,8 @@ from test_interruptions import during_update, script
 
 from kd_trainer.checkpointing import stopping
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
-from kd_trainer.command_line import parse
 from kd_trainer.commands.train import find_checkpoint, train
+from kd_trainer.config import parse
 from kd_trainer.processes import Peer, cause_of_death
 
 

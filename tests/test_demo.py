@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_runs import write_pairs
 
-from kd_trainer.command_line import build, load_recipe
 from kd_trainer.commands.demo import check, clear, constant_miou, demo
+from kd_trainer.config import build, load_recipe
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.files import write_marker
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts

@@ -16,7 +16,6 @@ from test_layers import LAYERS
 from benchmarks import frontier
 from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.command_line import ALIASES, load_recipe, own_fields, parse, parser
 from kd_trainer.commands import evaluate, predict, push, report
 from kd_trainer.commands import export as export_main
 from kd_trainer.commands import web_demo as web_demo
@@ -27,17 +26,17 @@ from kd_trainer.compare.arguments import (
     compare_parser,
     parse_comparison,
 )
+from kd_trainer.config import ALIASES, OWN_FIELDS, load_recipe, parse, parser
 from kd_trainer.console import markdown_table
 from kd_trainer.doctor.plan import timeline
-from kd_trainer.fields import convert, hints_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.parsing import Parser, convert, hints_of
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES = [*(ROOT / name for name in TOP), *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS["README.md"]
-SPACE = {*web_demo.SPACE_VARIABLES, *web_demo.SERVER_VARIABLES}
 PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
 # Flags on these pages that belong to accelerate and tensorboard.
 FOREIGN = {"--config_file", "--logdir", "--quiet", "--max", "--nproc_per_node"}  # --max-restarts
@@ -45,17 +44,6 @@ FOREIGN = {"--config_file", "--logdir", "--quiet", "--max", "--nproc_per_node"} 
 DERIVED = ("output_dir", "mixed_precision", "label_names", "greater_is_better")
 LOADING = ("dataloader_num_workers", "dataloader_persistent_workers")
 CLASSES = (ModelArguments, DataArguments, DistillationArguments)
-# What the flags of each script but train.py belong to, and its words without a flag.
-SCRIPTS = {
-    "eval.py": (evaluate.EvaluateArguments, *CLASSES),
-    "predict.py": (predict.PredictArguments,),
-    "export.py": (export_main.ExportArguments, *CLASSES),
-    "report.py": (report.ReportArguments, *CLASSES),
-    "push.py": (push.PushArguments,),
-    "demo.py": (web_demo.WebDemoArguments, *CLASSES),
-    "frontier.py": (frontier.FrontierArguments,),
-}
-WORDS = ("model", "models", "pictures", "run", "folder", "repo_id")
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -74,7 +62,7 @@ class CaughtError(Exception):
 def parsers():
     """The parser of each script."""
 
-    def catch(made, arguments):
+    def catch(made, _arguments):
         raise CaughtError(made)
 
     found = {
@@ -83,28 +71,21 @@ def parsers():
         "doctor.py": doctor_parser(),
         **{f"benchmark.py {word}": benchmark_parser(word) for word in PARTS},
     }
+    mains = {
+        "eval.py": evaluate.evaluate_main,
+        "predict.py": predict.predict_main,
+        "export.py": export_main.export_main,
+        "report.py": report.report_main,
+        "push.py": push.push_main,
+        "demo.py": web_demo.web_demo_main,
+        "frontier.py": frontier.frontier_main,
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for module in (evaluate, predict, report):
-            patch.setattr(module, "given_flags", catch)
-        patch.setattr(push, "given_flags", catch)
-        patch.setattr(web_demo, "given_flags", catch)
-        patch.setattr(frontier, "given_flags", catch)
-        mains = (
-            ("eval.py", evaluate.evaluate_main),
-            ("predict.py", predict.predict_main),
-            ("report.py", report.report_main),
-            ("push.py", push.push_main),
-            ("demo.py", web_demo.web_demo_main),
-            ("frontier.py", frontier.frontier_main),
-        )
-        for name, main in mains:
+        patch.setattr(Parser, "given", catch)
+        for name, main in mains.items():
             with pytest.raises(CaughtError) as caught:
                 main([])
             found[name] = caught.value.args[0]
-        patch.setattr(export_main, "given_flags", catch)
-        with pytest.raises(CaughtError) as caught:
-            export_main.export_main([])
-        found["export.py"] = caught.value.args[0]
     return found
 
 
@@ -157,11 +138,7 @@ def test_documented_commands_parse(script: str, arguments: list[str], parsers, t
         parse_benchmark(arguments)
         return
     if script not in ("train.py", "doctor.py"):
-        given = vars(parsers[script].parse_args(arguments))
-        hints = hints_of(SCRIPTS[script])
-        for name, value in given.items():
-            if name not in WORDS:
-                convert(name, value, hints[name])
+        parsers[script].given(arguments)
         return
     if "--config" in arguments:
         place = arguments.index("--config") + 1
@@ -183,7 +160,7 @@ def test_every_flag_exists(page: str, parsers):
 def test_every_field_of_ours_is_documented():
     """A new field would be found by nobody who does not read --help to the end."""
     fields = {f.name for cls in (ModelArguments, DataArguments) for f in dataclasses.fields(cls)}
-    fields |= set(own_fields()) | set(ALIASES)
+    fields |= set(OWN_FIELDS) | set(ALIASES)
     pages = "\n".join(TEXTS.values())
     assert {name for name in fields if not re.search(rf"`--{name}\b", pages)} == set()
 
@@ -269,7 +246,7 @@ def test_documented_variables_are_those_that_a_space_is_told():
     named = {
         cell for row in rows(TEXTS["docs/demo.md"], "variable") for cell in [row[0].strip("`")]
     }
-    assert named == SPACE
+    assert named == set(web_demo.SPACE_VARIABLES)
 
 
 def slug(heading: str) -> str:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from small_runs import SIDE, save_network, write_pairs
 
 from kd_trainer.build import assemble
-from kd_trainer.command_line import parse
 from kd_trainer.commands import compare as compare
 from kd_trainer.commands.doctor import doctor, doctor_main, examine, parse_doctor
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import parse_comparison
+from kd_trainer.config import parse
 from kd_trainer.data import load_splits
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.doctor import checks as preflight_start

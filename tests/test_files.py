@@ -9,10 +9,10 @@ import pytest
 import yaml
 from small_runs import save_network
 
-from kd_trainer.command_line import parse
 from kd_trainer.commands.report import build_report
 from kd_trainer.commands.train import train
 from kd_trainer.compare.runs import written_note, written_results
+from kd_trainer.config import parse
 from kd_trainer.files import (
     FolderLock,
     read_json,

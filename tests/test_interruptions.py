@@ -33,8 +33,8 @@ from kd_trainer.checkpointing.checkpoints import (
     read_marker,
     set_aside,
 )
-from kd_trainer.command_line import parse
 from kd_trainer.commands.train import run_train, train
+from kd_trainer.config import parse
 from kd_trainer.errors import run_script
 
 ONE_AN_EPOCH = ("--epochs", "4", "--batch_size", "4")

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from small_runs import train_flags, write_pairs
 
-from kd_trainer.command_line import DEFAULT_RECIPE, load_recipe, parse
 from kd_trainer.commands.push import PushArguments, push
 from kd_trainer.commands.train import train
+from kd_trainer.config import DEFAULT_RECIPE, load_recipe, parse
 from kd_trainer.model_card import CardFacts, dataset_name, render
 
 CONFIG = {

@@ -14,8 +14,8 @@ from small_runs import SIDE, save_network, write_pairs
 from torch import nn
 
 from kd_trainer.build import assemble
-from kd_trainer.command_line import parse
 from kd_trainer.commands.doctor import examine
+from kd_trainer.config import parse
 from kd_trainer.doctor.checks import Preflight
 from kd_trainer.doctor.finding import QUICK, Grade
 

@@ -24,9 +24,9 @@ from test_hub import contents
 from tiny import Squares, arguments, tiny_student
 from transformers import pipeline
 
-from kd_trainer.command_line import parse
 from kd_trainer.commands.push import push_main
 from kd_trainer.commands.train import run_train, train
+from kd_trainer.config import parse
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.trainer import DistillationTrainer

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_runs import ENCODER, save_network, train_flags, write_pairs
 
 from kd_trainer.checkpointing.checkpoints import complete
-from kd_trainer.command_line import DEFAULT_RECIPE
+from kd_trainer.config import DEFAULT_RECIPE
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,8 +10,8 @@ import pytest
 from hub_server import Handler, serving
 from small_runs import train_flags, write_pairs
 
-from kd_trainer.command_line import parse
 from kd_trainer.commands.train import run_train
+from kd_trainer.config import parse
 from kd_trainer.errors import run_script
 
 CANARY = "hf_CanaryCanaryCanaryCanaryCanaryCana"

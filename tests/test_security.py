@@ -17,7 +17,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.checkpointing.checkpoints import complete, read_marker
-from kd_trainer.command_line import load_recipe
+from kd_trainer.config import load_recipe
 from kd_trainer.doctor.finding import note, summary, table
 from kd_trainer.errors import PACKAGE, Stopped, run_script
 from kd_trainer.hub import settings_of

@@ -13,7 +13,7 @@ from torch import nn
 
 from kd_trainer import data as data_package
 from kd_trainer.build import assemble, smallest_batch
-from kd_trainer.command_line import parse
+from kd_trainer.config import parse
 from kd_trainer.data import TransformedDataset
 from kd_trainer.doctor.checks import Preflight
 from kd_trainer.doctor.finding import QUICK

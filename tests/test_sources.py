@@ -9,9 +9,7 @@ import pytest
 import torch
 from tiny import tiny_student
 
-from kd_trainer.arguments import ModelArguments
-from kd_trainer.arguments.data import DataArguments
-from kd_trainer.arguments.training import DistillationArguments
+from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.commands.predict import PredictArguments, load_segmenter
 from kd_trainer.commands.report import build_report
 from kd_trainer.commands.teacher_targets import cache_root

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from kd_trainer.build import assemble
-from kd_trainer.command_line import build
 from kd_trainer.commands.evaluate import data_of
+from kd_trainer.config import build
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher, load_teacher, saved_class_names
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import Squares, arguments, tiny_student
 
-from kd_trainer.command_line import build, load_recipe
+from kd_trainer.config import build, load_recipe
 from kd_trainer.costs import updates_per_epoch
 from kd_trainer.doctor.finding import Grade
 from kd_trainer.doctor.plan import timeline, warmup_line

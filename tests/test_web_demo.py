@@ -198,7 +198,7 @@ def test_uploads_and_the_queue_are_bounded(pair, monkeypatch):
     assert built is blocks.queue.return_value
     monkeypatch.setattr(web_demo.signal, "signal", lambda *_: None)
     monkeypatch.setattr(web_demo.threading, "Event", MagicMock(side_effect=KeyboardInterrupt))
-    web_demo.serve(built, WebDemoArguments(), 7860)
+    web_demo.serve(built, WebDemoArguments())
     assert built.launch.call_args.kwargs["max_file_size"] == page.MOST_BYTES
     told = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
     assert f"more than {page.MOST_BYTES // 2**20} MiB" in told
@@ -265,28 +265,24 @@ def test_a_teacher_with_weights_that_are_not_finite_is_refused(folders: Path, tm
 
 def test_variables_stand_for_the_command_line_of_a_space():
     """A Space has no command line; a variable of this name elsewhere has nothing to do with us."""
-    space = {"STUDENT": "me/s", "TEACHER": "me/t", "GRADIO_SERVER_NAME": "0.0.0.0", "X": "y"}
+    space = {"STUDENT": "me/s", "TEACHER": "me/t", "THRESHOLD": "0.4", "X": "y"}
     read = web_demo.from_environment
-    assert read({}, space) == {"model": "me/s", "teacher": "me/t", "host": "0.0.0.0"}
+    assert read({}, space) == {"model": "me/s", "teacher": "me/t", "threshold": 0.4}
     assert read({"model": None, "teacher": "z"}, space)["teacher"] == "z"
-    assert read({"model": "here"}, space) == {"model": "here", "host": "0.0.0.0"}
-    assert read({"model": "here", "host": "::1"}, space)["host"] == "::1"
-    assert read({}, {"STUDENT": "me/s", "GRADIO_SERVER_PORT": "7860"})["port"] == "7860"
+    assert read({"model": "here"}, space) == {"model": "here"}
     with pytest.raises(ValueError, match=r"Expected a student, got none\. Name its folder"):
         read({"model": None}, {"STUDENT": ""})
 
 
-def test_a_taken_port_is_refused_or_passed_over(monkeypatch):
+def test_a_taken_port_or_foreign_address_is_refused():
     """Two demos on one port: the browser shows the other one."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"free --port, got 127.0.0.1 and {port}: Address"):
-            web_demo.free_port("127.0.0.1", port)
-        monkeypatch.setattr(web_demo, "FIRST_PORT", port)
-        assert web_demo.free_port("127.0.0.1", None) > port
-    assert web_demo.free_port("127.0.0.1", port) == port
-    with pytest.raises(ValueError, match=r"got 192\.0\.2\.1 and "):
-        web_demo.free_port("192.0.2.1", None)
+            web_demo.check_address("127.0.0.1", port)
+    web_demo.check_address("127.0.0.1", port)
+    with pytest.raises(ValueError, match=r"Expected an address .*, got 192\.0\.2\.1: "):
+        web_demo.check_address("192.0.2.1", None)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +311,7 @@ def test_wrong_use_is_said_before_the_page_is_served(flags, message, folders, mo
     def served(*_):
         raise AssertionError("the page was served")
 
-    for name in (*web_demo.SPACE_VARIABLES, *web_demo.SERVER_VARIABLES):
+    for name in web_demo.SPACE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(web_demo, "prepare_environment", lambda _: None)
     monkeypatch.setattr(web_demo, "require", lambda *_, **__: None)

@@ -19,10 +19,10 @@ from tiny import arguments
 from transformers import AutoModelForSemanticSegmentation, SegformerForSemanticSegmentation
 
 from kd_trainer.build import assemble, evaluation_dataset
-from kd_trainer.command_line import parse
 from kd_trainer.commands.evaluate import evaluate_main
 from kd_trainer.commands.predict import PredictArguments, predict, predict_main
 from kd_trainer.commands.train import run_train, train
+from kd_trainer.config import parse
 from kd_trainer.data.folder_images import find_pictures, read_picture
 from kd_trainer.evaluation import classes_of, normalise, pixel_statistics
 from kd_trainer.loading import load_student

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
-from kd_trainer.command_line import ALIASES, default_of
+from kd_trainer.config import ALIASES, default_of
 from kd_trainer.data import StreamedDataset
 from kd_trainer.errors import clipped
 

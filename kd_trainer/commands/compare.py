@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.build import Parts, assemble
-from kd_trainer.command_line import RunArguments, build
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import KINDS, Budget
@@ -14,6 +13,7 @@ from kd_trainer.compare.estimate import finished_speed, measure_speed, seconds_l
 from kd_trainer.compare.report import write_report
 from kd_trainer.compare.results import read_runs
 from kd_trainer.compare.runs import PlannedRun, plan_runs, written_note, written_results
+from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import alone, duration, total_updates, updates_per_epoch
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from kd_trainer.build import assemble
-from kd_trainer.command_line import build, load_recipe
 from kd_trainer.commands.train import summary_table, train
+from kd_trainer.config import build, load_recipe
 from kd_trainer.data import TransformedDataset
 from kd_trainer.errors import run_script
 from kd_trainer.evaluation import figures_of

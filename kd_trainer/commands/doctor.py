@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterator, Sequence
 
 from kd_trainer.build import assemble
-from kd_trainer.command_line import RunArguments, given_flags, parse, parser, program
+from kd_trainer.config import RunArguments, parse, parser
 from kd_trainer.doctor.checks import Preflight
 from kd_trainer.doctor.finding import THOROUGH, Finding, Grade, fault, graded, ok, several, table
 from kd_trainer.doctor.resources import cost_findings
 from kd_trainer.errors import USER_ERRORS, user_message
+from kd_trainer.parsing import Parser
 
 DESCRIPTION = """Look for what makes a training pointless, in under a minute, and say what to do.
 
@@ -27,14 +27,9 @@ SETTINGS = "settings"  # the check of what would stop the start
 _NOT_TAKEN = {"dry_run": "nothing is trained here", "no_preflight": "this is the preflight"}
 
 
-def doctor_parser() -> ArgumentParser:
+def doctor_parser() -> Parser:
     """The parser of scripts/doctor.py: that of train.py."""
-    result = parser()
-    result.prog, result.description, result.epilog = program("doctor.py"), DESCRIPTION, EPILOG
-    for action in result._actions:
-        if action.dest in _NOT_TAKEN:
-            action.help = SUPPRESS
-    return result
+    return parser("doctor.py", DESCRIPTION, EPILOG, hidden=_NOT_TAKEN)
 
 
 def parse_doctor(arguments: Sequence[str] | None = None) -> RunArguments:
@@ -43,7 +38,7 @@ def parse_doctor(arguments: Sequence[str] | None = None) -> RunArguments:
     Raises:
         ValueError: on unknown flags, wrong values, or what only a training can follow.
     """
-    given = given_flags(doctor_parser(), arguments)
+    given = doctor_parser().given(arguments)
     for name, reason in _NOT_TAKEN.items():
         if given.get(name):
             raise ValueError(f"Expected no --{name}, got it: {reason}. Leave it out.")

@@ -14,13 +14,7 @@ import torch
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import REDUCED, counts_from_one, evaluation_dataset
-from kd_trainer.command_line import (
-    EVALUATION_DATA,
-    command_parser,
-    given_flags,
-    given_settings,
-)
-from kd_trainer.command_line import TEACHER as TEACHER_FIELDS
+from kd_trainer.config import parser_of_saved
 from kd_trainer.console import markdown_table
 from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset
 from kd_trainer.errors import printable
@@ -33,11 +27,12 @@ from kd_trainer.evaluation import (
     classes_of,
     labels_of,
 )
-from kd_trainer.fields import add_fields, check_at_least, check_folder, help_field
+from kd_trainer.fields import check_at_least, check_folder, help_field
 from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_measured, make_teacher
 from kd_trainer.losses import class_ids
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.parsing import settings_of
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
@@ -213,7 +208,8 @@ def data_of(
 
 def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a saved model on a split, print the table, write both files."""
-    parser = command_parser(
+    parser = parser_of_saved(
+        (EvaluateArguments, DataArguments, ModelArguments),
         "eval.py",
         "Measure a saved model, and a teacher beside it, in fp32.",
         "Examples:\n  eval.py runs/demo/student --dataset photos/ "
@@ -225,15 +221,11 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
         help="A saved student, any semantic segmentation model (its folder, that of a run, or a "
         "Hub id), or a checkpoint with --arch and --encoder.",
     )
-    add_fields(parser, EvaluateArguments, title="evaluation")
-    add_fields(parser, DataArguments, title="data", only=EVALUATION_DATA)
-    add_fields(parser, ModelArguments, title="teacher", only=TEACHER_FIELDS)
-    given = given_flags(parser, arguments)
+    given = parser.given(arguments)
     source = given.pop("model")
-    own, data_settings, model_settings = given_settings(
-        (EvaluateArguments, DataArguments, ModelArguments), given
-    )
-    args, model = EvaluateArguments(**own), ModelArguments(**model_settings)
+    args = EvaluateArguments(**settings_of(EvaluateArguments, given))
+    model = ModelArguments(**settings_of(ModelArguments, given))
+    data_settings = settings_of(DataArguments, given)
     measured = load_measured(
         source,
         arch=args.arch,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.command_line import EVALUATION_DATA, command_parser, given_flags, given_settings
 from kd_trainer.commands.evaluate import data_of
+from kd_trainer.config import ONLY_TRAINING, parser_of_saved
 from kd_trainer.console import markdown_table
 from kd_trainer.export.exporter import (
     ExportArguments,
@@ -25,15 +25,16 @@ from kd_trainer.export.exporter import (
     from_images,
 )
 from kd_trainer.export.parity import Parity
-from kd_trainer.fields import add_fields
 from kd_trainer.files import check_replaceable, replacing_file, replacing_folder, write_json
 from kd_trainer.loading import load_student
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 from kd_trainer.sources import public_name
 
 RESULTS = "export.json"
-DATA_FLAGS = EVALUATION_DATA - {"image_size", "max_eval_samples"} | {"train_split"}
+# The size is the student's; int8 is calibrated with images of the split to train on.
+WITHOUT = ONLY_TRAINING - {"train_split"} | {"image_size", "max_eval_samples"}
 PACKAGES = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch": ("torch",)}
 
 
@@ -158,21 +159,21 @@ def _median(result: dict[str, Any], who: str) -> float | None:
 
 def export_main(arguments: Sequence[str] | None = None) -> None:
     """Export, check, print the table of all exports in the folder."""
-    parser = command_parser(
+    parser = parser_of_saved(
+        (ExportArguments, DataArguments),
         "export.py",
         "Write a student for a device, and check it against torch on real images. An export that "
         "is not good enough is an error and leaves no file.",
         "Examples:\n  export.py runs/distilled --format onnx --dataset photos/\n"
         "  export.py runs/distilled --format onnx --with_preprocessing --images 'more/*.jpg'\n"
         "  export.py runs/distilled --format onnx-int8 --dataset photos/ --output device/",
+        without=WITHOUT,
     )
     parser.add_argument("model", help="Saved student: a folder, a run's folder or a Hub id.")
-    add_fields(parser, ExportArguments, title="export")
-    add_fields(parser, DataArguments, title="data", only=DATA_FLAGS)
-    given = given_flags(parser, arguments)
+    given = parser.given(arguments)
     source = given.pop("model")
-    own, data_settings = given_settings((ExportArguments, DataArguments), given)
-    args = ExportArguments(**own)
+    args = ExportArguments(**settings_of(ExportArguments, given))
+    data_settings = settings_of(DataArguments, given)
     if bool(args.images) == bool(data_settings.get("dataset")):
         raise ValueError(
             "Expected either --dataset or --images, the pictures to check the export on, got "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from kd_trainer.command_line import CONSOLE, parse
+from kd_trainer.config import parse
 from kd_trainer.errors import GO_ON, run_script
 from kd_trainer.fields import closest
+from kd_trainer.parsing import CONSOLE
 
 COMPARISON_GO_ON = "Go on with the same command: finished runs are not repeated."
 # Sub-command -> module, function and what it does. Imported when called: help comes at once.

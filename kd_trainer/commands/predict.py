@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,14 +12,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.data.folder_images import find_pictures, is_video, output_names, read_picture
 from kd_trainer.data.video import CutOffError, VideoFile, frame_count, frame_rate, read_frames
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
-from kd_trainer.fields import add_fields, check_at_least, check_choice, check_folder, help_field
+from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
 from kd_trainer.inference import Segmenter, classes_at, drawn, onnx_segmenter, torch_segmenter
 from kd_trainer.loading import load_student
+from kd_trainer.parsing import Parser
 
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
@@ -36,7 +35,7 @@ class PredictArguments:
     outputs: list[str] = help_field(
         ["masks", "overlays"],
         "What to write: masks (0/255 of a binary model, else class ids), overlays (the picture "
-        "with its classes tinted), cutouts (the foreground on nothing) [masks overlays].",
+        "with its classes tinted), cutouts (the foreground on nothing).",
     )
     threshold: float = help_field(
         THRESHOLD, "Probability from which a pixel of a binary model is kept."
@@ -203,28 +202,22 @@ def _write(picture: np.ndarray, path: Path) -> None:
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:
     """Write masks, overlays or cut-outs, and say how fast."""
-    parser = command_parser(
+    parser = Parser(
+        [PredictArguments],
         "predict.py",
         "Masks, overlays and cut-outs of a saved student, for pictures and videos.",
         "Examples:\n  predict.py runs/demo/student photo.jpg\n"
         "  predict.py runs/demo/student photos/ 'more/*.png' holiday.mp4 --output_dir out\n"
         "  predict.py runs/demo/student poster.jpg --tile --flip --outputs cutouts",
+        without={"model"},
     )
     parser.add_argument(
         "model",
         help="Saved student: a folder, a run's folder, a Hub id or an ONNX file of export.py.",
     )
     parser.add_argument("pictures", nargs="+", help="Pictures, videos, folders or globs.")
-    add_fields(
-        parser,
-        PredictArguments,
-        title="prediction",
-        only={f.name for f in dataclasses.fields(PredictArguments)} - {"model"},
-    )
-    given = given_flags(parser, arguments)
+    given = parser.given(arguments)
     pictures = given.pop("pictures")
-    model = given.pop("model")
-    (own,) = given_settings((PredictArguments,), given)
-    args = PredictArguments(**(own | {"model": model}))
+    args = PredictArguments(**given)
     speed = predict(args, pictures)
     print(f"{speed:.1f} images per second. Written to {args.output_dir}")

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_trainer.argument_checks import check_license, check_repo_id, missing_license
-from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.errors import printable
-from kd_trainer.fields import add_fields, help_field
+from kd_trainer.fields import help_field
 from kd_trainer.files import MARKER
 from kd_trainer.hub import (
     Publication,
@@ -21,6 +20,7 @@ from kd_trainer.hub import (
     upload,
     write_folder,
 )
+from kd_trainer.parsing import Parser
 from kd_trainer.push_callback import HUB_FOLDER
 
 
@@ -121,7 +121,8 @@ def _listing(folder: Path) -> str:
 
 def push_main(arguments: Sequence[str] | None = None) -> None:
     """Push, and say where."""
-    parser = command_parser(
+    parser = Parser(
+        [PushArguments],
         "push.py",
         "Publish a trained student with its card: the student alone and its figures; "
         "never the teacher, optimizer, training arguments or a token. The token is that of "
@@ -131,11 +132,9 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", help="Output folder of a run, or a saved student.")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="Where on the Hub.")
-    add_fields(parser, PushArguments, title="publication")
-    given = given_flags(parser, arguments)
+    given = parser.given(arguments)
     folder, repo_id = given.pop("folder"), given.pop("repo_id")
-    (own,) = given_settings((PushArguments,), given)
-    args = PushArguments(**own)
+    args = PushArguments(**given)
     pushed = push(args, folder, repo_id)
     if pushed is None:
         written = _destination(args, find_source(folder))

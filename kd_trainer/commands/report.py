@@ -15,15 +15,16 @@ import torch
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import evaluation_dataset
-from kd_trainer.command_line import EVALUATION_DATA, command_parser, given_flags, given_settings
 from kd_trainer.commands.evaluate import Evaluation, evaluate_model
 from kd_trainer.commands.shown_images import EvaluationData, choose, shown_images
+from kd_trainer.config import parser_of_saved
 from kd_trainer.evaluation import Evaluator, figures_of, labels_of
-from kd_trainer.fields import add_fields, check_at_least, help_field
+from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.files import write_text
 from kd_trainer.loading import load_student, make_teacher, network_name, network_size
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.parsing import settings_of
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.page import report_html
 from kd_trainer.run_folder import (
@@ -98,8 +99,8 @@ def build_report(
     """
     folder, args, changed = run_of(run_folder), args or ReportArguments(), changed or {}
     settings = run_settings(folder)
-    data = _part(DataArguments, settings | changed)
-    model = _part(ModelArguments, settings | changed)
+    data = DataArguments(**settings_of(DataArguments, settings | changed))
+    model = ModelArguments(**settings_of(ModelArguments, settings | changed))
     student = load_student(folder / "student", num_labels=data.num_labels)
     notes: list[str] = []
     dataset = _dataset(data, settings, changed, loaded, args)
@@ -120,11 +121,6 @@ def build_report(
     path = Path(args.output) if args.output else folder / "report.html"
     write_text(path, report_html(contents))
     return path
-
-
-def _part(cls: type, settings: dict[str, Any]) -> Any:
-    names = {field.name for field in dataclasses.fields(cls) if field.init}
-    return cls(**{name: value for name, value in settings.items() if name in names})
 
 
 def _dataset(
@@ -269,7 +265,8 @@ def _with_images(
 
 def report_main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of a finished run."""
-    parser = command_parser(
+    parser = parser_of_saved(
+        (ReportArguments, DataArguments, ModelArguments),
         "report.py",
         "Write report.html of a training run: figures, curves, images, reliability. Settings of "
         "data and teacher are those of the run unless they are given here.",
@@ -278,12 +275,10 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
         "  report.py runs/distilled --dataset none   (without images)",
     )
     parser.add_argument("run", help="Output folder of a training.")
-    add_fields(parser, ReportArguments, title="report")
-    add_fields(parser, DataArguments, title="data", only=EVALUATION_DATA)
-    add_fields(parser, ModelArguments, title="teacher", only=TEACHER)
-    given = given_flags(parser, arguments)
+    given = parser.given(arguments)
     folder = given.pop("run")
-    own, data, model = given_settings((ReportArguments, DataArguments, ModelArguments), given)
+    args = ReportArguments(**settings_of(ReportArguments, given))
+    changed = settings_of(DataArguments, given) | settings_of(ModelArguments, given)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = build_report(folder, ReportArguments(**own), changed=data | model, device=device)
+    path = build_report(folder, args, changed=changed, device=device)
     print(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

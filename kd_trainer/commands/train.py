@@ -18,10 +18,10 @@ from kd_trainer.build import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
 from kd_trainer.checkpointing.resume import newest_checkpoint, settle_all
 from kd_trainer.checkpointing.stopping import stoppable
-from kd_trainer.command_line import RunArguments
 from kd_trainer.commands.evaluate import Evaluation, evaluate_model
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
 from kd_trainer.commands.teacher_targets import use_cached_targets
+from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
 from kd_trainer.costs import peak_memory_mib, picture_milliseconds
 from kd_trainer.data import StreamedDataset, TransformedDataset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import socket
@@ -15,20 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.arguments import ModelArguments
-from kd_trainer.command_line import TEACHER as TEACHER_FLAGS
-from kd_trainer.command_line import command_parser, given_flags, given_settings
 from kd_trainer.commands.predict import THRESHOLD, check_threshold
+from kd_trainer.config import parser_of_saved
 from kd_trainer.data.folder_images import find_pictures, is_video, read_picture
 from kd_trainer.errors import require
-from kd_trainer.fields import add_fields, check_at_least, help_field
+from kd_trainer.fields import check_at_least, help_field
+from kd_trainer.parsing import convert, hints_of
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.web_demo.models import Models, load_demo_student, load_demo_teacher
 from kd_trainer.web_demo.page import MOST_BYTES, STYLE, build_page
 
-FIRST_PORT, PORTS = 7860, 100
 MOST_EXAMPLES = 12
-# What a hosted demo, which is started without a command line, is told instead. The last two are
-# gradio's own and count on a command line too, behind its flags.
+# What a hosted demo, which is started without a command line, is told instead.
 SPACE_VARIABLES = {
     "STUDENT": "model",
     "TEACHER": "teacher",
@@ -36,7 +33,6 @@ SPACE_VARIABLES = {
     "THRESHOLD": "threshold",
     "EXAMPLES": "examples",
 }
-SERVER_VARIABLES = {"GRADIO_SERVER_NAME": "host", "GRADIO_SERVER_PORT": "port"}
 
 
 @dataclass
@@ -50,11 +46,11 @@ class WebDemoArguments:
         None, f"Pictures, folders or globs to offer under the upload, the first {MOST_EXAMPLES}."
     )
     repeats: int = help_field(5, "Measured calls of each network for a picture.")
-    host: str = help_field(
-        "127.0.0.1", "Address to listen on; 0.0.0.0 lets everybody on the network in."
+    host: str | None = help_field(
+        None, "Address to listen on (default: 127.0.0.1); 0.0.0.0 lets everybody on the network in."
     )
     port: int | None = help_field(
-        None, f"Port to listen on; the first free one from {FIRST_PORT} on unless given."
+        None, "Port to listen on (default: the first free one from 7860 on)."
     )
     open: bool = help_field(False, "Open the page in this machine's browser.")
 
@@ -68,23 +64,24 @@ class WebDemoArguments:
 def from_environment(given: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """The flags, completed by variables of the environment.
 
-    Those of a hosted demo count only where no model is named on the command line: a variable of
-    such a common name may mean something else on somebody's own machine.
+    They count only where no model is named on the command line: a variable of such a common name
+    may mean something else on somebody's own machine.
 
     Raises:
         ValueError: if neither names a model.
     """
-    variables = dict(SERVER_VARIABLES)
-    if given.get("model") is None:
-        variables |= SPACE_VARIABLES
-    told = {field: environment[name] for name, field in variables.items() if environment.get(name)}
-    settings = told | {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in given.items() if value is not None}
+    if "model" in settings:
+        return settings
+    told = {field: environment.get(name) for name, field in SPACE_VARIABLES.items()}
+    settings = {name: value for name, value in told.items() if value} | settings
     if "model" not in settings:
         raise ValueError(
             "Expected a student, got none. Name its folder, Hub id or ONNX file behind demo.py, or "
             "set the variable STUDENT."
         )
-    return settings
+    hints = {"model": str} | hints_of([WebDemoArguments, ModelArguments])
+    return {name: convert(name, value, hints[name]) for name, value in settings.items()}
 
 
 def load_models(source: str, model: ModelArguments, args: WebDemoArguments) -> Models:
@@ -113,38 +110,31 @@ def example_pictures(sources: Sequence[str]) -> list[Path]:
     return found
 
 
-def free_port(host: str, port: int | None) -> int:
-    """A port on which nobody listens yet: the one asked for, else the first free one.
+def check_address(host: str, port: int | None) -> None:
+    """Refuse an address that is not this machine's, and a port that is taken.
 
-    Raises:
-        ValueError: if there is none, or the address is not one of this machine's.
+    gradio searches a free port where none is named; of an address that it cannot listen on it tries
+    each port for seconds.
     """
-    reason: OSError | None = None
-    for number in (port,) if port else range(FIRST_PORT, FIRST_PORT + PORTS):
-        try:
-            family, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family) as tried:
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                tried.bind(address)
-            return number
-        except OSError as error:
-            reason = error
-            if error.errno != errno.EADDRINUSE:
-                break
-    raise ValueError(
-        f"Expected an address of this machine (--host) and a free --port, got {host} and "
-        f"{port or FIRST_PORT}: {reason and reason.strerror}. Name others, or leave both out."
-    )
+    try:
+        family, *_, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address, family=family).close()
+    except OSError as error:
+        port_too = "" if port is None else f" and {port}"
+        raise ValueError(
+            "Expected an address of this machine (--host) and a free --port, got "
+            f"{host}{port_too}: {error.strerror}. Name others, or leave both out."
+        ) from error
 
 
-def serve(page: Any, args: WebDemoArguments, port: int) -> None:
+def serve(page: Any, args: WebDemoArguments) -> None:
     """Show the page until the process is interrupted."""
     # The reader's own fonts: gradio's half-bold one lacks most letters.
     themes = require("gradio", extra="demo").themes
     page.launch(
         theme=themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
         server_name=args.host,
-        server_port=port,
+        server_port=args.port,
         inbrowser=args.open,
         css=STYLE,
         max_file_size=MOST_BYTES,
@@ -157,9 +147,8 @@ def serve(page: Any, args: WebDemoArguments, port: int) -> None:
         footer_links=[],
         prevent_thread_lock=True,
     )
-    everywhere = " (and at every other address of this machine)" if args.host == "0.0.0.0" else ""
-    shown = "127.0.0.1" if everywhere else args.host
-    print(f"Demo: http://{shown}:{port}{everywhere}. Ctrl+C ends it.", flush=True)
+    others = " and every other address of this machine" if page.server_name == "0.0.0.0" else ""
+    print(f"Demo: {page.local_url}{others}. Ctrl+C ends it.", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services and containers end it
     try:
         threading.Event().wait()
@@ -180,7 +169,8 @@ def prepare_environment(folder: str) -> None:
 
 def web_demo_main(arguments: Sequence[str] | None = None) -> None:
     """Load the models, then serve the page."""
-    parser = command_parser(
+    parser = parser_of_saved(
+        (WebDemoArguments, ModelArguments),
         "demo.py",
         "A page on which a dropped photograph is segmented by student and teacher, with a slider "
         "between them, their difference, milliseconds and sizes. Needs pip install '.[demo]', and "
@@ -189,22 +179,19 @@ def web_demo_main(arguments: Sequence[str] | None = None) -> None:
         "  demo.py runs/distilled/student --examples photos/validation/images --open\n"
         "  demo.py device/student.onnx --teacher runs/teacher/student --port 8000\n\n"
         "Without a command line, as on a Hugging Face Space, the variables STUDENT, TEACHER, "
-        "TEACHER_IMAGE_SIZE,\nTHRESHOLD and EXAMPLES say the same.",
+        "TEACHER_IMAGE_SIZE, THRESHOLD and EXAMPLES say the same.",
     )
     parser.add_argument(
         "model", nargs="?", help="Saved student: a folder, a Hub id or an ONNX file of export.py."
     )
-    add_fields(parser, WebDemoArguments, title="page")
-    add_fields(parser, ModelArguments, title="teacher", only=TEACHER_FLAGS)
-    given = from_environment(given_flags(parser, arguments), os.environ)
+    given = from_environment(parser.given(arguments), os.environ)
     source = given.pop("model")
-    own, model_settings = given_settings((WebDemoArguments, ModelArguments), given)
-    args, model = WebDemoArguments(**own), ModelArguments(**model_settings)
+    args, model = parser.parse_dict(given)
     with tempfile.TemporaryDirectory(prefix="kd_trainer-demo-") as folder:
         prepare_environment(folder)
         require("gradio", extra="demo")
-        port = free_port(args.host, args.port)
+        check_address(args.host or "127.0.0.1", args.port)
         examples = example_pictures(args.examples or [])
         models = load_models(source, model, args)
         page = build_page(models, threshold=args.threshold, repeats=args.repeats, examples=examples)
-        serve(page, args, port)
+        serve(page, args)

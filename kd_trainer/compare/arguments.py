@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.arguments import ModelArguments
-from kd_trainer.command_line import build, check_given, given_flags, merged, parser, program
 from kd_trainer.compare.budget import KINDS
-from kd_trainer.fields import (
-    add_fields,
-    check_at_least,
-    check_choice,
-    convert,
-    help_field,
-    hints_of,
-)
+from kd_trainer.config import build, check_given, merged, parser
+from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.parsing import Parser, settings_of
 
 DEFAULT_OUTPUT = "runs/compare"
 DESCRIPTION = """Train the same student with and without its teacher and compare them.
@@ -103,15 +95,9 @@ class Comparison:
     dry_run: bool = False
 
 
-def compare_parser() -> ArgumentParser:
+def compare_parser() -> Parser:
     """The parser of scripts/compare.py: that of train.py and a few flags."""
-    result = parser()
-    result.prog, result.description, result.epilog = program("compare.py"), DESCRIPTION, EPILOG
-    for action in result._actions:
-        if action.dest in _NOT_TAKEN:
-            action.help = SUPPRESS
-    add_fields(result, CompareArguments, title="comparison")
-    return result
+    return parser("compare.py", DESCRIPTION, EPILOG, own=[CompareArguments], hidden=_NOT_TAKEN)
 
 
 def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
@@ -120,9 +106,9 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
     Raises:
         ValueError: on unknown flags, wrong values, or flags that cannot go together.
     """
-    given = given_flags(compare_parser(), arguments)
-    hints = hints_of([CompareArguments])
-    own = {name: convert(name, given.pop(name), hints[name]) for name in hints if name in given}
+    given = compare_parser().given(arguments)
+    own = settings_of(CompareArguments, given)
+    given = {name: value for name, value in given.items() if name not in own}
     config, dry_run = given.pop("config"), given.pop("dry_run")
     output = Path(given.pop("output_dir", DEFAULT_OUTPUT))
     for name, message in _NOT_TAKEN.items():
@@ -132,15 +118,13 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
         raise ValueError("Expected --seeds or --seed_list, got both. Leave one out.")
     args = CompareArguments(**own)
     if args.merge is not None:
-        trusted = {n: given.pop(n) for n in ("trust_remote_code",) if n in given}
+        settings = {n: given.pop(n) for n in ("trust_remote_code",) if n in given}
         unused = [*given, *(n for n in ("seeds", "seed_list", "only", "baselines") if n in own)]
         if unused or dry_run:
             raise ValueError(
                 f"Expected --merge with --output_dir, --bootstrap and --latency_repeats only, got "
                 f"--{unused[0] if unused else 'dry_run'}. It trains nothing: leave that out."
             )
-        model_hints = hints_of([ModelArguments])
-        settings = {n: convert(n, v, model_hints[n]) for n, v in trusted.items()}
         return Comparison(args, settings, output)
     settings = merged(config, given)
     # A configuration that a run has written may hold these.

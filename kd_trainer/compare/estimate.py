@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from kd_trainer.build import Parts
-from kd_trainer.command_line import RunArguments
 from kd_trainer.compare.image_counts import count_images
 from kd_trainer.compare.runs import PlannedRun, written_note, written_results
+from kd_trainer.config import RunArguments
 from kd_trainer.doctor.resources import Speed, measure_update, training_seconds
 
 

@@ -14,9 +14,9 @@ import yaml
 from kd_trainer.build import assemble, learn_from_sources
 from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, update_of
 from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
-from kd_trainer.command_line import RunArguments, build
 from kd_trainer.compare.budget import Budget, baseline_settings
 from kd_trainer.compare.image_counts import count_images
+from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import reset_peak_memory
 from kd_trainer.files import write_json
 from kd_trainer.loading import load_student

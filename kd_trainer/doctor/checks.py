@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd_trainer.build import Parts, image_count
-from kd_trainer.command_line import RunArguments
+from kd_trainer.config import RunArguments
 from kd_trainer.costs import length_in_epochs, updates_per_epoch
 from kd_trainer.doctor.data import (
     inverted_finding,

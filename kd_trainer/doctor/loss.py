@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_trainer.build import Parts
-from kd_trainer.command_line import RunArguments
+from kd_trainer.config import RunArguments
 from kd_trainer.data import collate
 from kd_trainer.doctor.finding import Finding, fault, note, ok, several
 from kd_trainer.doctor.images import GRADIENT_IMAGES, Seen

@@ -11,7 +11,7 @@ from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.build import Parts
-from kd_trainer.command_line import RunArguments
+from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
 from kd_trainer.costs import length_in_epochs, updates_per_epoch
 from kd_trainer.doctor.finding import Grade

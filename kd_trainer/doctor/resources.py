@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.build import Parts, image_count
-from kd_trainer.command_line import RunArguments, build
+from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import (
     alone,
     duration,

@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import Trainer
 
-from kd_trainer.command_line import parse
 from kd_trainer.commands.train import run_train
+from kd_trainer.config import parse
 from kd_trainer.errors import run_script
 
 

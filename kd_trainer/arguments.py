@@ -1,9 +1,16 @@
-"""Settings of the distillation: `transformers.TrainingArguments` and what we add to them."""
+"""The settings of a run, and the only place with defaults: model, data, distillation.
+
+The defaults are the recipe `rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog`; a YAML
+recipe or a flag overrides them (see `config`).
+"""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -17,12 +24,208 @@ from kd_trainer.argument_checks import (
     check_sync_batchnorm,
     check_targets,
 )
-from kd_trainer.arguments.loading import set_loading
+from kd_trainer.errors import clipped
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
 from kd_trainer.losses import TERMS, LossWeights
+from kd_trainer.metrics import check_class_names
 from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
+from kd_trainer.sources import model_source
 
+AUGMENTATIONS = ("heavy", "seed", "light", "none")
+ON_BAD_SAMPLE = ("error", "skip")
 PRECISIONS = ("auto", "bf16", "fp16", "no")
+MOST_WORKERS = 8
+
+
+@dataclass
+class ModelArguments:
+    """The frozen teacher and the student that learns from it."""
+
+    teacher: str = help_field(
+        "",
+        "Teacher: a folder (also that of a run), a Hub id or a checkpoint file (.pth, "
+        ".safetensors; name its architecture with --teacher_arch and --teacher_encoder). `none` "
+        "trains the student alone.",
+        metavar="SOURCE",
+    )
+    teacher_arch: str = help_field("unet", "Architecture of a bare teacher checkpoint.")
+    teacher_encoder: str = help_field(
+        "timm-efficientnet-b3", "Encoder of a bare teacher checkpoint."
+    )
+    teacher_image_size: int | None = help_field(
+        None, "Input side of the teacher in pixels, where it differs from the student's."
+    )
+    teacher_mean: list[float] | None = help_field(
+        None, "Mean the teacher was trained with, where it differs from the student's."
+    )
+    teacher_std: list[float] | None = help_field(None, "Standard deviation, likewise.")
+    trust_remote_code: bool = help_field(
+        False, "Run Python code that comes with a teacher from the Hub. Off unless asked for."
+    )
+    student_arch: str = help_field("unet", "Student architecture, as in smp.create_model.")
+    student_encoder: str = help_field("timm-efficientnet-b0", "Student encoder, as smp names it.")
+    encoder_weights: str = help_field(
+        "imagenet",
+        "First weights of the student's encoder: imagenet (downloads), none (random) or a file.",
+    )
+    decoder_channels: list[int] | None = help_field(
+        None, "Channels of the student's decoder blocks, deepest first (fewer are faster)."
+    )
+    student_options: list[str] | None = help_field(
+        None,
+        "Further arguments of the student's architecture, as KEY=VALUE: for fpn "
+        "decoder_pyramid_channels=64, say.",
+    )
+    student: str | None = help_field(
+        None, "A saved student (folder or Hub id) to go on from, instead of a new one."
+    )
+
+    def __post_init__(self) -> None:
+        self.teacher = model_source(self.teacher)
+        self.encoder_weights = expanded(self.encoder_weights)
+        if self.student is not None:
+            self.student = model_source(self.student)
+        if (self.teacher_mean is None) != (self.teacher_std is None):
+            raise ValueError(
+                "Expected --teacher_mean and --teacher_std together, got only one. Give both."
+            )
+        if self.teacher_image_size is not None:
+            check_at_least("teacher_image_size", self.teacher_image_size, 32)
+        for channels in self.decoder_channels or ():
+            check_at_least("decoder_channels", channels, 1)
+        for option in self.student_options or ():
+            if not all(option.partition("=")):
+                raise ValueError(
+                    f"Expected --student_options like decoder_dropout=0.1, got {option!r}. Write "
+                    "KEY=VALUE without spaces around the sign."
+                )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is named."""
+        return self.teacher.lower() not in ("", "none")
+
+
+@dataclass
+class DataArguments:
+    """Where images and masks come from, and what happens to them."""
+
+    dataset: str = help_field(
+        "",
+        "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
+        "parquet file or folder, Hub id, or `synthetic`.",
+        metavar="SOURCE",
+    )
+    train_split: str = help_field("train", "Name of the split to train on.")
+    eval_split: str = help_field("validation", "Name of the split to evaluate on.")
+    image_folder: str = help_field("images", "Folder of the images inside a split.")
+    mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
+    category: str | None = help_field(None, "COCO: the category that is the foreground.")
+    image_column: str = help_field("image", "Column of the images (parquet, Hub).")
+    mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
+    num_labels: int = help_field(
+        2, "Classes with the background; 2 is a binary task with one logit."
+    )
+    class_names: list[str] | None = help_field(
+        None,
+        "Names of the classes, background first (default: those of the source, where it has any).",
+    )
+    mask_values: list[int] | None = help_field(
+        None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
+    )
+    reduce_labels: bool | None = help_field(
+        None,
+        "Mask value 0 counts nowhere and value i is class i - 1, as in ADE20K (default: as the "
+        "preprocessing of the teacher, or of the model that is measured, has do_reduce_labels).",
+    )
+    mask_threshold: int | None = help_field(
+        None, "Binary masks: values from this one on are foreground, all below background."
+    )
+    ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
+    unlabelled: str | None = help_field(
+        None, "Folder of images without masks, used by the distillation terms only."
+    )
+    streaming: bool = help_field(False, "Stream the data instead of indexing it.")
+    image_size: int = help_field(640, "Side of the square network input in pixels.")
+    augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
+    brightness_contrast_probability: float = help_field(
+        0.8,
+        "Probability of the brightness/CLAHE/gamma group of the heavy augmentation, and of "
+        "brightness and contrast in seed.",
+    )
+    synthetic_train: int = help_field(480, "Images drawn for training (dataset `synthetic`).")
+    synthetic_eval: int = help_field(120, "Images drawn for evaluation, likewise.")
+    max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
+    max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
+    on_bad_sample: str = help_field(
+        "error",
+        "What an image or mask that cannot be used does: `error` stops and names the file; "
+        "`skip` looks through all files first (streams: on the way), leaves the bad ones out and "
+        "lists them in bad_samples.txt. Nothing ever takes their place.",
+    )
+    max_bad_share: float = help_field(
+        0.01, "With --on_bad_sample skip: stop if more than this share of a split is bad."
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_at_least("image_size", self.image_size, 32)
+        if self.num_labels < 2:
+            raise ValueError(
+                f"Expected --num_labels of at least 2 (background and foreground), got "
+                f"{self.num_labels}. A binary task has 2 labels and one logit."
+            )
+        if self.class_names is not None and len(self.class_names) != self.num_labels:
+            raise ValueError(
+                f"Expected {self.num_labels} --class_names (one per label, background first), got "
+                f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
+            )
+        if self.reduce_labels and self.mask_values is not None:
+            raise ValueError(
+                "Expected either --reduce_labels or --mask_values, got both, which say two things "
+                "of the values in the masks. Leave one out."
+            )
+        if self.mask_threshold is not None:
+            self._check_threshold()
+        check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(
+                f"Expected --max_bad_share between 0 and 1, got {self.max_bad_share}. 0.01 is one "
+                "sample in a hundred."
+            )
+        if self.on_bad_sample == "error" and self.max_bad_share != type(self).max_bad_share:
+            raise ValueError(
+                f"Expected --on_bad_sample skip with --max_bad_share {self.max_bad_share:g}, got "
+                "error, with which no bad sample is let through. Add it, or leave the share out."
+            )
+        check_class_names(list(self.id2label.values()))
+        if not 0 <= self.brightness_contrast_probability <= 1:
+            raise ValueError(
+                "Expected --brightness_contrast_probability between 0 and 1, got "
+                f"{self.brightness_contrast_probability}."
+            )
+
+    def _check_threshold(self) -> None:
+        check_at_least("mask_threshold", self.mask_threshold or 0, 1)
+        if self.num_labels != 2 or self.mask_values is not None or self.reduce_labels:
+            other = "--mask_values" if self.mask_values is not None else "--reduce_labels"
+            other = other if self.num_labels == 2 else f"--num_labels {self.num_labels}"
+            raise ValueError(
+                f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got it "
+                f"with {other}. Leave one out."
+            )
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of every class; class 0 is the background."""
+        if self.class_names is not None:
+            return dict(enumerate(self.class_names))
+        if self.num_labels == 2:
+            # What nobody named has no name: a model that finds cats must not say `person`.
+            drawn = "person" if self.dataset == "synthetic" else "foreground"
+            return {0: "background", 1: self.category or drawn}
+        return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}
 
 
 @dataclass
@@ -57,11 +260,6 @@ class DistillationArguments(TrainingArguments):
     compile_teacher: bool = help_field(
         False, "torch.compile the teacher (the student: --torch_compile)."
     )
-    keep_freed_memory: bool = help_field(
-        True,
-        "On a CPU, keep the memory that a step frees for the next one instead of giving it back "
-        "to the system (glibc only; it holds for the whole process).",
-    )
     # Temperature.
     temperature_schedule: str = help_field(
         "cosine", "cosine, linear, exponential, constant or piecewise."
@@ -86,6 +284,7 @@ class DistillationArguments(TrainingArguments):
         "Epochs that warm-up and unfreezing are written for (the recipes: 50): scale them to those "
         "of the run, or to --max_steps.",
     )
+    # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
     encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
     min_learning_rate: float = help_field(1e-6, "Where the cosine ends (encoder: its share of it).")
@@ -95,11 +294,15 @@ class DistillationArguments(TrainingArguments):
     lr_scheduler_type: str = help_field("cosine", "Only cosine.")
     # The run.
     output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
-    num_train_epochs: float = help_field(50, "Epochs.")
-    per_device_train_batch_size: int = help_field(4, "Images per step and device.")
-    per_device_eval_batch_size: int = help_field(4, "Images per evaluation step and device.")
+    num_train_epochs: float = help_field(50, "Epochs.", aliases=["--epochs"])
+    per_device_train_batch_size: int = help_field(
+        4, "Images per step and device.", aliases=["--batch_size"]
+    )
     mixed_precision: str = help_field(
-        "", "bf16, fp16 or no; without a value (auto) bf16 where it runs, else fp16."
+        "",
+        "bf16, fp16 or no; without a value (auto) bf16 where it runs, else fp16.",
+        nargs="?",
+        const="auto",
     )
     resume: str | None = help_field(
         None,
@@ -107,25 +310,47 @@ class DistillationArguments(TrainingArguments):
         "output folder, with `auto` likewise or from the start if there is none, else from this "
         "checkpoint-N folder. Give the settings of the run again "
         "(--config OUTPUT/config.yaml); other ones that change what is learned are refused.",
+        nargs="?",
+        const="latest",
     )
     no_preflight: bool = help_field(
         False, "Start without the checks of scripts/doctor.py, which take seconds."
+    )
+    save_strategy: str = help_field("epoch", "Save each epoch, every --save_steps, or no.")
+    save_total_limit: int | None = help_field(2, "Checkpoints kept (the best is among them).")
+    dataloader_num_workers: int = help_field(
+        None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
+    )
+    dataloader_persistent_workers: bool = help_field(
+        None, "Keep them between epochs (default: yes, where there are any)."
+    )
+    keep_freed_memory: bool = help_field(
+        True,
+        "On a CPU, keep the memory that a step frees for the next one instead of giving it back "
+        "to the system (glibc only; it holds for the whole process).",
+    )
+    sync_batchnorm: bool = help_field(
+        False, "One BatchNorm statistic over all GPUs, for small batches on each."
+    )
+    # Evaluation and report.
+    eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
+    logging_steps: float = help_field(10, "Log every so many updates.")
+    per_device_eval_batch_size: int = help_field(
+        4, "Images per evaluation step and device.", aliases=["--eval_batch_size"]
+    )
+    load_best_model_at_end: bool = help_field(True, "Keep the student of the best evaluation.")
+    metric_for_best_model: str | None = help_field("miou", "What `best` means.")
+    greater_is_better: bool | None = help_field(
+        None, "Whether more of it is better (default: unless it is a loss or a term of the loss)."
+    )
+    report_to: None | str | list[str] = help_field(  # noqa: RUF036  (as HfArgumentParser needs it)
+        "tensorboard", "tensorboard, none, wandb, ..."
     )
     panel_images: int = help_field(4, "Pictures in the panel drawn at each evaluation; 0 = none.")
     panel_limit: int = help_field(
         2, "Panels kept in the output folder (that of the best student is among them); 0 = all."
     )
     report: bool = help_field(True, "Write report.html at the end: curves, images, reliability.")
-    eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
-    save_strategy: str = help_field("epoch", "Save each epoch, every --save_steps, or no.")
-    save_total_limit: int | None = help_field(2, "Checkpoints kept (the best is among them).")
-    logging_steps: float = help_field(10, "Log every so many updates.")
-    load_best_model_at_end: bool = help_field(True, "Keep the student of the best evaluation.")
-    metric_for_best_model: str | None = help_field("miou", "What `best` means.")
-    greater_is_better: bool | None = help_field(
-        None, "Whether more of it is better (default: unless it is a loss or a term of the loss)."
-    )
-    report_to: str | list[str] | None = help_field("tensorboard", "tensorboard, none, wandb, ...")
     # Publishing.
     push_to_hub: bool = help_field(False, "Push the student with its card to the Hub.")
     hub_model_id: str | None = help_field(None, "Where to push it: OWNER/NAME.")
@@ -139,22 +364,15 @@ class DistillationArguments(TrainingArguments):
         True, "Push to a private repository; `false`: to a public one."
     )
     hub_pictures: bool = help_field(
-        False, "Also publish the panel, which shows images of the evaluation data."
-    )
-    dataloader_num_workers: int = help_field(
-        None, "Processes that read the data (default: none on a CPU, up to 8 for a GPU)."
-    )
-    dataloader_persistent_workers: bool = help_field(
-        None, "Keep them between epochs (default: yes, where there are any)."
+        False,
+        "Also publish the panel, which shows images of the evaluation data.",
+        aliases=["--pictures"],
     )
     # What the Trainer must not do behind our back: each stock default is a silent trap.
     logging_nan_inf_filter: bool = help_field(False, "Off: it hides NaN and syncs every step.")
     remove_unused_columns: bool = help_field(False, "Off: the data set gives what is needed.")
     dataloader_drop_last: bool = help_field(True, "A short last batch would shift the mean loss.")
     label_names: list[str] | None = help_field(None, "Set to `labels`.")
-    sync_batchnorm: bool = help_field(
-        False, "One BatchNorm statistic over all GPUs, for small batches on each."
-    )
     # Units are frozen after the DDP wrap.
     ddp_find_unused_parameters: bool | None = help_field(True, "Needed by staged unfreezing.")
 
@@ -287,3 +505,29 @@ class DistillationArguments(TrainingArguments):
             min_rate=self.min_learning_rate / self.learning_rate,
             plan_epochs=self.plan_epochs,
         )
+
+
+def usable_processors() -> int:
+    """Processors this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def set_loading(args: Any, on_gpu: bool) -> None:
+    """Fill in processes that read, whether they stay, and copies that do not wait.
+
+    On a CPU a reading process only takes a core from the training. A GPU would wait for a single
+    one: a picture of the heavy augmentation takes about 10 ms at 640 px. Draws do not depend on any
+    of this.
+
+    Args:
+        args: gets `dataloader_num_workers`, `dataloader_persistent_workers`, `accelerator_config`.
+        on_gpu: whether the training runs on one.
+    """
+    if args.dataloader_num_workers is None:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        cores = usable_processors() // max(here, 1)
+        args.dataloader_num_workers = min(MOST_WORKERS, max(1, cores - 1)) if on_gpu else 0
+    if args.dataloader_persistent_workers is None:
+        args.dataloader_persistent_workers = args.dataloader_num_workers > 0
+    if on_gpu and args.accelerator_config is None:
+        args.accelerator_config = {"non_blocking": True}  # from pinned memory

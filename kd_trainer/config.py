@@ -2,60 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Collection, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kd_trainer.argument_checks import UNUSABLE, check_ends
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.errors import is_own
-from kd_trainer.fields import add_fields, closest, convert, expanded, flag_hint, hints_of
+from kd_trainer.fields import closest
 from kd_trainer.files import read_yaml
-
-# Flags of the teacher beside a model that is evaluated.
-TEACHER = frozenset(f.name for f in dataclasses.fields(ModelArguments) if "teacher" in f.name) | {
-    "trust_remote_code"
-}
-# Flags of the data that an evaluation looks at.
-EVALUATION_DATA = frozenset(f.name for f in dataclasses.fields(DataArguments)) - {
-    "train_split",
-    "unlabelled",
-    "augmentation",
-    "brightness_contrast_probability",
-    "synthetic_train",
-    "max_train_samples",
-}
+from kd_trainer.foreign_flags import flag_hint
+from kd_trainer.parsing import Parser, convert, hints_of, settings_of
 
 RECIPES = Path(__file__).parent / "recipes"
-CONSOLE = "kd-trainer"
 DEFAULT_RECIPE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
+_CLASSES = (DataArguments, ModelArguments, DistillationArguments)
+# Fields that DistillationArguments adds or gives a default of its own, in their order there.
+OWN_FIELDS = tuple(DistillationArguments.__annotations__)
+# Short names, as the fields' flags have them.
 ALIASES = {
-    "epochs": "num_train_epochs",
-    "batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "pictures": "hub_pictures",
+    alias.removeprefix("--"): field.name
+    for field in dataclasses.fields(DistillationArguments)
+    if field.name in OWN_FIELDS
+    for alias in field.metadata.get("aliases", ())
 }
-# A flag given without a value means this.
-WITHOUT_VALUE = {"mixed_precision": "auto", "resume": "latest"}
-# Fields of transformers.TrainingArguments worth a line in --help; the others are flags too.
-SHOWN = frozenset(
-    {
-        "max_steps",
-        "gradient_accumulation_steps",
-        "seed",
-        "dataloader_num_workers",
-        "eval_steps",
-        "save_steps",
-        "use_cpu",
-        "torch_compile",
-    }
+
+# Flags of the data and of a teacher that only a training needs: saved models bring their own.
+ONLY_TRAINING = frozenset(
+    {"train_split", "unlabelled", "augmentation", "brightness_contrast_probability"}
+    | {"synthetic_train", "max_train_samples", "student", "student_arch", "student_encoder"}
+    | {"encoder_weights", "decoder_channels", "student_options"}
 )
-_CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 # What a file must not choose for whoever is handed it: to run a stranger's code, and where to send
 # a student and its figures, to show them to everybody, and images of the evaluation data with them.
 ONLY_FLAGS = (
@@ -104,7 +83,7 @@ class RunArguments:
             value = value.value if isinstance(value, Enum) else value
             if not field.init or field.name in _DERIVED:
                 continue
-            if field.name in own_fields() or value != default_of(field):
+            if field.name in OWN_FIELDS or value != default_of(field):
                 values[field.name] = value
         values = {k: v for k, v in values.items() if _is_plain(v)}
         values |= {k: v for k, v in self.given.items() if k not in values}
@@ -112,11 +91,6 @@ class RunArguments:
             # Asked for by --bf16, or by the accelerate configuration through the environment.
             values["mixed_precision"] = self.training.mixed_precision
         return {k: v for k, v in values.items() if k not in _LEFT_OUT}
-
-
-def own_fields() -> frozenset[str]:
-    """Fields that DistillationArguments adds or gives a default of its own."""
-    return frozenset(DistillationArguments.__annotations__)
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -178,15 +152,10 @@ def build(settings: dict[str, Any], *, dry_run: bool = False) -> RunArguments:
     Raises:
         ValueError: if a setting is out of range, or two contradict each other.
     """
-
-    def part(cls: type) -> dict[str, Any]:
-        names = {f.name for f in dataclasses.fields(cls) if f.init}
-        return {k: v for k, v in settings.items() if k in names}
-
-    model = ModelArguments(**part(ModelArguments))
-    data = DataArguments(**part(DataArguments))
+    model = ModelArguments(**settings_of(ModelArguments, settings))
+    data = DataArguments(**settings_of(DataArguments, settings))
     try:
-        training = DistillationArguments(**part(DistillationArguments))
+        training = DistillationArguments(**settings_of(DistillationArguments, settings))
     except (ValueError, ImportError) as error:
         if is_own(error):
             raise
@@ -195,79 +164,115 @@ def build(settings: dict[str, Any], *, dry_run: bool = False) -> RunArguments:
     return RunArguments(model, data, training, dry_run=dry_run, given=dict(settings))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are errors like all the others instead of a page of usage."""
+DESCRIPTION = """Distil a large segmentation teacher into a small student.
 
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print.
+With a teacher at hand, first the plan and then the training:
+  %(prog)s --dataset photos/ --teacher unet_b3.pth --dry_run
+  %(prog)s --dataset photos/ --teacher unet_b3.pth --epochs 50 --mixed_precision
 
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"Expected a command line as --help shows it, got a fault: {message}.")
+Without one, train it first; it is then --teacher runs/teacher:
+  %(prog)s --dataset photos/ --teacher none --output_dir runs/teacher \\
+      --student_encoder timm-efficientnet-b3 \\
+      --unfreeze_start_epoch 0 --unfreeze_every 0
+
+What is not given here is set by the recipe (--config)."""
+# What --help shows first, in this order.
+_FIRST = (
+    *("dataset", "teacher", "output_dir", "dry_run", "num_train_epochs"),
+    *("per_device_train_batch_size", "mixed_precision", "image_size", "num_labels", "augmentation"),
+    *("student_encoder", "learning_rate", "dataloader_num_workers", "resume", "config", "help"),
+)
+# The heading in --help of a field, and of those that follow it in its class.
+_HEADINGS = {
+    "dataset": "data",
+    "teacher": "teacher",
+    "student_arch": "student",
+    "kl_weight": "loss",
+    "teacher_targets": "teacher",
+    "temperature_schedule": "temperature and unfreezing",
+    "learning_rate": "optimisation",
+    "output_dir": "run and resume",
+    "eval_strategy": "evaluation and report",
+    "push_to_hub": "Hub",
+    "logging_nan_inf_filter": "rarely needed",
+}
+# Fields of transformers.TrainingArguments that get a line too.
+_OF_TRANSFORMERS = {
+    "gradient_accumulation_steps": "optimisation",
+    **dict.fromkeys(("max_steps", "seed", "use_cpu", "torch_compile"), "run and resume"),
+    **dict.fromkeys(("eval_steps", "save_steps"), "evaluation and report"),
+}
 
 
-def program(script: str) -> str:
-    """How a parser calls itself: by its script, or as the console command that was typed."""
-    return sys.argv[0] if sys.argv[0].startswith(f"{CONSOLE} ") else script
+def headings() -> dict[str, str]:
+    """The heading in the help of each flag that has a line there, in the order of the help."""
+    result = dict.fromkeys(_FIRST, "what most runs need")
+    for cls in _CLASSES:
+        heading = ""
+        for name in cls.__annotations__:
+            heading = _HEADINGS.get(name, heading)
+            result.setdefault(name, heading)
+    return result | _OF_TRANSFORMERS
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of scripts/train.py."""
+def parser(
+    script: str = "train.py",
+    description: str = DESCRIPTION,
+    epilog: str = "",
+    *,
+    own: Sequence[type] = (),
+    hidden: Collection[str] = (),
+) -> Parser:
+    """The parser of scripts/train.py, or of a script that takes its flags too.
+
+    Args:
+        script: its name.
+        description: for the help.
+        epilog: likewise.
+        own: dataclasses of further flags.
+        hidden: fields without a line in the help.
+    """
+    shown = headings()
+    names = [field.name for field in dataclasses.fields(DistillationArguments) if field.init]
+    further = [name for name in names if name not in shown]
+    usable = ", ".join(f"--{name}" for name in further if name not in UNUSABLE)
+    texts = (
+        epilog,
+        "A switch that is on is turned off by --no_NAME or by --NAME false.",
+        f"Also the other fields of transformers.TrainingArguments: {usable}.",
+        f"Recipes: {', '.join(recipe_names())}. Without --config: {DEFAULT_RECIPE}.",
+    )
     result = Parser(
-        prog=program("train.py"),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Distil a large segmentation teacher into a small student.",
-        epilog=f"Recipes: {', '.join(recipe_names())}.\n"
-        "The other fields of transformers.TrainingArguments are flags too; some that cannot work "
-        "here are refused.\n\n"
-        "Examples:\n"
-        "  train.py --dataset photos/ --teacher none --output_dir runs/teacher "
-        "--student_encoder timm-efficientnet-b3 --unfreeze_start_epoch 0 --unfreeze_every 0\n"
-        "  train.py --dataset photos/ --teacher runs/teacher/student --dry_run\n"
-        "  train.py --dataset photos/ --teacher runs/teacher/student --epochs 50 "
-        "--mixed_precision",
+        (*own, *_CLASSES),
+        script,
+        description,
+        "\n\n".join(filter(None, texts)),
+        hidden={*hidden, *further},
+        headings=shown,
     )
     result.add_argument(
         "--config",
         default=DEFAULT_RECIPE,
         metavar="NAME_OR_YAML",
-        help="Recipe that sets the defaults (default: %(default)s).",
+        help="What sets the defaults: a recipe of those listed at the end, or a YAML file.",
     )
     result.add_argument("--dry_run", action="store_true", help="Print the plan and stop.")
-    add_fields(result, ModelArguments, title="teacher and student")
-    add_fields(result, DataArguments, title="data")
-    add_fields(
-        result,
-        DistillationArguments,
-        title="training",
-        aliases=ALIASES,
-        without_value=WITHOUT_VALUE,
-        shown=own_fields() | SHOWN,
-    )
     return result
 
 
-def given_flags(
-    from_parser: argparse.ArgumentParser, arguments: Sequence[str] | None
-) -> dict[str, Any]:
-    """Flags as text, by field; an unknown one is an error that names the nearest.
+def parser_of_saved(
+    classes: Sequence[type], *texts: str, without: Collection[str] = ONLY_TRAINING
+) -> Parser:
+    """The parser of a script that takes a saved model, and data or a teacher beside it.
 
-    Raises:
-        ValueError: on an unknown flag, or a word that belongs to none.
+    Args:
+        classes: dataclasses whose fields are flags.
+        texts: name of the script, description and epilog.
+        without: fields that get no flag.
     """
-    namespace, unknown = from_parser.parse_known_args(arguments)
-    flag = next((u.split("=")[0] for u in unknown if u.startswith("-")), None)
-    if flag is not None:
-        known = [option for a in from_parser._actions for option in a.option_strings]
-        raise ValueError(f"Expected known flags, got {flag}.{flag_hint(flag, known)}")
-    if unknown:
-        raise ValueError(
-            f"Expected each value behind its flag, got {unknown[0]!r} behind none. Write "
-            "--name value; quote a value with spaces."
-        )
-    return {name: expanded(value) for name, value in vars(namespace).items()}
+    shown = dict.fromkeys(DataArguments.__annotations__, "data")
+    shown |= dict.fromkeys(ModelArguments.__annotations__, "teacher")
+    return Parser(classes, *texts, without=without, headings=shown)
 
 
 def parse(arguments: Sequence[str] | None = None) -> RunArguments:
@@ -276,7 +281,7 @@ def parse(arguments: Sequence[str] | None = None) -> RunArguments:
     Raises:
         ValueError: on an unknown flag (names the nearest) or a value of the wrong type.
     """
-    given = given_flags(parser(), arguments)
+    given = parser().given(arguments)
     config, dry_run = given.pop("config"), given.pop("dry_run")
     settings = merged(config, given)
     settings.setdefault("output_dir", f"runs/{Path(config).stem}")
@@ -309,13 +314,12 @@ def check_given(run: RunArguments, given: Collection[str]) -> None:
 
 
 def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe, overridden by flags that were given as text.
+    """The settings of a recipe, overridden by flags that were given.
 
     Raises:
         FileNotFoundError: if there is no such recipe.
-        ValueError: if a value is of the wrong type.
+        ValueError: if it chooses what only a command line may.
     """
-    hints = hints_of(_CLASSES)
     recipe = _read_recipe(config)
     for name in ONLY_FLAGS:
         value = recipe.get(name)
@@ -325,23 +329,4 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"Expected --{name} on the command line, got it from {config}. A file cannot "
                 "choose it: add the flag, or delete the line."
             )
-    return recipe | {n: convert(n, value, hints[n]) for n, value in given.items()}
-
-
-def command_parser(script: str, description: str, epilog: str) -> Parser:
-    """The parser of a script, without flags yet."""
-    return Parser(
-        prog=program(script),
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-
-
-def given_settings(classes: Sequence[type], given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Flags that were given, as the types of their fields, for each of these dataclasses."""
-    hints = hints_of(classes)
-    values = {name: convert(name, value, hints[name]) for name, value in given.items()}
-    names = [{f.name for f in dataclasses.fields(cls)} for cls in classes]
-    return [{k: v for k, v in values.items() if k in own} for own in names]
+    return recipe | given
