@@ -88,7 +88,9 @@ def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
         if file.is_file() and file.stat().st_size > _LARGEST_FILE:
             raise ValueError(f"more than {_LARGEST_FILE / 2**20:g} MiB")
         config, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
-    except (ValueError, TypeError, RecursionError, AttributeError) as error:
+    except TypeError:  # transformers 5.6 adds entries to what it read, a list too
+        config = None
+    except (ValueError, RecursionError, AttributeError) as error:
         reason = "values nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ValueError(
             f"Expected a config.json that describes a model in {str(source)!r}, got "

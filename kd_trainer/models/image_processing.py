@@ -147,7 +147,7 @@ if not __name__.startswith("transformers_modules."):
     )
     # A pipeline also looks for a video processor. It would guess one from the entry of the image
     # processor in a saved student, and ask whether to run code that does not exist.
-    AutoVideoProcessor.register(SmpConfig, video_processor_classes={}, exist_ok=True)
+    AutoVideoProcessor.register(SmpConfig, None, exist_ok=True)
 SmpImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = ["SmpImageProcessor", "resize_image"]
