@@ -391,7 +391,8 @@ def test_a_launcher_that_asks_for_nothing_is_taken(monkeypatch: pytest.MonkeyPat
     """It sets each of the variables to nothing, and none that is not in the table."""
     asked = launch_command_parser().parse_args(["train.py"])
     # What the launcher fills in where no configuration file says otherwise.
-    vars(asked).update(use_cpu=True, mixed_precision="no", dynamo_backend="no", num_machines=1)
+    vars(asked).update(use_cpu=True, mixed_precision="no", dynamo_backend="no")
+    vars(asked).update(num_machines=1, num_processes=1)
     _, launched = prepare_simple_launcher_cmd_env(asked)
     dynamo = {name for name in launched if name.startswith("ACCELERATE_DYNAMO_")}
     assert dynamo == {name for name in LAUNCHER if name.startswith("ACCELERATE_DYNAMO_")}

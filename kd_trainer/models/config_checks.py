@@ -39,7 +39,7 @@ MOST_PARAMETERS = 1_500_000_000  # 6 GB
 _LISTED = 12  # names in a message: all architectures of smp, but not the thousand encoders of timm
 # Entries that transformers writes beside the fields of a configuration.
 COMMON = frozenset(
-    {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "label2id", "num_labels"}
+    {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "num_labels"}
     | {"model_type", "problem_type", "transformers_version"}
 )
 # Entries that would change how weights are read or computed with.
@@ -132,7 +132,9 @@ def check_entries(entries: Mapping[str, Any], known: Collection[str]) -> dict[st
     parts = entries.get("auto_map") or {}
     if not (isinstance(parts, dict) and all(isinstance(v, str | list) for v in parts.values())):
         refuse("auto_map", "names of classes", parts)
-    return {name: value for name, value in entries.items() if name in COMMON or name in known}
+    check_labels(entries.get("id2label"), entries.get("num_labels"))
+    kept = (COMMON | set(known)) - {"label2id"}  # which follows from id2label
+    return {name: value for name, value in entries.items() if name in kept}
 
 
 def _is_list_of_text(value: Any) -> bool:
