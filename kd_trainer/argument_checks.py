@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -72,10 +73,10 @@ def check_launcher() -> None:
 def check_run(args: Any) -> None:
     """Refuse sizes and strategies that cannot be trained with."""
     check_launcher()
-    for name, reason in UNUSABLE.items():
-        value = getattr(args, name)
-        if bool(value) != bool(_default(args, name)):
-            raise ValueError(f"Expected no --{name}, got {value}: {reason}.")
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if field.name in UNUSABLE and bool(value) != bool(field.default):
+            raise ValueError(f"Expected no --{field.name}, got {value}: {UNUSABLE[field.name]}.")
     if args.label_names not in (None, ["labels"]):
         raise ValueError(
             f"Expected no --label_names, got {args.label_names}: the loss reads `labels` and "

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from httpx2 import HTTPError
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -22,7 +21,14 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
 )
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+# HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; this file of both imports it.
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import logging
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,

@@ -229,7 +229,7 @@ def _convert_to(value: Any, option: Any) -> Any:
     origin = typing.get_origin(option) or option
     if origin is list:
         (item_type,) = typing.get_args(option)
-        if isinstance(value, list) and item_type is str:
+        if isinstance(value, list) and issubclass(item_type, str):
             return [str(item) for item in value]  # as they are: a name may hold a space
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         return [_convert_to(item, item_type) for item in text.replace(",", " ").split()]

@@ -367,11 +367,13 @@ def serving(cache: Path) -> Iterator[Hub]:
             "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(cache / "hub"),
             "HF_TOKEN_PATH": str(cache / "token"),
-            "AGENT_HARNESSES_PATH": str(cache / "harnesses.json"),
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
         }.items():
             patch.setattr(constants, name, value)
+        # huggingface_hub 1.21 has no such file.
+        harnesses = str(cache / "harnesses.json")
+        patch.setattr(constants, "AGENT_HARNESSES_PATH", harnesses, raising=False)
         patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
         patch.setattr(
             datasets.config, "HUB_DATASETS_URL", hub.url + "/datasets/{repo_id}/resolve/{revision}/"

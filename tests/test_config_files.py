@@ -345,7 +345,8 @@ def test_a_std_of_zero_is_one_line_with_its_entry(tmp_path):
 
 @pytest.mark.parametrize("entry", [{"depths": "x"}, {"hidden_sizes": [-1] * 4}, {"id2label": []}])
 def test_a_damaged_config_json_of_another_model_is_one_line(entry, tmp_path):
-    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_hidden_size": 8}
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "decoder_hidden_size": 8}
+    sizes["num_attention_heads"] = [1] * 4
     SegformerForSemanticSegmentation(SegformerConfig(**sizes)).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | entry
     error = complaint(lambda: load_teacher(str(written(tmp_path, config)), num_labels=2))

@@ -89,9 +89,10 @@ def test_every_usual_mode_becomes_rgb(mode):
     torch.testing.assert_close(values, expected)
 
 
-def test_transparency_becomes_white():
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_becomes_white(mode):
     """Hidden colours under transparent pixels would be segmented as if they were seen."""
-    image = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    image = Image.new("RGBA", (32, 32), (255, 0, 0, 0)).convert(mode)
     values = processor()(image, do_normalize=False, return_tensors="pt")["pixel_values"]
     assert torch.equal(values, torch.ones(1, 3, 32, 32))
 

@@ -206,7 +206,7 @@ def test_dry_run_finds_what_the_run_would_find(good: Path, used: Used, tmp_path:
     ("run", "expected"),
     [
         (None, "checkpoint-3: no COMPLETE.json"),
-        ({"teacher": "another"}, "Expected the run's activation_checkpointing None, "),
+        ({"teacher": "another"}, "augmentation heavy, data_seed None, "),
         ({"seed": 5}, "more), got "),
     ],
 )

@@ -89,7 +89,8 @@ def test_a_weight_file_that_would_run_code_is_refused(load, how, suffix, marker,
 def test_a_model_folder_that_would_run_code_is_refused(how, marker, tmp_path):
     """transformers reads pytorch_model.bin where there is no safetensors file."""
     student = save_network(tmp_path / "student")
-    sizes = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "decoder_hidden_size": 8}
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "decoder_hidden_size": 8}
+    sizes["num_attention_heads"] = [1] * 4
     segformer = SegformerForSemanticSegmentation(SegformerConfig(**sizes, num_labels=2))
     segformer.save_pretrained(tmp_path / "segformer")
     for folder in (student, tmp_path / "segformer"):

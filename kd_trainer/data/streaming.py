@@ -308,8 +308,9 @@ def stream_loader(
         persistent_workers=args.dataloader_persistent_workers and workers > 0,
         pin_memory=args.dataloader_pin_memory,
         prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        in_order=args.dataloader_in_order,
+        # These two fields came with transformers 5.15; the defaults are torch's.
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+        in_order=getattr(args, "dataloader_in_order", True),
         drop_last=drop_last,
     )
     return loader

@@ -39,7 +39,7 @@ MOST_PARAMETERS = 1_500_000_000  # 6 GB
 _LISTED = 12  # names in a message: all architectures of smp, but not the thousand encoders of timm
 # Entries that transformers writes beside the fields of a configuration.
 COMMON = frozenset(
-    {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "label2id", "num_labels"}
+    {"architectures", "auto_map", "dtype", "torch_dtype", "id2label", "num_labels"}
     | {"model_type", "problem_type", "transformers_version"}
 )
 # Entries that would change how weights are read or computed with.
@@ -88,7 +88,9 @@ def read_config(source: str | Path, **hub: Any) -> dict[str, Any]:
         if file.is_file() and file.stat().st_size > _LARGEST_FILE:
             raise ValueError(f"more than {_LARGEST_FILE / 2**20:g} MiB")
         config, _ = PreTrainedConfig.get_config_dict(str(source), **hub)
-    except (ValueError, TypeError, RecursionError, AttributeError) as error:
+    except TypeError:  # transformers 5.6 adds entries to what it read, a list too
+        config = None
+    except (ValueError, RecursionError, AttributeError) as error:
         reason = "values nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ValueError(
             f"Expected a config.json that describes a model in {str(source)!r}, got "
@@ -130,7 +132,9 @@ def check_entries(entries: Mapping[str, Any], known: Collection[str]) -> dict[st
     parts = entries.get("auto_map") or {}
     if not (isinstance(parts, dict) and all(isinstance(v, str | list) for v in parts.values())):
         refuse("auto_map", "names of classes", parts)
-    return {name: value for name, value in entries.items() if name in COMMON or name in known}
+    check_labels(entries.get("id2label"), entries.get("num_labels"))
+    kept = (COMMON | set(known)) - {"label2id"}  # which follows from id2label
+    return {name: value for name, value in entries.items() if name in kept}
 
 
 def _is_list_of_text(value: Any) -> bool:

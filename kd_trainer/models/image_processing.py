@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
@@ -101,6 +102,10 @@ class SmpImageProcessor(TorchvisionBackend):
                 f"Expected a picture of 8 bits a channel, got PIL mode {mode!r}. "
                 "Scale its values to 0..255 first."
             )
+        if isinstance(image, Image.Image) and image.has_transparency_data:
+            # transformers below 5.22 would show the colours that lie hidden under it
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
         return super().process_image(image, *args, **kwargs)
 
     def resize(self, image: Tensor, size: SizeDict, *_: Any, **__: Any) -> Tensor:
@@ -147,7 +152,7 @@ if not __name__.startswith("transformers_modules."):
     )
     # A pipeline also looks for a video processor. It would guess one from the entry of the image
     # processor in a saved student, and ask whether to run code that does not exist.
-    AutoVideoProcessor.register(SmpConfig, video_processor_classes={}, exist_ok=True)
+    AutoVideoProcessor.register(SmpConfig, None, exist_ok=True)
 SmpImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = ["SmpImageProcessor", "resize_image"]
