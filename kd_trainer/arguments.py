@@ -242,7 +242,7 @@ class DistillationArguments(TrainingArguments):
     # The teacher's answers.
     teacher_targets: str = help_field(
         "online",
-        "Ask the teacher in each update (`online`), or once for each clean image, before the "
+        "Ask the teacher in each step (`online`), or once for each clean image, before the "
         "training (`cached`): its logits are kept on the disk and follow flips and affine changes, "
         "while colour and noise change only what the student sees.",
     )
@@ -334,7 +334,7 @@ class DistillationArguments(TrainingArguments):
     )
     # Evaluation and report.
     eval_strategy: str = help_field("epoch", "Evaluate each epoch, every --eval_steps, or no.")
-    logging_steps: float = help_field(10, "Log every so many updates.")
+    logging_steps: float = help_field(10, "Log every so many steps.")
     per_device_eval_batch_size: int = help_field(
         4, "Images per evaluation step and device.", aliases=["--eval_batch_size"]
     )
@@ -516,7 +516,7 @@ def set_loading(args: Any, on_gpu: bool) -> None:
     """Fill in processes that read, whether they stay, and copies that do not wait.
 
     On a CPU a reading process only takes a core from the training. A GPU would wait for a single
-    one: a picture of the heavy augmentation takes about 10 ms at 640 px. Draws do not depend on any
+    one: an image of the heavy augmentation takes about 10 ms at 640 px. Draws do not depend on any
     of this.
 
     Args:

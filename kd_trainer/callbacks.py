@@ -25,7 +25,7 @@ from kd_trainer.optim import PartLR, parameter_groups, regroup
 from kd_trainer.reports.panels import comparison_panel, save_picture
 from kd_trainer.schedules import TrainingSchedule
 
-# TensorBoard's files only grow, and its page shows ten pictures of a run.
+# TensorBoard's files only grow, and its page shows ten images of a run.
 _SHOWN_PARTS = 10
 
 
@@ -234,7 +234,7 @@ class ResumeCallback(TrainerCallback):
 
 
 class EvaluationPanels(TrainerCallback):
-    """Saves a picture of a few evaluation images at each evaluation, and shows some in TensorBoard.
+    """Saves an image of a few evaluation images at each evaluation, and shows some in TensorBoard.
 
     Of the files, the newest `args.panel_limit` stay, that of the best evaluation among them.
     TensorBoard gets the first of each tenth of the run.
@@ -287,7 +287,7 @@ class EvaluationPanels(TrainerCallback):
 
 
 def _delete_old_panels(folder: Path, limit: int, state: TrainerState) -> None:
-    """Leave `limit` pictures; this evaluation's and the best one's stay in any case.
+    """Leave `limit` images; this evaluation's and the best one's stay in any case.
 
     First go those beyond this step, which an interrupted or earlier run left, then the oldest.
     """

@@ -48,7 +48,7 @@ def labels_of(model: Measured) -> dict[int, str]:
 
 
 def input_statistics(model: Measured) -> tuple[list[float], list[float]]:
-    """Mean and std with which pictures are given to a model, of values 0..1."""
+    """Mean and std with which images are given to a model, of values 0..1."""
     if isinstance(model, Teacher):
         return model.input_mean, model.input_std
     return list(model.config.image_mean), list(model.config.image_std)
@@ -67,7 +67,7 @@ def pixel_statistics(model: Measured, device: torch.device | str) -> Statistics:
 
 
 def raw_logits(model: Measured, pixels: Tensor) -> Tensor:
-    """Raw logits (B, K, H, W) for pictures (B, 3, H, W) that are normalised for the model."""
+    """Raw logits (B, K, H, W) for images (B, 3, H, W) that are normalised for the model."""
     output = model(pixels)
     logits: Tensor = output if isinstance(model, Teacher) else output["raw_logits"]
     return logits
@@ -80,7 +80,7 @@ def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
 
 
 def bytes_of(pixels: Tensor, statistics: Statistics) -> Tensor:
-    """The uint8 pictures (B, 3, H, W) that `normalise` made floats of; bytes stay as they are."""
+    """The uint8 images (B, 3, H, W) that `normalise` made floats of; bytes stay as they are."""
     if pixels.dtype == torch.uint8:
         return pixels
     mean, std = (value.to(pixels.device) for value in statistics)

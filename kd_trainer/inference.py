@@ -1,4 +1,4 @@
-"""From pictures of any size to logits of the same size, whole or in tiles.
+"""From images of any size to logits of the same size, whole or in tiles.
 
 Everything is averaged and resized as logits and thresholded last, so that edges stay smooth and
 tiles, mirrored looks and plain predictions are cut at the same probability.
@@ -23,22 +23,22 @@ from kd_trainer.reports.panels import overlay
 Network = Callable[[Tensor], Tensor]
 """Normalised floats (B, 3, H, W) to raw logits (B, K, H, W)."""
 
-Picture = np.ndarray
+RgbImage = np.ndarray
 """uint8 RGB (H, W, 3)."""
 
 
 @dataclass(frozen=True)
 class Segmenter:
-    """A network together with how pictures are shown to it.
+    """A network together with how images are shown to it.
 
     Args:
         network: normalised floats (B, 3, H, W) to raw logits (B, K, H, W) on the same device.
         image_size: side of the square input in pixels.
         statistics: mean and std for values 0..255, each (1, 3, 1, 1), on the network's device.
-        tile: cut pictures that are larger than the input into tiles at their own resolution,
+        tile: cut images that are larger than the input into tiles at their own resolution,
             instead of shrinking them.
         overlap: share of a tile that its neighbour sees too, 0 to below 1.
-        flip: average with the prediction for the mirrored picture; takes twice as long.
+        flip: average with the prediction for the mirrored image; takes twice as long.
         batch_size: inputs the network sees at a time.
     """
 
@@ -51,33 +51,33 @@ class Segmenter:
     batch_size: int = 4
 
     @torch.no_grad()
-    def logits(self, pictures: Sequence[Picture]) -> list[Tensor]:
-        """Raw logits (K, H, W) of each picture at its own size, fp32 on the network's device."""
-        whole = [p for p in pictures if not self._in_tiles(p)]
+    def logits(self, images: Sequence[RgbImage]) -> list[Tensor]:
+        """Raw logits (K, H, W) of each image at its own size, fp32 on the network's device."""
+        whole = [p for p in images if not self._in_tiles(p)]
         found = iter(self._whole(whole))
-        return [self._tiled(p) if self._in_tiles(p) else next(found) for p in pictures]
+        return [self._tiled(p) if self._in_tiles(p) else next(found) for p in images]
 
-    def network_input(self, picture: Picture) -> Tensor:
-        """What the network sees of a whole picture: normalised floats (1, 3, side, side)."""
+    def network_input(self, image: RgbImage) -> Tensor:
+        """What the network sees of a whole image: normalised floats (1, 3, side, side)."""
         side = self.image_size
-        pixels = resize_image(_channels_first(picture), side, side)[None]
+        pixels = resize_image(_channels_first(image), side, side)[None]
         return normalise(pixels.to(self.statistics[0].device), self.statistics)
 
-    def _in_tiles(self, picture: Picture) -> bool:
-        return self.tile and max(picture.shape[:2]) > self.image_size
+    def _in_tiles(self, image: RgbImage) -> bool:
+        return self.tile and max(image.shape[:2]) > self.image_size
 
-    def _whole(self, pictures: Sequence[Picture]) -> Iterator[Tensor]:
+    def _whole(self, images: Sequence[RgbImage]) -> Iterator[Tensor]:
         side = self.image_size
-        inputs = [resize_image(_channels_first(p), side, side) for p in pictures]
-        for raw, picture in zip(self._batches(inputs), pictures, strict=True):
-            size = (picture.shape[0], picture.shape[1])
+        inputs = [resize_image(_channels_first(p), side, side) for p in images]
+        for raw, image in zip(self._batches(inputs), images, strict=True):
+            size = (image.shape[0], image.shape[1])
             yield F.interpolate(raw[None], size=size, mode="bilinear", align_corners=False)[0]
 
-    def _tiled(self, picture: Picture) -> Tensor:
+    def _tiled(self, image: RgbImage) -> Tensor:
         """Weighted mean of the tiles' logits; a tile counts most where it sees most around."""
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         side = self.image_size
-        padded = _channels_first(_padded(picture, side))
+        padded = _channels_first(_padded(image, side))
         corners = [
             (top, left)
             for top in tile_starts(padded.shape[1], side, self.overlap)
@@ -125,16 +125,14 @@ def tile_starts(length: int, side: int, overlap: float) -> list[int]:
     return [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]
 
 
-def _padded(picture: Picture, side: int) -> Picture:
-    """At least `side` pixels each way: what is missing mirrors the picture's lower right edges."""
-    missing = [(0, max(0, side - length)) for length in picture.shape[:2]]
-    return (
-        np.pad(picture, [*missing, (0, 0)], mode="symmetric") if any(map(any, missing)) else picture
-    )
+def _padded(image: RgbImage, side: int) -> RgbImage:
+    """At least `side` pixels each way: what is missing mirrors the image's lower right edges."""
+    missing = [(0, max(0, side - length)) for length in image.shape[:2]]
+    return np.pad(image, [*missing, (0, 0)], mode="symmetric") if any(map(any, missing)) else image
 
 
-def _channels_first(picture: Picture) -> Tensor:
-    return torch.from_numpy(np.require(picture, requirements=["C", "W"])).permute(2, 0, 1)
+def _channels_first(image: RgbImage) -> Tensor:
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
@@ -153,7 +151,7 @@ def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
 
 
 def torch_segmenter(model: Measured, image_size: int, **looks: Any) -> Segmenter:
-    """A network as it is shown pictures, on the GPU if there is one.
+    """A network as it is shown images, on the GPU if there is one.
 
     Args:
         model: put there, and into eval mode.
@@ -167,7 +165,7 @@ def torch_segmenter(model: Measured, image_size: int, **looks: Any) -> Segmenter
 
 
 def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:
-    """An ONNX file as it is shown pictures, on the CPU; `looks` are further fields."""
+    """An ONNX file as it is shown images, on the CPU; `looks` are further fields."""
     statistics = (_pixels(exported.image_mean), _pixels(exported.image_std))
     return Segmenter(onnx_network(exported), exported.image_size, statistics, **looks)
 
@@ -183,9 +181,9 @@ def onnx_network(exported: OnnxStudent) -> Network:
     def logits(images: Tensor) -> Tensor:
         if not exported.with_preprocessing:
             return torch.from_numpy(exported(images.numpy()))
-        # It takes pictures and gives probabilities: undo what the file does itself.
-        pictures = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
-        probability = torch.from_numpy(exported(pictures.numpy())).double()
+        # It takes images and gives probabilities: undo what the file does itself.
+        raw_images = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        probability = torch.from_numpy(exported(raw_images.numpy())).double()
         binary = probability.shape[1] == 1
         # A softmax may underflow to 0, whose logarithm would spread as NaN in a resize.
         smallest = torch.finfo(torch.float32).tiny
@@ -196,7 +194,7 @@ def onnx_network(exported: OnnxStudent) -> Network:
 
 
 def drawn(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
-    """One kind of output for a picture.
+    """One kind of output for an image.
 
     Args:
         output: a name of OUTPUTS.

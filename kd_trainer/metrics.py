@@ -1,6 +1,6 @@
-"""Segmentation metrics: integer counts per picture on the device first, ratios on the host last.
+"""Segmentation metrics: integer counts per image on the device first, ratios on the host last.
 
-Counts add up over pictures, batches and processes, so a figure does not depend on how the set was
+Counts add up over images, batches and processes, so a figure does not depend on how the set was
 split. Boundary IoU: Cheng et al. 2021, arXiv 2103.16562.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-# Share of the picture's diagonal that counts as boundary: the paper's choice, and COCO's.
+# Share of the image's diagonal that counts as boundary: the paper's choice, and COCO's.
 BOUNDARY_SHARE = 0.02
 
 
@@ -30,7 +30,7 @@ def image_counts(
     ignore_index: int = 255,
     boundary: bool = True,
 ) -> Tensor:
-    """Confusion and boundary counts of each picture, on the device, without a host sync.
+    """Confusion and boundary counts of each image, on the device, without a host sync.
 
     Args:
         prediction: integer (B, H, W), class ids; anything where labels are ignored.
@@ -84,14 +84,14 @@ def _confusion(prediction: Tensor, labels: Tensor, valid: Tensor, num_labels: in
 
 
 def boundary_width(height: int, width: int) -> int:
-    """Depth in pixels of the band that counts as boundary in a picture of this size."""
+    """Depth in pixels of the band that counts as boundary in an image of this size."""
     return max(1, round(BOUNDARY_SHARE * math.hypot(height, width)))
 
 
 def _boundary(mask: Tensor) -> Tensor:
     """Pixels of bool masks (..., H, W) that lie within the boundary width of their outside.
 
-    The mask minus its erosion by a square; beyond the picture's border everything is outside.
+    The mask minus its erosion by a square; beyond the image's border everything is outside.
     """
     depth = boundary_width(mask.shape[-2], mask.shape[-1])
     padded = torch.nn.functional.pad(mask, (depth, depth, depth, depth), value=False)
@@ -102,7 +102,7 @@ def _all_in_window(mask: Tensor, width: int, dim: int) -> Tensor:
     """True where `width` neighbours along `dim` are all True; the result is width − 1 shorter.
 
     A minimum pooling by doubling the window: six passes of AND for the 37 pixels of a 640x640
-    picture, where a pooling kernel compares 37 numbers.
+    image, where a pooling kernel compares 37 numbers.
     """
     size = 1
     while size < width:
@@ -115,13 +115,13 @@ def _all_in_window(mask: Tensor, width: int, dim: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SegmentationCounts:
-    """Totals over a set of pictures; adding gives new totals.
+    """Totals over a set of images; adding gives new totals.
 
     Attributes:
         confusion: int64 (K, K), pixels by [truth, prediction].
         boundary: int64 (2, K), intersection and union of the boundaries.
-        image_iou_sum: sum over pictures of each picture's mean IoU.
-        images: pictures with at least one valid pixel.
+        image_iou_sum: sum over images of each image's mean IoU.
+        images: those with at least one valid pixel.
     """
 
     confusion: Array
@@ -141,7 +141,7 @@ class SegmentationCounts:
         return len(self.confusion)
 
     def add(self, rows: npt.ArrayLike) -> SegmentationCounts:
-        """Totals with the pictures of `rows`, as `image_counts` gives them: integers (N, C).
+        """Totals with the images of `rows`, as `image_counts` gives them: integers (N, C).
 
         Raises:
             ValueError: if the rows are not of this number of classes.
@@ -189,7 +189,7 @@ class SegmentationCounts:
 
         Returns:
             miou, dice, iou_foreground, precision, recall, boundary_iou (foreground, the first
-            over all classes), pixel_accuracy, mean_image_iou (mean over pictures of the mean over
+            over all classes), pixel_accuracy, mean_image_iou (mean over images of the mean over
             the classes in each), and iou_<name>, dice_<name> for every class.
 
         Raises:

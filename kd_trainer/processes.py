@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 
 
-def together(args: TrainingArguments, step: Callable[[], object] | None) -> None:
+def run_on_all_ranks(args: TrainingArguments, step: Callable[[], object] | None) -> None:
     """Run a step on this process, wait for the others, and fail if one of them has.
 
     Args:
@@ -99,7 +99,7 @@ def processes_of_run() -> list[Peer]:
 
 
 @contextmanager
-def naming_the_dead(trainer: Any) -> Iterator[None]:
+def naming_dead_processes(trainer: Any) -> Iterator[None]:
     """Turn the errors of torch that come from the end of another process into one that names it.
 
     Args:

@@ -84,7 +84,7 @@ class TermSums:
         for name, value in zip(self.sums, self._host(list(self.sums.values())), strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"Expected finite loss terms, got {name} = {value} at update {step}. Nothing "
+                    f"Expected finite loss terms, got {name} = {value} at step {step}. Nothing "
                     "was saved after it. Look for extreme logits of the teacher or student, or "
                     "lower the learning rate or the weight of this term."
                 )

@@ -63,7 +63,7 @@ from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import PartLR, parameter_groups, regroup
-from kd_trainer.processes import Peer, naming_the_dead, processes_of_run, together
+from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
 from kd_trainer.push_callback import PushCallback, check_push, push_student
 from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.teacher import Teacher, TeacherInference
@@ -421,7 +421,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms, their gradient shares, temperature, free units and learning rates."""
         if "loss" in logs and self.tracked.count:
-            together(self.args, lambda: self.tracked.check_finite(self.state.global_step))
+            run_on_all_ranks(self.args, lambda: self.tracked.check_finite(self.state.global_step))
             logs |= self.tracked.drain(self.accelerator)
             logs |= schedule_logs(
                 self.model,
@@ -434,7 +434,7 @@ class DistillationTrainer(Trainer):
     def check_finite(self) -> None:
         """Raise FloatingPointError if a loss term since the last log, or a weight, went bad."""
         self.tracked.check_finite(self.state.global_step)
-        check_finite_weights(self.model, f"after update {self.state.global_step}")
+        check_finite_weights(self.model, f"after step {self.state.global_step}")
 
     # ---- The checkpoints ----
 
@@ -464,7 +464,7 @@ class DistillationTrainer(Trainer):
         resuming = ResumeCallback(self)
         self.add_callback(resuming)
         try:
-            with naming_the_dead(self), loading_safely(self._resumed):
+            with naming_dead_processes(self), loading_safely(self._resumed):
                 return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except Stopped:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # boards, bars
@@ -539,7 +539,7 @@ class DistillationTrainer(Trainer):
         The Trainer writes in place and deletes before it is done: a kill would leave half a
         checkpoint, or none. Nothing non-finite is ever kept.
         """
-        together(self.args, self.check_finite)
+        run_on_all_ranks(self.args, self.check_finite)
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
 
         def write() -> None:

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from kd_trainer.checkpointing import checkpoints
 from kd_trainer.checkpointing.checkpoints import (
     MARKER,
     check_complete,
     checkpoint_folders,
     complete,
     fault,
+    move_to_backup,
     newest_complete,
     read_marker,
+    recover_interrupted_replace,
     remove,
     rotate,
-    set_aside,
-    settle,
     update_of,
 )
-from kd_trainer.run_folder import checkpoints
 
 RUN = {"batch_size": 4, "learning_rate": 1e-4, "names": ["background", "person"]}
 
@@ -208,19 +208,19 @@ def test_a_link_goes_and_the_checkpoint_of_another_run_stays(tmp_path: Path):
 def test_a_complete_checkpoint_stays_until_its_replacement_is_complete(tmp_path: Path):
     """Saving the same update again must not be the moment at which a crash loses it."""
     old = save(tmp_path, 3, text="old")
-    set_aside(old)
+    move_to_backup(old)
     save(tmp_path, 3, finished=False, text="half")
-    settle(tmp_path)  # what the next start does after a crash here
+    recover_interrupted_replace(tmp_path)  # what the next start does after a crash here
     assert names(tmp_path) == ["checkpoint-3"]
     assert (old / "model.bin").read_text() == "old"
     assert fault(old) is None
 
-    set_aside(old)
+    move_to_backup(old)
     save(tmp_path, 3, text="new")
-    settle(tmp_path)
+    recover_interrupted_replace(tmp_path)
     assert names(tmp_path) == ["checkpoint-3"]
     assert (old / "model.bin").read_text() == "new"
 
     cut_off(old)
-    set_aside(old)
+    move_to_backup(old)
     assert names(tmp_path) == []

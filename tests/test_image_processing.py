@@ -73,7 +73,7 @@ def test_resize_of_a_batch_is_that_of_each_picture():
 
 def test_resize_refuses_floats_and_empty_sizes():
     """Floats would be resized by other code, with other rounding."""
-    with pytest.raises(TypeError, match=r"Expected a uint8 picture, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"Expected a uint8 image, got torch\.float32"):
         resize_image(torch.zeros(3, 8, 8), 4, 4)
     with pytest.raises(ValueError, match="Expected a positive size, got 0x4"):
         resize_image(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 4)

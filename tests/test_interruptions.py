@@ -30,8 +30,8 @@ from kd_trainer.checkpointing.checkpoints import (
     checkpoint_folders,
     complete,
     fault,
+    move_to_backup,
     read_marker,
-    set_aside,
 )
 from kd_trainer.commands.train import run_train, train
 from kd_trainer.config import parse
@@ -71,7 +71,7 @@ def ground(tmp_path_factory: Any) -> Path:
     flags = [*ONE_AN_EPOCH, "--save_total_limit", "3"]
     train(parse(train_flags(root / "data", root / "whole", *flags, teacher=root / "teacher")))
     run = parse(train_flags(root / "data", root / "cut", *flags, teacher=root / "teacher"))
-    told = r"^stopped by SIGTERM after update 3 of 4, saved as .*checkpoint-3\.$"
+    told = r"^stopped by SIGTERM after step 3 of 4, saved as .*checkpoint-3\.$"
     terminate = during_update(3, lambda: signal.raise_signal(signal.SIGTERM))
     with terminate, pytest.raises(stopping.Stopped, match=told):
         train(run)
@@ -126,7 +126,7 @@ def test_signal_ends_in_one_line(ground: Path, tmp_path: Path, capfd: Any, numbe
     with during_update(1, lambda: signal.raise_signal(number)):
         assert script(*flags) == code
     lines = capfd.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith(f"stopped by {signal.Signals(number).name} after update 1 of 4")
+    assert lines[-1].startswith(f"stopped by {signal.Signals(number).name} after step 1 of 4")
     assert lines[-1].endswith("Go on with the same command and --resume.")
     check_complete(tmp_path / "out" / "checkpoint-1")
     assert {each: signal.getsignal(each) for each in before} == before
@@ -292,7 +292,7 @@ def test_a_run_that_saves_its_best_student_only_stops_as_well(
     flags = ("--epochs", "4", "--batch_size", "2", "--save_strategy", "best")
     run = parse(train_flags(ground / "data", tmp_path / "out", *flags))
     terminate = during_update(update, lambda: signal.raise_signal(signal.SIGTERM))
-    with terminate, pytest.raises(stopping.Stopped, match=rf"after update {update} of 8"):
+    with terminate, pytest.raises(stopping.Stopped, match=rf"after step {update} of 8"):
         train(run)
     assert fault(tmp_path / "out" / f"checkpoint-{update}") is None
 
@@ -334,7 +334,7 @@ def test_two_runs_do_not_share_a_folder(cut: Any, tmp_path: Path, capsys: Any):
 def test_a_checkpoint_that_waits_to_be_replaced_is_there_for_every_start(cut: Any, tmp_path: Path):
     """It would be put back later, into another run that was started in its folder."""
     for folder in checkpoint_folders(tmp_path / "out"):
-        set_aside(folder)
+        move_to_backup(folder)
     assert checkpoint_folders(tmp_path / "out") == []
     flags = cut()
     flags.remove("--resume")

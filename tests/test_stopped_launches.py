@@ -100,7 +100,7 @@ def test_signal_to_the_launcher_reaches_the_training(
     (os.killpg if group else os.kill)(process.pid, number)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == code, said[-3000:]
-    found = re.search(r"^stopped by SIG\w+ after update (\d+) of 24, saved as", said, re.MULTILINE)
+    found = re.search(r"^stopped by SIG\w+ after step (\d+) of 24, saved as", said, re.MULTILINE)
     assert found, said[-3000:]
     assert "Go on with the same command and --resume." in said
     assert saved_update(out) == int(found[1]) < UPDATES
@@ -118,7 +118,7 @@ def test_two_processes_stopped_and_killed_go_on_to_the_same_student(tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=300)[0]
     assert process.returncode != 0
-    assert "stopped by SIGTERM after update" in said
+    assert "stopped by SIGTERM after step" in said
     stopped = saved_update(out)
     assert stopped < UPDATES
     names = {p.name for p in (out / f"checkpoint-{stopped}").iterdir()}

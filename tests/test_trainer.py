@@ -334,7 +334,7 @@ def test_weights_that_went_bad_under_a_finite_loss_are_not_saved(tmp_path: Path)
     trainer = DistillationTrainer(tiny_student(), args, train_dataset=Squares(4))
     weight = trainer.model.segmentation_head[0].weight
     weight.register_hook(lambda gradient: gradient * math.nan)
-    with pytest.raises(FloatingPointError, match=r"Expected finite weights.*after update 1\)"):
+    with pytest.raises(FloatingPointError, match=r"Expected finite weights.*after step 1\)"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 MARKER = "COMPLETE.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-# Where a checkpoint waits while another of the same update is written.
+# Where a checkpoint waits while another of the same step is written.
 _ASIDE = ".replaced-"
 
 
@@ -30,7 +30,7 @@ class Newest(NamedTuple):
 
 
 def update_of(folder: Path) -> int:
-    """Number of the update after which a checkpoint was saved, from its name; -1 for another."""
+    """Number of the step after which a checkpoint was saved, from its name; -1 for another."""
     found = _NAME.fullmatch(folder.name)
     return int(found[1]) if found else -1
 
@@ -189,8 +189,8 @@ def newest_complete(output: Path, *, contents: bool = True) -> Newest:
     )
 
 
-def set_aside(folder: Path) -> None:
-    """Make room for a checkpoint of the same update; a complete one stays until it is replaced."""
+def move_to_backup(folder: Path) -> None:
+    """Make room for a checkpoint of the same step; a complete one stays until it is replaced."""
     if not folder.is_dir():
         return
     if fault(folder, contents=False) is None:
@@ -199,8 +199,8 @@ def set_aside(folder: Path) -> None:
         remove(folder)
 
 
-def settle(output: Path) -> None:
-    """Finish or undo replacements of `set_aside` that were cut off."""
+def recover_interrupted_replace(output: Path) -> None:
+    """Finish or undo replacements of `move_to_backup` that were cut off."""
     for aside in output.glob(f"{_ASIDE}checkpoint-*"):
         folder = output / aside.name.removeprefix(_ASIDE)
         if folder.is_dir() and fault(folder, contents=False) is None:

@@ -71,10 +71,10 @@ _SAMPLES = 64  # twice 640 x 640 pixels of each take about a second
 _REASONS = {
     "num_train_epochs": "learning rates and temperature are curves over all epochs, so more or "
     "fewer of them are another run",
-    "max_steps": "learning rates and temperature are curves over all updates, so more or fewer of "
+    "max_steps": "learning rates and temperature are curves over all steps, so more or fewer of "
     "them are another run",
-    "world_size": "with another number of processes each update sees other images",
-    "per_device_train_batch_size": "each update would see other images",
+    "world_size": "with another number of processes each step sees other images",
+    "per_device_train_batch_size": "each step would see other images",
     "train_content": "the training images or masks are not those it was trained on",
     "eval_content": "the evaluation images or masks are others, and its best student was chosen "
     "by them",
@@ -103,7 +103,7 @@ def differences(
     return [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
 
 
-def moved(found: Sequence[Difference]) -> frozenset[str]:
+def relocated_paths(found: Sequence[Difference]) -> frozenset[str]:
     """Names of paths that differ while everything that was read there is the same."""
     other = {difference.name for difference in found}
     return frozenset(n for n in other if n in _WITNESSES and other.isdisjoint(_WITNESSES[n]))
@@ -121,7 +121,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], where: str
         ValueError: shows both values of everything that differs.
     """
     found = differences(before, now)
-    found = [difference for difference in found if difference.name not in moved(found)]
+    found = [difference for difference in found if difference.name not in relocated_paths(found)]
     if not found:
         return
     shown = found[:_SHOWN]

@@ -20,16 +20,16 @@ from kd_trainer.checkpointing.checkpoints import (
     check_complete,
     complete,
     fault,
+    move_to_backup,
     newest_complete,
     read_marker,
+    recover_interrupted_replace,
     remove,
     rotate,
-    set_aside,
-    settle,
 )
 from kd_trainer.checkpointing.fingerprint import CONTENT, check_same_run
 from kd_trainer.files import writing
-from kd_trainer.processes import together
+from kd_trainer.processes import run_on_all_ranks
 
 
 def newest_checkpoint(args: TrainingArguments) -> Newest:
@@ -39,14 +39,14 @@ def newest_checkpoint(args: TrainingArguments) -> Newest:
         FileNotFoundError: if there are no checkpoints.
         ValueError: if none of them is complete.
     """
-    settle_all(args)
+    recover_on_all_ranks(args)
     return newest_complete(Path(str(args.output_dir)))
 
 
-def settle_all(args: TrainingArguments) -> None:
+def recover_on_all_ranks(args: TrainingArguments) -> None:
     """Finish or undo replacements in the output folder that were cut off, before anyone looks."""
     if args.process_index == 0:
-        settle(Path(str(args.output_dir)))
+        recover_interrupted_replace(Path(str(args.output_dir)))
     PartialState().wait_for_everyone()
 
 
@@ -109,26 +109,26 @@ def save_checkpoint(
     output, first = folder.parent, args.process_index == 0
 
     def make_room() -> None:
-        settle(output)
-        set_aside(folder)
+        recover_interrupted_replace(output)
+        move_to_backup(folder)
 
     def tidy() -> None:
         kept = best()
-        settle(output)
+        recover_interrupted_replace(output)
         rotate(output, args.save_total_limit, folder, None if kept is None else Path(kept))
 
     with writing("a checkpoint", folder):
         try:
-            together(args, make_room if first else None)
-            together(args, write)
-            together(args, (lambda: complete(folder, run())) if first else None)
+            run_on_all_ranks(args, make_room if first else None)
+            run_on_all_ranks(args, write)
+            run_on_all_ranks(args, (lambda: complete(folder, run())) if first else None)
         except BaseException:
             if first:  # the end of another process leaves a complete one as it is
                 if fault(folder, contents=False) is not None:
                     remove(folder)  # its room may be needed
-                settle(output)
+                recover_interrupted_replace(output)
             raise
-        together(args, tidy if first else None)
+        run_on_all_ranks(args, tidy if first else None)
 
 
 def progress_file(checkpoint: Path, args: TrainingArguments) -> Path:

@@ -1,6 +1,6 @@
-"""A signal or Ctrl-C: the update is finished, a checkpoint saved, and the process ends.
+"""A signal or Ctrl-C: the step is finished, a checkpoint saved, and the process ends.
 
-A signal only sets a flag here; the trainer looks at it after each update.
+A signal only sets a flag here; the trainer looks at it after each step.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ class StopRequest:
             name = signal.Signals(number).name
             more = " (Ctrl-C again stops at once and saves nothing)"
             # Not print(): a handler may run inside one, which cannot be entered twice.
-            text = f"\n{name}: finishing the update and saving{more if number == 2 else ''}\n"
+            text = f"\n{name}: finishing the step and saving{more if number == 2 else ''}\n"
             os.write(2, text.encode())
 
     def agree(self, device: torch.device) -> bool:
-        """Whether to stop after this update: one process that was asked stops all of them."""
+        """Whether to stop after this step: one process that was asked stops all of them."""
         number = self.signal
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             told = torch.tensor(number, device=device)
@@ -68,18 +68,18 @@ class StopRequest:
         self.agreed = self.agreed or number != 0
         return self.agreed
 
-    def stopped(self, checkpoint: Path, update: int, updates: int) -> Stopped:
+    def stopped(self, checkpoint: Path, step: int, steps: int) -> Stopped:
         """What to raise once the checkpoint is complete."""
         return Stopped(
-            f"stopped by {signal.Signals(self.signal).name} after update {update:,} of "
-            f"{updates:,}, saved as {checkpoint}.",
+            f"stopped by {signal.Signals(self.signal).name} after step {step:,} of "
+            f"{steps:,}, saved as {checkpoint}.",
             128 + self.signal,
         )
 
 
 @contextmanager
 def stoppable(trainer: Any) -> Iterator[None]:
-    """Let a signal or Ctrl-C stop the training of a `ResumableTrainer` after an update.
+    """Let a signal or Ctrl-C stop the training of a `DistillationTrainer` after a step.
 
     One that arrives too late for that acts as usual at the end of the block.
 

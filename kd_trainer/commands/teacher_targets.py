@@ -19,7 +19,7 @@ from kd_trainer.data import StreamedDataset, TransformedDataset, clean_image
 from kd_trainer.data.images import image_name, read_image_bytes
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import expanded, parse_size
-from kd_trainer.processes import together
+from kd_trainer.processes import run_on_all_ranks
 from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.teacher_cache import (
     CacheBudget,
@@ -83,7 +83,7 @@ def use_cached_targets(
         )
         new = writer.fill(rank=args.process_index, world_size=args.world_size, quiet=_quiet(args))
 
-    together(args, fill)
+    run_on_all_ranks(args, fill)
     teacher.to("cpu")
     classes = 1 if teacher.num_labels == 2 else teacher.num_labels
     cache = TeacherCache(file, (classes, images.size, images.size))
@@ -142,7 +142,7 @@ class _Images:
                 bar = tqdm(digests, "read images", len(mine), unit="image", disable=_quiet(args))
                 pairs.extend(zip(bar, mine, strict=True))
 
-        together(args, read)
+        run_on_all_ranks(args, read)
         if args.world_size > 1:
             shares: list[Any] = [None] * args.world_size
             dist.all_gather_object(shares, pairs)

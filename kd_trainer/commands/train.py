@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.build import Parts, assemble, evaluation_dataset, image_count
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
-from kd_trainer.checkpointing.resume import newest_checkpoint, settle_all
+from kd_trainer.checkpointing.resume import newest_checkpoint, recover_on_all_ranks
 from kd_trainer.checkpointing.stopping import stoppable
 from kd_trainer.commands.evaluate import Evaluation, evaluate_model
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
@@ -306,7 +306,7 @@ def find_checkpoint(run: RunArguments) -> Path | None:
     """
     args = run.training
     resume, output = args.resume, Path(str(args.output_dir))
-    settle_all(args)  # else one that waits to be replaced would be found by nobody here
+    recover_on_all_ranks(args)  # else one that waits to be replaced would be found by nobody here
     own = checkpoint_folders(output)
     if resume == "auto":  # for what restarts the same command: it may have died before any save
         resume = None if all(map(never_complete, own)) else "latest"

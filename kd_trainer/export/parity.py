@@ -15,9 +15,9 @@ from kd_trainer.metrics import image_counts
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
-# uint8 pictures (B, 3, H, W) and, where they are known, class ids (B, H, W).
+# uint8 images (B, 3, H, W) and, where they are known, class ids (B, H, W).
 CheckBatch = tuple[Tensor, Tensor | None]
-# Raw logits (or probabilities) of uint8 pictures (B, 3, H, W).
+# Raw logits (or probabilities) of uint8 images (B, 3, H, W).
 Network = Callable[[Tensor], Tensor]
 
 
@@ -67,15 +67,15 @@ class Reference:
         self.probabilities = probabilities
         self.processor = SmpImageProcessor.from_model_config(student.config)
 
-    def prepare(self, pictures: Tensor) -> Tensor:
+    def prepare(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) as normalised floats of the same size."""
-        made = self.processor(list(pictures), do_resize=False, return_tensors="pt")
+        made = self.processor(list(images), do_resize=False, return_tensors="pt")
         pixels: Tensor = made["pixel_values"]
         return pixels
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """Raw logits, or probabilities, (B, K, H, W), of uint8 (B, 3, H, W)."""
-        return self.output(self.prepare(pictures))
+        return self.output(self.prepare(images))
 
     @torch.no_grad()
     def output(self, pixels: Tensor) -> Tensor:
@@ -100,12 +100,12 @@ def compare(
     ignore_index: int = 255,
     title: str = "check",
 ) -> Parity:
-    """Run both on the same pictures."""
+    """Run both on the same images."""
     labels = labels_of(reference.student)
-    lowest, highest, difference, images = np.inf, -np.inf, 0.0, 0
+    lowest, highest, difference, count = np.inf, -np.inf, 0.0, 0
     rows: dict[str, list[np.ndarray]] = {"agreement": [], "torch": [], "export": []}
-    for pictures, truth in tqdm(batches, desc=title, unit="batch", disable=None):
-        wanted, found = reference(pictures), exported(pictures)
+    for images, truth in tqdm(batches, desc=title, unit="batch", disable=None):
+        wanted, found = reference(images), exported(images)
         if wanted.shape != found.shape:
             raise ValueError(
                 f"Expected an output of shape {tuple(wanted.shape)}, got {tuple(found.shape)} from "
@@ -124,10 +124,10 @@ def compare(
                 guess, target.long(), len(labels), ignore_index=ignored, boundary=False
             )
             rows[name].append(counts.numpy())
-        images += len(pictures)
+        count += len(images)
     miou = {n: figures_of(np.concatenate(r), labels)["miou"] for n, r in rows.items() if r}
     return Parity(
-        images=images,
+        images=count,
         largest_difference=difference,
         value_range=highest - lowest,
         mask_iou=miou["agreement"],

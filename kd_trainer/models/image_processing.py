@@ -1,6 +1,6 @@
 """The image processor saved beside a student, and the one resize of the whole project.
 
-Training data, evaluation and deployment all shrink pictures with `resize_image`, so the network
+Training data, evaluation and deployment all shrink images with `resize_image`, so the network
 meets the same pixels everywhere. Travels with a saved model as remote code; imports only siblings.
 """
 
@@ -24,7 +24,7 @@ from .configuration_smp import (
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize pictures to an exact size: bilinear with antialiasing, on uint8.
+    """Resize images to an exact size: bilinear with antialiasing, on uint8.
 
     Args:
         image: uint8 (..., 3, H, W).
@@ -32,14 +32,14 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
         width: of the result, in pixels.
 
     Returns:
-        uint8 (..., 3, height, width); the picture itself if it has that size already.
+        uint8 (..., 3, height, width); the image itself if it has that size already.
 
     Raises:
-        TypeError: if the picture is not uint8.
+        TypeError: if the image is not uint8.
         ValueError: if the size is not positive.
     """
     if image.dtype != torch.uint8:
-        raise TypeError(f"Expected a uint8 picture, got {image.dtype}. Pass values 0..255.")
+        raise TypeError(f"Expected a uint8 image, got {image.dtype}. Pass values 0..255.")
     if height < 1 or width < 1:
         raise ValueError(f"Expected a positive size, got {height}x{width}. Name it in pixels.")
     if image.shape[-2:] == (height, width):
@@ -51,8 +51,8 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
 class SmpImageProcessor(TorchvisionBackend):
     """Pictures of any mode to normalised floats, and logits back to masks of the original size.
 
-    Takes PIL pictures, uint8 arrays and uint8 tensors. Transparency is laid on white; greyscale,
-    palette and CMYK pictures become RGB.
+    Takes PIL images, uint8 arrays and uint8 tensors. Transparency is laid on white; greyscale,
+    palette and CMYK images become RGB.
     """
 
     resample = PILImageResampling.BILINEAR
@@ -91,15 +91,15 @@ class SmpImageProcessor(TorchvisionBackend):
         )
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Convert one picture to a (3, H, W) tensor.
+        """Convert one image to a (3, H, W) tensor.
 
         Raises:
-            ValueError: for PIL pictures of more than 8 bits, which PIL would clip to white.
+            ValueError: for PIL images of more than 8 bits, which PIL would clip to white.
         """
         mode = getattr(image, "mode", None)
         if isinstance(mode, str) and mode.startswith(("I", "F")):
             raise ValueError(
-                f"Expected a picture of 8 bits a channel, got PIL mode {mode!r}. "
+                f"Expected an image of 8 bits a channel, got PIL mode {mode!r}. "
                 "Scale its values to 0..255 first."
             )
         if isinstance(image, Image.Image) and image.has_transparency_data:
@@ -109,7 +109,7 @@ class SmpImageProcessor(TorchvisionBackend):
         return super().process_image(image, *args, **kwargs)
 
     def resize(self, image: Tensor, size: SizeDict, *_: Any, **__: Any) -> Tensor:
-        """Resize uint8 pictures (..., 3, H, W) with the project's one resize."""
+        """Resize uint8 images (..., 3, H, W) with the project's one resize."""
         if not (size.height and size.width):
             raise ValueError(f"Expected size with height and width, got {size}. Name both.")
         return resize_image(image, size.height, size.width)
@@ -121,14 +121,14 @@ class SmpImageProcessor(TorchvisionBackend):
 
         Args:
             outputs: with `logits` (B, num_labels, H, W).
-            target_sizes: (height, width) of each original picture; None keeps H and W. The logits
+            target_sizes: (height, width) of each original image; None keeps H and W. The logits
                 are resized, not the classes, so edges stay smooth.
 
         Returns:
-            One int64 map (height, width) a picture.
+            One int64 map (height, width) an image.
 
         Raises:
-            ValueError: if there are not as many sizes as pictures.
+            ValueError: if there are not as many sizes as images.
         """
         logits: Tensor = outputs.logits
         if target_sizes is None:
@@ -136,7 +136,7 @@ class SmpImageProcessor(TorchvisionBackend):
         if len(target_sizes) != len(logits):
             raise ValueError(
                 f"Expected {len(logits)} target sizes, got {len(target_sizes)}. "
-                "Pass one (height, width) a picture."
+                "Pass one (height, width) an image."
             )
         sizes = [(int(height), int(width)) for height, width in target_sizes]
         return [

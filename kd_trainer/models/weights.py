@@ -268,7 +268,7 @@ def check_finite_weights(model: nn.Module, where: str) -> None:
 
     Args:
         model: to look at.
-        where: it is, for the message: after which update, or in which folder.
+        where: it is, for the message: after which step, or in which folder.
 
     Raises:
         FloatingPointError: naming the first one.

@@ -24,7 +24,7 @@ import transformers.modeling_utils
 from tiny import Squares, arguments, tiny_student
 from transformers import TrainerState
 
-from kd_trainer.run_folder import checkpoints
+from kd_trainer.checkpointing import checkpoints
 from kd_trainer.trainer import DistillationTrainer
 
 Point = tuple[int, str]
