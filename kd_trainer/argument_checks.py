@@ -68,6 +68,12 @@ def check_launcher() -> None:
         value = os.environ.get(name, "")
         if value.lower() not in _UNSET:
             raise ValueError(f"Expected no {name}, got {value}: {reason}.")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError(
+            "Expected version 2 of FSDP, got version 1, which renames parameters: the parts of the "
+            "network are told apart by them. Set fsdp_version: 2 (accelerate_configs/fsdp2.yaml)."
+        )
 
 
 def check_run(args: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -158,7 +159,14 @@ class ProgressiveUnfreezing(TrainerCallback):
         """Set the free units of the epoch that begins."""
         self._free(args, kwargs["model"], kwargs["optimizer"], kwargs["lr_scheduler"])
 
-    def _free(self, args: Any, model: Any, optimizer: Any, scheduler: PartLR) -> None:
+    def _free(self, args: Any, model: Any, optimizer: Any, scheduler: Any) -> None:
+        if not isinstance(scheduler, PartLR):
+            raise TypeError(
+                f"Expected the scheduler that the trainer makes, got {type(scheduler).__name__}, "
+                "which cannot follow groups that come while it runs. Leave lr_scheduler unset."
+            )
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward pass without backward leaves other tensors in its place
         free = self.epochs.schedule.free_units(self.epochs.index)
         model.set_free_units(free)
         regroup(optimizer, parameter_groups(model, args, free))

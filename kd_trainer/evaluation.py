@@ -396,15 +396,15 @@ class DataSetFigures:
         self._of_teacher: dict[str, float] = {}
         self._measured: tuple[object, object] | None = None
 
-    def knows(self, teacher: Teacher | None, dataset: object) -> bool:
-        """Whether the teacher, as it is now, has been counted on this data set."""
+    def knows(self, teacher: Teacher | None, loader: Any) -> bool:
+        """Whether the teacher, as it is now, has been counted on the data set of this loader."""
         if teacher is None or self._measured is None:
             return False
-        known, state = self._measured
-        return known is dataset and state == state_of(teacher)
+        dataset, state = self._measured
+        return dataset is loader.dataset and state == state_of(teacher)
 
     def __call__(
-        self, predictions: tuple[np.ndarray, ...], teacher: Teacher | None, dataset: object
+        self, predictions: tuple[np.ndarray, ...], teacher: Teacher | None, loader: Any
     ) -> dict[str, float]:
         """Figures from the rows of `evaluation_rows`, of all processes."""
         student, terms, *rest = (np.asarray(rows) for rows in predictions)
@@ -413,6 +413,6 @@ class DataSetFigures:
             return figures
         if len(rest) == 2:
             self._of_teacher = figures_of(rest[1], self.id2label)
-            self._measured = (dataset, state_of(teacher))
+            self._measured = (loader.dataset, state_of(teacher))
         figures |= agreement_of(rest[0], self.id2label)
         return figures | {f"teacher_{name}": value for name, value in self._of_teacher.items()}

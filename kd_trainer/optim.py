@@ -83,7 +83,8 @@ def regroup(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]]) 
         else:
             optimizer.add_param_group(group)
     free = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    for tensor in [tensor for tensor in optimizer.state if id(tensor) not in free]:
+    gone = [key for key in optimizer.state if torch.is_tensor(key) and id(key) not in free]
+    for tensor in gone:
         del optimizer.state[tensor]
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from kd_trainer.errors import printable
 from kd_trainer.files import check_replaceable, replacing_files
 from kd_trainer.hub import Publication, Pushed, Source, check_access, publish, upload, write_folder
+from kd_trainer.processes import run_on_all_ranks
 
 HUB_FOLDER = "hub"
 
@@ -55,6 +58,20 @@ def check_push(args: Any, processor: Any, *, token: str | None, private: bool | 
         check_access(args.hub_model_id, private=wanted is not False)
 
 
+def check_only_message(options: Mapping[str, Any]) -> None:
+    """Refuse what else the stock `push_to_hub` takes: it would be ignored.
+
+    Raises:
+        TypeError: names what was given.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise TypeError(
+            f"Expected commit_message alone, got {', '.join(given)}. Everything else is set by the "
+            "hub_ fields of the arguments."
+        )
+
+
 def push_student(student: Any, processor: Any, args: Any, message: str) -> Pushed:
     """Save a student into the output folder and push it with its card."""
     output = Path(str(args.output_dir))
@@ -69,9 +86,13 @@ class PushCallback(TrainerCallback):
 
     While one push is running the next is left out, as in the stock Trainer; with `hub_always_push`
     the training waits for it instead.
+
+    Args:
+        trainer: whose callbacks hear of each push.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._running: Future[Pushed] | None = None
 
@@ -83,11 +104,15 @@ class PushCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Push what was saved."""
-        if not state.is_world_process_zero or args.hub_strategy == "end":
-            return
+        if args.hub_strategy != "end":
+            push = partial(self._push, args, state, control)
+            run_on_all_ranks(args, push if state.is_world_process_zero else None)
+
+    def _push(self, args: Any, state: TrainerState, control: TrainerControl) -> None:
         if self._running is not None and not (args.hub_always_push or self._running.done()):
             return
         self.finish()
+        self.trainer.callback_handler.on_push_begin(args, state, control)
         output, step = Path(str(args.output_dir)), state.global_step
         publication = publication_of(
             args,
@@ -95,7 +120,11 @@ class PushCallback(TrainerCallback):
             progress=f"step {step} of {state.max_steps}",
         )
         folder = Path(tempfile.mkdtemp(prefix="kd_trainer-push-")) / HUB_FOLDER
-        write_folder(Source(output / f"checkpoint-{step}", output), folder, publication)
+        try:
+            write_folder(Source(output / f"checkpoint-{step}", output), folder, publication)
+        except BaseException:
+            shutil.rmtree(folder.parent)
+            raise
         message = f"Training in progress, step {step}"
         self._running = self._pool.submit(_upload, folder, publication.repo_id, message)
 

@@ -1,4 +1,4 @@
-"""Temperature, free units and learning rates, functions of epoch and step: nothing to save."""
+"""Temperature, free units and learning rates, pure functions of epoch and step."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ _ROUNDING = 1e-6  # of an epoch that is scaled to another length
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """When what happens. Nothing of it is saved: a resumed run derives the same values again.
+    """When what happens: a resumed run derives the same values again.
 
     Attributes:
         unfreezing: number of free units as a function of the epoch, before it is scaled to the run.

@@ -64,14 +64,13 @@ from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import PartLR, parameter_groups, regroup
 from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
-from kd_trainer.push_callback import PushCallback, check_push, push_student
+from kd_trainer.push_callback import PushCallback, check_only_message, check_push, push_student
 from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
 DICE_IMAGES = "dice_images"
-# What the loss takes of a sample beside what the student's forward pass does.
 LOSS_COLUMNS = ("distil_mask", "teacher_logits")
 
 
@@ -110,7 +109,7 @@ class DistillationTrainer(Trainer):
     peers: Sequence[Peer] = ()
     stop: StopRequest | None = None
     _inference: TeacherInference | None = None
-    _model_is_ours = False
+    _took_model = _has_trained = False
     _earlier_seconds = 0.0  # of training, before this process
     _began = 0.0
     _resumed: Path | None = None
@@ -145,7 +144,7 @@ class DistillationTrainer(Trainer):
         self.figures = DataSetFigures(self.id2label, self.loss_weights)
         self.tracked = TermSums(self.loss_weights)
         self.epochs = EpochCounter(args.schedule(len(encoder_units(model)), args.num_train_epochs))
-        self.pushes = PushCallback()
+        self.pushes = PushCallback(self)
         ours = [self.epochs, ProgressiveUnfreezing(self.epochs)]
         super().__init__(
             model=model,
@@ -276,29 +275,30 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Its groups are those of the free parts; `ProgressiveUnfreezing` adds the others."""
+        if self.optimizer is not None and self.lr_scheduler is not None:
+            return self.optimizer  # of the running training
         free = self.schedule.free_units(self.epochs.index)
         if self._resumed is not None:  # the state that is loaded next has the groups of its save
             free = self._saved_progress()["free_units"]
         groups = parameter_groups(self.model, self.args, free)
-        if self.optimizer is not None:  # of an earlier call of `train`
+        if self.optimizer is None:
+            wanted = self.optimizer_cls_and_kwargs
+            kind, options = wanted or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(groups, **options)
+        else:  # of an earlier call of `train`
             regroup(self.optimizer, groups)
-            return self.optimizer
-        wanted = self.optimizer_cls_and_kwargs
-        kind, options = wanted or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind(groups, **options)
         return self.optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """Each part at the rate that the schedules of the running epoch have for it."""
+        """Each part at the rate that the schedules have for it in the running epoch."""
         if self.lr_scheduler is None:
             optimizer = self.create_optimizer() if optimizer is None else optimizer
             rates = PartLR(optimizer, lambda part, step: self.schedule.rate(part)(step))
             vars(self)["lr_scheduler"] = rates  # the base class declares a LambdaLR
             self._created_lr_scheduler = True  # else another call of `train` would go on with it
-        scheduler: Any = self.lr_scheduler
-        return scheduler
+        return self.lr_scheduler  # type: ignore[return-value]
 
     # ---- The epochs ----
 
@@ -353,12 +353,16 @@ class DistillationTrainer(Trainer):
         All processes measure the student that the first one saves: each has BatchNorm statistics
         of its own, which DDP takes from the first one at the next step anyway.
         """
-        self._take_model()
         if self.accelerator.num_processes > 1:
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """In the precision of this trainer, also for `predict`."""
+        self._take_model()
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -381,12 +385,15 @@ class DistillationTrainer(Trainer):
             teacher,
             labels,
             self.settings,
-            teacher_figures=not self.figures.knows(self.teacher, self._evaluated),
+            teacher_figures=not self.figures.knows(
+                self.teacher, self.callback_handler.eval_dataloader
+            ),
         )
         return None, rows, torch.zeros(len(labels), device=labels.device)
 
     def predict_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
+        self._take_model()
         student, teacher = self._logits(self.model.eval(), self._prepare_inputs(batch))
         return classes_of(student), None if teacher is None else classes_of(teacher)
 
@@ -398,15 +405,11 @@ class DistillationTrainer(Trainer):
             student = model(pixel_values=inputs["pixel_values"])["raw_logits"]
             return student.float(), self.teacher_logits(inputs)
 
-    @property
-    def _evaluated(self) -> Any:
-        """The data set of the running evaluation."""
-        loader: Any = self.callback_handler.eval_dataloader
-        return loader.dataset
-
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Our metrics of the data set, and those of the user's `compute_metrics`."""
-        figures = self.figures(tuple(prediction.predictions), self.teacher, self._evaluated)
+        figures = self.figures(
+            tuple(prediction.predictions), self.teacher, self.callback_handler.eval_dataloader
+        )
         more = self.own_metrics(prediction) if self.own_metrics is not None else {}
         twice = sorted(figures.keys() & more.keys())
         if twice:
@@ -451,7 +454,9 @@ class DistillationTrainer(Trainer):
             ValueError: if it is damaged, or that of another run.
             Stopped: after a request to stop, once a checkpoint is saved.
         """
-        self._take_model()
+        if not self._has_trained:  # an evaluation before it would pass for DDP's preparation
+            reset_accelerate_prepare(self.model)
+            self.model_wrapped, self._took_model, self._has_trained = self.model, True, True
         if self.args.torch_compile:
             allow_recompiles(self.schedule.unfreezing.units)
         if resume_from_checkpoint is True:
@@ -465,7 +470,8 @@ class DistillationTrainer(Trainer):
         self.add_callback(resuming)
         try:
             with naming_dead_processes(self), loading_safely(self._resumed):
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+                resumed = str(self._resumed) if self._resumed else None
+                return super().train(resumed, trial, ignore_keys_for_eval)
         except Stopped:
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # boards, bars
             raise
@@ -474,9 +480,9 @@ class DistillationTrainer(Trainer):
 
     def _take_model(self) -> None:
         """Forget, once, that another Trainer of this process has trained the same student."""
-        if not self._model_is_ours:
+        if not self._took_model:
             reset_accelerate_prepare(self.model)
-            self._model_is_ours = True
+            self._took_model = True
 
     def fingerprint(self) -> dict[str, Any]:
         """What makes this run the one it is, as plain values."""
@@ -489,8 +495,7 @@ class DistillationTrainer(Trainer):
         if self._checked == checkpoint:
             return
         self._fingerprint = self.fingerprint()
-        needs_best = self.args.load_best_model_at_end
-        check_resumable(checkpoint, self._fingerprint, needs_best=needs_best)
+        check_resumable(checkpoint, self._fingerprint, self.args)
         self._checked = checkpoint
 
     def restore(self) -> None:
@@ -526,8 +531,7 @@ class DistillationTrainer(Trainer):
         torch.save(progress, progress_file(folder, self.args))
 
     def _saved_progress(self) -> dict[str, Any]:
-        assert self._resumed is not None
-        return read_progress(self._resumed, self.args)
+        return read_progress(self._resumed, self.args) if self._resumed else {}
 
     def _seconds(self) -> float:
         """Seconds of training so far: the clock on the wall may be set meanwhile."""
@@ -543,9 +547,10 @@ class DistillationTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
 
         def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_progress(folder)  # first: without it a folder is no half save of ours
             with no_stock_rotation(self.args):
                 super(DistillationTrainer, self)._save_checkpoint(model, trial)
-            self._save_progress(folder)
 
         save_checkpoint(
             folder,
@@ -567,8 +572,8 @@ class DistillationTrainer(Trainer):
         newest checkpoint here.
         """
         with no_stock_rotation(self.args):
-            start_time = time.time() - self._seconds()  # which is subtracted from time.time()
-            return super()._finalize_training(trial, num_train_samples, start_time)
+            start = time.time() - self._seconds()  # which is subtracted from time.time()
+            return super()._finalize_training(trial, num_train_samples, start)
 
     # ---- The Hub ----
 
@@ -585,11 +590,7 @@ class DistillationTrainer(Trainer):
         Raises:
             TypeError: for any other argument of the stock method.
         """
-        if kwargs:
-            raise TypeError(
-                f"Expected commit_message alone, got {', '.join(kwargs)}. Everything else is set "
-                "by the hub_ fields of the arguments."
-            )
+        check_only_message(kwargs)
         if self.hub_model_id is None:
             self.init_hf_repo()
         self.pushes.finish()

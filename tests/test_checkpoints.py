@@ -21,7 +21,7 @@ from kd_trainer.checkpointing.checkpoints import (
     recover_interrupted_replace,
     remove,
     rotate,
-    update_of,
+    step_of,
 )
 
 RUN = {"batch_size": 4, "learning_rate": 1e-4, "names": ["background", "person"]}
@@ -75,7 +75,7 @@ def nest_marker(folder: Path) -> None:
 
 
 def empty_marker(folder: Path) -> None:
-    content: dict[str, object] = {"update": 2}
+    content: dict[str, object] = {"step": 2}
     (folder / MARKER).write_text(json.dumps(content | {"check": checkpoints._check(content)}))
 
 
@@ -98,7 +98,7 @@ def test_a_complete_checkpoint_says_what_run_it_is_of(tmp_path: Path):
     assert fault(folder) is None
     check_complete(folder)
     marker = read_marker(folder)
-    assert (marker["update"], marker["run"]) == (3, RUN)
+    assert (marker["step"], marker["run"]) == (3, RUN)
     assert sorted(marker["files"]) == ["inner/state.json", "model.bin"]
 
 
@@ -117,9 +117,9 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_taken(tmp_path: Path, d
 
 def test_only_names_that_a_training_gives_are_checkpoints():
     """`checkpoint-08` would be taken for the newest of eight updates, and deleted in its place."""
-    assert update_of(Path("checkpoint-10")) == 10
+    assert step_of(Path("checkpoint-10")) == 10
     for name in ("checkpoint-08", "checkpoint-٣", "checkpoint-1 (copy)", "my checkpoint-1"):
-        assert update_of(Path(name)) == -1, name
+        assert step_of(Path(name)) == -1, name
 
 
 def test_the_newest_is_that_of_the_last_update(tmp_path: Path):
@@ -174,7 +174,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path, limit, best, left):
     # The Trainer may write the path of the best in another way.
     other = None if best is None else tmp_path / ".." / tmp_path.name / f"checkpoint-{best}"
     rotate(tmp_path, limit, folders[4], other)
-    assert [checkpoints.update_of(p) for p in checkpoint_folders(tmp_path)] == left
+    assert [checkpoints.step_of(p) for p in checkpoint_folders(tmp_path)] == left
 
 
 def test_leftovers_go_once_something_newer_is_complete(tmp_path: Path):

@@ -171,3 +171,8 @@ def test_a_streamed_run_of_two_processes_sees_and_measures_every_image(tmp_path:
     assert results["student_miou"] == pytest.approx(measured.student["miou"], rel=1e-9)
     best = max(log["eval_miou"] for log in state["log_history"] if "eval_miou" in log)
     assert best == pytest.approx(measured.student["miou"], rel=1e-9)
+
+
+def test_groups_of_a_sharded_student_hold_what_is_trained(tmp_path: Path):
+    """An evaluation leaves gathered tensors in a FSDP2 module: groups made of them never move."""
+    launch(str(TESTS / "workers" / "sharded_groups.py"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from same_run import assert_same_tensors
 from small_runs import train_flags, write_pairs
 
-from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, update_of
+from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, step_of
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {
@@ -74,7 +74,7 @@ def finish(launcher: str, data: Path, out: Path, *more: str) -> str:
 
 def saved_update(out: Path) -> int:
     whole = [p for p in checkpoint_folders(out) if fault(p) is None]
-    return max(update_of(p) for p in whole)
+    return max(step_of(p) for p in whole)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kd_trainer.evaluation import evaluation_rows, normalise
 from kd_trainer.teacher import Teacher
@@ -285,3 +285,53 @@ def test_streams_are_read_as_the_arguments_say(tmp_path: Path):
     assert loader.prefetch_factor == 3
     trainer.args.dataloader_pin_memory = True
     assert trainer.get_train_dataloader().pin_memory
+
+
+def test_a_prediction_has_the_precision_of_its_own_trainer(tmp_path: Path):
+    """accelerate leaves the first trainer's autocast on a student that a second one is given."""
+    student = tiny_student()
+    trainer_of(tmp_path / "a", student=student, mixed_precision="bf16").train()
+    again = trainer_of(tmp_path / "b", student=student)
+    predicted = again.predict(Squares(4, offset=50)).metrics["test_loss"]
+    assert predicted == again.evaluate(Squares(4, offset=50))["eval_loss"]
+
+
+def test_an_evaluation_before_the_training_leaves_the_student_to_be_prepared(tmp_path: Path):
+    """accelerate takes it for prepared: under DDP each process would train on its own."""
+    trainer = trainer_of(tmp_path)
+    trainer.evaluate()
+    prepared = []
+    prepare = trainer.accelerator.prepare_model
+
+    def watched(model, **options):
+        prepared.append(vars(model).get("_is_accelerate_prepared", False))
+        return prepare(model, **options)
+
+    trainer.accelerator.prepare_model = watched
+    trainer.train()
+    assert prepared[0] is False
+
+
+def test_a_scheduler_that_cannot_follow_the_groups_is_refused(tmp_path: Path):
+    """It would end in a traceback when the first unit is freed, or leave its rate at the base."""
+    trainer = trainer_of(tmp_path)
+    optimizer = trainer.create_optimizer()
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(TypeError, match=r"^Expected the scheduler that the trainer makes, got Lam"):
+        trainer.train()
+
+
+def test_a_save_begins_with_what_marks_it_as_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A kill right after the Trainer's own files would pass for a finished save of the Trainer."""
+    seen = []
+    write = Trainer._save_checkpoint
+
+    def watched(self, *args):
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        seen.append([file.name for file in folder.iterdir()])
+        write(self, *args)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", watched)
+    trainer_of(tmp_path, save_strategy="steps", save_steps=1).train()
+    assert seen
+    assert all(names == ["progress_0.pt"] for names in seen)

@@ -29,7 +29,7 @@ class Newest(NamedTuple):
     skipped: dict[Path, str]
 
 
-def update_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     """Number of the step after which a checkpoint was saved, from its name; -1 for another."""
     found = _NAME.fullmatch(folder.name)
     return int(found[1]) if found else -1
@@ -37,8 +37,8 @@ def update_of(folder: Path) -> int:
 
 def checkpoint_folders(output: Path) -> list[Path]:
     """The checkpoint folders in an output folder, complete or not, oldest first."""
-    found = [p for p in output.glob("checkpoint-*") if p.is_dir() and update_of(p) >= 0]
-    return sorted(found, key=update_of)
+    found = [p for p in output.glob("checkpoint-*") if p.is_dir() and step_of(p) >= 0]
+    return sorted(found, key=step_of)
 
 
 def complete(folder: Path, run: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ def complete(folder: Path, run: Mapping[str, Any]) -> None:
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         _sync(inner)
     _sync(folder)
-    content = {"update": update_of(folder), "files": files, "run": dict(run)}
+    content = {"step": step_of(folder), "files": files, "run": dict(run)}
     text = json.dumps(content | {"check": _check(content)}, indent=2, ensure_ascii=False)
     partial = folder / f"{MARKER}.partial"
     partial.write_text(text + "\n", encoding="utf-8")
@@ -90,7 +90,7 @@ def _sync(path: Path) -> None:
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What the marker of a checkpoint holds: `update`, `files`, `run`.
+    """What the marker of a checkpoint holds: `step`, `files`, `run`.
 
     Raises:
         ValueError: if there is none, or it was damaged; says so without naming the folder.
@@ -225,7 +225,7 @@ def rotate(output: Path, limit: int | None, kept: Path, best: Path | None = None
     for folder in spare:
         if fault(folder, contents=False) is None:
             whole.append(folder)
-        elif update_of(folder) < update_of(kept):
+        elif step_of(folder) < step_of(kept):
             remove(folder)
     if limit is None or limit <= 0:
         return

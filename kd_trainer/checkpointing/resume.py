@@ -27,7 +27,7 @@ from kd_trainer.checkpointing.checkpoints import (
     remove,
     rotate,
 )
-from kd_trainer.checkpointing.fingerprint import CONTENT, check_same_run
+from kd_trainer.checkpointing.fingerprint import check_same_run
 from kd_trainer.files import writing
 from kd_trainer.processes import run_on_all_ranks
 
@@ -58,25 +58,25 @@ def best_checkpoint(checkpoint: Path) -> Path | None:
     return checkpoint.parent / Path(state.best_model_checkpoint).name
 
 
-def check_resumable(checkpoint: Path, run: Mapping[str, Any], *, needs_best: bool) -> None:
+def check_resumable(checkpoint: Path, run: Mapping[str, Any], args: TrainingArguments) -> None:
     """Refuse a checkpoint that is incomplete, damaged, of another run, or without its best.
 
     Args:
         checkpoint: its folder.
         run: fingerprint of the run that is to go on.
-        needs_best: whether the best student so far is taken from its checkpoint at the end.
+        args: of that run: whether it takes the best student so far from its checkpoint.
 
     Raises:
         FileNotFoundError: if there is no such folder, or the best checkpoint is gone.
-        ValueError: names the damaged file, or shows what differs between the runs.
+        ValueError: names the damaged file, shows what differs between the runs, or says that an
+            earlier version wrote it.
     """
     check_complete(checkpoint)
-    before = read_marker(checkpoint)["run"]
-    unknown = CONTENT.keys() - before.keys()  # of a version that did not look
-    now = {name: value for name, value in run.items() if name not in unknown}
-    check_same_run(before, now, str(checkpoint))
+    check_same_run(read_marker(checkpoint)["run"], run, str(checkpoint))
+    with loading_safely(checkpoint):
+        read_progress(checkpoint, args)
     best = best_checkpoint(checkpoint)
-    if not needs_best or best in (None, checkpoint):
+    if not args.load_best_model_at_end or best in (None, checkpoint):
         return
     wrong = fault(best) if best.is_dir() else "it is not there"
     if wrong is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from kd_trainer.build import assemble, learn_from_sources
-from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, update_of
+from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, step_of
 from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.compare.budget import Budget, baseline_settings
 from kd_trainer.compare.image_counts import count_images
@@ -88,7 +88,7 @@ class PlannedRun:
     def checkpoint(self) -> int:
         """Update of the newest complete checkpoint; 0 without one."""
         found = checkpoint_folders(self.folder)
-        return max((update_of(p) for p in found if fault(p, contents=False) is None), default=0)
+        return max((step_of(p) for p in found if fault(p, contents=False) is None), default=0)
 
     def check(self) -> None:
         """Refuse a folder that holds a run of other settings.

@@ -110,7 +110,7 @@ def run(folder: Path, student: Any, data: Squares, killer: Killer | None, stop: 
     digest = hashlib.sha256()
     for value in trainer.model.state_dict().values():
         digest.update(value.contiguous().numpy().tobytes())
-    updates = trainer._resumed and checkpoints.update_of(trainer._resumed)
+    updates = trainer._resumed and checkpoints.step_of(trainer._resumed)
     left = sorted(p.name for p in folder.iterdir())
     return {"digest": digest.hexdigest(), "resumed": updates, "left": left}
 
