@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,10 @@ def test_a_teacher_that_is_not_needed_stays_where_it_is(tmp_path: Path):
 
     for targets in ("cached", "online"):
         args = arguments(tmp_path, teacher_targets=targets)
-        DistillationTrainer(tiny_student(), args, teacher=Spy(tiny_student(), num_labels=2))
+        teacher = Spy(tiny_student(), num_labels=2)
+        trainer = DistillationTrainer(tiny_student(), args, teacher=teacher)
+        with suppress(ValueError):  # these samples have no cached logits
+            trainer.evaluate(Squares(2))
         assert bool(moved) == (targets == "online")
 
 
