@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.commands.evaluate import data_of
 from kd_trainer.config import ONLY_TRAINING, parser_of_saved
 from kd_trainer.console import markdown_table
 from kd_trainer.export.exporter import (
@@ -27,6 +26,7 @@ from kd_trainer.export.exporter import (
 from kd_trainer.export.parity import Parity
 from kd_trainer.files import check_replaceable, replacing_file, replacing_folder, write_json
 from kd_trainer.loading import load_student
+from kd_trainer.measurement import data_arguments_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
@@ -180,7 +180,7 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
             f"{'both' if args.images else 'neither'}. Name pictures like those the device sees."
         )
     student = load_student(source, num_labels=data_settings.get("num_labels"))
-    result = export_student(student, args, data_of(student, source, data_settings))
+    result = export_student(student, args, data_arguments_of(student, source, data_settings))
     if result.get("kept_in_fp32"):
         print(f"Kept in fp32: {', '.join(result['kept_in_fp32'])}")
     output = Path(args.output)
