@@ -234,7 +234,7 @@ def test_time_is_estimated_before_anything_is_trained(finished: Finished):
     assert printed.index("Estimated time: about") < printed.index("[1/4] baseline seed 0: to train")
     for number, name in enumerate(["baseline seed 0", "distilled seed 0", "baseline seed 1"]):
         assert f"[{number + 1}/4] {name}: mIoU 0." in printed
-    assert "4 runs. Every run makes 2 updates (epochs of the same images: 1)." in printed
+    assert "4 runs. Every run makes 2 steps (epochs of the same images: 1)." in printed
 
 
 def test_files_to_carry_are_small(finished: Finished):
@@ -335,7 +335,7 @@ def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Pat
     assert steps == [0, 1, 2, 3]
     summary, printed = compared(*run)
     assert steps[4:] == [2, 3]
-    assert "goes on after update 2 of 4" in printed
+    assert "goes on after step 2 of 4" in printed
     assert ", started 2 times" in printed
     assert summary["baseline"]["train_seconds"] is not None
     # The peak of the first part is not known.
@@ -513,7 +513,7 @@ def test_table_says_what_was_counted_by_hand():
     # Every image is the same, so another sample of images changes nothing.
     difference = np.mean(distilled) - np.mean(baseline)
     assert f"{difference:+.4f}, 95% interval {difference:+.4f} to {difference:+.4f}" in text
-    assert "24 updates each" in text
+    assert "24 steps each" in text
     assert "1 min" not in text
     assert text.count("90 s") == 6
 
@@ -599,7 +599,7 @@ def test_runs_with_unlabelled_images_make_the_same_updates(ground: Path, tmp_pat
     """The arithmetic of the plan is worth nothing if the Trainer counts otherwise."""
     more = ["--seeds", "1", "--unlabelled", str(ground / "data" / "validation" / "images")]
     summary, printed = compared(*flags(ground, tmp_path / "out", "--epochs", "2", *more))
-    assert "cannot use the 3 photographs without masks" in printed
+    assert "cannot use the 3 images without masks" in printed
     assert summary["left_out_by_baseline"] == 3
     for kind in ("baseline", "distilled"):
         folder = tmp_path / "out" / f"{kind}_seed0"
@@ -607,7 +607,7 @@ def test_runs_with_unlabelled_images_make_the_same_updates(ground: Path, tmp_pat
         assert state["global_step"] == 6
         assert len(json.loads((folder / "results.json").read_text())["eval_history"]) == 2
     assert (summary["baseline"]["epochs"], summary["distilled"]["epochs"]) == (3, 2)
-    assert "leaves out 3 photographs" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "leaves out 3 images" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_dry_run_shows_both_plans_and_trains_nothing(ground: Path, tmp_path: Path, forbidden):

@@ -107,23 +107,24 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
         ValueError: on unknown flags, wrong values, or flags that cannot go together.
     """
     given = compare_parser().given(arguments)
-    own = settings_of(CompareArguments, given)
-    given = {name: value for name, value in given.items() if name not in own}
+    chosen = settings_of(CompareArguments, given)
+    given = {name: value for name, value in given.items() if name not in chosen}
     config, dry_run = given.pop("config"), given.pop("dry_run")
     output = Path(given.pop("output_dir", DEFAULT_OUTPUT))
     for name, message in _NOT_TAKEN.items():
         if name in given:
             raise ValueError(message)
-    if "seeds" in own and "seed_list" in own:
+    if "seeds" in chosen and "seed_list" in chosen:
         raise ValueError("Expected --seeds or --seed_list, got both. Leave one out.")
-    args = CompareArguments(**own)
+    args = CompareArguments(**chosen)
     if args.merge is not None:
         settings = {n: given.pop(n) for n in ("trust_remote_code",) if n in given}
-        unused = [*given, *(n for n in ("seeds", "seed_list", "only", "baselines") if n in own)]
-        if unused or dry_run:
+        of_training = [n for n in ("seeds", "seed_list", "only", "baselines") if n in chosen]
+        unused = [*given, *of_training, *(["dry_run"] if dry_run else [])]
+        if unused:
             raise ValueError(
                 f"Expected --merge with --output_dir, --bootstrap and --latency_repeats only, got "
-                f"--{unused[0] if unused else 'dry_run'}. It trains nothing: leave that out."
+                f"--{unused[0]}. It trains nothing: leave that out."
             )
         return Comparison(args, settings, output)
     settings = merged(config, given)

@@ -42,10 +42,10 @@ def _budget(summary: dict[str, Any]) -> str:
         f"with one (distilled, seeds {seeds['distilled'] or 'none'})"
     )
     if summary["updates"] is not None:
-        text += f", {summary['updates']:,} updates each"
+        text += f", {summary['updates']:,} steps each"
     if summary["left_out_by_baseline"]:
         text += (
-            f". The baseline leaves out {summary['left_out_by_baseline']:,} photographs without "
+            f". The baseline leaves out {summary['left_out_by_baseline']:,} images without "
             "masks and sees the others more often instead"
         )
     return text + "."
@@ -133,7 +133,7 @@ def _latency(costs: dict[str, Any]) -> str:
     table = markdown_table(header, rows)
     load = costs["load"]
     busy = "" if load is None else f" Load of the machine at the start: {load:.1f}."
-    return f"{table}\n\nOne picture on the CPU, networks called in turn.{busy}"
+    return f"{table}\n\nOne image on the CPU, networks called in turn.{busy}"
 
 
 def _training(summary: dict[str, Any]) -> str:
