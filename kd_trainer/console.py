@@ -81,3 +81,8 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def number(value: float | None, form: str, missing: str = "") -> str:
+    """A figure for a cell of a table, or what stands for one that is not known."""
+    return missing if value is None else format(value, form)

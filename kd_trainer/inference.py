@@ -195,8 +195,8 @@ def onnx_network(exported: OnnxStudent) -> Network:
     return logits
 
 
-def drawn(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
-    """One kind of output for a picture.
+def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
+    """One kind of output for an image.
 
     Args:
         output: a name of OUTPUTS.

@@ -12,7 +12,7 @@ from typing import Any
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.config import ONLY_TRAINING, parser_of_saved
-from kd_trainer.console import markdown_table
+from kd_trainer.console import markdown_table, number
 from kd_trainer.export.exporter import (
     ExportArguments,
     Exporter,
@@ -108,7 +108,7 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
             check(args, other, "at another size")
         more["at_another_size"] = {"shape": list(batches[0][0].shape), **_figures(other)}
     if args.format != "smp" and args.latency_repeats:  # smp's folder is the same network
-        more["latency"] = {name: vars(found) for name, found in exporter.latency().items()}
+        more["latency"] = {name: vars(one) for name, one in exporter.latency().items()}
     files = [exporter.path, *exporter.path.rglob("*")]
     packages = PACKAGES["onnx" if args.format.startswith("onnx") else "torch"]
     return {
@@ -138,23 +138,17 @@ def results_table(results: dict[str, dict[str, Any]]) -> str:
         [
             name,
             result.get("file") or "",
-            *(_number(result.get(key), form) for key, form in columns.items()),
-            *(_number(_median(result, who), ".1f") for who in ("torch", "file")),
+            *(number(result.get(key), form) for key, form in columns.items()),
+            *(
+                number(result.get("latency", {}).get(who, {}).get("median"), ".1f")
+                for who in ("torch", "file")
+            ),
         ]
         for name, result in results.items()
     ]
     header = ["format", "file", "MiB", "images", "largest difference", "mask IoU"]
     header += ["mIoU torch", "mIoU", "points lost", "ms torch", "ms file"]
     return markdown_table(header, rows)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-def _median(result: dict[str, Any], who: str) -> float | None:
-    median: float | None = result.get("latency", {}).get(who, {}).get("median")
-    return median
 
 
 def export_main(arguments: Sequence[str] | None = None) -> None:
@@ -170,17 +164,17 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
         without=WITHOUT,
     )
     parser.add_argument("model", help="Saved student: a folder, a run's folder or a Hub id.")
-    given = parser.given(arguments)
-    source = given.pop("model")
-    args = ExportArguments(**settings_of(ExportArguments, given))
-    data_settings = settings_of(DataArguments, given)
-    if bool(args.images) == bool(data_settings.get("dataset")):
+    flags = parser.given(arguments)
+    source = flags.pop("model")
+    args = ExportArguments(**settings_of(ExportArguments, flags))
+    if bool(args.images) == bool(flags.get("dataset")):
         raise ValueError(
-            "Expected either --dataset or --images, the pictures to check the export on, got "
-            f"{'both' if args.images else 'neither'}. Name pictures like those the device sees."
+            "Expected either --dataset or --images, the images to check the export on, got "
+            f"{'both' if args.images else 'neither'}. Name images like those the device sees."
         )
-    student = load_student(source, num_labels=data_settings.get("num_labels"))
-    result = export_student(student, args, data_arguments_of(student, source, data_settings))
+    student = load_student(source, num_labels=flags.get("num_labels"))
+    data = data_arguments_of(student, source, settings_of(DataArguments, flags))
+    result = export_student(student, args, data)
     if result.get("kept_in_fp32"):
         print(f"Kept in fp32: {', '.join(result['kept_in_fp32'])}")
     output = Path(args.output)

@@ -21,7 +21,7 @@ from kd_trainer.checkpointing.resume import newest_checkpoint, settle_all
 from kd_trainer.checkpointing.stopping import stoppable
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
 from kd_trainer.config import RunArguments
-from kd_trainer.console import markdown_table
+from kd_trainer.console import markdown_table, number
 from kd_trainer.costs import file_mib, peak_memory_mib, picture_milliseconds
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.data.images import content_digest
@@ -252,19 +252,15 @@ def summary_table(results: dict[str, Any]) -> str:
         [
             who,
             *(f"{results[f'{who}_{key}']:.4f}" for key in metrics),
-            _number(results.get("agreement") if who == "student" else None, ".4f"),
-            _number(results[f"{who}_parameters"], ","),
-            _number(results.get(f"{who}_file_mib"), ".1f"),
-            _number(results.get(f"{who}_ms"), ".1f"),
+            number(results.get("agreement") if who == "student" else None, ".4f"),
+            number(results[f"{who}_parameters"], ","),
+            number(results.get(f"{who}_file_mib"), ".1f"),
+            number(results.get(f"{who}_ms"), ".1f"),
         ]
         for who in ("teacher", "student")
         if f"{who}_miou" in results
     ]
     return markdown_table(header, rows)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def run_train(run: RunArguments) -> dict[str, Any]:
