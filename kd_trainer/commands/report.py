@@ -124,10 +124,7 @@ def build_report(
             workers=args.workers,
         )
         contents = _with_images(contents, evaluator, dataset, evaluation, count=args.max_images)
-        split = f"{evaluation.eval_images:,} images of the split {data.eval_split}"
-        size = f"{data.image_size} x {data.image_size} pixels"
-        measured = f"Measured in fp32 on the {split} of {data.dataset}, at {size}."
-        contents = replace(contents, measured=measured)
+        contents = replace(contents, measured=_measured_on(data, evaluation.eval_images))
     if missing:
         contents = replace(contents, notes=[missing, *contents.notes])
     path = Path(args.output) if args.output else folder / "report.html"
@@ -242,6 +239,14 @@ def _with_images(
         networks=dict(contents.networks) | measured,
         images=shown_images(evaluator, dataset, chosen, ious),
         agreement=evaluation.agreement,
+    )
+
+
+def _measured_on(data: DataArguments, images: int) -> str:
+    side = data.image_size
+    return (
+        f"Measured in fp32 on the {images:,} images of the split {data.eval_split} of "
+        f"{data.dataset}, at {side} x {side} pixels."
     )
 
 
