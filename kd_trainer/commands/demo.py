@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from kd_trainer.build import assemble
-from kd_trainer.commands.train import summary_table, train
+from kd_trainer.commands.train import train
 from kd_trainer.config import build, load_recipe
+from kd_trainer.console import summary_table
 from kd_trainer.doctor.teacher import constant_miou
 from kd_trainer.errors import run_script
 from kd_trainer.files import file_names, marked_files, write_json, write_marker

@@ -21,7 +21,7 @@ from kd_trainer.checkpointing.resume import newest_checkpoint, settle_all
 from kd_trainer.checkpointing.stopping import stoppable
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
 from kd_trainer.config import RunArguments
-from kd_trainer.console import markdown_table, number
+from kd_trainer.console import summary_table
 from kd_trainer.costs import file_mib, peak_memory_mib, picture_milliseconds
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.data.images import content_digest
@@ -236,31 +236,6 @@ def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:
     """Images in an epoch; a stream's length is announced, with the bad ones that it leaves out."""
     left_out = len(dataset.bad_samples) if isinstance(dataset, StreamedDataset) else 0
     return image_count(dataset) - left_out
-
-
-def summary_table(results: dict[str, Any]) -> str:
-    """Teacher and student side by side, as a Markdown table."""
-    metrics = {
-        "miou": "mIoU",
-        "iou_foreground": "IoU foreground",
-        "dice": "Dice",
-        "boundary_iou": "boundary IoU",
-        "pixel_accuracy": "pixel accuracy",
-    }
-    header = ["", *metrics.values(), "agreement", "parameters", "file MiB", "ms an image"]
-    rows = [
-        [
-            who,
-            *(f"{results[f'{who}_{key}']:.4f}" for key in metrics),
-            number(results.get("agreement") if who == "student" else None, ".4f"),
-            number(results[f"{who}_parameters"], ","),
-            number(results.get(f"{who}_file_mib"), ".1f"),
-            number(results.get(f"{who}_ms"), ".1f"),
-        ]
-        for who in ("teacher", "student")
-        if f"{who}_miou" in results
-    ]
-    return markdown_table(header, rows)
 
 
 def run_train(run: RunArguments) -> dict[str, Any]:
