@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from benchmarks.memory import added_mib, in_new_process
 from benchmarks.timer import figures_table, ratios, take_turns, timed
-from kd_trainer.commands.export import RESULTS
 from kd_trainer.costs import (
     RawLogits,
     file_mib,
@@ -29,7 +28,7 @@ from kd_trainer.costs import (
     picture,
     torch_threads,
 )
-from kd_trainer.export.exporter import FILES
+from kd_trainer.export.exporter import FILES, RESULTS
 from kd_trainer.export.onnx_file import require_all
 from kd_trainer.fields import check_at_least, check_folder, help_field
 from kd_trainer.files import write_json, write_text

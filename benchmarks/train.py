@@ -26,8 +26,7 @@ from benchmarks.memory import added_mib, in_new_process
 from benchmarks.plain_loop import PlainDataset, PlainLoop
 from benchmarks.timer import Clock, Turn, figures_table, ratios, take_turns
 from kd_trainer.arguments import DistillationArguments, usable_processors
-from kd_trainer.commands.teacher_targets import use_cached_targets
-from kd_trainer.commands.train import speed_up
+from kd_trainer.build import speed_up
 from kd_trainer.costs import reset_peak_memory
 from kd_trainer.data import TransformedDataset
 from kd_trainer.evaluation import input_statistics
@@ -36,6 +35,7 @@ from kd_trainer.fields import check_at_least, check_choice, help_field
 from kd_trainer.files import replacing_file, write_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher
+from kd_trainer.teacher_targets import use_cached_targets
 from kd_trainer.trainer import DistillationTrainer
 
 CONTENDERS = ("plain", "student", "ours", "cached")

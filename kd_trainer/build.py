@@ -27,6 +27,7 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
+from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.loading import make_student, make_teacher, student_options
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
@@ -72,6 +73,13 @@ def evaluation_dataset(
             name=name,
         )
     return TransformedDataset(splits[name], transform, bad[name])
+
+
+def speed_up(student: SmpForSemanticSegmentation, args: DistillationArguments) -> None:
+    """What changes the student's layers and this process, which is why no constructor does it."""
+    use_fast_layers(student)
+    if args.keep_freed_memory and args.device.type == "cpu":
+        keep_freed_memory()
 
 
 def _bad_share(data: DataArguments) -> float | None:

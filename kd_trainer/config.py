@@ -75,6 +75,11 @@ class RunArguments:
     dry_run: bool = False
     given: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(str(self.training.output_dir))
+
     def resolved(self) -> dict[str, Any]:
         """Every setting a recipe can hold; the Trainer's own only where they were changed."""
         values = dataclasses.asdict(self.model) | dataclasses.asdict(self.data)

@@ -81,3 +81,33 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
     rule = "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|"
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def number(value: float | None, form: str, missing: str = "") -> str:
+    """A figure for a cell of a table, or what stands for one that is not known."""
+    return missing if value is None else format(value, form)
+
+
+def summary_table(results: dict[str, Any]) -> str:
+    """Teacher and student side by side, as a Markdown table."""
+    metrics = {
+        "miou": "mIoU",
+        "iou_foreground": "IoU foreground",
+        "dice": "Dice",
+        "boundary_iou": "boundary IoU",
+        "pixel_accuracy": "pixel accuracy",
+    }
+    header = ["", *metrics.values(), "agreement", "parameters", "file MiB", "ms an image"]
+    rows = [
+        [
+            who,
+            *(f"{results[f'{who}_{key}']:.4f}" for key in metrics),
+            number(results.get("agreement") if who == "student" else None, ".4f"),
+            number(results[f"{who}_parameters"], ","),
+            number(results.get(f"{who}_file_mib"), ".1f"),
+            number(results.get(f"{who}_ms"), ".1f"),
+        ]
+        for who in ("teacher", "student")
+        if f"{who}_miou" in results
+    ]
+    return markdown_table(header, rows)

@@ -332,7 +332,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def alone(settings: dict[str, Any]) -> dict[str, Any]:
+def without_teacher(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what only a teacher can use."""
     of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size")
     kept = {name: value for name, value in settings.items() if name not in of_the_teacher}

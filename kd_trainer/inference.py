@@ -193,7 +193,7 @@ def onnx_network(exported: OnnxStudent) -> Network:
     return logits
 
 
-def drawn(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
+def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
     """One kind of output for an image.
 
     Args:

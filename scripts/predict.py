@@ -1,4 +1,4 @@
-"""Masks and overlays of a saved student: `python scripts/predict.py MODEL PICTURE... --help`."""
+"""Masks and overlays of a saved student: `python scripts/predict.py MODEL IMAGE... --help`."""
 
 from kd_trainer.commands.predict import predict_main
 from kd_trainer.errors import run_script

@@ -91,7 +91,7 @@ def test_a_command_on_a_cpu_keeps_memory_unless_told_otherwise(
 ):
     """The whole process is changed, so there is a flag, and no trainer of a notebook does it."""
     calls: list[Any] = []
-    monkeypatch.setattr("kd_trainer.commands.train.keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr("kd_trainer.build.keep_freed_memory", lambda: calls.append(1))
     data = write_pairs(tmp_path / "data", train=2, validation=1)
     flags = train_flags(data, tmp_path / "out", "--epochs", "1")
     train(parse([*flags, *(() if kept else ("--no_preflight", "--keep_freed_memory", "false"))]))

@@ -20,7 +20,7 @@ from test_statistics import by_hand
 from transformers import Trainer
 
 from kd_trainer.checkpointing.checkpoints import complete
-from kd_trainer.commands import compare as compare
+from kd_trainer.commands import compare
 from kd_trainer.commands.compare import run_compare
 from kd_trainer.commands.report import ReportArguments, build_report
 from kd_trainer.compare.arguments import parse_comparison
@@ -234,7 +234,7 @@ def test_time_is_estimated_before_anything_is_trained(finished: Finished):
     assert printed.index("Estimated time: about") < printed.index("[1/4] baseline seed 0: to train")
     for number, name in enumerate(["baseline seed 0", "distilled seed 0", "baseline seed 1"]):
         assert f"[{number + 1}/4] {name}: mIoU 0." in printed
-    assert "4 runs. Every run makes 2 updates (epochs of the same images: 1)." in printed
+    assert "4 runs. Every run makes 2 steps (epochs of the same images: 1)." in printed
 
 
 def test_files_to_carry_are_small(finished: Finished):
@@ -335,7 +335,7 @@ def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Pat
     assert steps == [0, 1, 2, 3]
     summary, printed = compared(*run)
     assert steps[4:] == [2, 3]
-    assert "goes on after update 2 of 4" in printed
+    assert "goes on after step 2 of 4" in printed
     assert ", started 2 times" in printed
     assert summary["baseline"]["train_seconds"] is not None
     # The peak of the first part is not known.
@@ -513,7 +513,7 @@ def test_table_says_what_was_counted_by_hand():
     # Every image is the same, so another sample of images changes nothing.
     difference = np.mean(distilled) - np.mean(baseline)
     assert f"{difference:+.4f}, 95% interval {difference:+.4f} to {difference:+.4f}" in text
-    assert "24 updates each" in text
+    assert "24 steps each" in text
     assert "1 min" not in text
     assert text.count("90 s") == 6
 
@@ -557,41 +557,38 @@ SETTINGS = {
 }
 
 
-def test_baseline_without_the_unlabelled_images_keeps_the_updates(tmp_path: Path):
-    """Fewer images a pass would else mean fewer updates, another warm-up and later units."""
-    budget = Budget(800, {"baseline": 40, "distilled": 100}, {"baseline": 80, "distilled": 200})
+BUDGET = Budget(800, {"baseline": 40, "distilled": 100}, {"baseline": 80, "distilled": 200})
+
+
+@pytest.mark.parametrize("more", [{}, {"plan_epochs": 50.0}])
+def test_learning_rates_of_both_kinds_are_those_of_the_same_steps(more: dict, tmp_path: Path):
+    """Fewer images a pass would else mean another warm-up; scaled twice, one of twice the steps."""
+    settings = SETTINGS | {"output_dir": str(tmp_path / "never")} | more
+    distilled = build(settings).training
+    baseline = build(baseline_settings(settings, distilled, BUDGET)).training
+    tables = baseline.schedule(7, 20.0, 40), distilled.schedule(7, 8.0, 100)
+    for step in range(0, 800, 7):
+        rates = [table.rate_at(step / table.steps_per_epoch) for table in tables]
+        assert rates[0] == pytest.approx(rates[1])
+
+
+def test_baseline_without_the_unlabelled_images_keeps_the_steps(tmp_path: Path):
+    """Fewer images a pass would else mean fewer steps, and units that are freed later."""
     settings = SETTINGS | {"output_dir": str(tmp_path / "never")}
     distilled = build(settings).training
-    baseline = build(baseline_settings(settings, distilled, budget))
-    own = baseline.training
-    assert (baseline.model.teacher, baseline.data.unlabelled) == ("none", None)
-    assert (own.max_steps, own.num_train_epochs) == (800, 20)
-    assert (own.eval_strategy, own.eval_steps, own.save_strategy, own.save_steps) == (
-        *("steps", 100),
-        *("steps", 100),
-    )
-    tables = own.schedule(7, 20.0, 40), distilled.schedule(7, 8.0, 100)
-    for update in range(0, 800, 7):
-        rates = [table.rate_at(update / table.steps_per_epoch) for table in tables]
-        assert rates[0] == pytest.approx(rates[1])
+    run = build(baseline_settings(settings, distilled, BUDGET))
+    baseline = run.training
+    assert (run.model.teacher, run.data.unlabelled) == ("none", None)
+    assert (baseline.max_steps, baseline.num_train_epochs) == (800, 20)
+    assert (baseline.eval_strategy, baseline.eval_steps) == ("steps", 100)
+    assert (baseline.save_strategy, baseline.save_steps) == ("steps", 100)
+    tables = baseline.schedule(7, 20.0, 40), distilled.schedule(7, 8.0, 100)
     freed = [[table.free_from(f"unit_{u}") for u in range(7)] for table in tables]
-    updates = np.array(freed[0]) * 40, np.array(freed[1]) * 100
+    steps = np.array(freed[0]) * 40, np.array(freed[1]) * 100
     # The first unit is freed at the nearest epoch, the distance between units is rounded too.
-    assert updates[0][-1] == updates[1][-1] == 200
-    assert own.unfreeze_every == 2
-    assert "20 epochs of 80 images, the distilled student in 8 of 200" in budget.sentence()
-
-
-def test_a_plan_that_is_scaled_is_stretched_once(tmp_path: Path):
-    """Scaled to the longer run as well, the baseline's warm-up took twice the updates."""
-    settings = SETTINGS | {"output_dir": str(tmp_path / "never"), "plan_epochs": 50.0}
-    distilled = build(settings).training
-    budget = Budget(800, {"baseline": 40, "distilled": 100}, {"baseline": 80, "distilled": 200})
-    own = build(baseline_settings(settings, distilled, budget)).training
-    tables = own.schedule(7, own.num_train_epochs, 40), distilled.schedule(7, 8.0, 100)
-    for update in range(0, 800, 7):
-        rates = [table.rate_at(update / table.steps_per_epoch) for table in tables]
-        assert rates[0] == pytest.approx(rates[1])
+    assert steps[0][-1] == steps[1][-1] == 200
+    assert baseline.unfreeze_every == 2
+    assert "20 epochs of 80 images, the distilled student in 8 of 200" in BUDGET.sentence()
 
 
 @pytest.mark.slow
@@ -599,7 +596,7 @@ def test_runs_with_unlabelled_images_make_the_same_updates(ground: Path, tmp_pat
     """The arithmetic of the plan is worth nothing if the Trainer counts otherwise."""
     more = ["--seeds", "1", "--unlabelled", str(ground / "data" / "validation" / "images")]
     summary, printed = compared(*flags(ground, tmp_path / "out", "--epochs", "2", *more))
-    assert "cannot use the 3 photographs without masks" in printed
+    assert "cannot use the 3 images without masks" in printed
     assert summary["left_out_by_baseline"] == 3
     for kind in ("baseline", "distilled"):
         folder = tmp_path / "out" / f"{kind}_seed0"
@@ -607,7 +604,7 @@ def test_runs_with_unlabelled_images_make_the_same_updates(ground: Path, tmp_pat
         assert state["global_step"] == 6
         assert len(json.loads((folder / "results.json").read_text())["eval_history"]) == 2
     assert (summary["baseline"]["epochs"], summary["distilled"]["epochs"]) == (3, 2)
-    assert "leaves out 3 photographs" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "leaves out 3 images" in (tmp_path / "out" / "comparison.md").read_text()
 
 
 def test_dry_run_shows_both_plans_and_trains_nothing(ground: Path, tmp_path: Path, forbidden):

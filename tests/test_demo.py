@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_runs import write_pairs
 
-from kd_trainer.commands.demo import check, clear, constant_miou, demo
+from kd_trainer.commands.demo import check, clear, demo
 from kd_trainer.config import build, load_recipe
 from kd_trainer.data import TransformedDataset, load_splits, transforms
+from kd_trainer.doctor.teacher import constant_miou
 from kd_trainer.files import write_marker
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 
@@ -99,8 +101,9 @@ def test_constant_prediction_is_counted_by_hand(tmp_path: Path):
     run = build({"dataset": str(write_pairs(tmp_path / "data")), "image_size": 64})
     splits = load_splits(run.data)
     dataset = TransformedDataset(splits["validation"], transforms(splits, run.data, seed=0)[1])
-    share = np.mean([dataset[i]["labels"].numpy() for i in range(len(dataset))])
-    assert constant_miou(dataset) == pytest.approx(max(share, 1 - share) / 2, abs=1e-9)
+    labels = torch.stack([dataset[index]["labels"].long() for index in range(len(dataset))])
+    share = np.mean(labels.numpy())
+    assert constant_miou(labels, 2, 255)[0] == pytest.approx(max(share, 1 - share) / 2, abs=1e-9)
 
 
 def test_the_demos_teacher_has_twice_the_parameters_of_its_student():

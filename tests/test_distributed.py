@@ -18,8 +18,8 @@ from workers import two_ranks
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.build import evaluation_dataset
-from kd_trainer.commands.evaluate import evaluate_model
 from kd_trainer.loading import load_student
+from kd_trainer.measurement import evaluate_model
 from kd_trainer.trainer import DistillationTrainer
 
 TESTS = Path(__file__).parent

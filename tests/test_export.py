@@ -21,12 +21,14 @@ from tiny import SIDE, tiny_student
 from torch import Tensor
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.commands.export import RESULTS, export_main, export_student
+from kd_trainer.commands.export import export_main
 from kd_trainer.errors import user_message
 from kd_trainer.export import exporter as export_module
 from kd_trainer.export.exporter import (
+    RESULTS,
     ExportArguments,
     Exporter,
+    export_student,
     from_images,
     int8_fault,
     read_program,

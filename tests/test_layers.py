@@ -26,7 +26,7 @@ LAYERS = (
     ("evaluation",),
     ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),
     ("build", "costs", "hub", "teacher_cache"),
-    ("export", "push_callback"),
+    ("export", "measurement", "push_callback", "teacher_targets"),
     ("inference", "trainer"),
     ("doctor", "web_demo"),
     ("compare",),

@@ -12,13 +12,13 @@ from tiny import tiny_student
 from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
 from kd_trainer.commands.predict import PredictArguments, load_segmenter
 from kd_trainer.commands.report import build_report
-from kd_trainer.commands.teacher_targets import cache_root
 from kd_trainer.evaluation import raw_logits
 from kd_trainer.hub import find_source
 from kd_trainer.loading import load_measured, load_student
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.sources import model_source
 from kd_trainer.teacher import load_teacher
+from kd_trainer.teacher_targets import cache_root
 from kd_trainer.web_demo.models import load_demo_student, load_demo_teacher
 
 PICTURE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(3))

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from kd_trainer.build import assemble
-from kd_trainer.commands.evaluate import data_of
 from kd_trainer.config import build
+from kd_trainer.measurement import data_arguments_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.teacher import Teacher, load_teacher, saved_class_names
 
@@ -369,10 +369,13 @@ def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys
     assert parts.processor.do_reduce_labels
     parts.processor.save_pretrained(tmp_path / "student")
     for source in (folder, tmp_path / "student"):  # what is measured later is measured alike
-        assert data_of(parts.student, str(source), {}).reduce_labels
-    assert data_of(parts.student, str(folder), {"dataset": "synthetic"}).reduce_labels is None
+        assert data_arguments_of(parts.student, str(source), {}).reduce_labels
+    assert (
+        data_arguments_of(parts.student, str(folder), {"dataset": "synthetic"}).reduce_labels
+        is None
+    )
     given = {"mask_values": [1, 2, 3]}
-    assert data_of(parts.student, str(folder), given).reduce_labels is None
+    assert data_arguments_of(parts.student, str(folder), given).reduce_labels is None
     as_ids = build(settings | student | {"teacher": str(folder), "reduce_labels": False})
     with pytest.raises(ValueError, match=r"^Expected the mask values 0, 1, 2 .* got 0, 1, 2, 3"):
         assemble(as_ids)

@@ -21,7 +21,6 @@ from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from kd_trainer.arguments import DataArguments
 from kd_trainer.build import assemble
 from kd_trainer.checkpointing.fingerprint import differences, settings_of
-from kd_trainer.commands.teacher_targets import cache_root, use_cached_targets
 from kd_trainer.commands.train import run_train, train
 from kd_trainer.config import parse
 from kd_trainer.data import TransformedDataset, load_splits, transforms
@@ -29,6 +28,7 @@ from kd_trainer.errors import run_script
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.teacher import Teacher
 from kd_trainer.teacher_cache import cached_images
+from kd_trainer.teacher_targets import cache_root, use_cached_targets
 from kd_trainer.trainer import DistillationTrainer
 
 CACHED = {"teacher_targets": "cached"}

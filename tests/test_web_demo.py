@@ -25,7 +25,7 @@ from kd_trainer.costs import Latency
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
 from kd_trainer.loading import load_student
-from kd_trainer.web_demo import page
+from kd_trainer.web_demo import page, server
 from kd_trainer.web_demo.models import LONGEST, drawings, examine, milliseconds, read_upload
 from kd_trainer.web_demo.page import difference_text, figures_table, shares_table
 
@@ -191,14 +191,14 @@ def test_uploads_and_the_queue_are_bounded(pair, monkeypatch):
     """One visitor with files of 600 MB fills the disk, and a thousand waiting pictures the rest."""
     gradio = MagicMock()
     blocks = gradio.Blocks.return_value.__enter__.return_value
-    for module in (page, web_demo):
+    for module in (page, server):
         monkeypatch.setattr(module, "require", lambda *_, **__: gradio)
     built = page.build_page(pair, threshold=0.5, repeats=1)
     blocks.queue.assert_called_once_with(max_size=page.MOST_WAITING)
     assert built is blocks.queue.return_value
-    monkeypatch.setattr(web_demo.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(web_demo.threading, "Event", MagicMock(side_effect=KeyboardInterrupt))
-    web_demo.serve(built, WebDemoArguments())
+    monkeypatch.setattr(server.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(server.threading, "Event", MagicMock(side_effect=KeyboardInterrupt))
+    server.serve(built, host=None, port=None, open_browser=False)
     assert built.launch.call_args.kwargs["max_file_size"] == page.MOST_BYTES
     told = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
     assert f"more than {page.MOST_BYTES // 2**20} MiB" in told
@@ -279,10 +279,10 @@ def test_a_taken_port_or_foreign_address_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"free --port, got 127.0.0.1 and {port}: Address"):
-            web_demo.check_address("127.0.0.1", port)
-    web_demo.check_address("127.0.0.1", port)
+            server.check_address("127.0.0.1", port)
+    server.check_address("127.0.0.1", port)
     with pytest.raises(ValueError, match=r"Expected an address .*, got 192\.0\.2\.1: "):
-        web_demo.check_address("192.0.2.1", None)
+        server.check_address("192.0.2.1", None)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_nothing_imports_gradio():
 def test_gradio_is_told_to_be_quiet_before_it_is_imported(monkeypatch):
     """It reads these once, and would report each start to its makers."""
     monkeypatch.setattr(os, "environ", {"NO_PROXY": "intra.example"})
-    web_demo.prepare_environment("uploads")
+    server.prepare_environment("uploads")
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert os.environ["GRADIO_TEMP_DIR"] == "uploads"
     assert os.environ["NO_PROXY"] == "intra.example,127.0.0.1,localhost"

@@ -8,13 +8,13 @@ from typing import Any
 from kd_trainer.build import Parts, assemble
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
-from kd_trainer.compare.budget import KINDS, Budget
+from kd_trainer.compare.budget import Budget
 from kd_trainer.compare.estimate import finished_speed, measure_speed, seconds_left
 from kd_trainer.compare.report import write_report
-from kd_trainer.compare.results import read_runs
+from kd_trainer.compare.results import FinishedRun, read_runs
 from kd_trainer.compare.runs import PlannedRun, plan_runs, written_note, written_results
 from kd_trainer.config import RunArguments, build
-from kd_trainer.costs import alone, duration, total_updates, updates_per_epoch
+from kd_trainer.costs import duration, total_updates, updates_per_epoch, without_teacher
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several
 from kd_trainer.doctor.plan import describe
@@ -29,12 +29,8 @@ def compare_main() -> None:
 def run_compare(comparison: Comparison) -> dict[str, Any]:
     """What scripts/compare.py does; returns what comparison.json holds."""
     args, output = comparison.args, comparison.output
-    trusted = bool(comparison.settings.get("trust_remote_code"))
     if args.merge is not None:
-        runs = read_runs([Path(folder) for folder in args.merge])
-        return write_report(
-            runs, output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
-        )
+        return _report(comparison, read_runs([Path(folder) for folder in args.merge]))
     parts, budget = _prepare(comparison)
     planned = plan_runs(
         comparison.settings, budget, seeds=args.chosen_seeds, kinds=args.kinds, folder=output
@@ -44,24 +40,28 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
     if comparison.dry_run:
         _print_plan(planned, parts)
         return {}
-    guide = parts["distilled"]
-    assert guide.eval_dataset is not None
-    _check_once(comparison, planned, guide)
-    images = len(guide.eval_dataset)
+    run = build(comparison.settings | {"output_dir": str(output)})
+    if not run.training.no_preflight and not all(one.trained for one in planned):
+        check_before_training(run, parts["distilled"])  # runs differ in nothing that it looks at
     speeds = _speeds(planned, parts)
+    images = len(parts["distilled"].eval_dataset or ())
     _print_estimate(planned, speeds, images)
     parts.clear()  # networks that would count in the memory of the runs
-    del guide
     for number, one in enumerate(planned, start=1):
         _execute(one, f"[{number}/{len(planned)}] {one.name}:")
         speeds[one.kind] = finished_speed(one) or speeds.get(one.kind, Speed(0.0, 0.0))
-        rest = [p for p in planned[number:] if not p.complete]
-        left = sum(seconds_left(p, speeds[p.kind], images) for p in rest)
+        rest = [later for later in planned[number:] if not later.complete]
+        left = sum(seconds_left(later, speeds[later.kind], images) for later in rest)
         if left:
             print(f"    about {duration(left)} left")
-    runs = read_runs([output], seeds=args.chosen_seeds, baselines=baselines)
+    return _report(comparison, read_runs([output], seeds=args.chosen_seeds, baselines=baselines))
+
+
+def _report(comparison: Comparison, runs: list[FinishedRun]) -> dict[str, Any]:
+    args = comparison.args
+    trusted = bool(comparison.settings.get("trust_remote_code"))
     return write_report(
-        runs, output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
+        runs, comparison.output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
     )
 
 
@@ -70,12 +70,29 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, Parts], Budget]:
     settings = comparison.settings | {"output_dir": str(comparison.output)}
     distilled = build(settings)
     _check(distilled)
-    runs = {"baseline": build(alone(settings)), "distilled": distilled}
+    runs = {"baseline": build(without_teacher(settings)), "distilled": distilled}
     parts = {kind: assemble(run) for kind, run in runs.items()}
-    images = {kind: len(found.train_dataset) for kind, found in parts.items()}
+    images = {kind: len(one.train_dataset) for kind, one in parts.items()}
     args = distilled.training
     per_epoch = {kind: updates_per_epoch(count, args) for kind, count in images.items()}
     return parts, Budget(total_updates(args, per_epoch["distilled"]), per_epoch, images)
+
+
+def _check(run: RunArguments) -> None:
+    if not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher to compare with and without, got none. Name one; train.py "
+            "--teacher none makes one."
+        )
+    if run.training.eval_strategy == "no":
+        raise ValueError(
+            "Expected --eval_strategy epoch or steps, got no: a comparison needs figures."
+        )
+    if run.training.world_size > 1:
+        raise ValueError(
+            f"Expected one process, got {run.training.world_size}. Give each device seeds of its "
+            "own (--seed_list) and put the results together with --merge."
+        )
 
 
 def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:
@@ -98,37 +115,13 @@ def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:
     return folder
 
 
-def _check_once(comparison: Comparison, planned: list[PlannedRun], parts: Parts) -> None:
-    """The preflight of all runs, which differ in nothing that it looks at."""
-    run = build(comparison.settings | {"output_dir": str(comparison.output)})
-    if not run.training.no_preflight and not all(one.trained for one in planned):
-        check_before_training(run, parts)
-
-
-def _check(run: RunArguments) -> None:
-    if not run.model.has_teacher:
-        raise ValueError(
-            "Expected a --teacher to compare with and without, got none. Name one; train.py "
-            "--teacher none makes one."
-        )
-    if run.training.eval_strategy == "no":
-        raise ValueError(
-            "Expected --eval_strategy epoch or steps, got no: a comparison needs figures."
-        )
-    if run.training.world_size > 1:
-        raise ValueError(
-            f"Expected one process, got {run.training.world_size}. Give each device seeds of its "
-            "own (--seed_list) and put the results together with --merge."
-        )
-
-
 def _print_plan(planned: list[PlannedRun], parts: dict[str, Parts]) -> None:
+    examples: dict[str, PlannedRun] = {}
     for one in planned:
         print(f"- {one.name}: {_state(one)}")
-    for kind in KINDS:
-        example = next((p for p in planned if p.kind == kind), None)
-        if example is not None:
-            print(f"\n{describe(example.run, parts[kind])}")
+        examples.setdefault(one.kind, one)
+    for kind, example in examples.items():
+        print(f"\n{describe(example.run, parts[kind])}")
 
 
 def _state(one: PlannedRun) -> str:
@@ -136,17 +129,17 @@ def _state(one: PlannedRun) -> str:
         return "complete, not repeated"
     if one.trained:
         return "trained, its images are to be counted"
-    update = one.checkpoint()
-    return f"goes on after update {update:,} of {one.budget.updates:,}" if update else "to train"
+    step = one.checkpoint()
+    return f"goes on after step {step:,} of {one.budget.steps:,}" if step else "to train"
 
 
 def _speeds(planned: list[PlannedRun], parts: dict[str, Parts]) -> dict[str, Speed]:
     """Speed of each kind that has something left to do."""
     speeds = {}
-    for kind in dict.fromkeys(p.kind for p in planned if not p.complete):
-        own = [p for p in planned if p.kind == kind]
-        known = next(filter(None, map(finished_speed, own)), None)
-        speeds[kind] = known or measure_speed(own[0].run, parts[kind], parts["distilled"])
+    for kind in dict.fromkeys(one.kind for one in planned if not one.complete):
+        runs = [one for one in planned if one.kind == kind]
+        finished = next(filter(None, map(finished_speed, runs)), None)
+        speeds[kind] = finished or measure_speed(runs[0].run, parts[kind], parts["distilled"])
     return speeds
 
 
@@ -168,6 +161,6 @@ def _execute(one: PlannedRun, prefix: str) -> None:
     one.execute(train)
     results = written_results(one.folder)
     starts = written_note(one.folder).get("starts") or 1
-    parts = f", started {several(starts, 'time')}" if starts > 1 else ""
-    took = f"trained in {duration(results['train_seconds'])}{parts}"
+    again = f", started {several(starts, 'time')}" if starts > 1 else ""
+    took = f"trained in {duration(results['train_seconds'])}{again}"
     print(f"{prefix} mIoU {results['student_miou']:.4f}, {took}", flush=True)

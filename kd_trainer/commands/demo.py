@@ -7,16 +7,15 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
-import numpy as np
+import torch
 
 from kd_trainer.build import assemble
-from kd_trainer.commands.train import summary_table, train
+from kd_trainer.commands.train import train
 from kd_trainer.config import build, load_recipe
-from kd_trainer.data import TransformedDataset
+from kd_trainer.console import summary_table
+from kd_trainer.doctor.teacher import constant_miou
 from kd_trainer.errors import run_script
-from kd_trainer.evaluation import figures_of
 from kd_trainer.files import file_names, marked_files, write_json, write_marker
-from kd_trainer.metrics import image_counts
 
 OUTPUT = Path("runs/demo")
 # What a demo writes, and what would be taken for its figures.
@@ -27,20 +26,9 @@ MADE = (
 # What the demo has to reach; below it nothing was learned and it fails.
 TEACHER_MIOU = 0.80
 STUDENT_SHARE = 0.95
-# And what makes that worth something: the pictures are hard for a constant and for one epoch.
+# And what makes that worth something: the images are hard for a constant and for one epoch.
 CONSTANT_MIOU = 0.50
 FIRST_EPOCH_MIOU = 0.70
-
-
-def constant_miou(dataset: TransformedDataset) -> float:
-    """Highest mIoU of a prediction that is the same class everywhere."""
-    labels = [dataset[i]["labels"][None].long() for i in range(len(dataset))]
-    names = {0: "background", 1: "person"}
-    figures = []
-    for constant in (0, 1):
-        rows = [image_counts(truth * 0 + constant, truth, 2, boundary=False) for truth in labels]
-        figures.append(figures_of(np.concatenate([row.numpy() for row in rows]), names)["miou"])
-    return max(figures)
 
 
 def check(results: dict[str, Any]) -> None:
@@ -63,8 +51,8 @@ def check(results: dict[str, Any]) -> None:
             first >= FIRST_EPOCH_MIOU
         ),
     }
-    for fault, found in faults.items():
-        if found:
+    for fault, is_so in faults.items():
+        if is_so:
             raise ValueError(
                 f"Expected of the demo {fault}. This is a defect: please report it with the output "
                 "above."
@@ -93,8 +81,8 @@ def clear(output: Path) -> None:
 
 def _made(output: Path) -> set[str]:
     """Names of the files where a demo writes."""
-    found = {name: PurePath(name).parts[0] for name in file_names(output)}
-    return {name for name, top in found.items() if any(fnmatch(top, made) for made in MADE)}
+    tops = {name: PurePath(name).parts[0] for name in file_names(output)}
+    return {name for name, top in tops.items() if any(fnmatch(top, made) for made in MADE)}
 
 
 def demo(output: Path = OUTPUT) -> dict[str, Any]:
@@ -111,16 +99,17 @@ def demo(output: Path = OUTPUT) -> dict[str, Any]:
 
 
 def _train_both(output: Path) -> dict[str, Any]:
-    print("1/2 teacher: draws the pictures and trains a large network without a teacher")
+    print("1/2 teacher: draws the images and trains a large network without a teacher")
     teacher_settings = load_recipe("demo_teacher") | {"output_dir": str(output / "teacher")}
     train(build(teacher_settings), stops=False)  # Ctrl-C ends a demo at once
     print("\n2/2 student: distils the teacher into a small network, unit by unit")
     settings = load_recipe("demo") | {"output_dir": str(output)}
     run = build(settings)
     results = train(run, stops=False)
-    evaluated = assemble(run).eval_dataset
-    assert isinstance(evaluated, TransformedDataset)
-    results["constant_miou"] = constant_miou(evaluated)
+    images = assemble(run).eval_dataset
+    assert images is not None
+    labels = torch.stack([images[index]["labels"].long() for index in range(len(images))])
+    results["constant_miou"], _ = constant_miou(labels, run.data.num_labels, run.data.ignore_index)
     return results
 
 
@@ -133,10 +122,10 @@ def main() -> None:
     print(f"after one epoch {first:.4f}. All of it took {results['demo_seconds']:.0f} s.\n")
     print(f"Student:  {OUTPUT}/student   (transformers and smp read it)")
     print(f"Teacher:  {OUTPUT}/teacher/student")
-    print(f"Pictures: {OUTPUT}/panels    Figures: {OUTPUT}/results.json")
+    print(f"Images:   {OUTPUT}/panels    Figures: {OUTPUT}/results.json")
     print(f"Report:   {OUTPUT}/report.html   (open it in a browser)")
     print(f"Curves:   tensorboard --logdir {OUTPUT}")
-    print(f"Try it:   python scripts/predict.py {OUTPUT}/student YOUR_PICTURE.jpg")
+    print(f"Try it:   python scripts/predict.py {OUTPUT}/student YOUR_IMAGE.jpg")
     check(results)
 
 

@@ -17,7 +17,7 @@ from kd_trainer.parsing import Parser
 DESCRIPTION = """Look for what makes a training pointless, in under a minute, and say what to do.
 
 All flags of train.py are taken, and mean the same: put doctor.py in its place. A few images are
-looked at and a few updates are measured; nothing is written. The exit status is 0 if nothing is at
+looked at and a few steps are measured; nothing is written. The exit status is 0 if nothing is at
 fault, else 1. train.py does the quicker of these checks itself, unless --no_preflight is given."""
 EPILOG = """Examples:
   doctor.py --dataset photos/ --teacher teacher/
@@ -38,9 +38,9 @@ def parse_doctor(arguments: Sequence[str] | None = None) -> RunArguments:
     Raises:
         ValueError: on unknown flags, wrong values, or what only a training can follow.
     """
-    given = doctor_parser().given(arguments)
+    flags = doctor_parser().given(arguments)
     for name, reason in _NOT_TAKEN.items():
-        if given.get(name):
+        if flags.get(name):
             raise ValueError(f"Expected no --{name}, got it: {reason}. Leave it out.")
     run = parse(arguments)
     if run.training.world_size > 1:

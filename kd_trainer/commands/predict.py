@@ -1,10 +1,11 @@
-"""Masks, overlays and cut-outs of a saved student for pictures and videos."""
+"""Masks, overlays and cut-outs of a saved student for images and videos."""
 
 from __future__ import annotations
 
 import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from kd_trainer.data.video import CutOffError, VideoFile, frame_count, frame_rat
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
-from kd_trainer.inference import Segmenter, classes_at, drawn, onnx_segmenter, torch_segmenter
+from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
 from kd_trainer.loading import load_student
 from kd_trainer.parsing import Parser
 
@@ -34,7 +35,7 @@ class PredictArguments:
     output_dir: str = help_field("runs/predictions", "Gets one folder for each kind of output.")
     outputs: list[str] = help_field(
         ["masks", "overlays"],
-        "What to write: masks (0/255 of a binary model, else class ids), overlays (the picture "
+        "What to write: masks (0/255 of a binary model, else class ids), overlays (the image "
         "with its classes tinted), cutouts (the foreground on nothing).",
     )
     threshold: float = help_field(
@@ -42,11 +43,11 @@ class PredictArguments:
     )
     tile: bool = help_field(
         False,
-        "Cut pictures larger than the network's input into overlapping tiles at their own "
+        "Cut images larger than the network's input into overlapping tiles at their own "
         "resolution instead of shrinking them: more detail, more time.",
     )
     overlap: float = help_field(0.25, "Share of a tile that its neighbour sees too.")
-    flip: bool = help_field(False, "Average with the mirrored picture: twice the time.")
+    flip: bool = help_field(False, "Average with the mirrored image: twice the time.")
     batch_size: int = help_field(4, "Inputs at a time.")
 
     def __post_init__(self) -> None:
@@ -75,25 +76,26 @@ def check_threshold(threshold: float, num_labels: int = 2) -> None:
 
 
 def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
-    """The model as `args` show pictures to it (a student on the GPU if there is one), its labels.
+    """The model as `args` show images to it (a student on the GPU if there is one), its labels.
 
     Raises:
         FileNotFoundError: if there is no such model.
         ValueError: if it is no student and no ONNX file of scripts/export.py.
     """
-    looks = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
+    options = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
     if args.model.endswith(".onnx"):
         exported = load_onnx(args.model)
-        return onnx_segmenter(exported, **looks), len(exported.class_names)
+        return onnx_segmenter(exported, **options), len(exported.class_names)
     student = load_student(args.model)
-    return torch_segmenter(student, student.config.image_size, **looks), len(labels_of(student))
+    size = student.config.image_size
+    return torch_segmenter(student, size, **options), len(labels_of(student))
 
 
 def predict(args: PredictArguments, sources: Sequence[str]) -> float:
-    """Write the outputs of every picture and video that `sources` name.
+    """Write the outputs of every image and video that `sources` name.
 
-    Pictures give `<output>/<name>.png` (overlays .jpg). Videos give `overlays/<name>.mp4`, and a
-    folder of numbered pictures for each other output.
+    Images give `<output>/<name>.png` (overlays .jpg). Videos give `overlays/<name>.mp4`, and a
+    folder of numbered images for each other output.
 
     Returns:
         Images (and frames) per second, reading and writing included.
@@ -102,29 +104,26 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
         ValueError: after everything is written, if a video has fewer frames than it promises.
     """
     files = find_pictures(sources)
-    names = output_names(files)
+    names, folder = output_names(files), Path(args.output_dir)
     _check_targets(args, names)
-    pictures = [path for path in files if not is_video(path)]
+    images = [path for path in files if not is_video(path)]
     videos = [path for path in files if is_video(path)]
-    total = len(pictures) + sum(map(frame_count, videos))
     segmenter, num_labels = load_segmenter(args)
     check_threshold(args.threshold, num_labels)
-    start, done = time.perf_counter(), 0
+    total = len(images) + sum(map(frame_count, videos))
+    start, done = time.perf_counter(), len(images)
+    cut_off: list[CutOffError] = []
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
-        images = (np.asarray(read_picture(path)) for path in pictures)
-        found = _masks(segmenter, images, args, bar)
-        for path, (image, mask) in zip(pictures, found, strict=True):
+        pixels = (np.asarray(read_picture(path)) for path in images)
+        segmented = _segmented(segmenter, pixels, args, bar)
+        for path, (image, mask) in zip(images, segmented, strict=True):
             for output in args.outputs:
-                picture = drawn(output, image, mask, num_labels)
-                file = f"{names[path]}{OUTPUTS[output]}"
-                _write(picture, Path(args.output_dir) / output / file)
-            done += 1
-        cut_off: list[CutOffError] = []
+                file = folder / output / f"{names[path]}{OUTPUTS[output]}"
+                _write(render(output, image, mask, num_labels), file)
         for path in videos:
-            frames = _whole_or_noted(path, cut_off)
-            found = _masks(segmenter, frames, args, bar)
+            frames = _segmented(segmenter, _whole_or_noted(path, cut_off), args, bar)
             done += _write_video(
-                found, args, names[path], rate=frame_rate(path), num_labels=num_labels
+                frames, args, names[path], rate=frame_rate(path), num_labels=num_labels
             )
     if cut_off:
         others = f" {len(cut_off) - 1} further videos likewise." if len(cut_off) > 1 else ""
@@ -133,7 +132,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
 
 
 def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
-    """Refuse to write over what lies beside the pictures: `masks/` there may be labels by hand.
+    """Refuse to write over what lies beside the images: `masks/` there may be labels by hand.
 
     Raises:
         ValueError: names the file.
@@ -146,7 +145,7 @@ def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
             target = folder / output / (name if is_video(path) else f"{name}{OUTPUTS[output]}")
             if target.exists():
                 raise ValueError(
-                    f"Expected an --output_dir apart from the pictures, got {args.output_dir}, "
+                    f"Expected an --output_dir apart from the images, got {args.output_dir}, "
                     f"where {target.relative_to(folder)} would be written over. Name another one."
                 )
 
@@ -159,7 +158,7 @@ def _whole_or_noted(path: Path, cut_off: list[CutOffError]) -> Iterator[np.ndarr
         cut_off.append(error)
 
 
-def _masks(
+def _segmented(
     segmenter: Segmenter, images: Iterable[np.ndarray], args: PredictArguments, bar: tqdm
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Each image with its classes; only one batch is in memory at a time."""
@@ -179,25 +178,21 @@ def _write_video(
     num_labels: int,
 ) -> int:
     """Write the outputs of a video; returns the number of its frames."""
-    number = 0
-    folder = Path(args.output_dir)
-    video = VideoFile(folder / "overlays" / f"{name}.mp4", rate)
-    try:
+    number, folder = 0, Path(args.output_dir)
+    with closing(VideoFile(folder / "overlays" / f"{name}.mp4", rate)) as video:
         for number, (image, mask) in enumerate(frames, start=1):
             for output in args.outputs:
-                picture = drawn(output, image, mask, num_labels)
+                rendered = render(output, image, mask, num_labels)
                 if output == "overlays":
-                    video.add(picture)
+                    video.add(rendered)
                 else:
-                    _write(picture, folder / output / name / f"{number:06d}{OUTPUTS[output]}")
-    finally:
-        video.close()
+                    _write(rendered, folder / output / name / f"{number:06d}{OUTPUTS[output]}")
     return number
 
 
-def _write(picture: np.ndarray, path: Path) -> None:
+def _write(image: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(image).save(path)
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:
@@ -205,7 +200,7 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(
         [PredictArguments],
         "predict.py",
-        "Masks, overlays and cut-outs of a saved student, for pictures and videos.",
+        "Masks, overlays and cut-outs of a saved student, for images and videos.",
         "Examples:\n  predict.py runs/demo/student photo.jpg\n"
         "  predict.py runs/demo/student photos/ 'more/*.png' holiday.mp4 --output_dir out\n"
         "  predict.py runs/demo/student poster.jpg --tile --flip --outputs cutouts",
@@ -215,9 +210,9 @@ def predict_main(arguments: Sequence[str] | None = None) -> None:
         "model",
         help="Saved student: a folder, a run's folder, a Hub id or an ONNX file of export.py.",
     )
-    parser.add_argument("pictures", nargs="+", help="Pictures, videos, folders or globs.")
-    given = parser.given(arguments)
-    pictures = given.pop("pictures")
-    args = PredictArguments(**given)
-    speed = predict(args, pictures)
+    parser.add_argument("images", nargs="+", help="Images, videos, folders or globs.")
+    flags = parser.given(arguments)
+    sources = flags.pop("images")
+    args = PredictArguments(**flags)
+    speed = predict(args, sources)
     print(f"{speed:.1f} images per second. Written to {args.output_dir}")

@@ -132,9 +132,9 @@ def push_main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("folder", help="Output folder of a run, or a saved student.")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="Where on the Hub.")
-    given = parser.given(arguments)
-    folder, repo_id = given.pop("folder"), given.pop("repo_id")
-    args = PushArguments(**given)
+    flags = parser.given(arguments)
+    folder, repo_id = flags.pop("folder"), flags.pop("repo_id")
+    args = PushArguments(**flags)
     pushed = push(args, folder, repo_id)
     if pushed is None:
         written = _destination(args, find_source(folder))

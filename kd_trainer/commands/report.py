@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import evaluation_dataset
-from kd_trainer.commands.evaluate import Evaluation, evaluate_model
 from kd_trainer.commands.shown_images import EvaluationData, choose, shown_images
 from kd_trainer.config import parser_of_saved
 from kd_trainer.evaluation import Evaluator, figures_of, labels_of
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.files import write_text
 from kd_trainer.loading import load_student, make_teacher, network_name, network_size
+from kd_trainer.measurement import Evaluation, evaluate_model
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.parsing import settings_of
@@ -100,24 +100,33 @@ def build_report(
     folder, args, changed = run_of(run_folder), args or ReportArguments(), changed or {}
     settings = run_settings(folder)
     data = DataArguments(**settings_of(DataArguments, settings | changed))
-    model = ModelArguments(**settings_of(ModelArguments, settings | changed))
     student = load_student(folder / "student", num_labels=data.num_labels)
-    notes: list[str] = []
+    contents = _contents(folder, settings, student)
     dataset = _dataset(data, settings, changed, loaded, args)
     if dataset is None:
-        notes.append("No evaluation data, so there are neither images nor a reliability diagram.")
-    teacher = None
-    if dataset is not None:
+        missing = "No evaluation data, so there are neither images nor a reliability diagram."
+    else:
         check_image_size(data.image_size, student)
-        teacher = _teacher(model, student, data, loaded, notes, strict="teacher" in changed)
-    contents = _contents(folder, settings, student, teacher)
-    contents = dataclasses.replace(contents, notes=[*notes, *contents.notes])
-    if dataset is not None:
+        model = ModelArguments(**settings_of(ModelArguments, settings | changed))
+        if loaded is not None:
+            teacher, missing = loaded.teacher, ""
+        else:
+            strict = "teacher" in changed
+            teacher, missing = _teacher(model, student, data.image_size, strict=strict)
         evaluator = Evaluator(student, teacher, data.ignore_index, device)
-        evaluation = loaded.evaluation if loaded is not None else None
-        contents = _with_images(
-            contents, evaluator, dataset, evaluation=evaluation, args=args, data=data
+        evaluation = (loaded and loaded.evaluation) or evaluate_model(
+            student,
+            dataset,
+            teacher=teacher,
+            batch_size=args.batch_size,
+            ignore_index=data.ignore_index,
+            device=device,
+            workers=args.workers,
         )
+        contents = _with_images(contents, evaluator, dataset, evaluation, count=args.max_images)
+        contents = replace(contents, measured=_measured_on(data, evaluation.eval_images))
+    if missing:
+        contents = replace(contents, notes=[missing, *contents.notes])
     path = Path(args.output) if args.output else folder / "report.html"
     write_text(path, report_html(contents))
     return path
@@ -148,35 +157,23 @@ def _dataset(
 
 
 def _teacher(
-    model: ModelArguments,
-    student: SmpForSemanticSegmentation,
-    data: DataArguments,
-    loaded: Loaded | None,
-    notes: list[str],
-    *,
-    strict: bool,
-) -> Teacher | None:
-    """The teacher; where the run's own is gone, that is noted, and one asked for is an error."""
-    if loaded is not None:
-        return loaded.teacher
+    model: ModelArguments, student: SmpForSemanticSegmentation, image_size: int, *, strict: bool
+) -> tuple[Teacher | None, str]:
+    """The teacher, and a note where the run's own is gone; that of one asked for is an error."""
     try:
-        return make_teacher(model, student, image_size=data.image_size)
+        return make_teacher(model, student, image_size=image_size), ""
     except (OSError, ValueError) as error:
         if strict:
             raise
         reason = " ".join(str(error).split())
-        notes.append(
-            f"The teacher {model.teacher} could not be loaded, so no picture and no reliability "
+        return None, (
+            f"The teacher {model.teacher} could not be loaded, so no image and no reliability "
             f"shows it. Name its present place with --teacher. The reason: {reason}"
         )
-        return None
 
 
 def _contents(
-    folder: Path,
-    settings: dict[str, Any],
-    student: SmpForSemanticSegmentation,
-    teacher: Teacher | None,
+    folder: Path, settings: dict[str, Any], student: SmpForSemanticSegmentation
 ) -> Contents:
     """All that is there without a look at an image."""
     results = read_object(folder / "results.json", RESULTS_SHAPE)
@@ -185,18 +182,10 @@ def _contents(
         "No trainer_state.json in the folder or its checkpoints, so no curves but those of the "
         "evaluations in results.json."
     )
-    networks = {
-        STUDENT: Network(
-            network_name(student), network_size(student)[0], written_figures(results, STUDENT)
-        )
-    }
-    known = written_figures(results, TEACHER)
-    if teacher is not None:
-        network = teacher.network
-        networks[TEACHER] = Network(network_name(network), network_size(network)[0], known)
-    elif known:
-        name, size = str(results.get("teacher")), int(results.get("teacher_parameters") or 0)
-        networks[TEACHER] = Network(name, size, known)
+    networks = {STUDENT: _network(student, written_figures(results, STUDENT))}
+    if figures := written_figures(results, TEACHER):
+        size = int(results.get("teacher_parameters") or 0)
+        networks[TEACHER] = Network(str(results.get("teacher")), size, figures)
     return Contents(
         title=folder.resolve().name,
         class_names=list(labels_of(student).values()),
@@ -214,52 +203,50 @@ def _contents(
     )
 
 
+def _network(network: nn.Module, figures: Mapping[str, float]) -> Network:
+    return Network(network_name(network), network_size(network)[0], figures)
+
+
 def _with_images(
     contents: Contents,
     evaluator: Evaluator,
     dataset: EvaluationData,
+    evaluation: Evaluation,
     *,
-    evaluation: Evaluation | None,
-    args: ReportArguments,
-    data: DataArguments,
+    count: int,
 ) -> Contents:
     """The contents with everything that needs the images."""
-    if evaluation is None:
-        evaluation = evaluate_model(
-            evaluator.student,
-            dataset,
-            teacher=evaluator.teacher,
-            batch_size=args.batch_size,
-            ignore_index=evaluator.ignore_index,
-            device=evaluator.device,
-            workers=args.workers,
-        )
     labels = evaluator.id2label
-    figures = {STUDENT: evaluation.student, TEACHER: evaluation.teacher}
+    networks = {STUDENT: _network(evaluator.student, evaluation.student)}
+    if evaluator.teacher is not None:
+        networks[TEACHER] = _network(evaluator.teacher.network, evaluation.teacher)
+    counts, totals = evaluation.rows, SegmentationCounts.zero(len(labels))
     ious = {
-        who: np.array([figures_of(row[None], labels)["miou"] for row in evaluation.rows[who]])
-        for who in evaluation.reliability
+        who: np.array([figures_of(row[None], labels)["miou"] for row in counts[who]])
+        for who in networks
     }
-    chosen = choose(ious[STUDENT], args.max_images)
-    totals = SegmentationCounts.zero(len(labels))
     measured = {
-        who: dataclasses.replace(
-            contents.networks[who],
-            figures=figures[who],
-            confusion=totals.add(evaluation.rows[who]).confusion,
+        who: replace(
+            network,
+            confusion=totals.add(counts[who]).confusion,
             reliability=evaluation.reliability[who],
         )
-        for who in ious
+        for who, network in networks.items()
     }
-    return dataclasses.replace(
+    chosen = choose(ious[STUDENT], count)
+    return replace(
         contents,
         networks=dict(contents.networks) | measured,
         images=shown_images(evaluator, dataset, chosen, ious),
         agreement=evaluation.agreement,
-        measured=(
-            f"Measured in fp32 on the {evaluation.eval_images:,} images of the split "
-            f"{data.eval_split} of {data.dataset}, at {data.image_size} x {data.image_size} pixels."
-        ),
+    )
+
+
+def _measured_on(data: DataArguments, images: int) -> str:
+    side = data.image_size
+    return (
+        f"Measured in fp32 on the {images:,} images of the split {data.eval_split} of "
+        f"{data.dataset}, at {side} x {side} pixels."
     )
 
 
@@ -275,10 +262,10 @@ def report_main(arguments: Sequence[str] | None = None) -> None:
         "  report.py runs/distilled --dataset none   (without images)",
     )
     parser.add_argument("run", help="Output folder of a training.")
-    given = parser.given(arguments)
-    folder = given.pop("run")
-    args = ReportArguments(**settings_of(ReportArguments, given))
-    changed = settings_of(DataArguments, given) | settings_of(ModelArguments, given)
+    flags = parser.given(arguments)
+    folder = flags.pop("run")
+    args = ReportArguments(**settings_of(ReportArguments, flags))
+    changed = settings_of(DataArguments, flags) | settings_of(ModelArguments, flags)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = build_report(folder, args, changed=changed, device=device)
     print(f"Written to {path} ({path.stat().st_size / 2**20:.1f} MiB)")

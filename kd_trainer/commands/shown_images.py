@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -84,12 +83,11 @@ def _cells(evaluator: Evaluator, sample: dict[str, Tensor]) -> dict[str, Picture
     image = sample["pixel_values"].permute(1, 2, 0).numpy()
     truth = sample["labels"].numpy()
     logits = {w: raw.cpu() for w, raw in evaluator.logits(sample["pixel_values"][None]).items()}
-    found: dict[str, Any] = {w: classes_of(raw)[0].numpy() for w, raw in logits.items()}
-    masks = {"truth": truth} | {w: found[w] for w in (TEACHER, STUDENT) if w in found}
+    masks = {w: classes_of(logits[w])[0].numpy() for w in (TEACHER, STUDENT) if w in logits}
     count, ignored = evaluator.settings.num_labels, evaluator.ignore_index
-    cells = {"image": image}
-    cells |= {name: overlay(image, mask, num_labels=count) for name, mask in masks.items()}
-    cells["errors of the student"] = error_map(image, truth, found[STUDENT], ignore_index=ignored)
+    cells = {"image": image, "truth": overlay(image, truth, num_labels=count)}
+    cells |= {who: overlay(image, mask, num_labels=count) for who, mask in masks.items()}
+    cells["errors of the student"] = error_map(image, truth, masks[STUDENT], ignore_index=ignored)
     if TEACHER in logits:
         difference = probability_difference(logits[STUDENT], logits[TEACHER])[0].numpy()
         cells[DIFFERENCE] = difference_map(image, difference)

@@ -1,13 +1,9 @@
-"""The web demo: which models, where it listens, and how it ends."""
+"""The web demo: which models it shows, by flags or by variables of a Space."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import sys
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +18,8 @@ from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.parsing import convert, hints_of
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.web_demo.models import Models, load_demo_student, load_demo_teacher
-from kd_trainer.web_demo.page import MOST_BYTES, STYLE, build_page
+from kd_trainer.web_demo.page import build_page
+from kd_trainer.web_demo.server import check_address, prepare_environment, serve
 
 MOST_EXAMPLES = 12
 # What a hosted demo, which is started without a command line, is told instead.
@@ -43,9 +40,9 @@ class WebDemoArguments:
         THRESHOLD, "Probability from which a pixel of a binary model is found; a slider changes it."
     )
     examples: list[str] | None = help_field(
-        None, f"Pictures, folders or globs to offer under the upload, the first {MOST_EXAMPLES}."
+        None, f"Images, folders or globs to offer under the upload, the first {MOST_EXAMPLES}."
     )
-    repeats: int = help_field(5, "Measured calls of each network for a picture.")
+    repeats: int = help_field(5, "Measured calls of each network for an image.")
     host: str | None = help_field(
         None, "Address to listen on (default: 127.0.0.1); 0.0.0.0 lets everybody on the network in."
     )
@@ -61,7 +58,7 @@ class WebDemoArguments:
             raise ValueError(f"Expected --port from 1 to 65535, got {self.port}.")
 
 
-def from_environment(given: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+def from_environment(flags: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
     """The flags, completed by variables of the environment.
 
     They count only where no model is named on the command line: a variable of such a common name
@@ -70,11 +67,11 @@ def from_environment(given: Mapping[str, Any], environment: Mapping[str, str]) -
     Raises:
         ValueError: if neither names a model.
     """
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings = {name: value for name, value in flags.items() if value is not None}
     if "model" in settings:
         return settings
-    told = {field: environment.get(name) for name, field in SPACE_VARIABLES.items()}
-    settings = {name: value for name, value in told.items() if value} | settings
+    variables = {field: environment.get(name) for name, field in SPACE_VARIABLES.items()}
+    settings = {name: value for name, value in variables.items() if value} | settings
     if "model" not in settings:
         raise ValueError(
             "Expected a student, got none. Name its folder, Hub id or ONNX file behind demo.py, or "
@@ -97,74 +94,17 @@ def load_models(source: str, model: ModelArguments, args: WebDemoArguments) -> M
     return ({} if teacher is None else {TEACHER: teacher}) | {STUDENT: student}
 
 
-def example_pictures(sources: Sequence[str]) -> list[Path]:
-    """The first pictures that the sources name.
+def example_images(sources: Sequence[str]) -> list[Path]:
+    """The first images that the sources name.
 
     Raises:
         FileNotFoundError: if a source names none.
-        ValueError: if one is no readable picture.
+        ValueError: if one is no readable image.
     """
-    found = [path for path in find_pictures(sources) if not is_video(path)][:MOST_EXAMPLES]
-    for path in found:
+    images = [path for path in find_pictures(sources) if not is_video(path)][:MOST_EXAMPLES]
+    for path in images:
         read_picture(path)
-    return found
-
-
-def check_address(host: str, port: int | None) -> None:
-    """Refuse an address that is not this machine's, and a port that is taken.
-
-    gradio searches a free port where none is named; of an address that it cannot listen on it tries
-    each port for seconds.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port or 0, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address, family=family).close()
-    except OSError as error:
-        port_too = "" if port is None else f" and {port}"
-        raise ValueError(
-            "Expected an address of this machine (--host) and a free --port, got "
-            f"{host}{port_too}: {error.strerror}. Name others, or leave both out."
-        ) from error
-
-
-def serve(page: Any, args: WebDemoArguments) -> None:
-    """Show the page until the process is interrupted."""
-    # The reader's own fonts: gradio's half-bold one lacks most letters.
-    themes = require("gradio", extra="demo").themes
-    page.launch(
-        theme=themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        server_name=args.host,
-        server_port=args.port,
-        inbrowser=args.open,
-        css=STYLE,
-        max_file_size=MOST_BYTES,
-        share=False,
-        quiet=True,
-        pwa=False,
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        footer_links=[],
-        prevent_thread_lock=True,
-    )
-    others = " and every other address of this machine" if page.server_name == "0.0.0.0" else ""
-    print(f"Demo: {page.local_url}{others}. Ctrl+C ends it.", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services and containers end it
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("ended")
-    finally:
-        page.close(verbose=False)
-
-
-def prepare_environment(folder: str) -> None:
-    """What gradio reads when it is imported: nobody is told, and uploads go to `folder`."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["GRADIO_TEMP_DIR"] = folder
-    # It asks itself whether it answers; a proxy cannot know.
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
+    return images
 
 
 def web_demo_main(arguments: Sequence[str] | None = None) -> None:
@@ -172,7 +112,7 @@ def web_demo_main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of_saved(
         (WebDemoArguments, ModelArguments),
         "demo.py",
-        "A page on which a dropped photograph is segmented by student and teacher, with a slider "
+        "A page on which a dropped image is segmented by student and teacher, with a slider "
         "between them, their difference, milliseconds and sizes. Needs pip install '.[demo]', and "
         "no network.",
         "Examples:\n  demo.py runs/distilled/student --teacher runs/teacher/student\n"
@@ -184,14 +124,14 @@ def web_demo_main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "model", nargs="?", help="Saved student: a folder, a Hub id or an ONNX file of export.py."
     )
-    given = from_environment(parser.given(arguments), os.environ)
-    source = given.pop("model")
-    args, model = parser.parse_dict(given)
+    flags = from_environment(parser.given(arguments), os.environ)
+    source = flags.pop("model")
+    args, model = parser.parse_dict(flags)
     with tempfile.TemporaryDirectory(prefix="kd_trainer-demo-") as folder:
         prepare_environment(folder)
         require("gradio", extra="demo")
         check_address(args.host or "127.0.0.1", args.port)
-        examples = example_pictures(args.examples or [])
+        examples = example_images(args.examples or [])
         models = load_models(source, model, args)
         page = build_page(models, threshold=args.threshold, repeats=args.repeats, examples=examples)
-        serve(page, args)
+        serve(page, host=args.host, port=args.port, open_browser=args.open)

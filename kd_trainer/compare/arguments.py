@@ -106,30 +106,31 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
     Raises:
         ValueError: on unknown flags, wrong values, or flags that cannot go together.
     """
-    given = compare_parser().given(arguments)
-    own = settings_of(CompareArguments, given)
-    given = {name: value for name, value in given.items() if name not in own}
-    config, dry_run = given.pop("config"), given.pop("dry_run")
-    output = Path(given.pop("output_dir", DEFAULT_OUTPUT))
+    flags = compare_parser().given(arguments)
+    chosen = settings_of(CompareArguments, flags)
+    flags = {name: value for name, value in flags.items() if name not in chosen}
+    config, dry_run = flags.pop("config"), flags.pop("dry_run")
+    output = Path(flags.pop("output_dir", DEFAULT_OUTPUT))
     for name, message in _NOT_TAKEN.items():
-        if name in given:
+        if name in flags:
             raise ValueError(message)
-    if "seeds" in own and "seed_list" in own:
+    if "seeds" in chosen and "seed_list" in chosen:
         raise ValueError("Expected --seeds or --seed_list, got both. Leave one out.")
-    args = CompareArguments(**own)
+    args = CompareArguments(**chosen)
     if args.merge is not None:
-        settings = {n: given.pop(n) for n in ("trust_remote_code",) if n in given}
-        unused = [*given, *(n for n in ("seeds", "seed_list", "only", "baselines") if n in own)]
-        if unused or dry_run:
+        settings = {n: flags.pop(n) for n in ("trust_remote_code",) if n in flags}
+        of_training = [n for n in ("seeds", "seed_list", "only", "baselines") if n in chosen]
+        unused = [*flags, *of_training, *(["dry_run"] if dry_run else [])]
+        if unused:
             raise ValueError(
                 f"Expected --merge with --output_dir, --bootstrap and --latency_repeats only, got "
-                f"--{unused[0] if unused else 'dry_run'}. It trains nothing: leave that out."
+                f"--{unused[0]}. It trains nothing: leave that out."
             )
         return Comparison(args, settings, output)
-    settings = merged(config, given)
+    settings = merged(config, flags)
     # A configuration that a run has written may hold these.
     settings = {k: v for k, v in settings.items() if k not in _NOT_TAKEN or k == "seed"}
-    if "report" not in given:
+    if "report" not in flags:
         settings["report"] = False  # one page a run, that nobody asked for
-    check_given(build(settings), given)
+    check_given(build(settings), flags)
     return Comparison(args, settings, output, dry_run)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.costs import alone
+from kd_trainer.costs import without_teacher
 
 KINDS = ("baseline", "distilled")
 
@@ -16,54 +16,54 @@ class Budget:
     """What both kinds of run spend.
 
     Attributes:
-        updates: optimizer updates of every run.
-        per_epoch: updates in one epoch of each kind.
+        steps: optimizer steps of every run.
+        per_epoch: steps in one epoch of each kind.
         images: training images of each kind.
     """
 
-    updates: int
+    steps: int
     per_epoch: dict[str, int]
     images: dict[str, int]
 
     @property
     def left_out(self) -> int:
-        """Photographs without masks that the baseline cannot use."""
+        """Images without masks that the baseline cannot use."""
         return self.images["distilled"] - self.images["baseline"]
 
     def epochs(self, kind: str) -> float:
         """Passes over the training images of a kind of run."""
-        return self.updates / self.per_epoch[kind]
+        return self.steps / self.per_epoch[kind]
 
     def sentence(self) -> str:
         """What is equal, and what could not be."""
-        text = f"Every run makes {self.updates:,} updates"
+        text = f"Every run makes {self.steps:,} steps"
         if not self.left_out:
             return f"{text} (epochs of the same images: {self.epochs('distilled'):g})."
         return (
-            f"{text}. The baseline cannot use the {self.left_out:,} photographs without masks, so "
+            f"{text}. The baseline cannot use the {self.left_out:,} images without masks, so "
             f"it makes them in {self.epochs('baseline'):.4g} epochs of {self.images['baseline']:,} "
             f"images, the distilled student in {self.epochs('distilled'):.4g} of "
             f"{self.images['distilled']:,}. Warm-up, unfreezing and evaluations of the baseline "
-            "come at the same updates; units are freed at the nearest whole epoch."
+            "come at the same steps; units are freed at the nearest whole epoch."
         )
 
 
 def baseline_settings(
     settings: dict[str, Any], args: DistillationArguments, budget: Budget
 ) -> dict[str, Any]:
-    """Settings of the baseline: the distilled run's without its teacher, of the same updates.
+    """Settings of the baseline: the distilled run's without its teacher, of the same steps.
 
-    Schedules count in epochs. Without the unlabelled photographs an epoch is shorter, so they are
-    stretched until everything happens at the update at which it does in the distilled run: also the
+    Schedules count in epochs. Without the unlabelled images an epoch is shorter, so they are
+    stretched until everything happens at the step at which it does in the distilled run: also the
     evaluations, as the best of more of them would be an advantage.
     """
-    result = alone(settings)
+    result = without_teacher(settings)
     if not budget.left_out:
         return result
-    own, theirs = (budget.per_epoch[kind] for kind in KINDS)
-    longer = theirs / own
+    every = budget.per_epoch["distilled"]
+    longer = every / budget.per_epoch["baseline"]
     result |= {
-        "max_steps": budget.updates,
+        "max_steps": budget.steps,
         "num_train_epochs": budget.epochs("baseline"),
         "warmup_epochs": args.warmup_epochs * longer,
         "unfreeze_warmup_epochs": args.unfreeze_warmup_epochs * longer,
@@ -73,5 +73,5 @@ def baseline_settings(
     }
     for what in ("eval", "save"):
         if getattr(args, f"{what}_strategy") == "epoch":
-            result |= {f"{what}_strategy": "steps", f"{what}_steps": theirs}
+            result |= {f"{what}_strategy": "steps", f"{what}_steps": every}
     return result

@@ -12,20 +12,13 @@ import numpy.typing as npt
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.evaluation import (
-    AGREEMENT,
-    Evaluator,
-    RowCounter,
-    agreement_of,
-    figures_of,
-)
+from kd_trainer.evaluation import AGREEMENT, Evaluator, RowCounter, agreement_of, figures_of
 from kd_trainer.files import replacing_file
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.teacher import Teacher
 
 Rows = npt.NDArray[np.int32]
-_TABLES = (STUDENT, TEACHER, AGREEMENT)
 
 
 @dataclass(frozen=True)
@@ -42,14 +35,9 @@ class ImageCounts:
     teacher: Rows
     agreement: Rows
 
-    @property
-    def num_labels(self) -> int:
-        """Number of classes K, from the K·K + 2·K columns."""
-        return round((self.student.shape[1] + 1) ** 0.5) - 1
-
     def confusion(self) -> npt.NDArray[np.int64]:
         """The student's pixels by [truth, prediction], int64 (N, K, K)."""
-        k = self.num_labels
+        k = round((self.student.shape[1] + 1) ** 0.5) - 1  # from the K·K + 2·K columns
         return self.student[:, : k * k].reshape(-1, k, k).astype(np.int64)
 
     def figures(self, id2label: dict[int, str]) -> dict[str, dict[str, float]]:
@@ -59,9 +47,8 @@ class ImageCounts:
 
     def save(self, path: Path) -> None:
         """Write them, all or nothing."""
-        tables: dict[str, Any] = {name: getattr(self, name) for name in _TABLES}
         with replacing_file(path) as unfinished:
-            np.savez_compressed(unfinished, **tables)
+            np.savez_compressed(unfinished, **vars(self))
 
 
 def load_counts(path: Path) -> ImageCounts:
@@ -72,18 +59,17 @@ def load_counts(path: Path) -> ImageCounts:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            tables: dict[str, Any] = {name: file[name] for name in _TABLES}
+            return ImageCounts(*(file[name] for name in (STUDENT, TEACHER, AGREEMENT)))
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"Expected the counts of a run in {path}, got a file that cannot be read ({error}). "
             "Delete it: compare.py writes it again if the student is there."
         ) from error
-    return ImageCounts(**tables)
 
 
 def count_images(
     student: SmpForSemanticSegmentation,
-    teacher: Teacher,
+    teacher: Teacher | None,
     dataset: TransformedDataset | StreamedDataset,
     args: DistillationArguments,
     *,
@@ -95,5 +81,5 @@ def count_images(
     counter = RowCounter(evaluator.settings)
     size = args.per_device_eval_batch_size
     evaluator.run(dataset, counter, batch_size=size, batches=batches, title="count")
-    tables = {name: rows.astype(np.int32) for name, rows in counter.rows().items()}
+    tables: dict[str, Any] = {who: rows.astype(np.int32) for who, rows in counter.rows().items()}
     return ImageCounts(**tables)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.arguments import ModelArguments
 from kd_trainer.compare.budget import KINDS
 from kd_trainer.compare.results import FinishedRun
 from kd_trainer.compare.tables import markdown
 from kd_trainer.costs import costs, file_mib
 from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, make_teacher, network_name
-from kd_trainer.metrics import (
-    GapClosed,
-    Interval,
-    Mean,
-    bootstrap_difference,
-    gap_closed,
-    mean_of,
-)
-from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.teacher import Teacher
+from kd_trainer.metrics import Mean, bootstrap_difference, gap_closed, mean_of
+from kd_trainer.parsing import settings_of
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")
 
@@ -66,47 +59,41 @@ def write_report(
 def summarise(runs: Sequence[FinishedRun], resamples: int) -> dict[str, Any]:
     """Everything that follows from the files of the runs alone; None is what is not known."""
     by_kind = {kind: [run for run in runs if run.kind == kind] for kind in KINDS}
-    means = {kind: _metric_means(own) for kind, own in by_kind.items()}
-    teacher = runs[0].figures["teacher"] if runs else {}
-    both = all(by_kind.values())
-    gap = None
-    if both:
-        one = Mean(teacher["miou"], None, 1)
-        gap = gap_closed(one, *(_known(means[kind]["miou"]) for kind in KINDS))
+    first = runs[0] if runs else None
+    teacher = first.figures["teacher"] if first else {}
+    gap = interval = None
+    if all(by_kind.values()):
+        gap = _gap(teacher["miou"], by_kind)
+        tables = {k: np.stack([r.counts.confusion() for r in by_kind[k]]) for k in KINDS}
+        interval = asdict(
+            bootstrap_difference(tables["distilled"], tables["baseline"], resamples=resamples)
+        )
     return {
         "teacher": {
-            "source": runs[0].note.get("teacher") if runs else None,
+            "source": first.note.get("teacher") if first else None,
             "metrics": {name: _finite(teacher.get(name)) for name in METRICS},
         },
-        **{
-            kind: {
-                "seeds": [run.seed for run in own],
-                "metrics": means[kind],
-                "train_seconds": _mean([run.train_seconds for run in own]),
-                "peak_memory_mib": _mean([run.peak_memory_mib for run in own]),
-                "train_images": own[0].results.get("train_images") if own else None,
-                "epochs": own[0].results.get("epochs") if own else None,
-            }
-            for kind, own in by_kind.items()
-        },
-        "updates": runs[0].note.get("updates") if runs else None,
+        **{kind: _of_kind(group) for kind, group in by_kind.items()},
+        "updates": first.note.get("updates") if first else None,
         "left_out_by_baseline": max((run.note.get("left_out") or 0 for run in runs), default=0),
         "difference": _paired(by_kind),
-        "gap_closed": None if gap is None else _gap(gap),
-        "bootstrap": _interval(by_kind, resamples) if both else None,
-        "eval_images": len(runs[0].counts.student) if runs else None,
+        "gap_closed": gap,
+        "bootstrap": interval,
+        "eval_images": len(first.counts.student) if first else None,
         "runs": [_row(run) for run in runs],
         "versions": _versions(runs),
     }
 
 
-def _known(mean: dict[str, Any] | None) -> Mean:
-    assert mean is not None  # an mIoU exists wherever a pixel was labelled
-    return Mean(mean["mean"], mean["standard_error"], mean["seeds"])
-
-
-def _metric_means(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any] | None]:
-    return {name: _mean([run.figures["student"][name] for run in runs]) for name in METRICS}
+def _of_kind(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    return {
+        "seeds": [run.seed for run in runs],
+        "metrics": {n: _mean([run.figures["student"][n] for run in runs]) for n in METRICS},
+        "train_seconds": _mean([run.train_seconds for run in runs]),
+        "peak_memory_mib": _mean([run.peak_memory_mib for run in runs]),
+        "train_images": runs[0].results.get("train_images") if runs else None,
+        "epochs": runs[0].results.get("epochs") if runs else None,
+    }
 
 
 def _finite(value: float | None) -> float | None:
@@ -116,21 +103,25 @@ def _finite(value: float | None) -> float | None:
 
 def _mean(values: Sequence[float | None]) -> dict[str, Any] | None:
     """Mean over the runs; None if it is not known of all of them."""
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    if not known or len(known) < len(values):
+    finite = [v for v in values if v is not None and math.isfinite(v)]
+    if not finite or len(finite) < len(values):
         return None
-    mean = mean_of(known)
+    mean = mean_of(finite)
     return {"mean": mean.value, "standard_error": mean.error, "seeds": mean.count}
 
 
 def _paired(by_kind: dict[str, list[FinishedRun]]) -> dict[str, Any] | None:
     """Distilled − baseline in mIoU, seed by seed: what a seed does to both cancels."""
-    scores = {k: {r.seed: r.figures["student"]["miou"] for r in own} for k, own in by_kind.items()}
-    seeds = sorted(scores["baseline"].keys() & scores["distilled"].keys())
-    return _mean([scores["distilled"][s] - scores["baseline"][s] for s in seeds])
+    baseline, distilled = (
+        {run.seed: run.figures["student"]["miou"] for run in by_kind[kind]} for kind in KINDS
+    )
+    return _mean([distilled[s] - baseline[s] for s in sorted(baseline.keys() & distilled.keys())])
 
 
-def _gap(gap: GapClosed) -> dict[str, Any]:
+def _gap(teacher: float, by_kind: dict[str, list[FinishedRun]]) -> dict[str, Any]:
+    scores = {k: [r.figures["student"]["miou"] for r in runs] for k, runs in by_kind.items()}
+    means = (mean_of(scores[kind]) for kind in KINDS)
+    gap = gap_closed(Mean(teacher, None, 1), *means)
     return {
         "value": gap.closed,
         "standard_error": gap.error,
@@ -140,14 +131,6 @@ def _gap(gap: GapClosed) -> dict[str, Any]:
         "conditional_on_the_teacher": gap.conditional,
         "sentence": gap.sentence(),
     }
-
-
-def _interval(by_kind: dict[str, list[FinishedRun]], resamples: int) -> dict[str, Any]:
-    tables = {k: np.stack([run.counts.confusion() for run in own]) for k, own in by_kind.items()}
-    found: Interval = bootstrap_difference(
-        tables["distilled"], tables["baseline"], resamples=resamples
-    )
-    return asdict(found)
 
 
 def _row(run: FinishedRun) -> dict[str, Any]:
@@ -163,50 +146,39 @@ def _row(run: FinishedRun) -> dict[str, Any]:
 
 def _versions(runs: Sequence[FinishedRun]) -> dict[str, str]:
     """Version of each library; all of them where runs used different ones."""
-    found: dict[str, dict[str, None]] = {}
+    versions: dict[str, dict[str, None]] = {}
     for run in runs:
         for name, version in run.results.get("versions", {}).items():
-            found.setdefault(name, {})[version] = None
-    return {name: ", ".join(versions) for name, versions in found.items()}
+            versions.setdefault(name, {})[version] = None
+    return {name: ", ".join(several) for name, several in versions.items()}
 
 
 def measured_costs(
     runs: Sequence[FinishedRun], repeats: int, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Costs of student and teacher, where their weights are here; what is missing is None."""
-    networks: dict[str, nn.Module] = {}
-    sides: dict[str, int] = {}
-    files: dict[str, float | None] = {}
-    run = next((r for r in runs if (r.folder / "student" / "model.safetensors").is_file()), None)
-    if run is not None:
-        student = load_student(run.folder / "student")
-        networks["student"], sides["student"] = student, int(run.config["image_size"])
-        files["student"] = file_mib(run.folder / "student")
-        distilled = next((r for r in runs if r.kind == "distilled"), None)
-        teacher = None if distilled is None else _teacher(distilled, student, trust_remote_code)
-        if teacher is not None:
-            networks["teacher"] = teacher.network
+    result: dict[str, Any] = {"student": None, "teacher": None, "load": None}
+    folders = [run.folder / "student" for run in runs]
+    folder = next((f for f in folders if (f / "model.safetensors").is_file()), None)
+    if folder is None:
+        return result
+    student = load_student(folder)
+    networks: dict[str, nn.Module] = {"student": student}
+    sides, files = {"student": student.config.image_size}, {"student": str(folder)}
+    distilled = next((run for run in runs if run.kind == "distilled"), None)
+    if distilled is not None:
+        model = settings_of(ModelArguments, distilled.config)
+        model["trust_remote_code"] = trust_remote_code
+        with suppress(FileNotFoundError):  # a machine that does not have it
+            teacher = make_teacher(
+                ModelArguments(**model), student, image_size=int(distilled.config["image_size"])
+            )
+            assert teacher is not None
+            networks["teacher"], files["teacher"] = teacher.network, str(model["teacher"])
             sides["teacher"] = teacher.image_size or sides["student"]
-            files["teacher"] = file_mib(str(distilled.config["teacher"]))  # type: ignore[union-attr]
-    load = os.getloadavg()[0] if networks and repeats else None
-    measured = costs(networks, sides, repeats)
-    found: dict[str, Any] = {"student": None, "teacher": None, "load": load}
-    for name, network in networks.items():
-        found[name] = {"network": network_name(network), "file_mib": files[name]} | measured[name]
-    return found
-
-
-def _teacher(
-    run: FinishedRun, student: SmpForSemanticSegmentation, trust_remote_code: bool
-) -> Teacher | None:
-    """The teacher of a distilled run; None on a machine that does not have it."""
-    model, data = (
-        {k: v for k, v in run.config.items() if k in cls.__dataclass_fields__}
-        for cls in (ModelArguments, DataArguments)
-    )
-    arguments = ModelArguments(**(model | {"trust_remote_code": trust_remote_code}))
-    size = DataArguments(**data).image_size
-    try:
-        return make_teacher(arguments, student, image_size=size)
-    except FileNotFoundError:
-        return None
+    if repeats:
+        result["load"] = os.getloadavg()[0]
+    for name, measured in costs(networks, sides, repeats).items():
+        of_files = {"network": network_name(networks[name]), "file_mib": file_mib(files[name])}
+        result[name] = of_files | measured
+    return result

@@ -19,6 +19,7 @@ from kd_trainer.compare.runs import (
     COUNTS,
     NOTE,
     OF_THE_DISTILLATION,
+    training_seconds_of,
     written_note,
     written_results,
 )
@@ -33,7 +34,7 @@ _ROUNDING = 1e-3
 _PATHS = ("dataset", "teacher", "unlabelled", "encoder_weights", "student")
 _BY_SEED = frozenset({"seed", "use_cpu"}) | WITHOUT_EFFECT
 _BY_TEACHER = frozenset({"teacher", "unlabelled"}) | OF_THE_DISTILLATION
-# Stretched for a baseline without the unlabelled photographs.
+# Stretched for a baseline without the unlabelled images.
 _STRETCHED = frozenset(
     {"max_steps", "num_train_epochs", "warmup_epochs", "unfreeze_warmup_epochs"}
     | {"unfreeze_start_epoch", "unfreeze_every", "eval_strategy", "save_strategy"}
@@ -76,14 +77,13 @@ class FinishedRun:
     @property
     def train_seconds(self) -> float | None:
         """Time of the training; None if only its last part was measured."""
-        whole = self.note.get("starts") == 1 or self.note.get("whole_time", False)
-        return self.results.get("train_seconds") if whole else None
+        return training_seconds_of(self.results, self.note)
 
     @property
     def peak_memory_mib(self) -> float | None:
         """Peak memory of the training; None if it may be that of another run."""
-        own = self.note.get("memory_is_its_own") and self.note.get("starts") == 1
-        return self.results.get("peak_memory_mib") if own else None
+        alone = self.note.get("memory_is_its_own") and self.note.get("starts") == 1
+        return self.results.get("peak_memory_mib") if alone else None
 
 
 def read_runs(
@@ -100,21 +100,21 @@ def read_runs(
         FileNotFoundError: if a folder is missing, or has no runs, or a run lacks a file.
         ValueError: if runs do not belong together; says which and why.
     """
-    found: dict[tuple[int, str], FinishedRun] = {}
+    runs: dict[tuple[int, str], FinishedRun] = {}
     places: list[tuple[Path, Sequence[str]]] = [(folder, KINDS) for folder in folders]
     if baselines is not None:
         places = [(baselines, ("baseline",)), *((folder, ("distilled",)) for folder in folders)]
     for folder, kinds in places:
         for run in _runs_in(folder, seeds, kinds):
-            same = found.setdefault((run.seed, run.kind), run)
+            same = runs.setdefault((run.seed, run.kind), run)
             if not np.array_equal(same.counts.student, run.counts.student):
                 raise ValueError(
                     f"Expected one run of {run.kind} seed {run.seed}, got two with other figures, "
                     f"in {same.folder} and {run.folder}. Merge only one of them."
                 )
-    runs = [found[key] for key in sorted(found)]
-    check_comparable(runs)
-    return runs
+    ordered = [runs[key] for key in sorted(runs)]
+    check_comparable(ordered)
+    return ordered
 
 
 def _runs_in(folder: Path, seeds: list[int] | None, kinds: Sequence[str]) -> list[FinishedRun]:
@@ -160,24 +160,24 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         unread = OF_THE_DISTILLATION if run.kind == "baseline" else frozenset()
         _check_settings(first, run, _BY_SEED | unread)
         _check_data(runs[0], run)
-    by_kind = {kind: next((r for r in runs if r.kind == kind), None) for kind in KINDS}
-    baseline, distilled = by_kind["baseline"], by_kind["distilled"]
-    if baseline is not None and distilled is not None:
+    first_of = {run.kind: run for run in reversed(runs)}
+    if len(first_of) == len(KINDS):
+        baseline, distilled = (first_of[kind] for kind in KINDS)
         stretched = _STRETCHED if baseline.note.get("left_out") else frozenset()
         _check_settings(baseline, distilled, _BY_SEED | _BY_TEACHER | stretched)
 
 
 def _check_settings(one: FinishedRun, other: FinishedRun, ignored: frozenset[str]) -> None:
-    settings = _portable(one.config), _portable(other.config)
-    found = [str(difference) for difference in differences(*settings, ignored)]
+    others = differences(_portable(one.config), _portable(other.config), ignored)
     for key in ("updates", "teacher_weights"):
         values = one.note.get(key), other.note.get(key)
         if values[0] != values[1]:
-            found.append(str(Difference(key, *values)))
-    if found:
+            others.append(Difference(key, *values))
+    if others:
         raise ValueError(
             f"Expected runs of the same settings, got {one.name} and {other.name} with other: "
-            f"{'; '.join(found)}. Compare runs that differ in the seed and the teacher only."
+            f"{'; '.join(map(str, others))}. Compare runs that differ in the seed and the teacher "
+            "only."
         )
 
 

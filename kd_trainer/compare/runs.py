@@ -24,8 +24,6 @@ from kd_trainer.losses import TERMS
 from kd_trainer.run_folder import NOTE_SHAPE, RESULTS_SHAPE, read_object, written_settings
 
 COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
-
-
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
@@ -68,7 +66,7 @@ class PlannedRun:
     @property
     def folder(self) -> Path:
         """Where it goes."""
-        return Path(str(self.run.training.output_dir))
+        return self.run.output
 
     @property
     def name(self) -> str:
@@ -86,9 +84,9 @@ class PlannedRun:
         return self.trained and all((self.folder / name).is_file() for name in (COUNTS, NOTE))
 
     def checkpoint(self) -> int:
-        """Update of the newest complete checkpoint; 0 without one."""
-        found = checkpoint_folders(self.folder)
-        return max((step_of(p) for p in found if fault(p, contents=False) is None), default=0)
+        """Step of the newest complete checkpoint; 0 without one."""
+        folders = checkpoint_folders(self.folder)
+        return max((step_of(p) for p in folders if fault(p, contents=False) is None), default=0)
 
     def check(self) -> None:
         """Refuse a folder that holds a run of other settings.
@@ -96,25 +94,23 @@ class PlannedRun:
         Raises:
             ValueError: says which settings differ.
         """
-        path = self.folder / "config.yaml"
-        if not path.is_file():
+        if not (self.folder / "config.yaml").is_file():
             return
-        before = written_settings(self.folder)
         learn_from_sources(self.run)  # as the run did before it wrote its settings
+        before = written_settings(self.folder)
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
         unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
-        found = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
-        note = {"teacher_weights": self.teacher_weights, "updates": self.budget.updates}
-        note |= written_note(self.folder)
-        if note["teacher_weights"] != self.teacher_weights:
-            found.append("the weights of the teacher")
-        if note["updates"] != self.budget.updates:
-            found.append(f"updates {note['updates']} → {self.budget.updates}")
-        if found:
+        others = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
+        note, steps = written_note(self.folder), self.budget.steps
+        if note.get("teacher_weights", self.teacher_weights) != self.teacher_weights:
+            others.append("the weights of the teacher")
+        if note.get("updates", steps) != steps:
+            others.append(f"updates {note['updates']} → {steps}")
+        if others:
             raise ValueError(
                 f"Expected the settings of the run in {self.folder}, got others: "
-                f"{'; '.join(found)}. Name another --output_dir, give the same settings, or delete "
-                "that folder."
+                f"{'; '.join(others)}. Name another --output_dir, give the same settings, or "
+                "delete that folder."
             )
 
     def execute(self, train: Callable[[RunArguments], Any]) -> None:
@@ -129,7 +125,6 @@ class PlannedRun:
             self._write_note(starts=0, memory_is_its_own=False)  # made by train.py
         gc.collect()
         parts = assemble(self.reference)
-        assert parts.teacher is not None
         assert parts.eval_dataset is not None
         count_images(
             load_student(self.folder / "student"),
@@ -155,7 +150,7 @@ class PlannedRun:
             "starts": starts,
             "whole_time": starts > 0,  # results.json counts the seconds of all starts
             "memory_is_its_own": memory_is_its_own,
-            "updates": self.budget.updates,
+            "updates": self.budget.steps,
             "left_out": self.budget.left_out if self.kind == "baseline" else 0,
             "teacher": self.reference.model.teacher,
             "teacher_weights": self.teacher_weights,
@@ -171,14 +166,13 @@ def plan_runs(
     planned = []
     for seed in seeds:
         for kind in kinds:
-            own = settings | {"seed": seed, "output_dir": str(folder / f"{kind}_seed{seed}")}
-            reference = build(own)
-            run = reference
+            output = str(folder / f"{kind}_seed{seed}")
+            of_seed = settings | {"seed": seed, "output_dir": output}
+            run = reference = build(of_seed)
             if kind == "baseline":
-                run = build(baseline_settings(own, reference.training, budget))
-            one = PlannedRun(kind, seed, run, reference, budget, weights)
-            one.check()
-            planned.append(one)
+                run = build(baseline_settings(of_seed, reference.training, budget))
+            planned.append(PlannedRun(kind, seed, run, reference, budget, weights))
+            planned[-1].check()
     return planned
 
 
@@ -190,3 +184,9 @@ def written_results(folder: Path) -> dict[str, Any]:
 def written_note(folder: Path) -> dict[str, Any]:
     """What results.json does not say; empty where compare.py made no such note."""
     return read_object(folder / NOTE, NOTE_SHAPE)
+
+
+def training_seconds_of(results: dict[str, Any], note: dict[str, Any]) -> float | None:
+    """Time of the training of a run; None if only its last part was measured."""
+    whole = note.get("starts") == 1 or note.get("whole_time", False)
+    return results.get("train_seconds") if whole else None

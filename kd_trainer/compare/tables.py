@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kd_trainer.console import markdown_table
+from kd_trainer.console import markdown_table, number
 from kd_trainer.costs import duration
 
 UNKNOWN = "not measured"
@@ -42,10 +42,10 @@ def _budget(summary: dict[str, Any]) -> str:
         f"with one (distilled, seeds {seeds['distilled'] or 'none'})"
     )
     if summary["updates"] is not None:
-        text += f", {summary['updates']:,} updates each"
+        text += f", {summary['updates']:,} steps each"
     if summary["left_out_by_baseline"]:
         text += (
-            f". The baseline leaves out {summary['left_out_by_baseline']:,} photographs without "
+            f". The baseline leaves out {summary['left_out_by_baseline']:,} images without "
             "masks and sees the others more often instead"
         )
     return text + "."
@@ -55,7 +55,7 @@ def _quality(summary: dict[str, Any]) -> str:
     rows = []
     for key, name in _METRICS.items():
         teacher = summary["teacher"]["metrics"][key]
-        cells = ["—" if key == "agreement" else _number(teacher, 4)]
+        cells = ["—" if key == "agreement" else number(teacher, ",.4f", UNKNOWN)]
         cells += [_with_error(summary[kind]["metrics"][key]) for kind in ("baseline", "distilled")]
         rows.append([name, *cells])
     table = markdown_table(["", "teacher", "baseline", "distilled"], rows)
@@ -71,10 +71,6 @@ def _with_error(mean: dict[str, Any] | None, digits: int = 4) -> str:
     if mean["standard_error"] is None:
         return f"{text} (one seed)"
     return f"{text} ± {mean['standard_error']:.{digits}f}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return UNKNOWN if value is None else f"{value:,.{digits}f}"
 
 
 def _findings(summary: dict[str, Any]) -> str:
@@ -105,9 +101,9 @@ def _costs(costs: dict[str, Any]) -> str:
             [
                 who,
                 one.get("network", UNKNOWN),
-                _number(one.get("parameters"), 0),
-                _number(None if multiplications is None else multiplications / 1e9, 2),
-                _number(one.get("file_mib"), 1),
+                number(one.get("parameters"), ",.0f", UNKNOWN),
+                number(None if multiplications is None else multiplications / 1e9, ",.2f", UNKNOWN),
+                number(one.get("file_mib"), ",.1f", UNKNOWN),
                 str(one.get("side", UNKNOWN)),
             ]
         )
@@ -121,7 +117,7 @@ def _latency(costs: dict[str, Any]) -> str:
             who,
             row["engine"],
             str(row["threads"]),
-            *(_number(row[key], 2) for key in ("median", "percentile_95")),
+            *(number(row[key], ",.2f", UNKNOWN) for key in ("median", "percentile_95")),
             str(row["repeats"]),
         ]
         for who in ("teacher", "student")
@@ -133,7 +129,7 @@ def _latency(costs: dict[str, Any]) -> str:
     table = markdown_table(header, rows)
     load = costs["load"]
     busy = "" if load is None else f" Load of the machine at the start: {load:.1f}."
-    return f"{table}\n\nOne picture on the CPU, networks called in turn.{busy}"
+    return f"{table}\n\nOne image on the CPU, networks called in turn.{busy}"
 
 
 def _training(summary: dict[str, Any]) -> str:
@@ -144,10 +140,10 @@ def _training(summary: dict[str, Any]) -> str:
         rows.append(
             [
                 kind,
-                _number(one["train_images"], 0),
+                number(one["train_images"], ",.0f", UNKNOWN),
                 UNKNOWN if one["epochs"] is None else f"{one['epochs']:.4g}",
                 UNKNOWN if seconds is None else duration(seconds["mean"]),
-                _number((one["peak_memory_mib"] or {}).get("mean"), 0),
+                number((one["peak_memory_mib"] or {}).get("mean"), ",.0f", UNKNOWN),
             ]
         )
     header = ["", "images", "epochs", "time a run", "peak memory MiB"]
@@ -157,7 +153,7 @@ def _training(summary: dict[str, Any]) -> str:
 def _runs(runs: Sequence[dict[str, Any]]) -> str:
     rows = [
         [run["kind"], str(run["seed"])]
-        + [_number(run[key], 4) for key in _METRICS]
+        + [number(run[key], ",.4f", UNKNOWN) for key in _METRICS]
         + [UNKNOWN if run["train_seconds"] is None else duration(run["train_seconds"])]
         for run in runs
     ]

@@ -18,12 +18,12 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.build import Parts, image_count
 from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import (
-    alone,
     duration,
     peak_memory_mib,
     reset_peak_memory,
     total_updates,
     updates_per_epoch,
+    without_teacher,
 )
 from kd_trainer.doctor.finding import Finding, fault, note, ok
 from kd_trainer.optim import unit_parameters
@@ -243,7 +243,7 @@ def measure_update(
         "unfreeze_every": 0,
     }
     cached = run.training.teacher_targets == "cached"
-    given = alone(run.given) if cached else run.given
+    given = without_teacher(run.given) if cached else run.given
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = build(given | quiet | changed | {"output_dir": folder}).training

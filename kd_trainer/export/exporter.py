@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +36,12 @@ from kd_trainer.export.onnx_file import (
 from kd_trainer.export.parity import CheckBatch, Network, Parity, Reference, compare
 from kd_trainer.export.quantize import Quantiser
 from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.files import check_replaceable, replacing_file, replacing_folder, write_json
 from kd_trainer.models.configuration_smp import build_network
 from kd_trainer.models.image_processing import resize_image
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
+from kd_trainer.sources import public_name
 
 FILES = {
     "onnx": "student.onnx",
@@ -50,6 +56,8 @@ MOST_DIFFERENCE, LEAST_MASK_IOU = 1e-3, 0.999
 LEAST_MASK_IOU_HALF = 0.99
 MOST_DROP, LEAST_MASK_IOU_INT8 = 0.5, 0.97
 METADATA_FILE = "metadata.json"
+RESULTS = "export.json"
+PACKAGES = {"onnx": ("torch", "onnx", "onnxscript", "onnxruntime"), "torch": ("torch",)}
 Sample = tuple[Tensor, Tensor | None]
 
 
@@ -394,3 +402,96 @@ def at_another_size(samples: Sequence[Sample], size: int, multiple: int) -> list
     images = [image for image, _ in samples[:3]]
     height, width = size + multiple, size + 2 * multiple
     return [(torch.stack([resize_image(p, height, width) for p in images]), None)]
+
+
+def export_student(
+    student: SmpForSemanticSegmentation, args: ExportArguments, data: DataArguments
+) -> dict[str, Any]:
+    """Export a student, check it, and only then put the file and the figures into the folder.
+
+    Args:
+        student: moved to the CPU and set to eval mode.
+        args: format, folder and images.
+        data: where the images come from, unless `args.images` names them.
+
+    Returns:
+        What export.json says about this format.
+
+    Raises:
+        ValueError: if there are no images, or the export is not good enough; nothing is written.
+        FileNotFoundError: if images are missing.
+    """
+    output = Path(args.output)
+    earlier = read_object(output / RESULTS, EXPORTS_SHAPE)
+    student.cpu().eval()
+    target = output / args.file_name
+    if args.format == "smp":
+        check_replaceable(target, "output")
+    samples = samples_of(args, data, data.eval_split, args.check_images)
+    with tempfile.TemporaryDirectory(prefix="kd_trainer-export-") as work:
+        exporter = Exporter(student, args, samples, Path(work), ignore_index=data.ignore_index)
+        result = _result(exporter, data)
+        output.mkdir(parents=True, exist_ok=True)
+        _put(exporter.path, target)
+    result["images_of"] = public_name(data.dataset) if data.dataset else "pictures"
+    write_json(output / RESULTS, earlier | {args.entry: result})
+    return result
+
+
+def _put(made: Path, target: Path) -> None:
+    """Put a checked file or folder where it belongs, whole."""
+    if made.is_dir():
+        with replacing_folder(target, "output") as folder:
+            shutil.copytree(made, folder, dirs_exist_ok=True)
+        return
+    with replacing_file(target) as partial:
+        shutil.copyfile(made, partial)  # from another disk, maybe
+
+
+def samples_of(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
+    """Images to check or to calibrate with, from `--images` or of a split."""
+    if args.images:
+        return from_images(args.images, data.image_size, count)
+    return from_dataset(data, split, count)
+
+
+def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
+    """Write, check at both sizes, and describe."""
+    args, student = exporter.args, exporter.student
+    more: dict[str, Any] = {}
+    if args.format == "onnx-int8":
+        calibration = samples_of(args, data, data.train_split, args.calibration_images)
+        left_out, parity = exporter.write_int8(calibration)
+        more = {"calibration_images": len(calibration), "kept_in_fp32": left_out}
+    else:
+        exporter.write()
+        parity = exporter.compare(batches_of(exporter.samples, args.batch_size))
+        check(args, parity, "on the images")
+    if args.format != "smp" and not args.fixed_size:
+        multiple = int(student.encoder.output_stride)  # type: ignore[arg-type]
+        batches = at_another_size(exporter.samples, data.image_size, multiple)
+        other = exporter.compare(batches, "another size")
+        if args.format != "onnx-int8":  # whose ranges are those of the size it is meant for
+            check(args, other, "at another size")
+        more["at_another_size"] = {"shape": list(batches[0][0].shape), **_figures(other)}
+    if args.format != "smp" and args.latency_repeats:  # smp's folder is the same network
+        more["latency"] = {name: vars(one) for name, one in exporter.latency().items()}
+    files = [exporter.path, *exporter.path.rglob("*")]
+    packages = PACKAGES["onnx" if args.format.startswith("onnx") else "torch"]
+    return {
+        "file": args.file_name,
+        "mib": sum(f.stat().st_size for f in files if f.is_file()) / 2**20,
+        "output": "probabilities" if args.with_preprocessing else "logits",
+        "image_size": data.image_size,
+        "fixed_size": args.fixed_size,
+        **_figures(parity),
+        **more,
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _figures(parity: Parity) -> dict[str, Any]:
+    return asdict(parity) | {
+        "relative_difference": parity.relative_difference,
+        "miou_drop_points": parity.drop,
+    }

@@ -19,7 +19,7 @@ from kd_trainer.costs import Latency, file_mib, interleaved
 from kd_trainer.data.folder_images import read_picture
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
-from kd_trainer.inference import Segmenter, classes_at, drawn, onnx_segmenter, torch_segmenter
+from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
 from kd_trainer.loading import load_student, network_name, network_size
 from kd_trainer.models.image_processing import resize_image
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
@@ -276,7 +276,7 @@ def drawings(result: Result, num_labels: int) -> Drawings:
     if TEACHER in masks:
         difference = disagreement_map(image, masks[TEACHER], masks[STUDENT])
     else:
-        difference = drawn("cutouts", image, masks[STUDENT], num_labels)
+        difference = render("cutouts", image, masks[STUDENT], num_labels)
     return Drawings(
         tinted.get(TEACHER, image),
         tinted[STUDENT],

@@ -1,0 +1,154 @@
+"""A saved model measured, and a teacher beside it, on the data that it is for."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from kd_trainer.arguments import DataArguments
+from kd_trainer.build import REDUCED, counts_from_one
+from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset
+from kd_trainer.evaluation import (
+    AGREEMENT,
+    EvaluatedBatch,
+    Evaluator,
+    Measured,
+    RowCounter,
+    classes_of,
+    labels_of,
+)
+from kd_trainer.losses import class_ids
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.reports.calibration import Reliability, reliability_counts
+from kd_trainer.reports.contents import STUDENT, TEACHER
+from kd_trainer.reports.metric import load_metric
+from kd_trainer.teacher import Teacher
+
+
+@dataclass
+class Evaluation:
+    """Figures of one evaluation; `teacher` and `agreement` are empty without a teacher.
+
+    Attributes:
+        student: metrics by name.
+        teacher: likewise.
+        agreement: of student and teacher.
+        rows: counts of each image by who was counted, as `RowCounter` gives them.
+        reliability: pixels by confidence of `student`, and of `teacher` if there is one.
+        bad_samples: what `--on_bad_sample skip` left out, None without it.
+    """
+
+    student: dict[str, float]
+    teacher: dict[str, float]
+    agreement: dict[str, float]
+    rows: dict[str, np.ndarray]
+    reliability: dict[str, Reliability]
+    bad_samples: list[BadSample] | None = None
+
+    @property
+    def eval_images(self) -> int:
+        """How many images were looked at."""
+        return len(self.rows[STUDENT])
+
+    def results(self) -> dict[str, Any]:
+        """One flat mapping: `student_miou`, `teacher_miou`, `agreement`, `eval_images`, ..."""
+        return {
+            **{f"student_{k}": v for k, v in self.student.items()},
+            **{f"teacher_{k}": v for k, v in self.teacher.items()},
+            **self.agreement,
+            "eval_images": self.eval_images,
+            **({} if self.bad_samples is None else {"bad_samples": len(self.bad_samples)}),
+        }
+
+
+def evaluate_model(
+    student: Measured,
+    dataset: TransformedDataset | StreamedDataset,
+    *,
+    teacher: Teacher | None = None,
+    batch_size: int = 4,
+    ignore_index: int = 255,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> Evaluation:
+    """Figures of a model on a data set without augmentation, in fp32, by our `evaluate.Metric`.
+
+    The same figures as `DistillationTrainer.evaluate` in fp32, on the same data.
+
+    Raises:
+        FloatingPointError: if a logit is not finite; the classes read off it would be a guess.
+        ValueError: if there is no image.
+    """
+    evaluator = Evaluator(student, teacher, ignore_index, device)
+    rows, reliability = RowCounter(evaluator.settings), ReliabilityCounter(ignore_index)
+    metrics = MetricCounter(evaluator)
+    counters = (rows, reliability, metrics)
+    evaluator.run(dataset, *counters, batch_size=batch_size, workers=workers)
+    counted = rows.rows()  # there are images
+    figures = metrics.compute()
+    agreement = {}
+    if teacher is not None:
+        same = figures[AGREEMENT]
+        agreement = {"agreement": same["pixel_accuracy"], "agreement_miou": same["miou"]}
+    of_teacher = figures.get(TEACHER, {})
+    return Evaluation(figures[STUDENT], of_teacher, agreement, counted, reliability.counts)
+
+
+class MetricCounter:
+    """Feeds a pass to one `evaluate.Metric` each of student, teacher and their agreement."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.ignore_index = evaluator.ignore_index
+        with_teacher = evaluator.teacher is not None
+        labels = evaluator.id2label
+        self.metrics = {
+            who: load_metric(len(labels), id2label=labels, ignore_index=self.ignore_index)
+            for who in (STUDENT, *((TEACHER, AGREEMENT) if with_teacher else ()))
+        }
+
+    def __call__(self, batch: EvaluatedBatch) -> None:
+        """Add a batch."""
+        truth = class_ids(batch.labels).cpu()
+        classes = {who: classes_of(raw).cpu() for who, raw in batch.logits.items()}
+        for who, predicted in classes.items():
+            self.metrics[who].add_batch(predictions=predicted, references=truth)
+        if TEACHER in classes:
+            target = classes[TEACHER]
+            target[truth == self.ignore_index] = self.ignore_index
+            self.metrics[AGREEMENT].add_batch(predictions=classes[STUDENT], references=target)
+
+    def compute(self) -> dict[str, dict[str, float]]:
+        """Metrics by name, of each that was compared."""
+        return {who: metric.compute() for who, metric in self.metrics.items()}
+
+
+class ReliabilityCounter:
+    """Pixels of a pass by confidence, of `student` and, if there is one, of `teacher`."""
+
+    def __init__(self, ignore_index: int) -> None:
+        self.ignore_index = ignore_index
+        self.counts: dict[str, Reliability] = {}
+
+    def __call__(self, batch: EvaluatedBatch) -> None:
+        """Count a batch."""
+        for who, raw in batch.logits.items():
+            bins = reliability_counts(raw, batch.labels, ignore_index=self.ignore_index)
+            self.counts[who] = self.counts.get(who, Reliability.zero()).add(bins)
+
+
+def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> DataArguments:
+    """Settings of the data that a model saved at `source` is for, but for those that are chosen."""
+    names = list(labels_of(model).values())
+    settings: dict[str, Any] = {"num_labels": len(names), "class_names": names}
+    if isinstance(model, SmpForSemanticSegmentation):
+        settings["image_size"] = model.config.image_size
+        settings["ignore_index"] = model.config.semantic_loss_ignore_index
+    data = DataArguments(**(settings | chosen))
+    if data.reduce_labels is None and counts_from_one(source, data):
+        print(f"The model was {REDUCED}", file=sys.stderr)
+        data = replace(data, reduce_labels=True)
+    return data
