@@ -22,7 +22,8 @@ from kd_trainer.config import parse
 from kd_trainer.data import load_splits
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.doctor import checks as preflight_start
-from kd_trainer.doctor.finding import QUICK, THOROUGH, Grade, graded
+from kd_trainer.doctor.checks import QUICK, THOROUGH
+from kd_trainer.doctor.finding import Grade, graded
 from kd_trainer.doctor.resources import affordable, disk_need
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def test_a_training_with_a_fault_stops_before_anything_is_written(data: Path, tm
 
 
 def test_a_comparison_looks_once(data: Path, tmp_path: Path, monkeypatch):
-    """Six runs would look six times at the same pictures."""
+    """Six runs would look six times at the same images."""
 
     def stop(run, parts) -> None:
         assert run.training.no_preflight is False
@@ -135,7 +136,7 @@ def test_checkpoints_on_the_disk_are_counted(more: list[str], kept: int, data, t
     [(4, 0.01, (3, 4)), (4, 1.5, (2, 4)), (4, 4.0, (1, 2)), (64, 0.2, (2, 32)), (2, 60.0, (1, 2))],
 )
 def test_what_is_measured_fits_into_the_time(batch: int, seconds: float, expected):
-    """The recipe at 640 px takes 20 s an update on a slow machine; the doctor has a minute."""
+    """The recipe at 640 px takes 20 s a step on a slow machine; the doctor has a minute."""
     assert affordable(batch, seconds, 20.0) == expected
 
 
@@ -149,7 +150,7 @@ def test_doctor_prints_a_table_with_the_cost_of_the_run(
     assert graded(findings, Grade.FAULT) == graded(findings, Grade.NOTE) == []
     out = capsys.readouterr().out
     time = next(f.text for f in findings if f.check == "time")
-    assert "for 500 updates of" in time
+    assert "for 500 steps of" in time
     assert [f.check for f in findings][-2:] == ["memory", "time"]
     assert "check            |" in out.splitlines()[0]
     assert "Nothing is at fault. Looked for" in out
