@@ -71,17 +71,17 @@ def spoiled(data: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "check", "word"),
+    ("change", "splits", "check", "word"),
     [
-        (lambda m: 255 - m, "classes", "inverted"),
-        (lambda m: np.roll(m, 6, axis=1), "mask position", "too far right by 9.4%"),
-        (lambda m: m[:, ::-1], "mask position", "mirrored"),
+        (lambda m: 255 - m, "*", "classes", "inverted"),
+        (lambda m: 255 - m, "validation", "classes", "inverted"),
+        (lambda m: np.roll(m, 6, axis=1), "*", "mask position", "too far right by 9.4%"),
+        (lambda m: m[:, ::-1], "train", "mask position", "mirrored"),
     ],
-    ids=["inverted", "moved", "mirrored"],
+    ids=["inverted", "one split inverted", "moved", "one split mirrored"],
 )
-@pytest.mark.parametrize("splits", ["*", "train", "validation"])
 def test_each_fault_of_masks_is_found(
-    change, check, word, splits, spoiled, tmp_path: Path, monkeypatch
+    change, splits, check, word, spoiled, tmp_path: Path, monkeypatch
 ):
     """Masks are made by other people's scripts, and often those of one split only."""
     teach(monkeypatch, knowing())

@@ -94,20 +94,20 @@ class _InTime(IterableDataset[Sample]):
         return within(self.seconds, self.samples, least=GRADIENT_IMAGES)
 
 
-class _Answers:
+class _NetworkOutputs:
     """What the networks give for each image of a pass.
 
     Attributes:
         classes: of `student` and `teacher`, (1, S, S) an image.
         teacher_logits: of the first `GRADIENT_IMAGES`.
-        output: what the teacher's own output holds, before logits of the student's kind are made
+        range: of what the teacher's network gives, before logits of the student's kind are made
             of it.
     """
 
     def __init__(self) -> None:
         self.classes: dict[str, list[Tensor]] = {STUDENT: [], TEACHER: []}
         self.teacher_logits: list[Tensor] = []
-        self.output = OutputRange()
+        self.range = OutputRange()
 
     def __call__(self, batch: EvaluatedBatch) -> None:
         for name, logits in batch.logits.items():
@@ -115,9 +115,9 @@ class _Answers:
         if TEACHER in batch.logits and len(self.teacher_logits) < GRADIENT_IMAGES:
             self.teacher_logits.append(batch.logits[TEACHER])
 
-    def note_output(self, _: nn.Module, __: Any, output: Any) -> None:
+    def add_range(self, _: nn.Module, __: Any, output: Any) -> None:
         """Forward hook of the teacher's network."""
-        self.output = self.output.add(logits_of(output))
+        self.range = self.range.add(logits_of(output))
 
 
 class Preflight:
@@ -141,14 +141,13 @@ class Preflight:
         self.masks: dict[str, SplitMasks] = {}
         self.samples: list[Sample] = []
         self.splits: list[str] = []  # that the samples are of
-        self.answers = _Answers()
+        self.outputs = _NetworkOutputs()
         self.judged = False  # whether the networks can be compared with the masks
         self.step_seconds = self.eval_seconds = 0.0
 
-    @property
-    def stages(self) -> dict[str, Callable[[], Iterator[Finding]]]:
-        """What is done one after the other, by what a progress bar calls it."""
-        return {
+    def findings(self) -> Iterator[Finding]:
+        """All of them, stage by stage; the random state is left as it was."""
+        stages = {
             "masks": self._masks,
             "networks": self._networks,
             "normalisation": self._normalisation,
@@ -157,11 +156,8 @@ class Preflight:
             "plan": self._plan,
             "disk": self._disk,
         }
-
-    def findings(self) -> Iterator[Finding]:
-        """All of them, stage by stage; the random state is left as it was found."""
         quiet = True if self.run.training.disable_tqdm else None
-        bar = tqdm(self.stages.items(), "preflight", unit="stage", leave=False, disable=quiet)
+        bar = tqdm(stages.items(), "preflight", unit="stage", leave=False, disable=quiet)
         with untouched_random_state(self.device):
             for name, stage in bar:
                 bar.set_postfix_str(name)
@@ -199,7 +195,7 @@ class Preflight:
             return
         self._ask_networks()
         if self.parts.teacher is not None:
-            yield output_finding(self.answers.output)
+            yield output_finding(self.outputs.range)
             yield from self._sizes()
         reference = self._reference()
         if reference is None:
@@ -224,20 +220,20 @@ class Preflight:
         teacher, network = self.parts.teacher, self.student
         use_fast_layers(network.eval())
         evaluator = Evaluator(network, teacher, self.run.data.ignore_index, self.device)
-        hook = teacher and teacher.network.register_forward_hook(self.answers.note_output)
+        hook = teacher and teacher.network.register_forward_hook(self.outputs.add_range)
         start = time.monotonic()
         try:
             timed = _InTime(self.samples, self.limits.networks)
-            evaluator.run(timed, self.answers, batch_size=1, batches=len(self.samples))
+            evaluator.run(timed, self.outputs, batch_size=1, batches=len(self.samples))
         finally:
             if hook:
                 hook.remove()
-        count = len(self.answers.classes[STUDENT])
+        count = len(self.outputs.classes[STUDENT])
         self.samples, self.splits = self.samples[:count], self.splits[:count]
         self.eval_seconds = (time.monotonic() - start) / count
 
     def _predictions(self, network: str) -> Predictions:
-        classes = torch.cat(self.answers.classes[network])
+        classes = torch.cat(self.outputs.classes[network])
         labels = torch.stack([sample["labels"] for sample in self.samples])
         ignore_index, whose = self.run.data.ignore_index, f"the {network}"
         return Predictions(classes, labels, self.names, ignore_index, whose)
@@ -289,7 +285,7 @@ class Preflight:
         if not self.samples or not any(parts.loss_weights.effective().values()):
             return
         start = time.monotonic()
-        logits = self.answers.teacher_logits
+        logits = self.outputs.teacher_logits
         gradients = first_gradients(self.student, self.samples, logits, loss, parts)
         backward = (time.monotonic() - start) / min(GRADIENT_IMAGES, len(self.samples))
         self.step_seconds = self.eval_seconds + backward

@@ -159,7 +159,7 @@ def try_conventions(
         now: its predictions as it is.
         seconds: that this may take.
     """
-    present = present_convention(teacher)
+    present = InputConvention(tuple(teacher.mean), tuple(teacher.std))
     conventions = alternatives(present)
     straight = {name: c for name, c in conventions.items() if not c.bgr} | {PRESENT: present}
     distances = _distances(teacher, samples[:_FITTED], straight, seconds / 4)
@@ -171,11 +171,6 @@ def try_conventions(
     now = now.of(slice(len(classes["the order BGR"])))
     others = {name: replace(now, classes=torch.cat(maps)) for name, maps in classes.items()}
     return ConventionTrial(conventions, now, others, distances)
-
-
-def present_convention(teacher: Teacher) -> InputConvention:
-    """How the teacher's images are normalised now."""
-    return InputConvention(tuple(teacher.mean), tuple(teacher.std))
 
 
 def _inputs(
