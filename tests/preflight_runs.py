@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kd_trainer import build as assembling
 from kd_trainer.build import assemble
-from kd_trainer.doctor.checks import Preflight
-from kd_trainer.doctor.finding import QUICK, Finding, Grade
+from kd_trainer.doctor.checks import QUICK, Preflight
+from kd_trainer.doctor.finding import Finding, Grade
 from kd_trainer.models.configuration_smp import IMAGENET_MEAN, IMAGENET_STD
 from kd_trainer.teacher import Teacher
 
@@ -31,7 +31,7 @@ class Green(nn.Module):
 
 
 def knowing(network: nn.Module | None = None, mean: float = 0.0, std: float = 1.0) -> Teacher:
-    """A teacher that is told to normalise its pictures so."""
+    """A teacher that is told to normalise its images so."""
     statistics = {"mean": (mean,) * 3, "std": (std,) * 3}
     given = {"input_mean": IMAGENET_MEAN, "input_std": IMAGENET_STD}
     return Teacher(network or Green(), num_labels=2, **statistics, **given)

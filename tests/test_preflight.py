@@ -16,8 +16,8 @@ from torch import nn
 from kd_trainer.build import assemble
 from kd_trainer.commands.doctor import examine
 from kd_trainer.config import parse
-from kd_trainer.doctor.checks import Preflight
-from kd_trainer.doctor.finding import QUICK, Grade
+from kd_trainer.doctor.checks import QUICK, Preflight
+from kd_trainer.doctor.finding import Grade
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_each_fault_of_a_teacher_is_found(case: str, data: Path, tmp_path: Path,
 
 @pytest.fixture
 def spoiled(data: Path, tmp_path: Path):
-    """A copy of the data whose masks were changed, the pictures left."""
+    """A copy of the data whose masks were changed, the images left."""
 
     def make(change, splits: str = "*") -> Path:
         copy = tmp_path / "spoiled"
@@ -71,17 +71,17 @@ def spoiled(data: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "check", "word"),
+    ("change", "splits", "check", "word"),
     [
-        (lambda m: 255 - m, "classes", "inverted"),
-        (lambda m: np.roll(m, 6, axis=1), "mask position", "too far right by 9.4%"),
-        (lambda m: m[:, ::-1], "mask position", "mirrored"),
+        (lambda m: 255 - m, "*", "classes", "inverted"),
+        (lambda m: 255 - m, "validation", "classes", "inverted"),
+        (lambda m: np.roll(m, 6, axis=1), "*", "mask position", "too far right by 9.4%"),
+        (lambda m: m[:, ::-1], "train", "mask position", "mirrored"),
     ],
-    ids=["inverted", "moved", "mirrored"],
+    ids=["inverted", "one split inverted", "moved", "one split mirrored"],
 )
-@pytest.mark.parametrize("splits", ["*", "train", "validation"])
 def test_each_fault_of_masks_is_found(
-    change, check, word, splits, spoiled, tmp_path: Path, monkeypatch
+    change, splits, check, word, spoiled, tmp_path: Path, monkeypatch
 ):
     """Masks are made by other people's scripts, and often those of one split only."""
     teach(monkeypatch, knowing())
@@ -92,7 +92,7 @@ def test_each_fault_of_masks_is_found(
 
 
 def test_masks_are_counted_at_the_size_of_the_training(data: Path, tmp_path: Path):
-    """A line of one pixel in a large picture is no line in a small one: 7 of 10 masks are empty."""
+    """A line of one pixel in a large image is no line in a small one: 7 of 10 masks are empty."""
     copy = shutil.copytree(data, tmp_path / "thin")
     side = 4 * SIDE  # pixels 2, 6, 10, ... of it are those that are taken
     for number, file in enumerate(sorted((copy / "train" / "masks").glob("*.png"))):
@@ -125,7 +125,7 @@ def test_a_folder_of_smp_does_not_say_what_size_it_is_for(data: Path, tmp_path: 
 
 
 def test_a_saved_student_judges_where_there_is_no_teacher(data: Path, tmp_path: Path):
-    """It has seen such pictures as well; random weights say nothing, and blame nobody."""
+    """It has seen such images as well; random weights say nothing, and blame nobody."""
     saved = save_network(tmp_path / "saved")
     found = looked(parse(flags(data, tmp_path / "out", "--student", str(saved))))
     assert {"classes", "mask position"} <= set(found)

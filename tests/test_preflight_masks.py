@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_student
 
 from kd_trainer.doctor.data import (
-    MaskFacts,
+    MaskStatistics,
+    SplitMasks,
     find_shared,
     inverted_finding,
-    mask_facts,
     mask_finding,
     occurrence_finding,
     sharing_finding,
@@ -48,23 +48,24 @@ def disc(inverted: bool = False) -> np.ndarray:
     return np.where(labels == 255, 255, 1 - labels) if inverted else labels
 
 
-def test_facts_of_a_mask_are_counted_by_hand():
+def test_statistics_of_a_mask_are_those_counted_by_hand():
     """Ignored pixels are neither foreground nor border."""
-    assert mask_facts(disc(), 255) == MaskFacts(128 / 144, 48 / 128, 0.0, frozenset({0, 1}))
-    assert mask_facts(disc(inverted=True), 255) == MaskFacts(
+    assert MaskStatistics.of(disc(), 255) == MaskStatistics(
+        128 / 144, 48 / 128, 0.0, frozenset({0, 1})
+    )
+    assert MaskStatistics.of(disc(inverted=True), 255) == MaskStatistics(
         128 / 144, 80 / 128, 1.0, frozenset({0, 1})
     )
-    nothing = mask_facts(np.full((4, 4), 255, np.uint8), 255)
-    assert nothing == MaskFacts(0.0, 0.0, 0.0, frozenset())
+    assert MaskStatistics(0.0, 0.0, 0.0, frozenset()) == IGNORED
 
 
-EMPTY = mask_facts(np.zeros((4, 4), np.uint8), 255)
-IGNORED = mask_facts(np.full((4, 4), 255, np.uint8), 255)
-FULL = mask_facts(disc(), 255)
+EMPTY = MaskStatistics.of(np.zeros((4, 4), np.uint8), 255)
+IGNORED = MaskStatistics.of(np.full((4, 4), 255, np.uint8), 255)
+FULL = MaskStatistics.of(disc(), 255)
 
 
 @pytest.mark.parametrize(
-    ("facts", "complete", "grade"),
+    ("masks", "complete", "grade"),
     [
         ([EMPTY] * 5, True, Grade.FAULT),
         ([EMPTY] * 5, False, Grade.NOTE),
@@ -74,22 +75,22 @@ FULL = mask_facts(disc(), 255)
         ([EMPTY] * 2 + [FULL] * 3, True, Grade.OK),
     ],
 )
-def test_masks_that_mark_nothing_are_found(facts, complete: bool, grade: Grade):
+def test_masks_that_mark_nothing_are_found(masks, complete: bool, grade: Grade):
     """All-empty masks train to a perfect score; a few of many may be empty by chance."""
-    assert mask_finding("train", facts, complete=complete).grade == grade
+    assert mask_finding("train", SplitMasks(masks, complete)).grade == grade
 
 
 @pytest.mark.parametrize(
-    ("facts", "lost", "grade"),
+    ("masks", "lost", "grade"),
     [
         ([EMPTY] * 5, 5, Grade.FAULT),
         ([EMPTY] * 2 + [FULL] * 8, 2, Grade.NOTE),
         ([EMPTY] + [FULL] * 9, 1, Grade.OK),
     ],
 )
-def test_masks_that_mark_something_in_their_own_size_only_are_counted(facts, lost, grade: Grade):
+def test_masks_that_mark_something_in_their_own_size_only_are_counted(masks, lost, grade: Grade):
     """Thin things go when masks are made small; then the size is to blame and not the masks."""
-    finding = mask_finding("train", facts, complete=True, lost=lost)
+    finding = mask_finding("train", SplitMasks(masks, complete=True, lost=lost))
     assert finding.grade == grade
     assert f"{lost} " in finding.text
     assert "--image_size" in finding.text
@@ -98,11 +99,11 @@ def test_masks_that_mark_something_in_their_own_size_only_are_counted(facts, los
 
 def test_masks_that_look_inverted_are_a_note():
     """Without a teacher nothing else would say so; close-ups may look alike."""
-    assert inverted_finding([mask_facts(disc(inverted=True), 255)] * 3).grade == Grade.NOTE
+    assert inverted_finding([MaskStatistics.of(disc(inverted=True), 255)] * 3).grade == Grade.NOTE
     assert inverted_finding([FULL] * 3).grade == Grade.OK
     portrait = np.zeros((8, 8), np.uint8)
     portrait[2:, 1:7] = 1  # more than half, and much of the lower border
-    assert inverted_finding([mask_facts(portrait, 255)] * 3).grade == Grade.OK
+    assert inverted_finding([MaskStatistics.of(portrait, 255)] * 3).grade == Grade.OK
 
 
 def test_a_class_that_never_occurs_is_named():
@@ -110,39 +111,39 @@ def test_a_class_that_never_occurs_is_named():
     finding = occurrence_finding([FULL, EMPTY], NAMES)
     assert finding.grade == Grade.NOTE
     assert finding.text.startswith("coat in none of 2 masks")
-    both = [FULL, mask_facts(2 * (disc() == 1).astype(np.uint8), 255)]
+    both = [FULL, MaskStatistics.of(2 * (disc() == 1).astype(np.uint8), 255)]
     assert occurrence_finding(both, NAMES).grade == Grade.OK
 
 
-def cells(folder: Path, contents: dict[str, bytes]) -> list[dict]:
+def rows(folder: Path, contents: dict[str, bytes]) -> list[dict]:
     folder.mkdir()
     for name, data in contents.items():
         (folder / name).write_bytes(data)
-    return [{"bytes": None, "path": str(folder / name)} for name in contents]
+    return [{"image": {"bytes": None, "path": str(folder / name)}} for name in contents]
 
 
 def test_shared_images_are_found_by_their_bytes(tmp_path: Path):
     """Under another name too, and in a parquet file; an equal size or an equal name is nothing."""
-    training = cells(tmp_path / "train", {"a.jpg": b"1234", "b.jpg": b"same bytes", "c.jpg": b"12"})
-    training.append({"bytes": b"in memory", "path": None})
-    own = {"a.jpg": b"4321", "x.jpg": b"same bytes", "y.jpg": b"in memory", "z.jpg": b"12345"}
-    evaluation = cells(tmp_path / "validation", own)
-    shared = find_shared(training, evaluation, evaluation.__getitem__, lambda: True)
+    training = rows(tmp_path / "train", {"a.jpg": b"1234", "b.jpg": b"same bytes", "c.jpg": b"12"})
+    training.append({"image": {"bytes": b"in memory", "path": None}})
+    contents = {"a.jpg": b"4321", "x.jpg": b"same bytes", "y.jpg": b"in memory", "z.jpg": b"12345"}
+    evaluation = rows(tmp_path / "validation", contents)
+    shared = find_shared(training, evaluation, seconds=60)
     assert shared.pairs == {"x.jpg": "b.jpg", "y.jpg": "row 3"}
     assert (shared.evaluation, shared.training, shared.complete) == (4, 4, True)
     finding = sharing_finding(shared)
     assert finding.grade == Grade.NOTE
     assert "2 images in both splits (x.jpg = b.jpg, y.jpg = row 3)" in finding.text
-    most = find_shared(training, evaluation[1:], lambda i: evaluation[i + 1], lambda: True)
+    most = find_shared(training, evaluation[1:], seconds=60)
     assert sharing_finding(most).grade == Grade.FAULT
-    none = find_shared(training[:1], evaluation, evaluation.__getitem__, lambda: True)
+    none = find_shared(training[:1], evaluation, seconds=60)
     assert sharing_finding(none).grade == Grade.OK
 
 
 def test_a_search_that_ran_out_of_time_says_so(tmp_path: Path):
     """`none` after a tenth of the files would be a promise."""
-    evaluation = cells(tmp_path / "validation", {"a.jpg": b"1", "b.jpg": b"2"})
-    shared = find_shared(evaluation, evaluation, evaluation.__getitem__, lambda: False)
+    images = rows(tmp_path / "validation", {"a.jpg": b"1", "b.jpg": b"2"})
+    shared = find_shared(images, images, seconds=-1)
     assert not shared.complete
     assert (shared.evaluation, shared.training) == (1, 1)
     finding = sharing_finding(shared)
@@ -187,8 +188,9 @@ def test_parameters_that_are_not_reached_are_named():
     assert parameter_finding(gradients(fine, bad=["head.b"])).grade == Grade.FAULT
 
 
-def compute(weights: LossWeights):
-    def terms(student, teacher, labels) -> LossTerms:
+def loss(weights: LossWeights):
+    def terms(student, teacher, batch) -> LossTerms:
+        labels = batch["labels"]
         return distillation_terms(student, teacher, labels, temperature=4.0, weights=weights)
 
     return terms
@@ -198,21 +200,21 @@ def compute(weights: LossWeights):
 def test_no_term_of_ours_is_degenerate(channels: int):
     """For one logit the KL is the Bernoulli one, which is why it exists."""
     recipe = LossWeights(kl=0.3, mse=0.5, bce=0.5, dice=1.0)
-    assert degenerate_finding(channels, compute(recipe)).grade == Grade.OK
+    assert degenerate_finding(channels, loss(recipe)).grade == Grade.OK
 
 
 def test_a_softmax_kl_of_one_logit_is_degenerate():
     """The commonest mistake: it is identically zero, and the run is one without a teacher."""
 
-    def usual(student, teacher, labels) -> LossTerms:
-        kl = softmax_kl(student, teacher, labels >= 0, 4.0)
-        return LossTerms(kl=kl, bce=compute(LossWeights(bce=1.0))(student, teacher, labels).bce)
+    def usual(student, teacher, batch) -> LossTerms:
+        kl = softmax_kl(student, teacher, batch["labels"] >= 0, 4.0)
+        return LossTerms(kl=kl, bce=loss(LossWeights(bce=1.0))(student, teacher, batch).bce)
 
     finding = degenerate_finding(1, usual)
     assert finding.grade == Grade.FAULT
     assert "got kl, degenerate there" in finding.text
     assert degenerate_finding(3, usual).grade == Grade.OK
-    assert degenerate_finding(1, compute(LossWeights())).text.endswith("got none")
+    assert degenerate_finding(1, loss(LossWeights())).text.endswith("got none")
 
 
 def test_bytes_on_the_disk_are_those_of_a_real_checkpoint(tmp_path: Path):

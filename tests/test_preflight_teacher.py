@@ -8,22 +8,21 @@ from kd_trainer.doctor.finding import Finding, Grade
 from kd_trainer.doctor.input_convention import (
     PRESENT,
     USUAL,
-    Feeding,
-    Trials,
+    ConventionTrial,
+    InputConvention,
     alternatives,
+    batchnorm_distance,
     first_batchnorm,
-    misfit,
     normalisation_finding,
-    position_finding,
 )
 from kd_trainer.doctor.teacher import (
     OutputRange,
+    Predictions,
     classes_finding,
-    constant_miou,
     input_size_finding,
     output_finding,
+    position_finding,
     quality_finding,
-    rows_of,
     student_finding,
 )
 
@@ -47,10 +46,6 @@ def noisy(labels: Tensor, num_labels: int, share: float = 0.02) -> Tensor:
     random = torch.Generator().manual_seed(3)
     wrong = torch.rand(labels.shape, generator=random) < share
     return torch.where(wrong, (labels + 1) % num_labels, labels)
-
-
-def found(finding: Finding) -> tuple[str, str]:
-    return finding.check, finding.grade
 
 
 def range_of(output: Tensor) -> OutputRange:
@@ -89,21 +84,27 @@ def test_logits_are_not_taken_for_probabilities(output: Tensor):
 def test_a_teacher_no_better_than_a_constant_is_found():
     """It looks like a slow training for as long as one has patience."""
     labels = truth()
-    constant, label = constant_miou(labels, 2, 255)
-    background = (labels == 0).float().mean()
-    assert label == 0
-    assert constant == pytest.approx(float(background) / 2)
-    assert quality_finding(constant, constant, "background", 6).grade == Grade.FAULT
-    assert quality_finding(float("nan"), constant, "background", 6).grade == Grade.FAULT
-    assert quality_finding(constant + 0.01, constant, "background", 6).grade == Grade.NOTE
-    assert quality_finding(constant + 0.11, constant, "background", 6).grade == Grade.OK
+    nothing = torch.zeros_like(labels)
+    constant = Predictions(nothing, labels, BINARY)
+    assert (
+        constant.miou
+        == constant.constant_miou
+        == pytest.approx(float((labels == 0).float().mean()) / 2)
+    )
+    assert quality_finding(constant).grade == Grade.FAULT
+    assert "better than background everywhere" in quality_finding(constant).text
+    assert quality_finding(Predictions(nothing, nothing + 255, BINARY)).grade == Grade.FAULT
+    little = torch.where(torch.arange(SIDE) < 10, labels, 0)
+    assert quality_finding(Predictions(little, labels, BINARY)).grade == Grade.NOTE
+    assert quality_finding(Predictions(noisy(labels, 2), labels, BINARY)).grade == Grade.OK
 
 
 def test_a_constant_is_judged_on_the_pixels_that_count():
     """Ignored pixels would make the class around them the best guess."""
     labels = truth(2)
     labels[labels == 0] = 255
-    assert constant_miou(labels, 2, 255) == (1.0, 1)
+    constant = Predictions(labels, labels, BINARY)
+    assert (constant.constant_miou, constant.commonest) == (1.0, 1)
 
 
 def test_a_student_ahead_of_its_teacher_is_a_note():
@@ -114,9 +115,7 @@ def test_a_student_ahead_of_its_teacher_is_a_note():
 
 
 def classes(prediction: Tensor, labels: Tensor, names: dict[int, str]) -> Finding:
-    count = len(names)
-    constant, _ = constant_miou(labels, count, 255)
-    return classes_finding(rows_of(prediction, labels, count, 255), names, constant=constant)
+    return classes_finding(Predictions(prediction, labels, names))
 
 
 def test_inverted_masks_are_found():
@@ -180,12 +179,11 @@ def test_weak_teachers_are_not_called_mixed_up(kind: str, names: dict[int, str])
     assert ("could not be compared" in finding.text) is not compared
 
 
-def position(prediction: Tensor, labels: Tensor, count: int = 2) -> Finding:
-    constant, _ = constant_miou(labels, count, 255)
-    return position_finding(prediction, labels, count, ignore_index=255, constant=constant)
+def position(prediction: Tensor, labels: Tensor, names: dict[int, str] = BINARY) -> Finding:
+    return position_finding(Predictions(prediction, labels, names))
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("names", [BINARY, FOUR], ids=["binary", "four"])
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -201,10 +199,10 @@ def position(prediction: Tensor, labels: Tensor, count: int = 2) -> Finding:
     ],
     ids=["right", "up", "both", "mirrored", "upside down", "transposed"],
 )
-def test_masks_elsewhere_are_found_with_the_way_they_went(change, words: str, count: int):
+def test_masks_elsewhere_are_found_with_the_way_they_went(change, words: str, names):
     """Such masks still give half of the IoU, and a student that is half wrong."""
-    labels = truth(num_labels=count)
-    finding = position(noisy(labels, count), change(labels), count)
+    labels = truth(num_labels=len(names))
+    finding = position(noisy(labels, len(names)), change(labels), names)
     assert finding.grade == Grade.FAULT
     assert words in finding.text
 
@@ -226,65 +224,64 @@ def test_two_images_are_too_few_for_a_fault_of_position():
 RIGHT, WRONG = USUAL["ImageNet's"], USUAL["mean and std 0.5"]
 
 
-def trials(right_share: float, wrong_share: float, images: int = 6) -> Trials:
+def trial(right_share: float, wrong_share: float, images: int = 6) -> ConventionTrial:
     """A teacher that is fed wrongly, of so many wrong pixels in either way."""
     labels = truth(images)
-
-    def count(share: float):
-        return rows_of(noisy(labels, 2, share), labels, 2, 255)
-
-    return Trials({"right": RIGHT}, count(wrong_share), {"right": count(right_share)})
+    right, wrong = (
+        Predictions(noisy(labels, 2, share), labels, BINARY) for share in (right_share, wrong_share)
+    )
+    return ConventionTrial({"right": RIGHT}, wrong, {"right": right})
 
 
 def test_a_normalisation_that_costs_figures_is_a_fault_with_the_flags():
     """The teacher would be worse than it is, and nothing else would look wrong."""
-    finding = normalisation_finding(trials(0.01, 0.2), 2, constant=0.45)
+    finding = normalisation_finding(trial(0.01, 0.2))
     assert finding.grade == Grade.FAULT
     assert "--teacher_mean 0.485 0.456 0.406 --teacher_std 0.229 0.224 0.225" in finding.cure
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "images", "constant", "grade"),
+    ("right", "wrong", "images", "grade"),
     [
-        (0.10, 0.11, 6, 0.45, Grade.OK),
-        (0.20, 0.01, 6, 0.45, Grade.OK),
-        (0.01, 0.20, 2, 0.45, Grade.NOTE),
-        (0.01, 0.20, 6, 0.95, Grade.OK),
+        (0.10, 0.11, 6, Grade.OK),
+        (0.20, 0.01, 6, Grade.OK),
+        (0.01, 0.20, 2, Grade.NOTE),
+        (0.30, 0.50, 6, Grade.OK),
     ],
     ids=["as good", "worse", "two images", "near a constant"],
 )
-def test_a_normalisation_is_not_blamed_for_chance(right, wrong, images, constant, grade):
+def test_a_normalisation_is_not_blamed_for_chance(right, wrong, images, grade):
     """With four tries one is always the best; it has to be clearly so."""
-    finding = normalisation_finding(trials(right, wrong, images), 2, constant=constant)
-    assert finding.grade == grade
+    assert normalisation_finding(trial(right, wrong, images)).grade == grade
 
 
 def test_the_first_batchnorm_tells_what_the_teacher_was_trained_on():
     """Robust teachers lose no mIoU by wrong input, so that figures alone do not show it."""
     torch.manual_seed(0)
-    pictures = torch.rand(8, 3, 32, 32) * torch.linspace(0.2, 1, 8).view(8, 1, 1, 1)
+    images = torch.rand(8, 3, 32, 32) * torch.linspace(0.2, 1, 8).view(8, 1, 1, 1)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8, momentum=None))
-    network(RIGHT.inputs(pictures))  # its training
+    network(RIGHT.inputs(images))  # its training
     norm = first_batchnorm(network)
     assert norm is not None
-    fits = {
-        name: misfit(network[0](way.inputs(pictures[::2])), norm)
-        for name, way in {"ImageNet's": RIGHT, PRESENT: WRONG}.items()
-    }
+    right, wrong = (
+        batchnorm_distance(network[0](convention.inputs(images[::2])), norm)
+        for convention in (RIGHT, WRONG)
+    )
     # By hand, for one channel: KL of N(0, 1) from N(1, 4).
     unit = nn.BatchNorm2d(1, eps=0)
     unit.running_mean, unit.running_var = torch.ones(1), torch.full((1,), 4.0)
     values = torch.tensor([1.0, -1.0]).view(1, 1, 1, 2) / 2**0.5  # mean 0, variance 1
     expected = (torch.log(torch.tensor(4.0)) + 2 / 4 - 1) / 2
-    assert misfit(values, unit) == pytest.approx(float(expected), abs=1e-6)
+    assert batchnorm_distance(values, unit) == pytest.approx(float(expected), abs=1e-6)
 
-    here = Trials(alternatives(WRONG), trials(0.01, 0.01).now, {}, fits)
-    finding = normalisation_finding(here, 2, constant=0.45)
+    now = trial(0.01, 0.01).now
+    distances = {"ImageNet's": right, PRESENT: wrong}
+    finding = normalisation_finding(ConventionTrial(alternatives(WRONG), now, {}, distances))
     assert finding.grade == Grade.NOTE
     assert "--teacher_mean 0.485" in finding.cure
-    swapped = {"mean and std 0.5": fits[PRESENT], PRESENT: fits["ImageNet's"]}
-    healthy = Trials(alternatives(RIGHT), here.now, {}, swapped)
-    assert normalisation_finding(healthy, 2, constant=0.45).grade == Grade.OK
+    distances = {"mean and std 0.5": wrong, PRESENT: right}
+    healthy = ConventionTrial(alternatives(RIGHT), now, {}, distances)
+    assert normalisation_finding(healthy).grade == Grade.OK
 
 
 def test_a_network_without_running_statistics_has_no_such_witness():
@@ -295,17 +292,17 @@ def test_a_network_without_running_statistics_has_no_such_witness():
 
 def test_the_present_normalisation_is_not_its_own_alternative():
     """It would always be as good, and its colours swapped are tried as well."""
-    others = alternatives(Feeding((0.485, 0.456, 0.406), (0.229, 0.224, 0.2250001)))
+    others = alternatives(InputConvention((0.485, 0.456, 0.406), (0.229, 0.224, 0.2250001)))
     assert list(others) == ["mean and std 0.5", "values 0..1", "values 0..255", "the order BGR"]
-    picture = torch.rand(1, 3, 2, 2)
-    swapped = others["the order BGR"].inputs(picture)
-    assert torch.allclose(swapped, RIGHT.inputs(picture.flip(1)), atol=1e-5)
-    assert torch.equal(others["values 0..255"].inputs(picture), picture / torch.tensor(1 / 255))
+    image = torch.rand(1, 3, 2, 2)
+    swapped = others["the order BGR"].inputs(image)
+    assert torch.allclose(swapped, RIGHT.inputs(image.flip(1)), atol=1e-5)
+    assert torch.equal(others["values 0..255"].inputs(image), image / torch.tensor(1 / 255))
 
 
 @pytest.mark.parametrize(("trained", "given", "grade"), [(640, 128, "note"), (128, 224, "ok")])
 def test_a_teacher_far_from_its_size_is_a_note(trained: int, given: int, grade: str):
     """Nets see objects of another size than they were trained with."""
     finding = input_size_finding(trained, given)
-    assert found(finding) == ("teacher size", grade)
+    assert finding.grade == grade
     assert ("--teacher_image_size 640" in finding.cure) == (grade == "note")

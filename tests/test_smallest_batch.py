@@ -15,8 +15,7 @@ from kd_trainer import data as data_package
 from kd_trainer.build import assemble, smallest_batch
 from kd_trainer.config import parse
 from kd_trainer.data import TransformedDataset
-from kd_trainer.doctor.checks import Preflight
-from kd_trainer.doctor.finding import QUICK
+from kd_trainer.doctor.checks import QUICK, Preflight
 from kd_trainer.errors import is_own, run_script, user_message
 
 

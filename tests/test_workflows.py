@@ -323,7 +323,7 @@ def test_dry_run_prints_the_recipes_plan_and_writes_nothing(tmp_path: Path, caps
     after = {p for p in tmp_path.rglob("*") if "teacher" not in p.parts}
     assert after == set(before)
     assert re.search(r"student \| +Unet timm-efficientnet-b0 \| +5,839,\d{3} \| +412,160 \|", plan)
-    assert "8 images (2 updates an epoch" in plan
+    assert "8 images (2 steps an epoch" in plan
     assert "5 images" in plan
     assert "classes: background, foreground" in plan
     assert "total = 0.3·kl + 0.5·mse + 0.5·bce + 1·dice" in plan

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 from kd_trainer.build import assemble
 from kd_trainer.config import RunArguments, parse, parser
-from kd_trainer.doctor.checks import Preflight
-from kd_trainer.doctor.finding import THOROUGH, Finding, Grade, fault, graded, ok, several, table
+from kd_trainer.doctor.checks import THOROUGH, Preflight
+from kd_trainer.doctor.finding import Finding, Grade, fault, graded, ok, several, table
 from kd_trainer.doctor.resources import cost_findings
 from kd_trainer.errors import USER_ERRORS, user_message
 from kd_trainer.parsing import Parser

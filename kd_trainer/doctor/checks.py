@@ -7,81 +7,117 @@ state is put back, so that a training goes the same way with and without its pre
 from __future__ import annotations
 
 import copy
+import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from kd_trainer.build import Parts, image_count
 from kd_trainer.config import RunArguments
 from kd_trainer.costs import length_in_epochs, updates_per_epoch
 from kd_trainer.doctor.data import (
+    SplitMasks,
+    choose_samples,
     inverted_finding,
     mask_finding,
     occurrence_finding,
-    sharing_finding,
-)
-from kd_trainer.doctor.finding import (
-    QUICK,
-    Finding,
-    Grade,
-    Limits,
-    error_message,
-    ok,
-    summary,
-    untouched_random_state,
-)
-from kd_trainer.doctor.images import (
-    GRADIENT_IMAGES,
-    Seen,
-    SplitMasks,
-    choose,
-    look,
+    read_masks,
     shared_images,
-    split_masks,
+    sharing_finding,
+    within,
 )
-from kd_trainer.doctor.input_convention import (
-    PRESENT,
-    Trials,
-    alternatives,
-    fed_otherwise,
-    misfits,
-    normalisation_finding,
-    position_finding,
-    present_feeding,
-)
+from kd_trainer.doctor.finding import Finding, Grade, error_message, ok, summary, worst
+from kd_trainer.doctor.input_convention import normalisation_finding, try_conventions
 from kd_trainer.doctor.loss import (
-    backward,
+    GRADIENT_IMAGES,
     degenerate_finding,
+    first_gradients,
+    loss_of,
     parameter_finding,
     share_finding,
-    terms_of_run,
 )
 from kd_trainer.doctor.resources import disk_finding, disk_need, plan_finding
 from kd_trainer.doctor.teacher import (
     ENOUGH,
-    MARGIN,
+    OutputRange,
+    Predictions,
     classes_finding,
-    constant_miou,
     input_size_finding,
-    miou,
     output_finding,
+    position_finding,
     quality_finding,
     student_finding,
 )
-from kd_trainer.evaluation import labels_of, pixel_statistics
-from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
+from kd_trainer.evaluation import EvaluatedBatch, Evaluator, classes_of, labels_of
+from kd_trainer.fast_layers import keep_freed_memory, logits_of, use_fast_layers
 from kd_trainer.models.config_checks import read_config
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.reports.contents import STUDENT, TEACHER
 
-_BACKWARD = 3  # a training step is about three forward passes
+Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Images of each split, and seconds for each of the longer stages."""
+
+    images: int
+    masks: float
+    networks: float
+    normalisation: float
+    hashing: float
+
+
+QUICK = Limits(images=8, masks=0.5, networks=4.0, normalisation=2.5, hashing=1.0)
+THOROUGH = Limits(images=16, masks=2.0, networks=12.0, normalisation=12.0, hashing=5.0)
+
+
+class _InTime(IterableDataset[Sample]):
+    """Samples until time is up, but enough for a backward pass."""
+
+    def __init__(self, samples: Sequence[Sample], seconds: float) -> None:
+        self.samples, self.seconds = samples, seconds
+
+    def __iter__(self) -> Iterator[Sample]:
+        return within(self.seconds, self.samples, least=GRADIENT_IMAGES)
+
+
+class _NetworkOutputs:
+    """What the networks give for each image of a pass.
+
+    Attributes:
+        classes: of `student` and `teacher`, (1, S, S) an image.
+        teacher_logits: of the first `GRADIENT_IMAGES`.
+        range: of what the teacher's network gives, before logits of the student's kind are made
+            of it.
+    """
+
+    def __init__(self) -> None:
+        self.classes: dict[str, list[Tensor]] = {STUDENT: [], TEACHER: []}
+        self.teacher_logits: list[Tensor] = []
+        self.range = OutputRange()
+
+    def __call__(self, batch: EvaluatedBatch) -> None:
+        for name, logits in batch.logits.items():
+            self.classes[name].append(classes_of(logits).cpu())
+        if TEACHER in batch.logits and len(self.teacher_logits) < GRADIENT_IMAGES:
+            self.teacher_logits.append(batch.logits[TEACHER])
+
+    def add_range(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Forward hook of the teacher's network."""
+        self.range = self.range.add(logits_of(output))
 
 
 class Preflight:
@@ -93,29 +129,25 @@ class Preflight:
         limits: how much to look at.
 
     Attributes:
-        step_seconds: about what a training image took with its backward pass.
+        step_seconds: about what a training image took with its backward pass; 0 if there was none.
         eval_seconds: about what an evaluation image takes.
-        judged: whether the networks can be compared with the masks.
     """
 
     def __init__(self, run: RunArguments, parts: Parts, limits: Limits) -> None:
         self.run, self.parts, self.limits = run, parts, limits
         self.names = labels_of(parts.student)
         self.device = run.training.device
-        self.statistics = pixel_statistics(parts.student, self.device)
-        self.seen = Seen(len(self.names), run.data.ignore_index)
+        self.student: SmpForSemanticSegmentation = copy.deepcopy(parts.student)
         self.masks: dict[str, SplitMasks] = {}
-        self.samples: list[dict[str, Tensor]] = []
+        self.samples: list[Sample] = []
         self.splits: list[str] = []  # that the samples are of
-        self.student = self._copy()
-        self.constant = 0.0
-        self.judged = False
+        self.outputs = _NetworkOutputs()
+        self.judged = False  # whether the networks can be compared with the masks
         self.step_seconds = self.eval_seconds = 0.0
 
-    @property
-    def stages(self) -> dict[str, Callable[[], Iterator[Finding]]]:
-        """What is done one after the other, by what a progress bar calls it."""
-        return {
+    def findings(self) -> Iterator[Finding]:
+        """All of them, stage by stage; the random state is left as it was."""
+        stages = {
             "masks": self._masks,
             "networks": self._networks,
             "normalisation": self._normalisation,
@@ -124,124 +156,99 @@ class Preflight:
             "plan": self._plan,
             "disk": self._disk,
         }
-
-    def findings(self) -> Iterator[Finding]:
-        """All of them, stage by stage; the random state is left as it was found."""
-        bar = tqdm(self.stages.items(), "preflight", unit="stage", leave=False, disable=self._quiet)
+        quiet = True if self.run.training.disable_tqdm else None
+        bar = tqdm(stages.items(), "preflight", unit="stage", leave=False, disable=quiet)
         with untouched_random_state(self.device):
             for name, stage in bar:
                 bar.set_postfix_str(name)
                 yield from stage()
 
-    @property
-    def _quiet(self) -> bool | None:
-        return True if self.run.training.disable_tqdm else None
-
     def _masks(self) -> Iterator[Finding]:
         data, parts = self.run.data, self.parts
-        named = {data.train_split: parts.train_dataset, data.eval_split: parts.eval_dataset}
-        skip, chosen = data.on_bad_sample == "skip", dict[str, list[dict[str, Tensor]]]()
-        for split, dataset in named.items():
-            if dataset is None:
-                continue
-            found = self.masks[split] = split_masks(dataset, self.limits.masks, skip_bad=skip)
-            yield mask_finding(split, found.facts, complete=found.complete, lost=found.lost)
-            chosen[split] = choose(dataset, found, self.limits.images, skip_bad=skip)
+        datasets = {data.train_split: parts.train_dataset, data.eval_split: parts.eval_dataset}
+        skip_bad, chosen = data.on_bad_sample == "skip", {}
+        for split, dataset in datasets.items():
+            if dataset is not None:
+                masks = read_masks(dataset, self.limits.masks, skip_bad=skip_bad)
+                yield mask_finding(split, masks)
+                samples = choose_samples(dataset, masks, self.limits.images, skip_bad=skip_bad)
+                self.masks[split] = masks
+                chosen[split] = [(split, sample) for sample in samples]
         # In turn, so that few images are of both splits too.
-        longest = max(map(len, chosen.values()))
-        turns = [(s, own[i]) for i in range(longest) for s, own in chosen.items() if i < len(own)]
-        self.splits, self.samples = [s for s, _ in turns], [sample for _, sample in turns]
-        if len(self.names) == 2 and not self._has_guide:
-            yield _worst(_of_split(inverted_finding(m.facts), s) for s, m in self.masks.items())
+        pairs = [pair for turn in zip_longest(*chosen.values()) for pair in turn if pair]
+        self.splits, self.samples = [split for split, _ in pairs], [s for _, s in pairs]
+        if len(self.names) == 2 and self._reference() is None:
+            apart = {split: inverted_finding(m.masks) for split, m in self.masks.items()}
+            yield worst(_of_split(finding, split) for split, finding in apart.items())
         if len(self.names) > 2:
-            facts = [f for found in self.masks.values() for f in found.facts]
-            yield occurrence_finding(facts, self.names)
+            every = [mask for split in self.masks.values() for mask in split.masks]
+            yield occurrence_finding(every, self.names)
 
-    @property
-    def _has_guide(self) -> bool:
-        """Whether there is a network that has seen such pictures: a teacher or a saved student."""
-        return self.parts.teacher is not None or self.run.model.student is not None
+    def _reference(self) -> str | None:
+        """The network that has seen such images: the teacher or a saved student, if any."""
+        if self.parts.teacher is not None:
+            return TEACHER
+        return STUDENT if self.run.model.student is not None else None
 
     def _networks(self) -> Iterator[Finding]:
-        teacher = None if self.parts.teacher is None else self.parts.teacher.to(self.device)
-        student = self.student if self.run.model.student is not None else None
         if not self.samples:
             return
-        look(
-            self.seen,
-            self.samples,
-            teacher,
-            student,
-            statistics=self.statistics,
-            seconds=self.limits.networks,
-        )
-        self.constant, label = constant_miou(
-            self.seen.labels(), self.seen.num_labels, self.seen.ignore_index
-        )
-        if teacher is not None:
-            yield output_finding(self.seen.output)
+        self._ask_networks()
+        if self.parts.teacher is not None:
+            yield output_finding(self.outputs.range)
             yield from self._sizes()
+        reference = self._reference()
+        if reference is None:
+            return
+        predictions = self._predictions(reference)
         # Where masks hold one class, nothing is better than a constant.
-        self.judged = self.constant < 1
-        if self._has_guide and self.judged:
-            yield from self._against_masks()
-        if teacher is not None and self.judged:
-            figure, images = self._miou(self.seen.teacher), len(self.seen.teacher)
-            yield quality_finding(figure, self.constant, self.names[label], images)
-            if student is not None:
-                yield student_finding(figure, self._miou(self.seen.student))
-
-    def _copy(self) -> SmpForSemanticSegmentation:
-        student = copy.deepcopy(self.parts.student)
-        network: nn.Module = student
-        use_fast_layers(network.to(self.device).eval())
-        return student
-
-    def _miou(self, classes: list[Tensor]) -> float:
-        return miou(self.seen.rows(classes), self.seen.num_labels)
-
-    def _against_masks(self) -> Iterator[Finding]:
-        """Masks that are inverted, mixed up or elsewhere, as a network sees it."""
-        classes = self._in_each_split(self._classes)
+        self.judged = predictions.constant_miou < 1
+        if not self.judged:
+            return
+        classes = self._in_each_split(classes_finding, predictions)
         yield classes
         if classes.grade == Grade.FAULT:
             self.judged = False  # what else could be said is but its consequence
-            return
-        yield self._in_each_split(self._position)
+        else:
+            yield self._in_each_split(position_finding, predictions)
+        if reference == TEACHER and self.judged:
+            yield quality_finding(predictions)
+            if self.run.model.student is not None:
+                yield student_finding(predictions.miou, self._predictions(STUDENT).miou)
 
-    def _in_each_split(self, check: Callable[[list[int]], Finding]) -> Finding:
+    def _ask_networks(self) -> None:
+        teacher, network = self.parts.teacher, self.student
+        use_fast_layers(network.eval())
+        evaluator = Evaluator(network, teacher, self.run.data.ignore_index, self.device)
+        hook = teacher and teacher.network.register_forward_hook(self.outputs.add_range)
+        start = time.monotonic()
+        try:
+            timed = _InTime(self.samples, self.limits.networks)
+            evaluator.run(timed, self.outputs, batch_size=1, batches=len(self.samples))
+        finally:
+            if hook:
+                hook.remove()
+        count = len(self.outputs.classes[STUDENT])
+        self.samples, self.splits = self.samples[:count], self.splits[:count]
+        self.eval_seconds = (time.monotonic() - start) / count
+
+    def _predictions(self, network: str) -> Predictions:
+        classes = torch.cat(self.outputs.classes[network])
+        labels = torch.stack([sample["labels"] for sample in self.samples])
+        ignore_index, whose = self.run.data.ignore_index, f"the {network}"
+        return Predictions(classes, labels, self.names, ignore_index, whose)
+
+    def _in_each_split(
+        self, check: Callable[[Predictions], Finding], predictions: Predictions
+    ) -> Finding:
         """A check of all images, and if they pass of each split: half of them cannot outvote it."""
-        together = list(range(len(self.seen.samples)))
-        found = check(together)
-        if found.grade != Grade.OK:
-            return found
-        own = {s: [i for i in together if self.splits[i] == s] for s in set(self.splits)}
-        apart = [_of_split(check(o), s) for s, o in sorted(own.items()) if len(o) >= ENOUGH]
-        return _worst([found, *apart])
-
-    def _guide(self) -> tuple[list[Tensor], str]:
-        seen = self.seen
-        return (seen.teacher, "the teacher") if seen.teacher else (seen.student, "the student")
-
-    def _classes(self, images: list[int]) -> Finding:
-        guide, whose = self._guide()
-        rows = self.seen.rows(guide)[images]
-        return classes_finding(rows, self.names, constant=self._constant(images), whose=whose)
-
-    def _position(self, images: list[int]) -> Finding:
-        guide, whose = self._guide()
-        return position_finding(
-            torch.stack(guide)[images],
-            self.seen.labels()[images],
-            self.seen.num_labels,
-            ignore_index=self.seen.ignore_index,
-            constant=self._constant(images),
-            whose=whose,
-        )
-
-    def _constant(self, images: list[int]) -> float:
-        labels = self.seen.labels()[images]
-        return constant_miou(labels, self.seen.num_labels, self.seen.ignore_index)[0]
+        findings = [check(predictions)]
+        if findings[0].grade == Grade.OK:
+            for split in sorted(set(self.splits)):
+                images = [i for i, name in enumerate(self.splits) if name == split]
+                if len(images) >= ENOUGH:
+                    findings.append(_of_split(check(predictions.of(images)), split))
+        return worst(findings)
 
     def _sizes(self) -> Iterator[Finding]:
         teacher, folder = self.parts.teacher, Path(self.run.model.teacher)
@@ -251,53 +258,37 @@ class Preflight:
             return  # a bare state dict does not say what it was trained with
         # A folder of smp's own does not say so either.
         if "image_size" in read_config(folder):
-            given = teacher.image_size or self.run.data.image_size
-            yield input_size_finding(int(network.config.image_size), given)
+            used = teacher.image_size or self.run.data.image_size
+            yield input_size_finding(int(network.config.image_size), used)
 
     def _normalisation(self) -> Iterator[Finding]:
-        teacher, seen, limit = self.parts.teacher, self.seen, self.limits.normalisation
-        if teacher is None or not self.judged:
-            return
-        present = present_feeding(teacher)
-        ways = alternatives(present)
-        straight = {name: way for name, way in ways.items() if not way.bgr}
-        fits = misfits(seen, teacher, straight | {PRESENT: present}, limit / 4)
-        others = {}
-        if self._miou(seen.teacher) <= 1 - MARGIN:  # else none can be clearly better
-            others = fed_otherwise(seen, teacher, ways, limit)
-        images = len(next(iter(others.values()), seen.teacher))
-        trials = Trials(ways, seen.rows(seen.teacher[:images]), others, fits)
-        yield normalisation_finding(trials, seen.num_labels, constant=self.constant)
+        if self.parts.teacher is not None and self.judged:
+            now, seconds = self._predictions(TEACHER), self.limits.normalisation
+            yield normalisation_finding(
+                try_conventions(self.parts.teacher, self.samples, now, seconds)
+            )
 
     def _shared(self) -> Iterator[Finding]:
-        if self.parts.eval_dataset is None:
+        training, evaluation = self.parts.train_dataset, self.parts.eval_dataset
+        if evaluation is None:
             return
-        shared = shared_images(
-            self.parts.train_dataset, self.parts.eval_dataset, self.limits.hashing
-        )
+        shared = shared_images(training, evaluation, self.limits.hashing)
         if shared is None:
             yield ok("shared images", "not looked for in streams and remote files")
         else:
             yield sharing_finding(shared)
 
     def _loss(self) -> Iterator[Finding]:
-        taught = self.parts.teacher is not None
-
-        def compute(student: Tensor, teacher: Tensor, labels: Tensor) -> Any:
-            guide = teacher if taught else None
-            return terms_of_run(self.run, self.parts, student, guide, {"labels": labels})
-
-        config = self.parts.student.config
-        yield degenerate_finding(int(config.classes), compute)
-        if not self.seen.samples or not any(self.parts.loss_weights.effective().values()):
+        parts, loss = self.parts, loss_of(self.run, self.parts)
+        channels = int(parts.student.config.classes)
+        yield degenerate_finding(channels, loss, teacher=parts.teacher is not None)
+        if not self.samples or not any(parts.loss_weights.effective().values()):
             return
         start = time.monotonic()
-        gradients = backward(
-            self.run, self.parts, self.student, self.seen, statistics=self.statistics
-        )
-        own = (time.monotonic() - start) / min(GRADIENT_IMAGES, len(self.seen.samples))
-        self.step_seconds = self.seen.seconds + own
-        self.eval_seconds = self.seen.seconds + own / _BACKWARD
+        logits = self.outputs.teacher_logits
+        gradients = first_gradients(self.student, self.samples, logits, loss, parts)
+        backward = (time.monotonic() - start) / min(GRADIENT_IMAGES, len(self.samples))
+        self.step_seconds = self.eval_seconds + backward
         yield share_finding(gradients)
         yield parameter_finding(gradients)
 
@@ -309,9 +300,8 @@ class Preflight:
     def _disk(self) -> Iterator[Finding]:
         folder = Path(str(self.run.training.output_dir)).absolute()
         there = next(place for place in (folder, *folder.parents) if place.exists())
-        yield disk_finding(
-            disk_need(self.run, self.parts), shutil.disk_usage(there).free, str(there)
-        )
+        free = shutil.disk_usage(there).free
+        yield disk_finding(disk_need(self.run, self.parts), free, str(there))
 
 
 def _of_split(finding: Finding, split: str) -> Finding:
@@ -321,10 +311,17 @@ def _of_split(finding: Finding, split: str) -> Finding:
     return replace(finding, text=f"{finding.text} (in the split {split})")
 
 
-def _worst(findings: Iterable[Finding]) -> Finding:
-    """The first fault, else the first note, else the first finding."""
-    order = [Grade.FAULT, Grade.NOTE, Grade.OK]
-    return min(findings, key=lambda finding: order.index(finding.grade))
+@contextmanager
+def untouched_random_state(device: torch.device) -> Iterator[None]:
+    """Put the generators of Python, numpy and torch back afterwards."""
+    python, numbers = random.getstate(), np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 def check_before_training(run: RunArguments, parts: Parts) -> None:

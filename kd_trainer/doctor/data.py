@@ -1,30 +1,55 @@
-"""Findings on the data: which masks mark something, which images are in both splits."""
+"""The data: which masks mark something, which images are checked or are in both splits."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import datasets
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from kd_trainer.doctor.finding import Finding, fault, note, ok, several
+from kd_trainer.data import (
+    SegmentationTransform,
+    StreamedDataset,
+    TransformedDataset,
+    sample_rows,
+)
+from kd_trainer.data.dataset import resize_labels
+from kd_trainer.data.images import decode_mask, image_name
+from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
 
-Array = npt.NDArray[np.integer]
+Labels = npt.NDArray[np.uint8]
+DataSet = TransformedDataset | StreamedDataset
+Item = TypeVar("Item")
 
+MASKS = 200  # of each split
 MANY = 100  # masks without foreground from which chance is ruled out for all but the rarest objects
 _MOSTLY = 0.5
 _LOST = 0.1  # of the masks: small things are smaller still at the size of the training
 _BORDER = 0.8
 
 
+def within(seconds: float, items: Iterable[Item], *, least: int = 1) -> Iterator[Item]:
+    """Items until time is up, but at least the first few."""
+    end = time.monotonic() + seconds
+    for count, item in enumerate(items, start=1):
+        yield item
+        if count >= least and time.monotonic() > end:
+            return
+
+
 @dataclass(frozen=True)
-class MaskFacts:
-    """What one mask holds, as shares of its valid pixels.
+class MaskStatistics:
+    """What one mask holds, as shares of its valid pixels; the default is an unreadable one.
 
     Attributes:
         valid: share of all pixels that count.
@@ -33,121 +58,165 @@ class MaskFacts:
         classes: ids that occur.
     """
 
-    valid: float
-    foreground: float
-    border: float
-    classes: frozenset[int]
+    valid: float = 0.0
+    foreground: float = 0.0
+    border: float = 0.0
+    classes: frozenset[int] = frozenset()
+
+    @property
+    def marked(self) -> bool:
+        """Whether any class above 0 occurs."""
+        return bool(self.classes - {0})
+
+    @classmethod
+    def of(cls, labels: Labels, ignore_index: int) -> MaskStatistics:
+        """Count a mask (H, W) of class ids and `ignore_index`."""
+        valid = labels != ignore_index
+        edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+        return cls(
+            float(valid.mean()),
+            _foreground(labels, ignore_index),
+            _foreground(edge, ignore_index),
+            frozenset(np.flatnonzero(np.bincount(labels[valid])).tolist()),
+        )
 
 
-def mask_facts(labels: Array, ignore_index: int) -> MaskFacts:
-    """Facts of one mask (H, W) of class ids and `ignore_index`."""
-    counts = labels != ignore_index
-    edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
-    present = {int(c) for c in np.flatnonzero(np.bincount(labels.ravel()))} - {ignore_index}
-    return MaskFacts(
-        float(counts.mean()),
-        _foreground(labels, ignore_index),
-        _foreground(edge, ignore_index),
-        frozenset(present),
-    )
-
-
-def marks(labels: Array, ignore_index: int) -> bool:
-    """Whether a mask (H, W) holds any class above 0."""
-    return bool(((labels > 0) & (labels != ignore_index)).any())
-
-
-def _foreground(labels: Array, ignore_index: int) -> float:
+def _foreground(labels: Labels, ignore_index: int) -> float:
     valid = labels[labels != ignore_index]
     return float((valid > 0).mean()) if valid.size else 0.0
 
 
-def mask_finding(
-    split: str, facts: Sequence[MaskFacts], *, complete: bool, lost: int = 0
-) -> Finding:
-    """Whether the masks of a split mark anything at the size of the training.
+@dataclass(frozen=True)
+class SplitMasks:
+    """The masks of one split that were looked at.
 
-    Args:
-        split: its name.
-        facts: of the masks that were looked at, at that size.
+    Attributes:
+        masks: in the order of `sample_rows`, at the size of the training.
         complete: whether these are all of the split.
-        lost: how many of them mark something in their own size only.
+        lost: how many mark something in their own size and nothing at the size of the training.
     """
-    check, looked = f"masks, {split}", several(len(facts), "mask")
-    grade = fault if complete or len(facts) >= MANY else note
-    if not any(f.valid for f in facts):
+
+    masks: Sequence[MaskStatistics]
+    complete: bool
+    lost: int = 0
+
+
+def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> SplitMasks:
+    """Look at up to `MASKS` masks, at the size of the training.
+
+    With `skip_bad` one that cannot be read counts as one without valid pixels: a stream still has
+    the rows that its reader will leave out.
+    """
+    rule, size, masks, lost = dataset.transform.rule, dataset.transform.image_size, [], 0
+    source = dataset.dataset
+    source = source.select_columns("mask") if isinstance(source, datasets.Dataset) else source
+    rows = iter(sample_rows(source, MASKS))
+    for number, row in enumerate(within(seconds, rows)):
+        masks.append(MaskStatistics())
+        with suppress(*((ValueError, OSError) if skip_bad else ())):
+            mask = row["mask"]
+            labels = rule.labels(decode_mask(mask, number), image_name(mask, number))
+            small = MaskStatistics.of(resize_labels(labels, size), rule.ignore_index)
+            masks[-1] = small
+            lost += not small.marked and MaskStatistics.of(labels, rule.ignore_index).marked
+    return SplitMasks(masks, next(rows, None) is None and len(masks) < MASKS, lost)
+
+
+def choose_samples(
+    dataset: DataSet, split: SplitMasks, most: int, *, skip_bad: bool = False
+) -> list[dict[str, Tensor]]:
+    """Up to `most` samples without augmentation, evenly spread over masks that mark something."""
+    numbers = [i for i, mask in enumerate(split.masks) if mask.marked]
+    numbers = numbers or [i for i, mask in enumerate(split.masks) if mask.valid]
+    count = min(most, len(numbers))
+    chosen = {numbers[len(numbers) * i // count] for i in range(count)}
+    size, rule = dataset.transform.image_size, dataset.transform.rule
+    plain = SegmentationTransform(
+        size, rule, augmentation="none", seed=0, brightness_contrast_probability=0.0
+    )
+    rows = islice(enumerate(sample_rows(dataset.dataset, MASKS)), max(chosen, default=-1) + 1)
+    samples = []
+    for number, row in rows:
+        with suppress(*((ValueError, OSError) if skip_bad else ())):
+            samples += [plain(row, epoch=0, index=number)] if number in chosen else []
+    return samples
+
+
+def mask_finding(name: str, split: SplitMasks) -> Finding:
+    """Whether the masks of the split of this name mark anything at the size of the training."""
+    check, count = f"masks, {name}", len(split.masks)
+    grade = fault if split.complete or count >= MANY else note
+    masks = several(count, "mask")
+    if not any(mask.valid for mask in split.masks):
         return grade(
             check,
-            f"Expected pixels that count, got only ignored ones in all of {looked}",
+            f"Expected pixels that count, got only ignored ones in all of {masks}",
             "Say how the masks are read: --mask_values and --ignore_index.",
         )
-    marked = [f for f in facts if f.classes - {0}]
-    own = f"; {lost} more only before they are resized to --image_size" if lost else ""
+    marked = sum(mask.marked for mask in split.masks)
     larger = "Raise --image_size: what is thinner than a pixel there is lost."
-    if not marked and lost:
+    if not marked and split.lost:
         return grade(
             check,
             f"Expected foreground in the masks at the size of the training, got none in any of "
-            f"{looked}{own.replace(' more', '')}",
+            f"{masks}; {split.lost} only before they are resized to --image_size",
             larger,
         )
     if not marked:
         return grade(
             check,
-            f"Expected foreground in the masks, got none in any of {looked}",
+            f"Expected foreground in the masks, got none in any of {masks}",
             "Check the masks, or name the values of background and foreground with --mask_values.",
         )
-    share = float(np.mean([f.foreground for f in facts]))
-    found = f"{len(marked)} of {looked} mark something, {share:.0%} of the pixels{own}"
-    if lost > _LOST * len(facts):
-        return note(check, found, larger)
-    if len(marked) < _MOSTLY * len(facts):
-        return note(check, found, "Check that this is how the data is meant to be.")
-    return ok(check, found)
+    share = float(np.mean([mask.foreground for mask in split.masks]))
+    text = f"{marked} of {masks} mark something, {share:.0%} of the pixels"
+    if split.lost:
+        text += f"; {split.lost} more only before they are resized to --image_size"
+    if split.lost > _LOST * count:
+        return note(check, text, larger)
+    if marked < _MOSTLY * count:
+        return note(check, text, "Check that this is how the data is meant to be.")
+    return ok(check, text)
 
 
-def inverted_finding(facts: Sequence[MaskFacts]) -> Finding:
+def inverted_finding(masks: Sequence[MaskStatistics]) -> Finding:
     """Whether binary masks look inverted, judged by themselves: most of the border is foreground.
 
-    Objects fill the inside of pictures more than their border. That is a habit of photographers
+    Objects fill the inside of images more than their border. That is a habit of photographers
     and no law, so this is never a fault; against a teacher `classes_finding` knows better.
     """
     check = "foreground"
-    share = float(np.mean([f.foreground for f in facts]))
-    border = float(np.mean([f.border for f in facts]))
-    shown = f"{share:.0%} of the pixels and {border:.0%} of the border are foreground"
+    share = float(np.mean([mask.foreground for mask in masks]))
+    border = float(np.mean([mask.border for mask in masks]))
+    text = f"{share:.0%} of the pixels and {border:.0%} of the border are foreground"
     if share > _MOSTLY and border > max(_BORDER, share):
         return note(
             check,
-            f"the masks may be inverted: {shown}",
+            f"the masks may be inverted: {text}",
             "Look at some. --mask_values (background first) turns them round.",
         )
-    return ok(check, shown)
+    return ok(check, text)
 
 
-def occurrence_finding(facts: Sequence[MaskFacts], names: Mapping[int, str]) -> Finding:
+def occurrence_finding(masks: Sequence[MaskStatistics], names: Mapping[int, str]) -> Finding:
     """Whether every class occurs in the masks that were looked at."""
-    seen = frozenset[int]().union(*(f.classes for f in facts))
-    missing = [name for label, name in names.items() if label not in seen]
-    looked = several(len(facts), "mask")
+    occurring = frozenset[int]().union(*(mask.classes for mask in masks))
+    missing = [name for label, name in names.items() if label not in occurring]
     if missing:
         return note(
             "class ids",
-            f"{', '.join(missing)} in none of {looked}",
+            f"{', '.join(missing)} in none of {several(len(masks), 'mask')}",
             "Check --num_labels, --class_names and --mask_values; a class without pixels is "
             "neither learned nor measured.",
         )
-    return ok("class ids", f"each of {len(names)} classes occurs in {looked}")
+    return ok("class ids", f"each of {len(names)} classes occurs in {several(len(masks), 'mask')}")
 
 
-Cell = Mapping[str, Any]
-
-_SHOWN = 3
 _MOST = 0.5  # of a split: from here the figures of an evaluation say nothing
 
 
-@dataclass
-class Shared:
+@dataclass(frozen=True)
+class SharedImages:
     """What two splits have in common.
 
     Attributes:
@@ -157,84 +226,84 @@ class Shared:
         complete: whether that was all of both.
     """
 
-    pairs: dict[str, str] = field(default_factory=dict)
-    evaluation: int = 0
-    training: int = 0
-    complete: bool = True
+    pairs: Mapping[str, str]
+    evaluation: int
+    training: int
+    complete: bool
 
 
-def find_shared(
-    training: Iterable[Cell],
-    evaluation: Iterable[Cell],
-    evaluation_cell: Callable[[int], Cell],
-    going: Callable[[], bool],
-) -> Shared:
+def shared_images(training: DataSet, evaluation: DataSet, seconds: float) -> SharedImages | None:
+    """Images that both splits hold, as far as time allows; None for streams and remote files."""
+    splits = training.dataset, evaluation.dataset
+    if not all(isinstance(rows, datasets.Dataset) for rows in splits):
+        return None
+    if any("://" in (rows[0]["image"].get("path") or "") for rows in splits):
+        return None
+    first, second = (rows.select_columns("image") for rows in splits)
+    return find_shared(first, second, seconds)
+
+
+def find_shared(training: Any, evaluation: Any, seconds: float) -> SharedImages:
     """Look for evaluation images whose encoded bytes are those of a training image.
 
-    A picture that was saved anew is not found: that would mean to decode them all.
+    An image that was saved anew is not found: that would mean to decode them all.
 
     Args:
-        training: cells `{bytes, path}`, in order.
+        training: rows by number, with a cell `image` of `{bytes, path}`.
         evaluation: likewise.
-        evaluation_cell: gives one of the latter again, by its number.
-        going: False once time is up; then what was found so far is returned.
+        seconds: that this may take.
     """
-    found = Shared()
+    end = time.monotonic() + seconds
     by_size: dict[int, list[int]] = defaultdict(list)
-    for number, cell in enumerate(evaluation):
-        by_size[_size(cell)].append(number)
-        found.evaluation += 1
-        if not going():
-            found.complete = False
-            break
-    known: dict[int, dict[bytes, int]] = {}
-    for number, cell in enumerate(training):
-        size = _size(cell)
-        found.training += 1
-        if size in by_size:
-            if size not in known:
-                known[size] = {_digest(evaluation_cell(n)): n for n in by_size[size]}
-            match = known[size].get(_digest(cell))
-            if match is not None:
-                found.pairs[_name(evaluation_cell(match), match)] = _name(cell, number)
-        if not going():
-            found.complete = False
-            break
-    return found
+    for number, row in enumerate(within(seconds, evaluation)):
+        by_size[_size(row["image"])].append(number)
+    hashes: dict[int, dict[bytes, int]] = {}
+    pairs, searched = {}, 0
+    for number, row in enumerate(within(end - time.monotonic(), training)):
+        image, searched = row["image"], number + 1
+        size = _size(image)
+        if size not in by_size:
+            continue
+        if size not in hashes:
+            hashes[size] = {_hash(evaluation[n]["image"]): n for n in by_size[size]}
+        match = hashes[size].get(_hash(image))
+        if match is not None:
+            pairs[_name(evaluation[match]["image"], match)] = _name(image, number)
+    indexed = sum(map(len, by_size.values()))
+    complete = (indexed, searched) == (len(evaluation), len(training))
+    return SharedImages(pairs, indexed, searched, complete)
 
 
-def _size(cell: Cell) -> int:
-    return len(cell["bytes"]) if cell.get("bytes") else Path(cell["path"]).stat().st_size
+def _size(image: Mapping[str, Any]) -> int:
+    return len(image["bytes"]) if image.get("bytes") else Path(image["path"]).stat().st_size
 
 
-def _digest(cell: Cell) -> bytes:
-    data = cell["bytes"] if cell.get("bytes") else Path(cell["path"]).read_bytes()
+def _hash(image: Mapping[str, Any]) -> bytes:
+    data = image["bytes"] if image.get("bytes") else Path(image["path"]).read_bytes()
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _name(cell: Cell, number: int) -> str:
-    path = cell.get("path")
+def _name(image: Mapping[str, Any], number: int) -> str:
+    path = image.get("path")
     return Path(path).name if path else f"row {number}"
 
 
-def sharing_finding(shared: Shared) -> Finding:
+def sharing_finding(shared: SharedImages) -> Finding:
     """Whether what is measured was trained on."""
     check = "shared images"
-    looked = (
+    among = (
         f"{several(shared.evaluation, 'evaluation image')} and "
         f"{several(shared.training, 'training image')}"
     )
-    looked += "" if shared.complete else " that were looked at"
+    among += "" if shared.complete else " that were looked at"
     if not shared.pairs:
-        return ok(check, f"none among {looked}")
+        return ok(check, f"none among {among}")
     names = [a if a == b else f"{a} = {b}" for a, b in shared.pairs.items()]
-    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     # Where time was too short for all training images, most of those looked at are as telling.
-    fewest = min(shared.evaluation, shared.training)
-    grade = fault if len(names) > _MOST * fewest else note
+    grade = fault if len(names) > _MOST * min(shared.evaluation, shared.training) else note
     return grade(
         check,
         f"Expected evaluation images that are not trained on, got {several(len(names), 'image')} "
-        f"in both splits ({shown}) among {looked}",
+        f"in both splits ({listed(names)}) among {among}",
         "Remove them from one split: figures of images that were trained on are too good.",
     )

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import zip_longest
-
-import numpy as np
-import torch
 
 from kd_trainer.errors import printable
 
 GO_ON = "(--no_preflight goes on all the same)"
 _HEADER = ("check", "", "finding", "what to do")
 _WIDTHS = (16, 5, 44, 40)
+_SHOWN = 3  # names of a list
 
 
 class Grade(StrEnum):
@@ -30,7 +26,7 @@ class Grade(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a preflight.
+    """One line of a preflight; made by `ok`, `note` and `fault`.
 
     Attributes:
         check: what was looked at.
@@ -60,9 +56,14 @@ def fault(check: str, text: str, cure: str) -> Finding:
     return Finding(check, Grade.FAULT, text, cure)
 
 
-def graded(findings: Sequence[Finding], grade: Grade) -> list[Finding]:
+def graded(findings: Iterable[Finding], grade: Grade) -> list[Finding]:
     """Those of one grade."""
     return [f for f in findings if f.grade == grade]
+
+
+def worst(findings: Iterable[Finding]) -> Finding:
+    """The first fault, else the first note, else the first finding."""
+    return max(findings, key=lambda finding: list(Grade).index(finding.grade))
 
 
 def table(findings: Sequence[Finding]) -> str:
@@ -103,29 +104,6 @@ def several(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Images of each split, and seconds for each of the longer stages."""
-
-    images: int
-    masks: float
-    networks: float
-    normalisation: float
-    hashing: float
-
-
-QUICK = Limits(images=8, masks=0.5, networks=4.0, normalisation=2.5, hashing=1.0)
-THOROUGH = Limits(images=16, masks=2.0, networks=12.0, normalisation=12.0, hashing=5.0)
-
-
-@contextmanager
-def untouched_random_state(device: torch.device) -> Iterator[None]:
-    """Put the generators of Python, numpy and torch back afterwards."""
-    python, numbers = random.getstate(), np.random.get_state()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
+def listed(names: Sequence[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -54,36 +54,31 @@ def timeline(
     return rows
 
 
+_COLUMNS = {  # of the timeline, by key: title and format
+    "epoch": ("epoch", ".0f"),
+    "temperature": ("temperature", ".2f"),
+    "free_units": ("free units", ".0f"),
+    "trainable": ("trainable parameters", ",.0f"),
+    "decoder_lr": ("decoder lr base", ".2e"),
+    "decoder_lr_now": ("now", ".2e"),
+    "encoder_lr": ("encoder lr base", ".2e"),
+    "encoder_lr_now": ("now", ".2e"),
+}
+
+
 def timeline_table(rows: list[dict[str, float]], *, temperature: bool = True) -> str:
     """The timeline as a Markdown table; without a teacher no temperature is in use."""
-    header = [
-        "epoch",
-        "temperature",
-        "free units",
-        "trainable parameters",
-        "decoder lr base",
-        "now",
-        "encoder lr base",
-        "now",
-    ]
+    keys = [key for key in _COLUMNS if temperature or key != "temperature"]
     body = [
         [
-            f"{row['epoch']:.0f}",
-            f"{row['temperature']:.2f}",
-            f"{row['free_units']:.0f}",
-            f"{row['trainable']:,.0f}",
-            *(f"{row[k]:.2e}" for k in ("decoder_lr", "decoder_lr_now")),
-            *(f"{row[k]:.2e}" if row[k] else "frozen" for k in ("encoder_lr", "encoder_lr_now")),
+            "frozen"
+            if key.startswith("encoder") and not row[key]
+            else f"{row[key]:{_COLUMNS[key][1]}}"
+            for key in keys
         ]
         for row in rows
     ]
-    if not temperature:
-        header, body = _without(header, 1), [_without(row, 1) for row in body]
-    return markdown_table(header, body)
-
-
-def _without(cells: list[str], column: int) -> list[str]:
-    return cells[:column] + cells[column + 1 :]
+    return markdown_table([_COLUMNS[key][0] for key in keys], body)
 
 
 def sizes_table(parts: Parts) -> str:
@@ -99,16 +94,16 @@ def sizes_table(parts: Parts) -> str:
     return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
 
 
-def _timeline(parts: Parts, args: DistillationArguments, updates: int) -> str:
-    epochs = length_in_epochs(args, updates)
+def _timeline(parts: Parts, args: DistillationArguments, steps: int) -> str:
+    epochs = length_in_epochs(args, steps)
     rows = timeline(parts.student, args, epochs)
-    shown = timeline_table(rows, temperature=parts.teacher is not None)
-    schedule = args.schedule(len(encoder_units(parts.student)), epochs, updates)
-    said = [shown, *warmup_line(schedule, args.learning_rate)]
-    found = plan_finding(schedule)
-    if found.grade != Grade.OK:
-        said.append(f"{found.text[0].upper()}{found.text[1:]}. {found.cure}")
-    return "\n\n".join(said)
+    table = timeline_table(rows, temperature=parts.teacher is not None)
+    schedule = args.schedule(len(encoder_units(parts.student)), epochs, steps)
+    lines = [table, *warmup_line(schedule, args.learning_rate)]
+    finding = plan_finding(schedule)
+    if finding.grade != Grade.OK:
+        lines.append(f"{finding.text[0].upper()}{finding.text[1:]}. {finding.cure}")
+    return "\n\n".join(lines)
 
 
 def warmup_line(schedule: TrainingSchedule, rate: float) -> list[str]:
@@ -128,11 +123,11 @@ def describe(run: RunArguments, parts: Parts) -> str:
     """The whole plan as text."""
     args = run.training
     train = len(parts.train_dataset)
-    updates = updates_per_epoch(train, args)
+    steps = updates_per_epoch(train, args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
         "source": printable(run.data.dataset),
-        "train": f"{train:,} images ({updates:,} updates an epoch)",
+        "train": f"{train:,} images ({steps:,} steps an epoch)",
         "evaluation": f"{evaluation:,} images",
         "classes": printable(", ".join(run.data.id2label.values())),
         "input": f"{run.data.image_size} x {run.data.image_size}",
@@ -145,7 +140,7 @@ def describe(run: RunArguments, parts: Parts) -> str:
             "## Data\n" + "\n".join(f"- {k}: {v}" for k, v in data.items()),
             "## Networks\n" + sizes_table(parts),
             f"## Loss\ntotal = {loss}",
-            "## Timeline\n" + _timeline(parts, args, updates),
+            "## Timeline\n" + _timeline(parts, args, steps),
             "## Configuration\n" + yaml.safe_dump(run.resolved(), sort_keys=False).strip(),
         ]
     )

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.build import Parts, image_count
+from kd_trainer.build import Parts, image_count, speed_up
 from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import (
     duration,
@@ -30,33 +30,8 @@ from kd_trainer.optim import unit_parameters
 from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.trainer import DistillationTrainer
 
-_BYTES = 4  # of a parameter in fp32
-_STATES = 2  # that AdamW keeps of each parameter
-_REST = 8 * 2**20  # report, panels, logs and random states
+_MIB = 2**20
 _GIB = 2**30
-_NEARLY = 0.9  # of the memory
-
-
-@dataclass(frozen=True)
-class DiskNeed:
-    """What a run writes.
-
-    Attributes:
-        parameters: of the student, with those that are never used.
-        trainable: of these, those that the optimizer keeps states of.
-        checkpoints: most that lie there at a time.
-    """
-
-    parameters: int
-    trainable: int
-    checkpoints: int
-
-    @property
-    def bytes(self) -> int:
-        """In all: checkpoints, the student and what lies beside it."""
-        student = self.parameters * _BYTES
-        checkpoint = student + self.trainable * _BYTES * _STATES
-        return self.checkpoints * checkpoint + student + _REST
 
 
 def plan_finding(schedule: TrainingSchedule) -> Finding:
@@ -80,6 +55,45 @@ def plan_finding(schedule: TrainingSchedule) -> Finding:
     )
 
 
+@dataclass(frozen=True)
+class DiskNeed:
+    """What a run writes.
+
+    Attributes:
+        parameters: of the student, with those that are never used.
+        trainable: of these, those that the optimizer keeps states of.
+        checkpoints: most that lie there at a time.
+    """
+
+    parameters: int
+    trainable: int
+    checkpoints: int
+
+    @property
+    def bytes(self) -> int:
+        """Checkpoints, the student, and 8 MiB for report, panels, logs and random states.
+
+        All are in fp32; AdamW keeps two states of each parameter.
+        """
+        student = 4 * self.parameters
+        return self.checkpoints * (student + 8 * self.trainable) + student + 8 * _MIB
+
+
+def disk_need(run: RunArguments, parts: Parts) -> DiskNeed:
+    """What the run writes: one checkpoint more than it keeps, while the next one is saved."""
+    args = run.training
+    per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
+    steps = total_updates(args, per_epoch)
+    every = per_epoch if args.save_strategy in ("epoch", "best") else args.save_steps
+    every = every if every >= 1 else every * steps
+    saves = 0 if args.save_strategy == "no" else max(1, round(steps / every))
+    if args.save_total_limit is not None:
+        kept = max(args.save_total_limit, 1 + bool(args.load_best_model_at_end))
+        saves = min(saves, kept + 1)
+    trainable = sum(p.numel() for unit in unit_parameters(parts.student).values() for _, p in unit)
+    return DiskNeed(sum(p.numel() for p in parts.student.parameters()), trainable, saves)
+
+
 def disk_finding(need: DiskNeed, free: int, folder: str) -> Finding:
     """Whether the checkpoints and the student fit on the disk."""
     what = f"{need.checkpoints} checkpoints and the student"
@@ -92,97 +106,79 @@ def disk_finding(need: DiskNeed, free: int, folder: str) -> Finding:
     return ok("disk", f"{_size(need.bytes)} for {what}; {_size(free)} are free")
 
 
-def memory_finding(expected: float, there: float, device: str) -> Finding:
+_NEARLY = 0.9  # of the memory
+
+
+def memory_finding(expected: float, installed: float, device: str) -> Finding:
     """Whether a training step fits into memory, both in bytes."""
-    shown = f"about {_size(expected)} of the {_size(there)} of {device}"
-    if expected > _NEARLY * there:
-        return note(
-            "memory",
-            f"a step takes {shown}",
-            "Lower --batch_size and raise --gradient_accumulation_steps.",
-        )
-    return ok("memory", f"a step takes {shown}")
+    text = f"a step takes about {_size(expected)} of the {_size(installed)} of {device}"
+    if expected > _NEARLY * installed:
+        return note("memory", text, "Lower --batch_size and raise --gradient_accumulation_steps.")
+    return ok("memory", text)
 
 
 def _size(size: float) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / _MIB:.0f} MiB"
 
 
-def disk_need(run: RunArguments, parts: Parts) -> DiskNeed:
-    """What the run writes: one checkpoint more than it keeps, while the next one is saved."""
-    args = run.training
-    per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
-    updates = total_updates(args, per_epoch)
-    every = per_epoch if args.save_strategy in ("epoch", "best") else args.save_steps
-    every = every if every >= 1 else every * updates
-    saves = 0 if args.save_strategy == "no" else max(1, round(updates / every))
-    if args.save_total_limit is not None:
-        kept = max(args.save_total_limit, 1 + bool(args.load_best_model_at_end))
-        saves = min(saves, kept + 1)
-    trainable = sum(p.numel() for own in unit_parameters(parts.student).values() for _, p in own)
-    return DiskNeed(sum(p.numel() for p in parts.student.parameters()), trainable, saves)
-
-
-MEASURED_UPDATES = 3
-
-SECONDS = 20.0  # that the measured updates should take together
+SECONDS = 20.0  # that the measured steps should take together
+MEASURED_STEPS = 3
 _SMALLEST = 2  # images: BatchNorm needs two where it pools to one pixel
-_MIB = 2**20
 
 
 def affordable(batch: int, image_seconds: float, seconds: float = SECONDS) -> tuple[int, int]:
-    """How many updates to measure, of how many images, beside one that warms up.
+    """How many steps to measure, of how many images, beside one that warms up.
 
     Args:
-        batch: images of an update of the run.
-        image_seconds: that an image of an update takes, about.
+        batch: images of a step of the run.
+        image_seconds: that an image of a step takes, about.
         seconds: that all of it should take.
     """
     while batch > _SMALLEST and 2 * batch * image_seconds > seconds:
         batch = max(_SMALLEST, batch // 2)
-    updates = int(seconds / (batch * max(image_seconds, 1e-6))) - 1
-    return max(1, min(updates, MEASURED_UPDATES)), batch
+    steps = int(seconds / (batch * max(image_seconds, 1e-6))) - 1
+    return max(1, min(steps, MEASURED_STEPS)), batch
 
 
 def cost_findings(
     run: RunArguments, parts: Parts, *, step_seconds: float, eval_seconds: float
 ) -> Iterator[Finding]:
-    """Measure a few updates, and say what the run takes.
+    """Measure a few steps, and say what the run takes.
 
     A batch that is too slow to measure is measured smaller, and what it takes is scaled.
 
     Args:
         run: its settings; nothing is written to its folder.
         parts: its objects; the student is copied.
-        step_seconds: about what an image of an update takes, to choose the work by.
+        step_seconds: about what an image of a step takes, to choose the work by.
         eval_seconds: what an evaluation image takes.
     """
     args = run.training
     whole = args.per_device_train_batch_size
-    updates, batch = affordable(whole, step_seconds)
-    own_peak = reset_peak_memory()
+    steps, batch = affordable(whole, step_seconds)
+    scale = whole / batch
+    measurable = reset_peak_memory()
     before = peak_memory_mib()
-    seconds = measure_update(
+    step = measure_update(
         run,
         replace(parts, student=copy.deepcopy(parts.student)),
-        updates=updates,
+        updates=steps,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
     )
-    scale = whole / batch
-    if own_peak:
+    if measurable:
         expected = before + (peak_memory_mib() - before) * scale
         yield memory_finding(expected * _MIB, *_memory(args.device))
-    update = seconds * scale * args.gradient_accumulation_steps
+    step *= scale * args.gradient_accumulation_steps
     per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
     total = total_updates(args, per_epoch)
     images = 0 if parts.eval_dataset is None else image_count(parts.eval_dataset)
-    took = training_seconds(args, total, per_epoch, Speed(update, eval_seconds), images)
-    scaled = "" if scale == 1 else f", measured with {batch} images"
-    each = f"{update:,.0f}" if update >= 10 else f"{update:.2g}"
+    seconds = training_seconds(args, total, per_epoch, Speed(step, eval_seconds), images)
+    smaller = "" if scale == 1 else f", measured with {batch} images"
+    each = f"{step:,.0f}" if step >= 10 else f"{step:.2g}"
     yield ok(
         "time",
-        f"about {duration(took)} for {total:,} updates of {each} s{scaled}, with all units free",
+        f"about {duration(seconds)} for {total:,} steps of {each} s{smaller}, with all units free",
     )
 
 
@@ -195,40 +191,34 @@ def _memory(device: torch.device) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of one update, and of one evaluation image with student and teacher."""
+    """Seconds of one step (`update`), and of one evaluation image with student and teacher."""
 
     update: float
     image: float
 
 
 class _Clock(TrainerCallback):
-    """Notes when each update ends."""
+    """Notes when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,  # noqa: ARG002 (the signature is that of transformers)
-        state: TrainerState,  # noqa: ARG002
-        control: TrainerControl,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
-    ) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:
         self.ends.append(time.perf_counter())
 
 
 def measure_update(
-    run: RunArguments, parts: Parts, *, updates: int = MEASURED_UPDATES, **changed: Any
+    run: RunArguments, parts: Parts, *, updates: int = MEASURED_STEPS, **changed: Any
 ) -> float:
-    """Seconds of one update of a run.
+    """Seconds of one step of a run.
 
-    All units of the encoder are free, which is the slowest that the run gets. The first update
-    only warms up. With cached targets an update is one without a teacher.
+    All units of the encoder are free, which is the slowest that the run gets. The first step
+    only warms up. With cached targets a step is one without a teacher.
 
     Args:
         run: its settings; nothing is written to its folder.
         parts: its objects, used up.
-        updates: how many to time.
+        updates: how many steps to time.
         changed: settings of the training that are to differ from the run's.
     """
     quiet = {
@@ -243,10 +233,11 @@ def measure_update(
         "unfreeze_every": 0,
     }
     cached = run.training.teacher_targets == "cached"
-    given = without_teacher(run.given) if cached else run.given
+    settings = without_teacher(run.given) if cached else run.given
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        args = build(given | quiet | changed | {"output_dir": folder}).training
+        args = build(settings | quiet | changed | {"output_dir": folder}).training
+        speed_up(parts.student, args)  # as the training will
         trainer = DistillationTrainer(
             parts.student,
             args,
@@ -263,7 +254,7 @@ def measure_update(
 def training_seconds(
     args: DistillationArguments, updates: int, per_epoch: int, speed: Speed, eval_images: int
 ) -> float:
-    """Seconds of so many updates with the evaluations between them."""
+    """Seconds of so many steps with the evaluations between them."""
     every = {"no": math.inf, "epoch": per_epoch}.get(args.eval_strategy, args.eval_steps or 0)
     evaluations = updates / every if every >= 1 else 1 / every
     return updates * speed.update + evaluations * speed.image * eval_images

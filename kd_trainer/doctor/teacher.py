@@ -1,10 +1,11 @@
-"""Checks of the teacher: what it gives, whether it is any good, and what it means by a class."""
+"""The teacher: what it gives, whether it is any good, and whether the masks agree with it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +13,85 @@ import torch
 from torch import Tensor
 
 from kd_trainer.doctor.finding import Finding, fault, note, ok, several
-from kd_trainer.evaluation import figures_of
 from kd_trainer.losses import TERMS
-from kd_trainer.metrics import image_counts
+from kd_trainer.metrics import image_counts, miou
+
+Counts = npt.NDArray[np.int64]
+
+MARGIN = 0.05  # of mIoU: what a wrong setting has to cost before it is called wrong
+ENOUGH = 4  # images from which a fault may be concluded; from fewer it is a note
+_SHARE = 0.75  # of the images that have to agree, so that one odd image decides nothing
+_INFORMATIVE = 0.10  # of mIoU above a constant: a network with less says nothing about masks
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Classes that a network gives to some images, beside their labels; counted once.
+
+    Attributes:
+        classes: integer (N, S, S).
+        labels: of the masks, likewise.
+        names: of the classes, background first.
+        ignore_index: label that counts nowhere.
+        whose: predictions they are, as a finding says it.
+    """
+
+    classes: Tensor
+    labels: Tensor
+    names: Mapping[int, str]
+    ignore_index: int = 255
+    whose: str = "the teacher"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def of(self, images: Sequence[int] | slice) -> Predictions:
+        """Those of some of the images."""
+        return replace(self, classes=self.classes[images], labels=self.labels[images])
+
+    @cached_property
+    def confusions(self) -> Counts:
+        """Pixels of each image by [truth, prediction], (N, K, K)."""
+        count = len(self.names)
+        rows = image_counts(
+            self.classes, self.labels, count, ignore_index=self.ignore_index, boundary=False
+        )
+        return rows[:, : count**2].reshape(-1, count, count).cpu().numpy()
+
+    @cached_property
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur, of all images together."""
+        return float(miou(self.confusions.sum(axis=0)))
+
+    @property
+    def commonest(self) -> int:
+        """The class that most pixels have."""
+        return int(self.confusions.sum(axis=(0, 2)).argmax())
+
+    @property
+    def constant_miou(self) -> float:
+        """The mIoU of the commonest class everywhere, the best of a constant; NaN of no pixels."""
+        pixels = self.confusions.sum(axis=(0, 2))
+        occurring = int((pixels > 0).sum())
+        return float(pixels.max() / pixels.sum()) / occurring if occurring else math.nan
+
+    def is_informative(self, figure: float) -> bool:
+        """Whether a mIoU is high enough to trust a network more than the masks."""
+        return figure >= self.constant_miou + _INFORMATIVE
+
+    def clearly_better_than(self, other: Predictions) -> bool:
+        """Whether this mIoU is trusted, and higher on all images together and on most alone."""
+        if not self.is_informative(self.miou) or self.miou < other.miou + MARGIN:
+            return False
+        return float(np.mean(miou(self.confusions) > miou(other.confusions))) >= _SHARE
+
+
+def best_of(others: Mapping[str, Predictions]) -> str:
+    """The one with the highest mIoU; nothing where there is none."""
+    return max(others, key=lambda name: others[name].miou, default="")
+
 
 _SUM_TOLERANCE = 1e-3  # probabilities of half precision add up to one only so nearly
-_TWICE = 2.0
-_NOTHING = 0.05  # of IoU: a class that a network does not find at all
-_SURE = 0.2  # of IoU: by how much another class has to fit better before ids are called mixed up
-_WORSE = 0.02  # of mIoU
 
 
 @dataclass(frozen=True)
@@ -53,58 +124,54 @@ class OutputRange:
         )
 
 
-def output_finding(found: OutputRange) -> Finding:
+def output_finding(output: OutputRange) -> Finding:
     """Whether the teacher gives logits.
 
     Logits are of both signs and unbounded. Values between 0 and 1 at every pixel of every image
     are the output of a sigmoid or a softmax, which the losses would apply once more.
     """
     check = "teacher output"
-    shown = f"{found.low:.4g} to {found.high:.4g}"
-    if not found.finite:
+    bounds = f"{output.low:.4g} to {output.high:.4g}"
+    if not output.finite:
         return fault(
             check,
             "Expected finite logits from the teacher, got NaN or infinity",
             "Take another checkpoint of the teacher, or check what it is fed with.",
         )
-    if found.low >= 0 and found.high <= 1 + _SUM_TOLERANCE:
-        kind = "a softmax" if found.sums_to_one else "a sigmoid"
+    if output.low >= 0 and output.high <= 1 + _SUM_TOLERANCE:
+        kind = "a softmax" if output.sums_to_one else "a sigmoid"
         return fault(
             check,
-            f"Expected logits from the teacher, got values from {shown} only, as {kind} gives",
+            f"Expected logits from the teacher, got values from {bounds} only, as {kind} gives",
             "Save the teacher without its last activation (smp: activation=None).",
         )
-    return ok(check, f"logits from {shown}")
+    return ok(check, f"logits from {bounds}")
 
 
-def quality_finding(figure: float, constant: float, name: str, images: int) -> Finding:
-    """Whether the teacher is better than the same class everywhere.
-
-    Args:
-        figure: the teacher's mIoU.
-        constant: of the best constant prediction, on the same images.
-        name: of the class that this is.
-        images: how many there were.
-    """
-    check = "teacher quality"
-    where = f"on {several(images, 'image')}"
-    if not figure > constant:
+def quality_finding(teacher: Predictions) -> Finding:
+    """Whether the teacher is better than the same class everywhere."""
+    check, where = "teacher quality", f"on {several(len(teacher), 'image')}"
+    name, constant = teacher.names[teacher.commonest], teacher.constant_miou
+    if not teacher.miou > constant:
         return fault(
             check,
             f"Expected a teacher better than {name} everywhere (mIoU {constant:.3f}), got mIoU "
-            f"{figure:.3f} {where}",
+            f"{teacher.miou:.3f} {where}",
             "Check that it is the right checkpoint, trained for these classes and masks, and that "
             "it is fed with its own normalisation.",
         )
-    shown = f"mIoU {figure:.3f} {where} ({name} everywhere: {constant:.3f})"
-    if not knows_something(figure, constant):
+    text = f"mIoU {teacher.miou:.3f} {where} ({name} everywhere: {constant:.3f})"
+    if not teacher.is_informative(teacher.miou):
         return note(
             check,
-            f"hardly better than one class everywhere: {shown}",
+            f"hardly better than one class everywhere: {text}",
             "Look at some masks and at what the teacher finds. So little also keeps faults of "
             "masks and normalisation from being found here.",
         )
-    return ok(check, shown)
+    return ok(check, text)
+
+
+_WORSE = 0.02  # of mIoU
 
 
 def student_finding(teacher: float, student: float) -> Finding:
@@ -119,36 +186,48 @@ def student_finding(teacher: float, student: float) -> Finding:
     return ok("student", f"starts at mIoU {student:.3f}, its teacher has {teacher:.3f}")
 
 
-def classes_finding(
-    rows: Rows, names: Mapping[int, str], *, constant: float, whose: str = "the teacher"
-) -> Finding:
+_FAR = 2.0  # times the size
+
+
+def input_size_finding(trained: int, used: int) -> Finding:
+    """Whether the teacher sees images of about the size that it was trained with, in pixels."""
+    check = "teacher size"
+    if max(trained, used) > _FAR * min(trained, used):
+        larger = ", or a larger --image_size" if trained > used else ""
+        return note(
+            check,
+            f"the teacher was made for {trained} px and gets {used} px",
+            f"Try --teacher_image_size {trained}{larger}.",
+        )
+    return ok(check, f"made for {trained} px, gets {used} px")
+
+
+_NOT_FOUND = 0.05  # of IoU: a class that a network does not find at all
+_SURE = 0.2  # of IoU: by how much another class has to fit better before ids are called mixed up
+
+
+def classes_finding(predictions: Predictions) -> Finding:
     """Whether a network and the masks mean the same by each class.
 
     Of a binary task this finds inverted masks, of several classes ids that are shifted by one, as
     where one side counts an unlabelled 0. Classes are called mixed up where each of at least
     two (of a binary task both) fits another one clearly better, no two the same.
-
-    Args:
-        rows: counts of the network against the masks.
-        names: of the classes.
-        constant: mIoU of a constant prediction: a network near it says nothing.
-        whose: prediction it is.
     """
-    check = "classes"
-    table = confusion(rows, len(names)).astype(float)
+    check, names, whose = "classes", predictions.names, predictions.whose
+    table = predictions.confusions.sum(axis=0).astype(float)
     truth, guess = table.sum(axis=1, keepdims=True), table.sum(axis=0, keepdims=True)
     iou = table / np.maximum(truth + guess - table, 1)
-    occurs = [c for c in names if truth[c] > 0]
-    match = {c: int(iou[c].argmax()) for c in occurs}
+    occurring = [c for c in names if truth[c] > 0]
+    match = {c: int(iou[c].argmax()) for c in occurring}
     mixed = {c: m for c, m in match.items() if m != c and iou[c, m] >= iou[c, c] + _SURE}
-    trusted = knows_something(float(np.mean([iou[c, match[c]] for c in occurs])), constant)
+    trusted = predictions.is_informative(float(np.mean([iou[c, match[c]] for c in occurring])))
     permuted = len(mixed) >= 2 and len(set(match.values())) == len(match) and trusted
-    shifted = 0 if permuted else _shift(table)
-    if shifted:
+    shift = 0 if permuted else _shift(table)
+    if shift:
         return fault(
             check,
             f"Expected the same class ids in {whose} and the masks, got ids shifted by one: mask "
-            f"value i fits class i {'-' if shifted < 0 else '+'} 1 of {whose}",
+            f"value i fits class i {'-' if shift < 0 else '+'} 1 of {whose}",
             "Read the masks as it was trained: with --reduce_labels, value 0 counts nowhere and "
             "value i is class i - 1; or name the value of each class with --mask_values.",
         )
@@ -158,124 +237,125 @@ def classes_finding(
             f"could not be compared: {whose} finds too little of what the masks mark",
             "Look at some masks and at what it finds; classes in another order would look so too.",
         )
-    if not permuted:
-        lost = {c: m for c, m in mixed.items() if m not in occurs and iou[c, c] < _NOTHING}
-        return _not_permuted(names, occurs, lost, whose)
+    if permuted:
+        return _permuted_finding(predictions, mixed, float(iou[0, 1]))
+    renamed = [
+        f"{names[c]} → {names[m]}"
+        for c, m in mixed.items()
+        if m not in occurring and iou[c, c] < _NOT_FOUND
+    ]
+    if renamed:
+        return note(
+            check,
+            f"{whose} calls a class of the masks by another id, which no mask has (mask → "
+            f"{whose}): {', '.join(renamed)}",
+            "If these mean the same, name the value of each class with --mask_values.",
+        )
+    some = len(occurring) < len(names)
+    of = f" of the {len(occurring)} of {len(names)} that occur" if some else ""
+    return ok(check, f"{whose} and the masks mean the same by each class{of}")
+
+
+def _permuted_finding(
+    predictions: Predictions, mixed: Mapping[int, int], swapped_iou: float
+) -> Finding:
+    """Of classes that stand for one another, true to predicted: inverted masks or mixed up ids."""
+    check, names, whose = "classes", predictions.names, predictions.whose
     if len(names) == 2:
         return fault(
             check,
             f"Expected masks that mark what {whose} finds, got inverted ones: the foreground of "
-            f"{whose} fits the background of the masks with IoU {iou[0, 1]:.2f}",
+            f"{whose} fits the background of the masks with IoU {swapped_iou:.2f}",
             "Invert the masks with --mask_values (background first), or take a teacher of the "
             "same foreground.",
         )
     pairs = [f"{names[c]} → {names[m]}" for c, m in list(mixed.items())[:4]]
-    more = ", ..." if len(mixed) > len(pairs) else ""
     return fault(
         check,
         f"Expected the same class ids in {whose} and the masks, got others (mask → {whose}): "
-        f"{', '.join(pairs)}{more}",
-        "Name the value of each class in the teacher's order with --mask_values, or its classes "
-        "in the right order with --class_names.",
+        f"{', '.join(pairs)}{', ...' if len(mixed) > len(pairs) else ''}",
+        "Name the value of each class in the teacher's order with --mask_values, or its "
+        "classes in the right order with --class_names.",
     )
 
 
-def _not_permuted(
-    names: Mapping[int, str], occurs: Sequence[int], lost: Mapping[int, int], whose: str
-) -> Finding:
-    """Of classes that are where they should be, but for those that no other takes the place of."""
-    if lost:
-        listed = ", ".join(f"{names[c]} → {names[m]}" for c, m in lost.items())
-        return note(
-            "classes",
-            f"{whose} calls a class of the masks by another id, which no mask has (mask → "
-            f"{whose}): {listed}",
-            "If these mean the same, name the value of each class with --mask_values.",
-        )
-    of = f" of the {len(occurs)} of {len(names)} that occur" if len(occurs) < len(names) else ""
-    return ok("classes", f"{whose} and the masks mean the same by each class{of}")
-
-
-def _shift(table: np.ndarray) -> int:
+def _shift(table: npt.NDArray[np.float64]) -> int:
     """By how much the network's ids are the masks' ids, shifted: -1, 1, or 0 if they are not.
 
     Args:
         table: pixels of each true class (row) that the network gives each class (column).
     """
     count = len(table)
-    found = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     for step in (-1, 1):
         both = [c for c in range(count) if 0 <= c + step < count and table[c].any()]
         if len(both) < 2:
             continue
-        moved = float(np.mean([found[c, c + step] for c in both]))
+        moved = float(np.mean([shares[c, c + step] for c in both]))
         # More than a network that gives one class everywhere, which fits one of the classes.
-        if moved > max(0.5, float(np.mean([found[c, c] for c in both])) + _SURE):
+        if moved > max(0.5, float(np.mean([shares[c, c] for c in both])) + _SURE):
             return step
     return 0
 
 
-def input_size_finding(trained: int, given: int) -> Finding:
-    """Whether the teacher sees pictures of about the size that it was trained with, in pixels."""
-    check = "teacher size"
-    if max(trained, given) > _TWICE * min(trained, given):
-        return note(
-            check,
-            f"the teacher was made for {trained} px and gets {given} px",
-            f"Try --teacher_image_size {trained}, or a larger --image_size."
-            if trained > given
-            else f"Try --teacher_image_size {trained}.",
-        )
-    return ok(check, f"made for {trained} px, gets {given} px")
+_SIDE = 96  # pixels that are enough to see a shift of a thirty-second of an image
+_STEPS = 4  # each way, of a thirty-second
+_PARTS = 32
+_TURNED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "mirrored left to right": lambda maps: maps.flip(-1),
+    "mirrored top to bottom": lambda maps: maps.flip(-2),
+    "turned by half": lambda maps: maps.flip((-2, -1)),
+    "with rows and columns exchanged": lambda maps: maps.transpose(-2, -1),
+}
 
 
-Rows = npt.NDArray[np.int64]
-
-MARGIN = 0.05  # of mIoU: what a wrong setting has to cost before it is called wrong
-ENOUGH = 4  # images from which a fault may be concluded; from fewer it is a note
-_SHARE = 0.75  # of the images that have to agree, so that one odd image decides nothing
-_KNOWS = 0.10  # of mIoU above a constant: a network that knows less says nothing about masks
-
-
-def rows_of(classes: Tensor, labels: Tensor, num_labels: int, ignore_index: int) -> Rows:
-    """Counts of predicted classes against labels, both integer (N, H, W): int64 (N, C)."""
-    rows = image_counts(classes, labels, num_labels, ignore_index=ignore_index, boundary=False)
-    return rows.cpu().numpy()
-
-
-def miou(rows: Rows, num_labels: int) -> float:
-    """Mean IoU over the classes that occur, of all images together."""
-    return figures_of(rows, {i: str(i) for i in range(num_labels)})["miou"]
+def position_finding(predictions: Predictions) -> Finding:
+    """Compare predicted classes with the masks as they are, turned, and moved."""
+    check, whose = "mask position", predictions.whose
+    for now, others in _elsewhere(predictions):
+        how = best_of(others)
+        if others[how].clearly_better_than(now):
+            return (fault if len(now) >= ENOUGH else note)(
+                check,
+                f"Expected masks that lie on the objects {whose} finds (mIoU {now.miou:.3f}), got "
+                f"masks that lie {how} (mIoU {others[how].miou:.3f}, {several(len(now), 'image')})",
+                "Compare some masks with their images: padding, crops, EXIF orientation, the "
+                "order of rows and columns.",
+            )
+    return ok(check, f"neither turned nor moved masks fit {whose} clearly better")
 
 
-def confusion(rows: Rows, num_labels: int) -> npt.NDArray[np.int64]:
-    """Pixels of all images by [truth, prediction], (K, K)."""
-    return rows[:, : num_labels**2].sum(axis=0).reshape(num_labels, num_labels)
+def _elsewhere(predictions: Predictions) -> Iterator[tuple[Predictions, dict[str, Predictions]]]:
+    """Predictions in place, and by name as if the masks were turned; then likewise moved.
+
+    Moved ones are compared on the same inner pixels of truth, so that none has an easier border.
+    """
+    thin = max(1, predictions.labels.shape[-1] // _SIDE)
+    classes, labels = predictions.classes[:, ::thin, ::thin], predictions.labels[:, ::thin, ::thin]
+    now = replace(predictions, classes=classes, labels=labels)
+    yield now, {name: replace(now, classes=turn(classes)) for name, turn in _TURNED.items()}
+    side = labels.shape[-1]
+    step = max(1, round(side / _PARTS))
+    rim = min(_STEPS * step, (side - 1) // 4 // step * step)
+    inner = labels[:, rim : side - rim, rim : side - rim]
+    moved = {}
+    for down in range(-rim, rim + 1, step):
+        for right in range(-rim, rim + 1, step):
+            rows, columns = (
+                slice(rim - down, side - rim - down),
+                slice(rim - right, side - rim - right),
+            )
+            window = replace(now, classes=classes[:, rows, columns], labels=inner)
+            moved[_direction(down / side, right / side)] = window
+    yield moved.pop(""), moved
 
 
-def constant_miou(labels: Tensor, num_labels: int, ignore_index: int) -> tuple[float, int]:
-    """The best mIoU that the same class everywhere has on labels (N, H, W), and that class."""
-    figures = [
-        miou(rows_of(torch.full_like(labels, c), labels, num_labels, ignore_index), num_labels)
-        for c in range(num_labels)
+def _direction(down: float, right: float) -> str:
+    """`too far right by 6 % of the width`; nothing for no shift."""
+    ways = (("down", "up", down, "height"), ("right", "left", right, "width"))
+    words = [
+        f"too far {plus if share > 0 else minus} by {abs(share):.1%} of the {side}"
+        for plus, minus, share, side in ways
+        if share
     ]
-    best = int(np.nanargmax(figures)) if not np.isnan(figures).all() else 0
-    return figures[best], best
-
-
-def clearly_better(other: Rows, now: Rows, num_labels: int) -> bool:
-    """Whether `other` beats `now` on the same images, all together and most of them alone."""
-    if miou(other, num_labels) < miou(now, num_labels) + MARGIN:
-        return False
-    pairs = zip(_each(other, num_labels), _each(now, num_labels), strict=True)
-    better = [a > b for a, b in pairs]
-    return float(np.mean(better)) >= _SHARE
-
-
-def _each(rows: Rows, num_labels: int) -> Sequence[float]:
-    return [miou(row[None], num_labels) for row in rows]
-
-
-def knows_something(figure: float, constant: float) -> bool:
-    """Whether a mIoU is high enough to trust the network more than the masks."""
-    return figure >= constant + _KNOWS
+    return " and ".join(words)
