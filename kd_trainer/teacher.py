@@ -449,7 +449,7 @@ def _statistics(
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
 
 
-_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def state_of(teacher: Teacher) -> tuple[tuple[int, int], ...]:
@@ -485,7 +485,7 @@ class TeacherInference:
         self.teacher = teacher
         self.fold = fold
         self.backend = backend
-        self._type = _TYPES.get(precision, torch.float32)
+        self._type = HALF_TYPES.get(precision, torch.float32)
         self.asked: Teacher | None = None
         self._made_of: tuple[tuple[int, int], ...] = ()
 

@@ -125,8 +125,12 @@ def test_a_teacher_that_is_not_needed_stays_where_it_is(tmp_path: Path):
             return super().to(*args, **kwargs)
 
     for targets in ("cached", "online"):
-        args = arguments(tmp_path, teacher_targets=targets)
-        DistillationTrainer(tiny_student(), args, teacher=Spy(tiny_student(), num_labels=2))
+        DistillationTrainer(
+            tiny_student(),
+            arguments(tmp_path, teacher_targets=targets, max_steps=1),
+            teacher=Spy(tiny_student(), num_labels=2),
+            train_dataset=WithLogits(2),
+        ).train()
         assert bool(moved) == (targets == "online")
 
 
