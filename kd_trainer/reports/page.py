@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from kd_trainer.reports.charts import history_charts, line_chart
+from kd_trainer.reports.charts import METRICS, history_charts, line_chart
 from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.panels import (
     FALSE_NEGATIVE,
@@ -28,16 +28,6 @@ from kd_trainer.reports.panels import (
     class_colours,
 )
 
-ROWS = {
-    "miou": "mIoU",
-    "iou_foreground": "IoU foreground",
-    "dice": "Dice",
-    "boundary_iou": "boundary IoU",
-    "precision": "precision",
-    "recall": "recall",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_image_iou": "mean image IoU",
-}
 _SIDE, _QUALITY = 320, 85  # of an image in the page: pixels, and of JPEG
 _NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
@@ -190,16 +180,16 @@ def duration(seconds: float) -> str:
 
 def _metrics(student: Network, teacher: Network | None) -> Table | None:
     """Student and teacher side by side."""
-    names = {key: name for key, name in ROWS.items() if key in student.figures}
-    if not names:
-        return None
-    if teacher is None:
-        return ["metric", STUDENT], [[name, student.figures[key]] for key, name in names.items()]
-    rows = []
-    for key, name in names.items():
-        figure, other = student.figures[key], teacher.figures.get(key, math.nan)
-        rows.append([name, figure, other, _share(figure, other)])
-    return ["metric", STUDENT, TEACHER, "student / teacher"], rows
+    rows: list[list[object]] = []
+    for key, name in METRICS.items():
+        if key in student.figures:
+            row = [name, student.figures[key]]
+            if teacher is not None:
+                other = teacher.figures.get(key, math.nan)
+                row += [other, _share(student.figures[key], other)]
+            rows.append(row)
+    header = ["metric", STUDENT, *([TEACHER, "student / teacher"] if teacher else [])]
+    return (header, rows) if rows else None
 
 
 def _evaluations(logs: Sequence[Mapping[str, Any]]) -> Table | None:
