@@ -14,7 +14,7 @@ from kd_trainer.compare.report import write_report
 from kd_trainer.compare.results import read_runs
 from kd_trainer.compare.runs import PlannedRun, plan_runs, written_note, written_results
 from kd_trainer.config import RunArguments, build
-from kd_trainer.costs import alone, duration, total_updates, updates_per_epoch
+from kd_trainer.costs import duration, steps_per_epoch, total_steps, without_teacher
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several
 from kd_trainer.doctor.plan import describe
@@ -70,12 +70,12 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, Parts], Budget]:
     settings = comparison.settings | {"output_dir": str(comparison.output)}
     distilled = build(settings)
     _check(distilled)
-    runs = {"baseline": build(alone(settings)), "distilled": distilled}
+    runs = {"baseline": build(without_teacher(settings)), "distilled": distilled}
     parts = {kind: assemble(run) for kind, run in runs.items()}
     images = {kind: len(found.train_dataset) for kind, found in parts.items()}
     args = distilled.training
-    per_epoch = {kind: updates_per_epoch(count, args) for kind, count in images.items()}
-    return parts, Budget(total_updates(args, per_epoch["distilled"]), per_epoch, images)
+    per_epoch = {kind: steps_per_epoch(count, args) for kind, count in images.items()}
+    return parts, Budget(total_steps(args, per_epoch["distilled"]), per_epoch, images)
 
 
 def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:

@@ -23,7 +23,7 @@ from kd_trainer.commands.report import Loaded, ReportArguments, build_report
 from kd_trainer.commands.teacher_targets import use_cached_targets
 from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
-from kd_trainer.costs import peak_memory_mib, picture_milliseconds
+from kd_trainer.costs import image_milliseconds, peak_memory_mib
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.data.images import content_digest
 from kd_trainer.doctor.checks import check_before_training
@@ -226,7 +226,7 @@ def _latencies(
     if parts.teacher is not None:
         networks["teacher"] = parts.teacher.network
         sides["teacher"] = parts.teacher.image_size or run.data.image_size
-    return picture_milliseconds(networks, sides)
+    return image_milliseconds(networks, sides)
 
 
 def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.costs import alone
+from kd_trainer.costs import without_teacher
 
 KINDS = ("baseline", "distilled")
 
@@ -57,7 +57,7 @@ def baseline_settings(
     stretched until everything happens at the update at which it does in the distilled run: also the
     evaluations, as the best of more of them would be an advantage.
     """
-    result = alone(settings)
+    result = without_teacher(settings)
     if not budget.left_out:
         return result
     own, theirs = (budget.per_epoch[kind] for kind in KINDS)

@@ -18,12 +18,12 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.build import Parts, image_count
 from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import (
-    alone,
     duration,
     peak_memory_mib,
     reset_peak_memory,
-    total_updates,
-    updates_per_epoch,
+    steps_per_epoch,
+    total_steps,
+    without_teacher,
 )
 from kd_trainer.doctor.finding import Finding, fault, note, ok
 from kd_trainer.optim import unit_parameters
@@ -111,8 +111,8 @@ def _size(size: float) -> str:
 def disk_need(run: RunArguments, parts: Parts) -> DiskNeed:
     """What the run writes: one checkpoint more than it keeps, while the next one is saved."""
     args = run.training
-    per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
-    updates = total_updates(args, per_epoch)
+    per_epoch = steps_per_epoch(image_count(parts.train_dataset), args)
+    updates = total_steps(args, per_epoch)
     every = per_epoch if args.save_strategy in ("epoch", "best") else args.save_steps
     every = every if every >= 1 else every * updates
     saves = 0 if args.save_strategy == "no" else max(1, round(updates / every))
@@ -174,8 +174,8 @@ def cost_findings(
         expected = before + (peak_memory_mib() - before) * scale
         yield memory_finding(expected * _MIB, *_memory(args.device))
     update = seconds * scale * args.gradient_accumulation_steps
-    per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
-    total = total_updates(args, per_epoch)
+    per_epoch = steps_per_epoch(image_count(parts.train_dataset), args)
+    total = total_steps(args, per_epoch)
     images = 0 if parts.eval_dataset is None else image_count(parts.eval_dataset)
     took = training_seconds(args, total, per_epoch, Speed(update, eval_seconds), images)
     scaled = "" if scale == 1 else f", measured with {batch} images"
@@ -243,7 +243,7 @@ def measure_update(
         "unfreeze_every": 0,
     }
     cached = run.training.teacher_targets == "cached"
-    given = alone(run.given) if cached else run.given
+    given = without_teacher(run.given) if cached else run.given
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = build(given | quiet | changed | {"output_dir": folder}).training

@@ -300,4 +300,4 @@ def milliseconds(models: Models, image: np.ndarray, repeats: int) -> dict[str, L
         for role, model in models.items()
     }
     threads = torch.get_num_threads()
-    return interleaved(calls, [], repeats, threads, warm_up=1, progress=False)
+    return interleaved(calls, repeats, threads, warm_up=1, progress=False)
