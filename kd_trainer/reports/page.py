@@ -24,7 +24,7 @@ from kd_trainer.reports.panels import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
     IGNORED,
-    Picture,
+    Pixels,
     class_colours,
 )
 
@@ -58,7 +58,7 @@ class Jpeg(NamedTuple):
     height: int
 
 
-def jpeg(pixels: Picture) -> Jpeg:
+def jpeg(pixels: Pixels) -> Jpeg:
     """An image as JPEG of at most `_SIDE` pixels a side."""
     image = Image.fromarray(pixels)
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
@@ -216,7 +216,7 @@ def _legends(contents: Contents) -> Iterator[dict[str, str]]:
         "error: missed": rgb(FALSE_NEGATIVE),
         "ignored": rgb(IGNORED),
     }
-    if not any(DIFFERENCE in image.cells for image in contents.images):
+    if not any(DIFFERENCE in image.views for image in contents.images):
         return
     ends = f"rgb(200,200,200),{rgb(FALSE_POSITIVE)})"
     if several:
