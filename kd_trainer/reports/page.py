@@ -195,14 +195,16 @@ def _metrics(student: Network, teacher: Network | None) -> Table | None:
 def _evaluations(logs: Sequence[Mapping[str, Any]]) -> Table | None:
     """Every figure of every evaluation, one row an evaluation."""
     evaluated = [log for log in logs if "eval_miou" in log]
-    keys = list(dict.fromkeys(key for log in evaluated for key in log if key.startswith("eval_")))
-    keys = [key for key in keys if key not in _NO_METRICS]
-    rows = [[_epoch(log.get("epoch")), *(log.get(key) for key in keys)] for log in evaluated]
-    return (["epoch", *(key.removeprefix("eval_") for key in keys)], rows) if rows else None
-
-
-def _epoch(epoch: float | None) -> str:
-    return "-" if epoch is None else f"{epoch:g}"
+    keys = dict.fromkeys(key for log in evaluated for key in log if key.startswith("eval_"))
+    names = {key: key.removeprefix("eval_") for key in keys if key not in _NO_METRICS}
+    rows = [
+        [
+            "-" if log.get("epoch") is None else f"{log['epoch']:g}",
+            *(log.get(key) for key in names),
+        ]
+        for log in evaluated
+    ]
+    return (["epoch", *names.values()], rows) if rows else None
 
 
 def _legends(contents: Contents) -> Iterator[dict[str, str]]:
@@ -263,16 +265,18 @@ def _classes(contents: Contents) -> Table | None:
     }
     if not confusions:
         return None
-    metrics = ("IoU", "Dice", "precision", "recall")
     figures = {who: class_figures(confusion) for who, confusion in confusions.items()}
+    columns = {
+        f"{metric} {who}": figures[who][metric]
+        for metric in ("IoU", "Dice", "precision", "recall")
+        for who in figures
+    }
     truth = confusions[STUDENT].sum(axis=1)
-    columns = [figures[who][metric].tolist() for metric in metrics for who in figures]
     rows = [
-        [name, _share(float(truth[i]), float(truth.sum())), *(column[i] for column in columns)]
+        [name, _share(truth[i], truth.sum()), *(float(column[i]) for column in columns.values())]
         for i, name in enumerate(contents.class_names)
     ]
-    names = [f"{metric} {who}" for metric in metrics for who in figures]
-    return ["class", "share of pixels", *names], rows
+    return ["class", "share of pixels", *columns], rows
 
 
 def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -282,16 +286,16 @@ def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
         confusion: counts (K, K) by [truth, prediction].
     """
     hit = np.diag(confusion).astype(float)
-    truth, found = confusion.sum(axis=1), confusion.sum(axis=0)
-    wholes = {
-        "IoU": (hit, truth + found - hit),
-        "Dice": (2 * hit, truth + found),
-        "precision": (hit, found),
+    truth, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    quotients = {
+        "IoU": (hit, truth + predicted - hit),
+        "Dice": (2 * hit, truth + predicted),
+        "precision": (hit, predicted),
         "recall": (hit, truth),
     }
     return {
         name: np.divide(part, whole, out=np.full(len(hit), np.nan), where=whole > 0)
-        for name, (part, whole) in wholes.items()
+        for name, (part, whole) in quotients.items()
     }
 
 
@@ -320,9 +324,9 @@ def _compared(value: Any) -> Iterator[Part]:
         return
     if _is_single(value):
         yield Part("", [""], [[value]], words=True)
-    elif not isinstance(value, Mapping):
+    elif isinstance(value, list):
         if all(map(_is_row, value)):
-            yield _one_row_each({str(index + 1): row for index, row in enumerate(value)})
+            yield _one_row_each({str(number): row for number, row in enumerate(value, 1)})
         else:
             for item in value:
                 yield from _compared(item)
