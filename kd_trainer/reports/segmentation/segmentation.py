@@ -176,7 +176,7 @@ def _pairs(predictions: Any, references: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _map(what: str, values: Any) -> torch.Tensor:
-    """A class map as int64 (H, W) on the host, from a tensor, an array, a image or nested lists.
+    """A class map as int64 (H, W) on the host, from a tensor, an array, an image or nested lists.
 
     Class ids that came back as floats are refused: rounding them could hide probabilities.
     """
