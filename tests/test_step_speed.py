@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from benchmarks.plain_loop import PlainLoop
+from kd_trainer.commands.train import speed_up
 from kd_trainer.fast_layers import (
     FastDepthwise,
     FastSqueezeExcite,
@@ -324,6 +325,7 @@ def test_ten_steps_are_those_of_the_plain_loop(tmp_path: Path, encoder: str):
             module.drop_prob = 0.0  # the loops would have to share their draws
     plain, exact = copy.deepcopy(student), copy.deepcopy(student).double()
     first = copy.deepcopy(student)
+    use_fast_layers(student)
     data = Recorded(20)
     trainer = DistillationTrainer(
         student,
@@ -444,9 +446,12 @@ def test_teacher_is_not_asked_when_no_term_needs_it(tmp_path: Path, monkeypatch)
 def test_what_makes_a_step_fast_is_in_place(tmp_path: Path):
     """Each of these can be lost by a changed default, and only a clock would tell."""
     seen: list[Tensor] = []
+    args = arguments(tmp_path, max_steps=1, mixed_precision="bf16", keep_freed_memory=False)
+    student = tiny_student(EFFICIENT)
+    speed_up(student, args)  # as the command does; a trainer changes nothing outside of it
     trainer = DistillationTrainer(
-        tiny_student(EFFICIENT),
-        arguments(tmp_path, max_steps=1, mixed_precision="bf16"),
+        student,
+        args,
         teacher=tiny_teacher(),
         train_dataset=Squares(4),
     )
