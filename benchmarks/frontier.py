@@ -23,9 +23,9 @@ from kd_trainer.costs import (
     RawLogits,
     file_mib,
     macs,
+    noise_image,
     onnx_bytes,
     onnx_call,
-    picture,
     torch_threads,
 )
 from kd_trainer.export.exporter import FILES, RESULTS
@@ -127,7 +127,7 @@ def frontier(models: Mapping[str, str | Path], args: FrontierArguments) -> list[
     variants: dict[tuple[str, str], Callable[[int], float]] = {}
     for name, network in networks.items():
         check_image_size(side, network)
-        for engine, call in calls_of(Path(models[name]), network, picture(side)).items():
+        for engine, call in calls_of(Path(models[name]), network, noise_image(side)).items():
             variants[name, engine] = _timed(call)
     with torch_threads(1), torch.inference_mode():
         taken = take_turns(variants, args.repeats, warm_up=2)
@@ -198,11 +198,11 @@ def _mib(folder: str | Path, side: int, work: str) -> float:
         network = RawLogits(load_student(folder)).float().train(work == "training")
         if work == "inference":
             with torch.inference_mode():
-                network(picture(side))
+                network(noise_image(side))
             return
         optimizer = torch.optim.AdamW(network.parameters())
         for _ in range(2):  # the second has the optimizer's state and every gradient at once
-            logits = network(picture(side))
+            logits = network(noise_image(side))
             mask = torch.zeros_like(logits)
             nn.functional.binary_cross_entropy_with_logits(logits, mask).backward()
             optimizer.step()

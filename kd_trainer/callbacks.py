@@ -23,7 +23,7 @@ from transformers.trainer_utils import has_length
 from kd_trainer.data import BadSample, StreamedDataset
 from kd_trainer.evaluation import bytes_of
 from kd_trainer.optim import PartLR, parameter_groups, regroup
-from kd_trainer.reports.panels import comparison_panel, save_picture
+from kd_trainer.reports.panels import comparison_panel, save_image
 from kd_trainer.schedules import TrainingSchedule
 
 # TensorBoard's files only grow, and its page shows ten images of a run.
@@ -285,7 +285,7 @@ class EvaluationPanels(TrainerCallback):
             return
         picture = self.draw(args.panel_images)  # type: ignore[attr-defined]
         folder = Path(str(args.output_dir)) / "panels"
-        save_picture(picture, folder / f"step_{state.global_step:06d}.png")
+        save_image(picture, folder / f"step_{state.global_step:06d}.png")
         if args.panel_limit > 0:  # type: ignore[attr-defined]
             _delete_old_panels(folder, args.panel_limit, state)  # type: ignore[attr-defined]
         callbacks = self.trainer.callback_handler.callbacks

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from kd_trainer.arguments import DistillationArguments, usable_processors
-from kd_trainer.fast_layers import give_back
+from kd_trainer.fast_layers import give_back, logits_of
 from kd_trainer.loading import network_size
 
-PICTURES = 10  # measured calls of each network at the end of a training
+FINAL_CALLS = 10  # measured calls of each network at the end of a training
 _ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
 
 
@@ -45,16 +45,12 @@ class RawLogits(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Raw logits (B, K, H, W) of normalised floats (B, 3, H, W)."""
-        output = self.network(pixel_values)
-        if isinstance(output, Tensor):
-            return output
-        raw: Tensor | None = getattr(output, "raw_logits", None)
-        return output.logits if raw is None else raw
+        return logits_of(self.network(pixel_values))
 
 
 @torch.no_grad()
 def macs(network: nn.Module, side: int) -> int:
-    """Multiply-accumulate operations of one picture of `side` x `side`.
+    """Multiply-accumulate operations of one image of `side` x `side`.
 
     Convolutions, matrix products and attention are counted, two floating-point operations each, as
     torch counts them; normalisation, activations and resizing are not.
@@ -78,7 +74,7 @@ def file_mib(source: str | Path) -> float | None:
 def costs(
     networks: Mapping[str, nn.Module], sides: Mapping[str, int], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Costs of each network, on the CPU, for one picture.
+    """Costs of each network, on the CPU, for one image.
 
     Args:
         networks: by name; they are put into eval mode and on the CPU.
@@ -90,31 +86,35 @@ def costs(
         measurements (empty where nothing was measured).
     """
     plain = {name: RawLogits(net).cpu().eval() for name, net in networks.items()}
-    found: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, network in networks.items():
         used, never_used = network_size(network)
-        found[name] = {
+        rows[name] = {
             "parameters": used,
             "never_used": never_used,
             "macs": macs(plain[name], sides[name]),
             "side": sides[name],
             "latency": [],
         }
-    if repeats > 0:
-        pixels = {name: picture(sides[name]) for name in networks}
-        models = {name: onnx_bytes(net, sides[name]) for name, net in plain.items()}
-        for threads in sorted({1, usable_processors()}):
-            calls: dict[str, Call] = {n: partial(net, pixels[n]) for n, net in plain.items()}
-            _add(found, "torch", interleaved(calls, [], repeats, threads))
-            sessions = {n: onnx_call(m, pixels[n], threads) for n, m in models.items() if m}
-            _add(found, "onnxruntime", interleaved(sessions, [], repeats, threads))
-    return found
+    if repeats == 0:
+        return rows
+    pixels = {name: noise_image(sides[name]) for name in networks}
+    models = {name: onnx_bytes(net, sides[name]) for name, net in plain.items()}
+    for threads in sorted({1, usable_processors()}):
+        engines: dict[str, dict[str, Call]] = {
+            "torch": {n: partial(net, pixels[n]) for n, net in plain.items()},
+            "onnxruntime": {n: onnx_call(m, pixels[n], threads) for n, m in models.items() if m},
+        }
+        for engine, calls in engines.items():
+            for name, measured in interleaved(calls, repeats, threads).items():
+                rows[name]["latency"].append({"engine": engine, **vars(measured)})
+    return rows
 
 
-def picture_milliseconds(
+def image_milliseconds(
     networks: Mapping[str, nn.Module], sides: Mapping[str, int]
 ) -> dict[str, float | int]:
-    """Median time of one picture in torch, each network on its own device, in turn.
+    """Median time of one image in torch, each network on its own device, in turn.
 
     Args:
         networks: by name.
@@ -126,21 +126,16 @@ def picture_milliseconds(
     calls: dict[str, Call] = {}
     for name, network in networks.items():
         weight = next(network.parameters())
-        pixels = picture(sides[name]).to(weight.device, weight.dtype)
+        pixels = noise_image(sides[name]).to(weight.device, weight.dtype)
         calls[name] = partial(RawLogits(network).eval(), pixels)
     threads = torch.get_num_threads()
-    found = interleaved(calls, [], PICTURES, threads)
-    return {f"{n}_ms": one.median for n, one in found.items()} | {"latency_threads": threads}
+    measured = interleaved(calls, FINAL_CALLS, threads)
+    return {f"{n}_ms": one.median for n, one in measured.items()} | {"latency_threads": threads}
 
 
-def picture(side: int) -> Tensor:
-    """A normalised picture (1, 3, side, side) of noise, always the same."""
+def noise_image(side: int) -> Tensor:
+    """A normalised image (1, 3, side, side) of noise, always the same."""
     return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def _add(found: dict[str, dict[str, Any]], engine: str, measured: dict[str, Latency]) -> None:
-    for name, one in measured.items():
-        found[name]["latency"].append({"engine": engine, **vars(one)})
 
 
 def onnx_bytes(network: nn.Module, side: int) -> bytes | None:
@@ -175,7 +170,7 @@ def onnx_call(model: bytes, pixels: Tensor, threads: int) -> Call:
     return lambda: session.run(None, inputs)[0]
 
 
-Call = Callable[..., Any]
+Call = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -188,56 +183,25 @@ class Latency:
     threads: int
 
 
-def latency(call: Call, inputs: Sequence[Any], repeats: int, threads: int) -> Latency:
-    """Time `call(*inputs)`.
-
-    Args:
-        call: a network, or anything that is called with the inputs.
-        inputs: positional arguments of each call.
-        repeats: measured calls, at least 1, after two that warm up.
-        threads: threads of torch during the calls.
-    """
-    return interleaved({"": call}, inputs, repeats, threads)[""]
-
-
 def interleaved(
     calls: Mapping[str, Call],
-    inputs: Sequence[Any],
     repeats: int,
     threads: int,
     *,
     warm_up: int = 2,
     progress: bool = True,
 ) -> dict[str, Latency]:
-    """Time several calls with the same inputs, A B A B; see `passes`."""
-    seconds = passes(calls, inputs, repeats, threads, warm_up=warm_up, progress=progress)
-    return {name: summary(values, threads) for name, values in seconds.items()}
-
-
-def passes(
-    calls: Mapping[str, Call],
-    inputs: Sequence[Any],
-    repeats: int,
-    threads: int,
-    *,
-    warm_up: int = 2,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Seconds of several calls with the same inputs, A B A B.
+    """Time several calls, A B A B.
 
     One after the other, a network that meets a busy or a hot machine would look slow; in turn, they
     share it. The order is turned round at every second pass, so that none always comes first.
 
     Args:
         calls: by name.
-        inputs: positional arguments of each call.
         repeats: measured calls of each, at least 1.
         threads: threads of torch during the calls. Other libraries have their own setting.
         warm_up: calls of each before those that are measured.
         progress: draw a bar where there is a terminal.
-
-    Returns:
-        By name, one value a pass: values of the same index were measured side by side.
 
     Raises:
         ValueError: if repeats or threads are below 1.
@@ -251,24 +215,22 @@ def passes(
         indices = range(-warm_up, repeats)
         for index in tqdm(indices, desc="latency", unit="pass", disable=None if progress else True):
             for name, call in order if index % 2 else reversed(order):
-                elapsed = _timed(call, inputs)
+                elapsed = _timed(call)
                 if index >= 0:
                     seconds[name].append(elapsed)
-    return seconds
+    quantiles = {name: np.percentile(values, [50, 95]) * 1000 for name, values in seconds.items()}
+    return {
+        name: Latency(float(median), float(high), repeats, threads)
+        for name, (median, high) in quantiles.items()
+    }
 
 
-def _timed(call: Call, inputs: Sequence[Any]) -> float:
+def _timed(call: Call) -> float:
     start = time.perf_counter()
-    call(*inputs)
+    call()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # a call on a GPU only queues its work
     return time.perf_counter() - start
-
-
-def summary(seconds: Sequence[float], threads: int) -> Latency:
-    """Median and 95th percentile of these calls."""
-    median, high = np.percentile(np.asarray(seconds) * 1000, [50, 95])
-    return Latency(float(median), float(high), len(seconds), threads)
 
 
 @contextmanager
@@ -305,23 +267,21 @@ def reset_peak_memory() -> bool:
     return True
 
 
-def total_updates(args: DistillationArguments, per_epoch: int) -> int:
-    """Optimizer updates of a run, as the Trainer counts them."""
-    if args.max_steps > 0:
-        return args.max_steps
-    return math.ceil(args.num_train_epochs * per_epoch)
+def total_steps(args: DistillationArguments, per_epoch: int) -> int:
+    """Optimizer steps of a run, as the Trainer counts them."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
 
 
-def updates_per_epoch(images: int, args: DistillationArguments) -> int:
-    """Optimizer updates in one epoch of this many images, as the Trainer counts them."""
+def steps_per_epoch(images: int, args: DistillationArguments) -> int:
+    """Optimizer steps in one epoch of this many images, as the Trainer counts them."""
     share = images / (args.train_batch_size * args.world_size)
     batches = math.floor(share) if args.dataloader_drop_last else math.ceil(share)
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
-def length_in_epochs(args: DistillationArguments, updates: int) -> float:
-    """Epochs of a run with so many updates in one."""
-    return args.max_steps / updates if args.max_steps > 0 else args.num_train_epochs
+def length_in_epochs(args: DistillationArguments, per_epoch: int) -> float:
+    """Epochs of a run with so many steps in one."""
+    return args.max_steps / per_epoch if args.max_steps > 0 else args.num_train_epochs
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,8 @@ import copy
 import ctypes
 import math
 import platform
-from typing import Any
+from collections import Counter
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Of a picture, not of a batch: its logits must not depend on the company it is in.
+# Of an image, not of a batch: its logits must not depend on the company it is in.
 _ENOUGH_PIXELS = 64 * 64
 
 
@@ -39,21 +40,20 @@ def use_fast_layers(network: nn.Module) -> None:
     Its results change by rounding only.
     """
     for module in network.modules():
-        kind = type(module)
-        if kind is Swish:
+        if type(module) is Swish:
             module.__class__ = FastSwish
-        elif kind is SqueezeExcite:
+        elif type(module) is SqueezeExcite:
             module.__class__ = FastSqueezeExcite
-        elif kind is nn.Conv2d and _is_slow_depthwise(module):
+        elif type(module) is nn.Conv2d and _is_slow_depthwise(module):
             module.__class__ = FastDepthwise
-        elif kind is nn.Conv2d and _corrupts_memory(module):
+        elif type(module) is nn.Conv2d and _corrupts_memory(module):
             module.__class__ = SubsampledPointwise
-        elif kind is UnetDecoderBlock and _is_nearest(module):
+        elif type(module) is UnetDecoderBlock and _is_nearest(module):
             module.__class__ = FastUnetBlock
     network.to(memory_format=torch.channels_last)
 
 
-def is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> bool:
     """Whether nobody has attached anything to a layer that only its own call would do."""
     hooks = (
         *(module._forward_hooks, module._forward_pre_hooks),
@@ -62,26 +62,24 @@ def is_plain(module: nn.Module) -> bool:
     return not (any(hooks) or "forward" in vars(module) or is_parametrized(module))
 
 
-def _is_slow_depthwise(module: nn.Module) -> bool:
+def _is_slow_depthwise(module: nn.Conv2d) -> bool:
     """Those of 3 x 3 without a stride have bf16 kernels as good as the fp32 ones."""
     return (
-        isinstance(module, nn.Conv2d)
-        and module.groups == module.in_channels == module.out_channels > 1
+        module.groups == module.in_channels == module.out_channels > 1
         and (max(module.kernel_size) > 3 or max(module.stride) > 1)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
 
 
-def _corrupts_memory(module: nn.Module) -> bool:
+def _corrupts_memory(module: nn.Conv2d) -> bool:
     """Those whose weight gradient in channels_last writes outside of its memory on a CPU.
 
     Found with glibc's checked malloc (torch 2.15, AVX-512): 1 x 1 with a stride on 2 to 15
     channels, in fp32 and bf16. The stem of MobileOne is one; runs crashed later, or went on.
     """
     return (
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
+        module.kernel_size == (1, 1)
         and max(module.stride) > 1
         and module.in_channels // module.groups < 16
         and module.padding in ((0, 0), "valid")
@@ -170,8 +168,8 @@ class _Depthwise(torch.autograd.Function):
         ctx.save_for_backward(pixels, rounded)
         ctx.settings, ctx.with_bias, ctx.types = settings, bias is not None, weight.dtype
         with torch.autocast("cpu", enabled=False):
-            own_bias = None if bias is None else bias.to(torch.bfloat16)
-            return F.conv2d(pixels, rounded, own_bias, *settings)
+            rounded_bias = None if bias is None else bias.to(torch.bfloat16)
+            return F.conv2d(pixels, rounded, rounded_bias, *settings)
 
     @staticmethod
     @once_differentiable  # a second derivative would miss what was rounded: an error instead
@@ -222,7 +220,7 @@ class FastUnetBlock(UnetDecoderBlock):
             or (target_height, target_width) != (2 * height, 2 * width)
             or target_height * target_width < _ENOUGH_PIXELS  # adding the weights would cost more
             # Something may have been attached or exchanged since.
-            or not (_is_nearest(self) and all(map(is_plain, (convolution, *passed))))
+            or not (_is_nearest(self) and all(map(_is_plain, (convolution, *passed))))
         ):
             return super().forward(feature_map, target_height, target_width, skip_connection)
         merged = enlarged_convolution(
@@ -252,9 +250,9 @@ def enlarged_convolution(
     """
     channels = features.shape[1]
     with torch.autocast("cpu", enabled=False):  # sums in fp32, to be rounded once
-        own = weight[:, :channels].to(torch.promote_types(weight.dtype, torch.float32))
-        sums = own.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        kernel = torch.einsum("ak,oikl,bl->ioab", sums, own, sums).to(weight.dtype)
+        exact = weight[:, :channels].to(torch.promote_types(weight.dtype, torch.float32))
+        sums = exact.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        kernel = torch.einsum("ak,oikl,bl->ioab", sums, exact, sums).to(weight.dtype)
     result = F.conv_transpose2d(features, kernel, bias, stride=2, padding=1)
     if skip is None or skip.shape[1] == 0:  # an encoder that starts at a quarter of the size
         return result
@@ -269,7 +267,7 @@ _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 _CAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 
 
-def folded(network: nn.Module, dtype: torch.dtype, picture: Tensor) -> nn.Module:
+def folded(network: nn.Module, dtype: torch.dtype, image: Tensor) -> nn.Module:
     """Copy a network for inference: BatchNorms folded, weights cast once, channels last.
 
     Only networks with an smp encoder are searched for BatchNorms. Weights of convolutions and
@@ -278,7 +276,7 @@ def folded(network: nn.Module, dtype: torch.dtype, picture: Tensor) -> nn.Module
     Args:
         network: in eval mode; is not changed.
         dtype: of the calls; float32 and float64 leave the weights as they are.
-        picture: (1, 3, H, W) as the network gets it, with which it is run to see what is called
+        image: (1, 3, H, W) as the network gets it, with which it is run to see what is called
             in which order, and whether the copy answers alike.
 
     Returns:
@@ -288,14 +286,14 @@ def folded(network: nn.Module, dtype: torch.dtype, picture: Tensor) -> nn.Module
         ValueError: if they are not.
     """
     copied = copy.deepcopy(network)
-    if hasattr(copied, "encoder") and any(_is_norm(m) for m in copied.modules()):
-        pairs = _pairs(copied, picture)
+    if hasattr(copied, "encoder"):
         names = {module: name for name, module in copied.named_modules()}
+        pairs = _pairs(copied, image)
         for convolution, norm in pairs:
-            fused = fuse_conv_bn_eval(convolution, norm)
-            _replace(copied, names[convolution], fused)
-            _replace(copied, names[norm], _rest_of(norm))
-        _check_alike(network, copied, picture)
+            copied.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
+            copied.set_submodule(names[norm], _rest_of(norm))
+        if pairs:
+            _check_alike(network, copied, image)
     if dtype in (torch.bfloat16, torch.float16):
         for module in copied.modules():
             if isinstance(module, _CAST):
@@ -305,14 +303,14 @@ def folded(network: nn.Module, dtype: torch.dtype, picture: Tensor) -> nn.Module
 
 
 @torch.no_grad()
-def _check_alike(network: nn.Module, copied: nn.Module, picture: Tensor) -> None:
+def _check_alike(network: nn.Module, copied: nn.Module, image: Tensor) -> None:
     """Refuse a copy of a network that does more with its layers than to call them."""
-    with torch.autocast(picture.device.type, enabled=False):
-        expected = logits_of(network(picture)).float()
+    with torch.autocast(image.device.type, enabled=False):
+        expected = logits_of(network(image)).float()
         if not torch.isfinite(expected).all():
             return  # the loss terms find that, and name it
         try:
-            off = float((logits_of(copied(picture)).float() - expected).abs().max())
+            off = float((logits_of(copied(image)).float() - expected).abs().max())
             reason = f"logits that differ by {off:.2g}"
         except Exception as error:  # whatever its code finds missing in the copy
             off, reason = math.inf, f"{type(error).__name__}: {error}"
@@ -324,13 +322,12 @@ def _check_alike(network: nn.Module, copied: nn.Module, picture: Tensor) -> None
 
 
 def _is_norm(module: nn.Module) -> bool:
-    known = type(module) in _NORMS and getattr(module, "track_running_stats", False)
-    return known and is_plain(module)
+    return type(module) in _NORMS and module.running_mean is not None and _is_plain(module)
 
 
 def _is_convolution(module: nn.Module) -> bool:
     """Whether it does nothing with its weights but convolve."""
-    return type(module) in _CONVOLUTIONS and is_plain(module)
+    return type(module) in _CONVOLUTIONS and _is_plain(module)
 
 
 def _rest_of(norm: nn.Module) -> nn.Module:
@@ -339,18 +336,13 @@ def _rest_of(norm: nn.Module) -> nn.Module:
     return nn.Sequential(*(layer for layer in layers if isinstance(layer, nn.Module)))
 
 
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(root.get_submodule(parent), child, module)
-
-
 class _Uses(TorchDispatchMode):
     """Counts the operations that read each of the tensors in `watched`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.watched: dict[int, Tensor] = {}  # kept, so that no later tensor gets the same id
-        self.uses: dict[int, int] = {}
+        self.uses: Counter[int] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -359,12 +351,12 @@ class _Uses(TorchDispatchMode):
         del types
         for value in torch.utils._pytree.tree_leaves((args, kwargs)):
             if id(value) in self.watched:
-                self.uses[id(value)] = self.uses.get(id(value), 0) + 1
+                self.uses[id(value)] += 1
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
-def _pairs(network: nn.Module, picture: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+def _pairs(network: nn.Module, image: Tensor) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Convolutions whose result goes into one BatchNorm and nowhere else.
 
     Found by running the network once: the names of layers do not say in which order they are
@@ -372,30 +364,29 @@ def _pairs(network: nn.Module, picture: Tensor) -> list[tuple[nn.Conv2d, nn.Batc
     """
     uses = _Uses()
     made_by: dict[int, nn.Conv2d] = {}
-    calls: dict[nn.Module, int] = {}
-    found: list[tuple[nn.Conv2d, nn.BatchNorm2d, int]] = []
+    calls: Counter[nn.Module] = Counter()
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, int]] = []
 
     def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        calls[module] = calls.get(module, 0) + 1
+        calls[module] += 1
         if isinstance(module, nn.Conv2d):
             uses.watched[id(output)] = output
             made_by[id(output)] = module
         elif id(inputs[0]) in made_by:
-            assert isinstance(module, nn.BatchNorm2d)
-            found.append((made_by[id(inputs[0])], module, id(inputs[0])))
+            pairs.append((made_by[id(inputs[0])], cast(nn.BatchNorm2d, module), id(inputs[0])))
 
     layers = [m for m in network.modules() if _is_convolution(m) or _is_norm(m)]
     hooks = [module.register_forward_hook(after) for module in layers]
     try:
-        with uses, torch.autocast(picture.device.type, enabled=False):
-            network(picture)
+        with uses, torch.autocast(image.device.type, enabled=False):
+            network(image)
     finally:
         for hook in hooks:
             hook.remove()
     return [
         (convolution, norm)
-        for convolution, norm, result in found
-        if calls[convolution] == calls[norm] == 1 and uses.uses.get(result) == 1
+        for convolution, norm, result in pairs
+        if calls[convolution] == calls[norm] == uses.uses[result] == 1
     ]
 
 
@@ -436,21 +427,21 @@ def give_back() -> bool:
     Returns:
         As `keep_freed_memory`.
     """
-    if not _is_glibc():
-        return False
-    ctypes.CDLL(None).malloc_trim(0)
-    return True
-
-
-def _is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"
+    glibc = _glibc()
+    if glibc is not None:
+        glibc.malloc_trim(0)
+    return glibc is not None
 
 
 def _set(parameters: dict[int, int]) -> bool:
-    if not _is_glibc():
+    glibc = _glibc()
+    if glibc is None:
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return {mallopt(number, value) for number, value in parameters.items()} == {1}
+    return all(glibc.mallopt(number, value) == 1 for number, value in parameters.items())
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def allow_recompiles(units: int) -> None:

@@ -55,10 +55,10 @@ class Teacher(nn.Module):
     Args:
         network: (B, 3, h, w) to a tensor of logits or an output with `raw_logits` or `logits`.
         num_labels: of the student, background included; 2 gives one logit.
-        image_size: side that the network wants; None takes the pictures as they come.
+        image_size: side that the network wants; None takes the images as they come.
         mean: per channel in 0..1, that the network was trained with.
         std: likewise.
-        input_mean: with which the pictures arrive (the student's).
+        input_mean: with which the images arrive (the student's).
         input_std: likewise.
         id2label: names of the teacher's classes.
         order: the teacher's class for each of the student's, where it counts them otherwise.
@@ -94,13 +94,15 @@ class Teacher(nn.Module):
         super().train(False)
 
     def expect_input(self, mean: Statistics, std: Statistics) -> Self:
-        """Take pictures that are normalised so: those of a student that is trained or measured."""
-        own_mean, own_std = _column(self.mean, "mean"), _column(self.std, "std")
-        new_mean, new_std = _column(mean, "input_mean"), _column(std, "input_std")
+        """Take images that are normalised so: those of a student that is trained or measured."""
+        wanted_mean, wanted_std = _column(self.mean, "mean"), _column(self.std, "std")
+        input_mean, input_std = _column(mean, "input_mean"), _column(std, "input_std")
         self.input_mean, self.input_std = list(mean), list(std)
-        self.same_statistics = torch.equal(own_mean, new_mean) and torch.equal(own_std, new_std)
-        self.scale = (new_std / own_std).to(self.scale.device)
-        self.shift = ((new_mean - own_mean) / own_std).to(self.shift.device)
+        self.same_statistics = torch.equal(wanted_mean, input_mean) and torch.equal(
+            wanted_std, input_std
+        )
+        self.scale = (input_std / wanted_std).to(self.scale.device)
+        self.shift = ((input_mean - wanted_mean) / wanted_std).to(self.shift.device)
         return self
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002 (the name nn.Module gives it)
@@ -206,13 +208,13 @@ def load_teacher(
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
     source = model_source(source)
-    found: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD)
+    saved: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD)
     if source.endswith(SUFFIXES):
         network = _from_state_dict(source, arch, encoder)
     else:
         config = _read_config(source, hub)
         network = _from_folder(source, config, trust_remote_code, hub)
-        found = _statistics(source, config, hub)
+        saved = _statistics(source, config, hub)
     labels = network.config.id2label
     num_labels = num_labels or max(len(labels), 2)
     _check_classes(labels, num_labels, source)
@@ -220,8 +222,8 @@ def load_teacher(
         network,
         num_labels=num_labels,
         image_size=image_size,
-        mean=mean or found[0],
-        std=std or found[1],
+        mean=mean or saved[0],
+        std=std or saved[1],
         input_mean=input_mean,
         input_std=input_std,
         id2label=labels if len(labels) == num_labels else None,
@@ -282,18 +284,18 @@ def _strip(name: str) -> str:
 
 
 def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
-    problem: Exception | None = None
-    config: Any = {}
+    problem = None
     try:
         config = read_config(source, **hub)
     except OSError as error:
-        problem = error
+        config, problem = {}, error
     if not config:
-        found = "a folder without it" if Path(source).is_dir() else "no folder and no Hub model"
         if (Path(source) / "config.json").is_file():
-            found = "one that is no JSON object"
+            fault = "one that is no JSON object"
+        else:
+            fault = "a folder without it" if Path(source).is_dir() else "no folder and no Hub model"
         raise FileNotFoundError(
-            f"Expected a teacher's config.json, got {found} at {source!r}. Give a folder, a Hub id "
+            f"Expected a teacher's config.json, got {fault} at {source!r}. Give a folder, a Hub id "
             "that can be reached, or a weight file with its architecture and encoder."
             f"{not_here(source)}"
         ) from problem
@@ -409,8 +411,8 @@ def saved_class_names(source: str, **hub: Any) -> list[str] | None:
 
 def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     """The preprocessor_config.json of a model; empty without one."""
-    kept = {"_raise_exceptions_for_missing_entries": False, **hub}
-    if cached_file(source, IMAGE_PROCESSOR_NAME, **kept) is None:
+    may_be_missing = {"_raise_exceptions_for_missing_entries": False, **hub}
+    if cached_file(source, IMAGE_PROCESSOR_NAME, **may_be_missing) is None:
         return {}
     settings: Any = None
     with contextlib.suppress(AttributeError, TypeError, RecursionError):  # of what is no object
@@ -449,7 +451,7 @@ def _statistics(
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
 
 
-_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def state_of(teacher: Teacher) -> tuple[tuple[int, int], ...]:
@@ -459,19 +461,19 @@ def state_of(teacher: Teacher) -> tuple[tuple[int, int], ...]:
 
 
 class TeacherInference:
-    """Asks a copy of the teacher that was made for this training, and leaves the teacher alone.
+    """Runs a copy of the teacher that was made for this training, and leaves the teacher alone.
 
-    The copy is made at the first question, and again when the teacher has changed; a run that never
-    asks has none. It is no part of the teacher, whose weights a run is recognised by.
+    The copy is made at the first call, and again when the teacher has changed; a run without a call
+    has none. It is no part of the teacher, whose weights a run is recognised by.
 
     Args:
-        teacher: on the device where it is to answer.
-        precision: of the autocast under which it will be asked: bf16, fp16, or else fp32.
+        teacher: on the device where it is to run.
+        precision: of the autocast under which it will be called: bf16, fp16, or else fp32.
         fold: multiply BatchNorms into convolutions and cast weights once.
         backend: of torch.compile, or None.
 
     Attributes:
-        asked: the teacher that answers; None before the first question.
+        prepared: the teacher that runs; None before the first call.
     """
 
     def __init__(
@@ -485,44 +487,44 @@ class TeacherInference:
         self.teacher = teacher
         self.fold = fold
         self.backend = backend
-        self._type = _TYPES.get(precision, torch.float32)
-        self.asked: Teacher | None = None
-        self._made_of: tuple[tuple[int, int], ...] = ()
+        self._type = HALF_TYPES.get(precision, torch.float32)
+        self.prepared: Teacher | None = None
+        self._prepared_from: tuple[tuple[int, int], ...] = ()
 
     def _prepare(self, pixel_values: Tensor) -> Teacher:
         if not self.fold and self.backend is None:
             return self.teacher
-        other = copy.copy(self.teacher)
-        other._modules = dict(self.teacher._modules)
+        prepared = copy.copy(self.teacher)
+        prepared._modules = dict(self.teacher._modules)
         network: Any = self.teacher.network
         if self.fold:
-            network = folded(network, self._type, self._picture(pixel_values))
+            network = folded(network, self._type, self._network_input(pixel_values))
         if self.backend is not None:
             network = torch.compile(network, backend=self.backend)
-        other.network = network
-        return other
+        prepared.network = network
+        return prepared
 
-    def _picture(self, pixel_values: Tensor) -> Tensor:
-        """What the network gets of the first picture: of its own size and normalisation."""
-        seen: list[Tensor] = []
+    def _network_input(self, pixel_values: Tensor) -> Tensor:
+        """What the network gets of the first image: of its own size and normalisation."""
+        inputs: list[Tensor] = []
         handle = self.teacher.network.register_forward_pre_hook(
-            lambda _, inputs: seen.append(inputs[0])
+            lambda _, args: inputs.append(args[0])
         )
         try:
             with torch.autocast(pixel_values.device.type, enabled=False):
                 self.teacher(pixel_values[:1])
         finally:
             handle.remove()
-        return seen[0]
+        return inputs[0]
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """Logits fp32 (B, K, H, W) of normalised pictures (B, 3, H, W).
+        """Logits fp32 (B, K, H, W) of normalised images (B, 3, H, W).
 
         Call it under the autocast that was named.
         """
         state = state_of(self.teacher)
-        if self.asked is None or state != self._made_of:
-            self.asked, self._made_of = self._prepare(pixel_values), state
-        logits: Tensor = self.asked(pixel_values)
+        if self.prepared is None or state != self._prepared_from:
+            self.prepared, self._prepared_from = self._prepare(pixel_values), state
+        logits: Tensor = self.prepared(pixel_values)
         return logits

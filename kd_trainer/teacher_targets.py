@@ -7,20 +7,19 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, clean_image
-from kd_trainer.data.images import image_name, read_image_bytes
+from kd_trainer.data.images import EncodedImage, image_name, read_image_bytes
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import expanded, parse_size
 from kd_trainer.processes import run_on_all_ranks
-from kd_trainer.teacher import Teacher, TeacherInference
+from kd_trainer.teacher import HALF_TYPES, Teacher, TeacherInference
 from kd_trainer.teacher_cache import (
     CacheBudget,
     CacheWriter,
@@ -30,8 +29,6 @@ from kd_trainer.teacher_cache import (
     image_digest,
     show_size,
 )
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cache_root(args: DistillationArguments) -> Path:
@@ -108,58 +105,48 @@ class _Images:
     def __init__(self, datasets: Sequence[TransformedDataset | StreamedDataset | None]) -> None:
         self.datasets = [data for data in datasets if isinstance(data, TransformedDataset)]
         self.size = self.datasets[0].transform.image_size
+        self._rows = [(data, index) for data in self.datasets for index in range(len(data))]
 
-    def __len__(self) -> int:
-        return sum(map(len, self.datasets))
+    def _file(self, row: int) -> tuple[EncodedImage, int]:
+        """Bytes and path of an image, and its number in its own data set."""
+        data, index = self._rows[row]
+        image = data.dataset[index]["image"]
+        content = read_image_bytes(image, image_name(image, index))
+        return {"bytes": content, "path": image.get("path")}, index
 
-    def _encoded(self, row: int) -> tuple[dict[str, Any], int]:
-        for data in self.datasets:
-            if row < len(data):
-                return data.dataset[row]["image"], row
-            row -= len(data)
-        raise IndexError(row)
-
-    def digest(self, row: int) -> bytes:
-        """Digest of the file of an image."""
-        encoded, index = self._encoded(row)
-        return image_digest(read_image_bytes(encoded, image_name(encoded, index)))
+    def _digest(self, row: int) -> bytes:
+        return image_digest(self._file(row)[0]["bytes"])
 
     def read(self, row: int) -> tuple[bytes, Tensor]:
         """Digest of the file and uint8 (3, S, S) of an image."""
-        encoded, index = self._encoded(row)
-        data = read_image_bytes(encoded, image_name(encoded, index))
-        content = {"bytes": data, "path": encoded.get("path")}
-        return image_digest(data), clean_image(content, index, self.size)
+        image, index = self._file(row)
+        return image_digest(image["bytes"]), clean_image(image, index, self.size)
 
     def rows(self, args: DistillationArguments) -> dict[bytes, int]:
         """Number of an image by its digest; the processes of a run read a share each."""
-        mine = range(args.process_index, len(self), args.world_size)
+        share = range(args.process_index, len(self._rows), args.world_size)
         pairs: list[tuple[bytes, int]] = []
 
         def read() -> None:
             with ThreadPoolExecutor(max(1, args.dataloader_num_workers)) as pool:
-                digests = pool.map(self.digest, mine)
-                bar = tqdm(digests, "read images", len(mine), unit="image", disable=_quiet(args))
-                pairs.extend(zip(bar, mine, strict=True))
+                digests = pool.map(self._digest, share)
+                bar = tqdm(digests, "read images", len(share), unit="image", disable=_quiet(args))
+                pairs.extend(zip(bar, share, strict=True))
 
         run_on_all_ranks(args, read)
-        if args.world_size > 1:
-            shares: list[Any] = [None] * args.world_size
-            dist.all_gather_object(shares, pairs)
-            pairs = [pair for share in shares for pair in share]
-        return dict(pairs)
+        return dict(gather_object(pairs))
 
 
 def _inference(teacher: Teacher, args: DistillationArguments) -> Callable[[Tensor], Tensor]:
     """From uint8 pixels to logits, asked as an online training asks."""
     device = args.device
     teacher.to(device)
-    answers = TeacherInference(teacher, precision=args.mixed_precision, fold=args.fold_teacher)
+    ask = TeacherInference(teacher, precision=args.mixed_precision, fold=args.fold_teacher)
     statistics = pixel_statistics(teacher, device)
-    dtype = _DTYPES.get(args.mixed_precision)
+    dtype = HALF_TYPES.get(args.mixed_precision)
 
     def infer(pixels: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return answers(normalise(pixels.to(device), statistics))
+            return ask(normalise(pixels.to(device), statistics))
 
     return infer

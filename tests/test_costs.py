@@ -16,12 +16,11 @@ from kd_trainer.costs import (
     RawLogits,
     costs,
     file_mib,
+    image_milliseconds,
     interleaved,
-    latency,
     macs,
     onnx_bytes,
     onnx_call,
-    picture_milliseconds,
 )
 
 
@@ -82,7 +81,7 @@ def test_raw_logits_come_from_any_output():
 def test_latency_is_the_time_of_a_call():
     """A unit that is off by a thousand, or a mean that one slow call moves, would go unnoticed."""
     pauses = iter([0.05, 0.05, *[0.002] * 9, 0.2])
-    found = latency(lambda _: time.sleep(next(pauses)), [None], 10, 1)
+    found = interleaved({"a": lambda: time.sleep(next(pauses))}, 10, 1)["a"]
     assert 2 <= found.median < 20
     assert 20 < found.percentile_95 < 250
     assert (found.repeats, found.threads) == (10, 1)
@@ -96,7 +95,7 @@ def test_networks_are_timed_in_turn_with_the_threads_asked_for():
         threads.add(torch.get_num_threads())
         calls.append(name)
 
-    found = interleaved({"a": lambda: note("a"), "b": lambda: note("b")}, [], 3, 2)
+    found = interleaved({"a": lambda: note("a"), "b": lambda: note("b")}, 3, 2)
     pairs = ["".join(calls[i : i + 2]) for i in range(0, len(calls), 2)]
     assert pairs == ["ba", "ab", "ba", "ab", "ba"]
     assert threads == {2}
@@ -107,7 +106,7 @@ def test_networks_are_timed_in_turn_with_the_threads_asked_for():
 def test_calls_that_warm_up_can_be_chosen_and_are_not_measured():
     """Somebody waits for the page on which these figures stand."""
     pauses = iter([0.2, *[0.002] * 3])
-    found = interleaved({"a": lambda: time.sleep(next(pauses))}, [], 3, 1, warm_up=1)
+    found = interleaved({"a": lambda: time.sleep(next(pauses))}, 3, 1, warm_up=1)
     assert 2 <= found["a"].percentile_95 < 100
 
 
@@ -115,11 +114,11 @@ def test_calls_that_warm_up_can_be_chosen_and_are_not_measured():
 def test_latency_refuses_to_measure_nothing(repeats, threads):
     """The median of no call is NaN."""
     with pytest.raises(ValueError, match="of at least 1, got 0"):
-        latency(print, [], repeats, threads)
+        interleaved({"a": print}, repeats, threads)
 
 
 def test_each_network_is_timed_at_its_own_size(monkeypatch):
-    """A teacher of other input size, timed with the student's pictures, would look too fast."""
+    """A teacher of other input size, timed with the student's images, would look too fast."""
     seen = []
 
     class Sized(nn.Module):
@@ -132,9 +131,9 @@ def test_each_network_is_timed_at_its_own_size(monkeypatch):
             time.sleep(0.01)
             return pixels
 
-    monkeypatch.setattr(costs_module, "PICTURES", 2)
+    monkeypatch.setattr(costs_module, "FINAL_CALLS", 2)
     networks = {"student": tiny_student(), "teacher": Sized()}
-    found = picture_milliseconds(networks, {"student": 32, "teacher": 64})
+    found = image_milliseconds(networks, {"student": 32, "teacher": 64})
     assert set(seen) == {((1, 3, 64, 64), torch.bfloat16)}
     assert found["teacher_ms"] >= 10
     assert found["latency_threads"] == torch.get_num_threads()

@@ -94,7 +94,7 @@ def test_names_are_text_and_never_markup(name: str):
 
 
 def test_a_long_name_is_cut_and_many_make_the_chart_higher():
-    """They would run out of the picture, or leave no room for the lines."""
+    """They would run out of the chart, or leave no room for the lines."""
     svg = line_chart({"x" * 300: [(0.0, 1.0)]}, **LABELS)
     assert (
         max(len(text.text or "") for text in ElementTree.fromstring(svg).iterfind(".//s:text", NS))

@@ -12,7 +12,7 @@ from kd_trainer.reports.panels import (
     OTHER_CLASS,
     disagreement,
     disagreement_map,
-    mask_picture,
+    mask_image,
 )
 
 TEACHER = np.array([[0, 1, 1, 2], [0, 0, 2, 2]], np.uint8)
@@ -49,5 +49,5 @@ def test_colours_say_who_found_it():
 
 def test_masks_to_look_at_have_the_colours_of_the_overlays():
     """Ids of 0 and 1 are black and nearly black."""
-    assert mask_picture(np.array([[0, 1]]), 2).tolist() == [[[0] * 3, [255] * 3]]
-    assert (mask_picture(TEACHER, 3) == CLASS_COLOURS[TEACHER]).all()
+    assert mask_image(np.array([[0, 1]]), 2).tolist() == [[[0] * 3, [255] * 3]]
+    assert (mask_image(TEACHER, 3) == CLASS_COLOURS[TEACHER]).all()

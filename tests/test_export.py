@@ -380,8 +380,8 @@ def test_what_is_timed_is_the_file_and_the_student(student, quick, tmp_path, mon
     """A time of something else, or with the preparation on one side only, says nothing."""
     timed = {}
 
-    def call_each(calls, inputs, repeats, threads):
-        timed.update({name: call(*inputs) for name, call in calls.items()})
+    def call_each(calls, repeats, threads):
+        timed.update({name: call() for name, call in calls.items()})
         return {}
 
     monkeypatch.setattr(export_module, "interleaved", call_each)

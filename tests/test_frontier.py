@@ -26,7 +26,7 @@ from benchmarks.frontier import (
     frontier_table,
     named_folders,
 )
-from kd_trainer.costs import RawLogits, macs, picture
+from kd_trainer.costs import RawLogits, macs, noise_image
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
 from kd_trainer.loading import load_student, network_size
@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_every_engine_runs_the_network_it_is_said_to_run(runs, monkeypatch):
     """A figure of another file, or of another input, could never be told by looking at it."""
-    pixels = picture(SIDE)
+    pixels = noise_image(SIDE)
     slow, fast = (load_student(runs[name]).eval() for name in ("slow", "fast"))
     with torch.no_grad():
         of_slow, of_fast = (RawLogits(network)(pixels).numpy() for network in (slow, fast))

@@ -15,7 +15,7 @@ from kd_trainer.reports.panels import (
     error_map,
     overlay,
     panel,
-    save_picture,
+    save_image,
 )
 
 GREY = np.full((4, 6, 3), 100, np.uint8)
@@ -70,7 +70,7 @@ def test_error_map_tells_too_much_from_missed():
     assert (errors[:, 5] == FALSE_POSITIVE).all()  # foreground of the wrong class
 
 
-def test_panel_has_a_cell_for_each_picture_in_order():
+def test_panel_has_a_place_for_each_image_in_order():
     """Swapped columns show the truth as the prediction."""
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
     cells = [np.full((8, 16, 3), colour, np.uint8) for colour in colours]
@@ -96,9 +96,9 @@ def test_comparison_has_a_teacher_column_only_with_a_teacher():
     assert (with_one.shape[1] - 4) / 5 == (without.shape[1] - 4) / 4
 
 
-def test_saved_picture_is_the_picture(tmp_path: Path):
+def test_a_saved_image_is_the_image(tmp_path: Path):
     """The folder need not exist, and PNG changes no colour."""
-    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    save_picture(picture, tmp_path / "new" / "x.png")
-    with Image.open(tmp_path / "new" / "x.png") as image:
-        assert (np.asarray(image) == picture).all()
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    save_image(image, tmp_path / "new" / "x.png")
+    with Image.open(tmp_path / "new" / "x.png") as saved:
+        assert (np.asarray(saved) == image).all()

@@ -140,7 +140,7 @@ def loads(markup: str) -> list[str]:
 
 
 def test_the_page_loads_nothing(finished: Run):
-    """A report that is mailed would tell a server who reads it, or lack its pictures."""
+    """A report that is mailed would tell a server who reads it, or lack its images."""
     assert loads(finished.page) == []
     addresses = set(re.findall(r"https?://[^\s\"'<]+", finished.page))
     assert addresses == {"http://www.w3.org/2000/svg"}  # the name of a language, not a place
@@ -198,11 +198,11 @@ def test_figures_are_those_of_the_results(finished: Run):
     assert finished.results["versions"]["timm"] in page
 
 
-def test_every_image_of_a_small_set_is_shown_once_with_all_its_pictures(finished: Run):
-    """The pictures are what most readers look at, and a missing column is hard to notice."""
+def test_every_image_of_a_small_set_is_shown_once_with_all_its_views(finished: Run):
+    """They are what most readers look at, and a missing column is hard to notice."""
     page = Page(finished.page)
-    cells = 6 if finished.teacher else 4
-    assert len(page.images()) == 5 * cells  # the set has five images, the default is six
+    views = 6 if finished.teacher else 4
+    assert len(page.images()) == 5 * views  # the set has five images, the default is six
     numbers = re.findall(r"image (\d) ", page.text)
     assert sorted(numbers) == list("01234")
     headings = re.findall(r"\b(Best|Median|Worst)\b", page.text.partition("Ordered by")[2])
@@ -305,7 +305,7 @@ def test_a_run_that_never_evaluated_has_a_report(tmp_path: Path):
 
 
 def test_a_fault_of_the_report_loses_no_result(tmp_path: Path, monkeypatch):
-    """Hours of training must not depend on a picture, and the fault must not pass for success."""
+    """Hours of training must not depend on an image, and the fault must not pass for success."""
 
     def fail(*_: Any, **__: Any) -> Path:
         raise RuntimeError("no space left")
@@ -366,12 +366,12 @@ def test_comparison_shows_every_value_of_whatever_it_is_given():
 
 
 def contents(images: int, side: int) -> Contents:
-    """A page of pictures of this size, each another."""
+    """A page of images of this size, each another."""
     shown = []
     for index in range(images):
-        picture, _ = synthetic_pair("validation", index, size=side, seed=0)
-        cells = {f"cell {i}": np.roll(picture, i * 40, axis=1) for i in range(6)}
-        shown.append(ShownImage("best", f"image {index}", {"student": 0.5}, cells))
+        pixels, _ = synthetic_pair("validation", index, size=side, seed=0)
+        views = {f"view {i}": np.roll(pixels, i * 40, axis=1) for i in range(6)}
+        shown.append(ShownImage("best", f"image {index}", {"student": 0.5}, views))
     network = Network("Unet x", 1000)
     return Contents("run", ["background", "person"], {"student": network}, "", images=shown)
 
@@ -381,14 +381,14 @@ def test_whatever_is_printed_is_escaped():
     logs = [{"epoch": 1.0, "eval_miou": 0.5, f"eval_iou_{EVIL}": 0.5, f"lr/{EVIL}": 1e-4}]
     held = {EVIL: [EVIL], "one row each": {EVIL: {EVIL: EVIL}}, "deep": {EVIL: {EVIL: {"a": EVIL}}}}
     network = Network(EVIL, 1000, {"miou": 0.5}, np.eye(3, dtype=int))
-    picture = np.zeros((8, 8, 3), np.uint8)
+    pixels = np.zeros((8, 8, 3), np.uint8)
     evil = Contents(
         title=EVIL,
         class_names=["background", EVIL, f"_{EVIL}"],
         networks={"student": network, "teacher": network},
         measured=EVIL,
         notes=[EVIL],
-        images=[ShownImage("best", EVIL, {"student": 0.5}, {EVIL: picture})],
+        images=[ShownImage("best", EVIL, {"student": 0.5}, {EVIL: pixels})],
         results={"device": EVIL, "versions": {EVIL: EVIL}},
         settings={EVIL: EVIL, "list": [EVIL]},
         logs=logs,
@@ -408,11 +408,11 @@ def test_a_report_at_640_pixels_stays_small():
     """Uncompressed, six images of the usual size would be 44 MiB."""
     markup = report_html(contents(6, 640))
     assert len(markup) < 3 * 2**20
-    pictures = Page(markup).images()
-    assert len(pictures) == 36
-    assert all(max(picture.size) == 320 for picture in pictures)
+    images = Page(markup).images()
+    assert len(images) == 36
+    assert all(max(image.size) == 320 for image in images)
     small = Page(report_html(contents(1, 64))).images()
-    assert all(picture.size == (64, 64) for picture in small)  # nothing to gain from enlarging
+    assert all(image.size == (64, 64) for image in small)  # nothing to gain from enlarging
 
 
 def test_a_broken_file_in_the_folder_is_named(binary: Run, tmp_path: Path):

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from benchmarks.plain_loop import PlainLoop
+from kd_trainer.commands.train import speed_up
 from kd_trainer.fast_layers import (
     FastDepthwise,
     FastSqueezeExcite,
@@ -163,9 +164,9 @@ def test_a_teacher_is_folded_with_images_of_the_size_that_it_gets():
     given = {"input_mean": (0.5,) * 3, "input_std": (0.5,) * 3}
     teacher = Teacher(used(network), num_labels=2, **statistics, **given)
     pixels = torch.randn(1, 3, 128, 128)
-    answers = TeacherInference(teacher, precision="no")
-    assert torch.allclose(answers(pixels), teacher(pixels), rtol=1e-3, atol=1e-4)
-    assert norms(answers.asked.network) < norms(network)
+    inference = TeacherInference(teacher, precision="no")
+    assert torch.allclose(inference(pixels), teacher(pixels), rtol=1e-3, atol=1e-4)
+    assert norms(inference.prepared.network) < norms(network)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -256,14 +257,15 @@ def test_a_folded_copy_is_asked_and_the_teacher_left_alone():
     used(teacher.network)
     before = copy.deepcopy(teacher.state_dict())
     pixels = torch.randn(2, 3, SIDE, SIDE)
-    answers = TeacherInference(teacher, precision="no")
-    assert torch.allclose(answers(pixels), teacher(pixels), rtol=1e-4, atol=1e-4)
-    assert called_norms(answers.asked.network, pixels) == 0 < called_norms(teacher.network, pixels)
+    inference = TeacherInference(teacher, precision="no")
+    assert torch.allclose(inference(pixels), teacher(pixels), rtol=1e-4, atol=1e-4)
+    assert called_norms(inference.prepared.network, pixels) == 0
+    assert called_norms(teacher.network, pixels) > 0
     assert teacher.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     plain = TeacherInference(teacher, precision="no", fold=False)
     plain(pixels)
-    assert plain.asked is teacher
+    assert plain.prepared is teacher
 
 
 def plain_trajectory(
@@ -323,6 +325,7 @@ def test_ten_steps_are_those_of_the_plain_loop(tmp_path: Path, encoder: str):
             module.drop_prob = 0.0  # the loops would have to share their draws
     plain, exact = copy.deepcopy(student), copy.deepcopy(student).double()
     first = copy.deepcopy(student)
+    use_fast_layers(student)
     data = Recorded(20)
     trainer = DistillationTrainer(
         student,
@@ -443,9 +446,12 @@ def test_teacher_is_not_asked_when_no_term_needs_it(tmp_path: Path, monkeypatch)
 def test_what_makes_a_step_fast_is_in_place(tmp_path: Path):
     """Each of these can be lost by a changed default, and only a clock would tell."""
     seen: list[Tensor] = []
+    args = arguments(tmp_path, max_steps=1, mixed_precision="bf16", keep_freed_memory=False)
+    student = tiny_student(EFFICIENT)
+    speed_up(student, args)  # as the command does; a trainer changes nothing outside of it
     trainer = DistillationTrainer(
-        tiny_student(EFFICIENT),
-        arguments(tmp_path, max_steps=1, mixed_precision="bf16"),
+        student,
+        args,
         teacher=tiny_teacher(),
         train_dataset=Squares(4),
     )
@@ -456,7 +462,7 @@ def test_what_makes_a_step_fast_is_in_place(tmp_path: Path):
     trainer.train()
     assert [pixels.dtype for pixels in seen] == [torch.uint8]
     assert trainer.optimizer.optimizer.defaults["fused"] is True
-    teacher = trainer._inference.asked.network
+    teacher = trainer._inference.prepared.network
     assert norms(teacher) < norms(trainer.teacher.network)
     assert teacher.decoder.blocks[0].conv1[0].weight.dtype == torch.bfloat16
     assert {FastSwish, FastDepthwise} <= {type(m) for m in trainer.model.modules()}

@@ -81,7 +81,7 @@ def test_teacher_stays_in_eval_mode_and_never_changes():
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_teacher_sees_pictures_in_its_own_normalisation():
+def test_teacher_sees_images_in_its_own_normalisation():
     """A teacher fed with the student's statistics is quietly a worse teacher."""
     pixels = torch.rand(2, 3, 8, 8)
     network = Mean()
@@ -179,7 +179,7 @@ def test_a_two_class_softmax_is_reordered_before_it_becomes_one_logit(tmp_path):
 
 
 def test_segformer_is_a_teacher_with_its_logits_resized(tmp_path):
-    """Its logits have a quarter of the picture's side."""
+    """Its logits have a quarter of the image's side."""
     model = segformer(3)
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 64, 64)

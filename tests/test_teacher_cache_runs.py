@@ -76,14 +76,14 @@ def trained(folder: Path, **options: Any) -> DistillationTrainer:
 
 
 def figures(trainer: DistillationTrainer, kind: str) -> list[dict[str, float]]:
-    """What was logged, but for times; of evaluations or of updates."""
+    """What was logged, but for times; of evaluations or of steps."""
     times = ("runtime", "per_second")
     logs = [log for log in trainer.state.log_history if (kind in log)]
     return [{k: v for k, v in log.items() if not k.endswith(times)} for log in logs]
 
 
 def test_cached_logits_train_and_evaluate_as_the_teacher_would(tmp_path: Path):
-    """On clean pictures both are the same: every figure of each update and each evaluation."""
+    """On clean images both are the same: every figure of each step and each evaluation."""
     online, cached = trained(tmp_path / "a"), trained(tmp_path / "b", **CACHED)
     for kind in ("loss", "eval_miou"):
         one, other = figures(online, kind), figures(cached, kind)
@@ -215,8 +215,8 @@ def test_a_run_asks_for_every_image_once_and_a_second_one_for_none(
         assert results[0][name] == results[1][name]
 
 
-def test_a_run_learns_from_its_own_teacher_and_pictures(ground: Path, tmp_path: Path):
-    """The logits of each sample, augmented or not, are the teacher's of that very picture."""
+def test_a_run_learns_from_its_own_teacher_and_images(ground: Path, tmp_path: Path):
+    """The logits of each sample, augmented or not, are the teacher's of that very image."""
     run = parse(flags(ground, tmp_path, "--augmentation", "none", *cached(tmp_path / "cache")))
     parts = assemble(run)
     use_cached_targets(run.training, parts.teacher, [parts.train_dataset, parts.eval_dataset])

@@ -1,4 +1,4 @@
-"""Samples with cached logits: the same pictures and labels, and logits that moved with them."""
+"""Samples with cached logits: the same images and labels, and logits that moved with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encoded(array: np.ndarray) -> dict[str, object]:
 
 
 def rows(count: int) -> list[dict[str, object]]:
-    """Smooth photographs with discs as masks, larger than the samples."""
+    """Smooth images with discs as masks, larger than the samples."""
     made = []
     for index in range(count):
         draw = np.random.default_rng(index)
@@ -52,7 +52,7 @@ def dataset(kind: str, targets: Known | None = None) -> TransformedDataset:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_and_labels_are_those_of_the_online_run(kind: str):
+def test_images_and_labels_are_those_of_the_online_run(kind: str):
     """A third target must not draw anything: else the two ways could not be compared."""
     online, cached = dataset(kind), dataset(kind, Known())
     for epoch in range(3):
@@ -89,7 +89,7 @@ def marks() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_flips_of_the_logits_are_exact():
-    """Mirrored logits of an unmirrored picture teach that left is right."""
+    """Mirrored logits of an unmirrored image teach that left is right."""
     augment, flipped = augmentation("heavy"), 0
     for index in range(40):
         _, mask, logits = augment.with_logits(*marks(), epoch=0, index=index)
@@ -99,7 +99,7 @@ def test_flips_of_the_logits_are_exact():
 
 
 def test_affine_changes_move_the_logits_with_the_mask():
-    """A shift of a pixel would teach borders that are nowhere in the picture."""
+    """A shift of a pixel would teach borders that are nowhere in the image."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     distance = 18 - np.hypot(x - 30, y - 28)  # positive inside a disc: logits of that class
     maps = np.stack([np.zeros_like(distance), distance, 2 * distance - 9], axis=-1)
@@ -114,11 +114,11 @@ def test_affine_changes_move_the_logits_with_the_mask():
         inside += int(seen.sum())
         wrong += int((logits.argmax(-1) != labels)[seen].sum())
         moved += int((labels != mask).sum())
-    assert moved > 0.02 * inside  # the pictures were changed at all
+    assert moved > 0.02 * inside  # the images were changed at all
     assert wrong < 0.02 * inside  # pixels on the two circles, which nearest rounds
 
 
-def test_the_edge_of_the_photograph_does_not_fade():
+def test_the_edge_of_the_image_does_not_fade():
     """Interpolating with what lies outside would halve the logits along the border."""
     image, mask = np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((SIZE, SIZE), np.int16)
     logits = np.full((SIZE, SIZE, 1), 8.0, np.float32)
@@ -146,14 +146,14 @@ def test_any_number_of_classes_is_moved(channels: int):
 
 
 def test_colour_and_noise_leave_the_logits_alone():
-    """They are of the clean picture, whatever was done to what the student sees."""
+    """They are of the clean image, whatever was done to what the student sees."""
     logits = np.random.default_rng(1).normal(size=(SIZE, SIZE, 1)).astype(np.float32)
     image = np.random.default_rng(2).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
     augment, changed = augmentation("heavy"), 0
     for index in range(40):
         mask = marks()[1]
-        picture, columns, moved = augment.with_logits(image, mask, logits, epoch=0, index=index)
+        augmented, columns, moved = augment.with_logits(image, mask, logits, epoch=0, index=index)
         flip = columns[0, 0] != 0
         np.testing.assert_array_equal(moved, logits[:, ::-1] if flip else logits)
-        changed += int((picture != (image[:, ::-1] if flip else image)).any())
+        changed += int((augmented != (image[:, ::-1] if flip else image)).any())
     assert changed > 30

@@ -7,7 +7,7 @@ import pytest
 from tiny import Squares, arguments, tiny_student
 
 from kd_trainer.config import build, load_recipe
-from kd_trainer.costs import updates_per_epoch
+from kd_trainer.costs import steps_per_epoch
 from kd_trainer.doctor.finding import Grade
 from kd_trainer.doctor.plan import timeline, warmup_line
 from kd_trainer.doctor.resources import plan_finding
@@ -185,8 +185,8 @@ def test_the_plan_counts_updates_as_a_training_does(drop_last: bool, tmp_path: P
     args = arguments(tmp_path, num_train_epochs=2, dataloader_drop_last=drop_last)
     trainer = DistillationTrainer(tiny_student(), args, train_dataset=Squares(5))
     trainer.train()
-    assert updates_per_epoch(5, args) == (2 if drop_last else 3)
-    assert trainer.state.max_steps == 2 * updates_per_epoch(5, args)
+    assert steps_per_epoch(5, args) == (2 if drop_last else 3)
+    assert trainer.state.max_steps == 2 * steps_per_epoch(5, args)
 
 
 def test_the_plan_says_what_the_warm_up_makes_of_the_first_rates():

@@ -14,7 +14,7 @@ from kd_trainer.compare.report import write_report
 from kd_trainer.compare.results import FinishedRun, read_runs
 from kd_trainer.compare.runs import PlannedRun, plan_runs, written_note, written_results
 from kd_trainer.config import RunArguments, build
-from kd_trainer.costs import duration, total_updates, updates_per_epoch, without_teacher
+from kd_trainer.costs import duration, steps_per_epoch, total_steps, without_teacher
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several
 from kd_trainer.doctor.plan import describe
@@ -74,8 +74,8 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, Parts], Budget]:
     parts = {kind: assemble(run) for kind, run in runs.items()}
     images = {kind: len(one.train_dataset) for kind, one in parts.items()}
     args = distilled.training
-    per_epoch = {kind: updates_per_epoch(count, args) for kind, count in images.items()}
-    return parts, Budget(total_updates(args, per_epoch["distilled"]), per_epoch, images)
+    per_epoch = {kind: steps_per_epoch(count, args) for kind, count in images.items()}
+    return parts, Budget(total_steps(args, per_epoch["distilled"]), per_epoch, images)
 
 
 def _check(run: RunArguments) -> None:

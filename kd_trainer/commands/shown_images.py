@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.evaluation import Evaluator, classes_of
 from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, ShownImage
-from kd_trainer.reports.panels import Picture, difference_map, error_map, overlay
+from kd_trainer.reports.panels import Pixels, difference_map, error_map, overlay
 
 EvaluationData = TransformedDataset | StreamedDataset
 GROUPS = ("best", "median", "worst")
@@ -79,7 +79,7 @@ def image_name(dataset: EvaluationData, index: int) -> str:
     return f"image {index}" + (f" ({Path(path).name})" if path else "")
 
 
-def _cells(evaluator: Evaluator, sample: dict[str, Tensor]) -> dict[str, Picture]:
+def _cells(evaluator: Evaluator, sample: dict[str, Tensor]) -> dict[str, Pixels]:
     image = sample["pixel_values"].permute(1, 2, 0).numpy()
     truth = sample["labels"].numpy()
     logits = {w: raw.cpu() for w, raw in evaluator.logits(sample["pixel_values"][None]).items()}

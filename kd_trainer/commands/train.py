@@ -21,7 +21,7 @@ from kd_trainer.checkpointing.stopping import stoppable
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
 from kd_trainer.config import RunArguments
 from kd_trainer.console import summary_table
-from kd_trainer.costs import file_mib, peak_memory_mib, picture_milliseconds
+from kd_trainer.costs import file_mib, image_milliseconds, peak_memory_mib
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.data.images import content_digest
 from kd_trainer.doctor.checks import check_before_training
@@ -192,7 +192,7 @@ def measure(run: RunArguments, parts: Parts) -> tuple[dict[str, Any], Loaded]:
         "mixed_precision": args.mixed_precision,
         "device": str(args.device),
         "teacher": None if teacher is None else public_name(run.model.teacher),
-        **picture_milliseconds(networks, sides),
+        **image_milliseconds(networks, sides),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     return results, Loaded(teacher, images, evaluation)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from kd_trainer.build import Parts, image_count
 from kd_trainer.config import RunArguments
-from kd_trainer.costs import length_in_epochs, updates_per_epoch
+from kd_trainer.costs import length_in_epochs, steps_per_epoch
 from kd_trainer.doctor.data import (
     SplitMasks,
     choose_samples,
@@ -294,7 +294,7 @@ class Preflight:
 
     def _plan(self) -> Iterator[Finding]:
         args, units = self.run.training, len(encoder_units(self.parts.student))
-        steps = updates_per_epoch(image_count(self.parts.train_dataset), args)
+        steps = steps_per_epoch(image_count(self.parts.train_dataset), args)
         yield plan_finding(args.schedule(units, length_in_epochs(args, steps), steps))
 
     def _disk(self) -> Iterator[Finding]:

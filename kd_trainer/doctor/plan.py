@@ -13,7 +13,7 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.build import Parts
 from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
-from kd_trainer.costs import length_in_epochs, updates_per_epoch
+from kd_trainer.costs import length_in_epochs, steps_per_epoch
 from kd_trainer.doctor.finding import Grade
 from kd_trainer.doctor.resources import plan_finding
 from kd_trainer.errors import printable
@@ -123,7 +123,7 @@ def describe(run: RunArguments, parts: Parts) -> str:
     """The whole plan as text."""
     args = run.training
     train = len(parts.train_dataset)
-    steps = updates_per_epoch(train, args)
+    steps = steps_per_epoch(train, args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
         "source": printable(run.data.dataset),

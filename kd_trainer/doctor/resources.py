@@ -21,8 +21,8 @@ from kd_trainer.costs import (
     duration,
     peak_memory_mib,
     reset_peak_memory,
-    total_updates,
-    updates_per_epoch,
+    steps_per_epoch,
+    total_steps,
     without_teacher,
 )
 from kd_trainer.doctor.finding import Finding, fault, note, ok
@@ -82,8 +82,8 @@ class DiskNeed:
 def disk_need(run: RunArguments, parts: Parts) -> DiskNeed:
     """What the run writes: one checkpoint more than it keeps, while the next one is saved."""
     args = run.training
-    per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
-    steps = total_updates(args, per_epoch)
+    per_epoch = steps_per_epoch(image_count(parts.train_dataset), args)
+    steps = total_steps(args, per_epoch)
     every = per_epoch if args.save_strategy in ("epoch", "best") else args.save_steps
     every = every if every >= 1 else every * steps
     saves = 0 if args.save_strategy == "no" else max(1, round(steps / every))
@@ -170,8 +170,8 @@ def cost_findings(
         expected = before + (peak_memory_mib() - before) * scale
         yield memory_finding(expected * _MIB, *_memory(args.device))
     step *= scale * args.gradient_accumulation_steps
-    per_epoch = updates_per_epoch(image_count(parts.train_dataset), args)
-    total = total_updates(args, per_epoch)
+    per_epoch = steps_per_epoch(image_count(parts.train_dataset), args)
+    total = total_steps(args, per_epoch)
     images = 0 if parts.eval_dataset is None else image_count(parts.eval_dataset)
     seconds = training_seconds(args, total, per_epoch, Speed(step, eval_seconds), images)
     smaller = "" if scale == 1 else f", measured with {batch} images"

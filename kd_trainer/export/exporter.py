@@ -220,7 +220,7 @@ class Exporter:
         network = partial(self.reference.output, pixels)
         torch_call = partial(self.reference, image) if self.inside else network
         calls = {"torch": torch_call, "file": partial(self._runner(threads=1), self._feed(image))}
-        return interleaved(calls, [], self.args.latency_repeats, threads=1)
+        return interleaved(calls, self.args.latency_repeats, threads=1)
 
     def _program(self, *, prune: bool) -> ExportedProgram:
         fixed = self.args.fixed_size

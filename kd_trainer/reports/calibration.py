@@ -34,13 +34,13 @@ def reliability_counts(
     """
     logits = raw_logits.float()
     if logits.shape[1] == 1:
-        found = (logits[:, 0] > 0).long()
+        predicted = (logits[:, 0] > 0).long()
         confidence = logits[:, 0].abs().sigmoid()
     else:
-        confidence, found = logits.softmax(dim=1).max(dim=1)
+        confidence, predicted = logits.softmax(dim=1).max(dim=1)
     valid = labels.long() != ignore_index
     sure = confidence[valid].double()
-    right = (found == labels.long())[valid].double()
+    right = (predicted == labels.long())[valid].double()
     place = (sure * bins).floor().long().clamp(max=bins - 1)
     table = torch.stack([torch.ones_like(sure), sure, right])
     return table.new_zeros(3, bins).index_add_(1, place, table)

@@ -1,4 +1,4 @@
-"""Charts as SVG in the colours of the page around them, drawn by matplotlib; text stays text."""
+"""Charts as SVG by matplotlib, in the colours of the page around them; text stays text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WIDTH, HEIGHT = 400, 300  # pixels; a phone shows them at about 0.85 of that
 _LEGEND_ROW = 18
 _LONGEST_NAME = 44  # characters; more would not fit beside a line of the legend
 _MARKED = 30  # up to so many points are also drawn as dots
-_SVG = "{http://www.w3.org/2000/svg}"
+_SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _INK = "#010203"  # stands for the page's text colour, of which matplotlib has no notion
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -209,21 +209,20 @@ def _element(svg: str, names: Sequence[str], title: str, summary: str) -> Elemen
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
         element.text, element.tail = (element.text or "").strip(), None
-        if (number := element.attrib.get("id", "")).startswith("line "):
-            element.insert(0, _titled("title", names[int(number.removeprefix("line "))]))
+        kind, _, number = element.attrib.get("id", "").partition(" ")
+        if kind == "line":
+            element.insert(0, _titled("title", names[int(number)]))
         for name in element.attrib.keys() & {"d", "x", "y", "transform"}:
             short = re.sub(r"(\.\d)\d+", r"\1", element.attrib[name])
             element.attrib[name] = " ".join(short.split())
-        for name in [name for name in element.attrib if name.endswith("}href")]:
-            element.attrib["href"] = element.attrib.pop(name)
+        if target := element.attrib.pop(f"{_XLINK}href", None):
+            element.attrib["href"] = target
         element.attrib.pop("clip-path", None)  # nothing lies outside of the axes
+        if element.tag == "g":  # the ids of dots, which are used again and again, are on paths
+            element.attrib.pop("id", None)
         if style := element.attrib.get("style"):
             style = style.replace("'DejaVu Sans'", "system-ui, sans-serif")
             element.attrib["style"] = style.replace(_INK, "currentColor")
-    referred = {element.attrib.get("href") for element in root.iter("use")}
-    for element in root.iter():
-        if f"#{element.attrib.get('id')}" not in referred:
-            element.attrib.pop("id", None)
     size = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
     root.attrib = {"xmlns": _SVG[1:-1], **size, "stroke-linejoin": "round"}
     return root
@@ -236,104 +235,95 @@ def _titled(tag: str, text: str) -> ElementTree.Element:
 
 
 METRICS = {
-    "dice": "Dice",
+    "miou": "mIoU",
     "iou_foreground": "IoU foreground",
+    "dice": "Dice",
     "boundary_iou": "boundary IoU",
     "precision": "precision",
     "recall": "recall",
     "pixel_accuracy": "pixel accuracy",
     "mean_image_iou": "mean image IoU",
 }
-
-
-def curve(logs: Logs, key: str) -> list[Point]:
-    """(epoch, value) of each log that has the key; a figure that does not exist is NaN."""
-    found = [(log.get("epoch"), log[key]) for log in logs if key in log]
-    return [(float(x), math.nan if y is None else float(y)) for x, y in found if x is not None]
-
-
-def curves_of(logs: Logs, names: Mapping[str, str]) -> dict[str, list[Point]]:
-    """Curves of the keys that were logged, by their name in the legend."""
-    found = {name: curve(logs, key) for key, name in names.items()}
-    return {name: points for name, points in found.items() if points}
-
-
-def _under(logs: Logs, prefix: str) -> dict[str, str]:
-    """Logged keys that begin so, and the rest of their names."""
-    keys = dict.fromkeys(key for log in logs for key in log if key.startswith(prefix))
-    return {key: key.removeprefix(prefix).replace("_", " ") for key in keys}
-
-
-def _spans_decades(series: Mapping[str, Sequence[Point]]) -> bool:
-    """Whether the figures are positive and so different that the small ones would lie on zero."""
-    values = [y for points in series.values() for _, y in points if math.isfinite(y)]
-    return bool(values) and min(values) > 0 and max(values) / min(values) > 30
+"""Keys of a network's figures and their names, in the order of tables and legends."""
 
 
 def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
     """All charts for which something was logged, as `<svg>` elements."""
-    terms = {term.name: term.name for term in TERMS}
-    shares = {f"grad_share/{name}": name for name in terms}
-    softened = {term.name for term in TERMS if term.softened}
-    evaluated = {f"eval_{term.evaluated_as}": term.name for term in TERMS}
-    classes = {f"eval_iou_{name}": name for name in class_names}
-    return [
-        *_chart(logs, "mIoU at each evaluation", _miou(), "mIoU"),
-        *_chart(logs, "Metrics of the student", {f"eval_{k}": v for k, v in METRICS.items()}),
-        *(_chart(logs, "IoU of each class", classes, "IoU") if len(classes) > 2 else []),
-        *_chart(logs, "Agreement with the teacher", {"eval_agreement": "share of pixels"}),
-        *_chart(logs, "Loss", {"loss": "training", "eval_loss": "evaluation (T = 1)"}, "loss"),
-        *_chart(logs, "Loss terms, training", terms, "unweighted"),
-        *_chart(logs, "Loss terms, evaluation (T = 1)", evaluated, "unweighted"),
-        *_chart(logs, "Shares of the gradient", shares, "share"),
-        *_chart(logs, "Gradient norm before clipping", {"grad_norm": "norm"}, "norm"),
-        *_chart(logs, "Learning rates", _under(logs, "lr/"), "rate"),
-        *(
-            _chart(logs, "Temperature", {"temperature": "temperature"}, "T", step=True)
-            if any(softened & log.keys() for log in logs)
-            else []
-        ),
-        *_chart(logs, "Free encoder units", {"free_units": "free units"}, "units", step=True),
-    ]
-
-
-def _miou() -> dict[str, str]:
-    return {
+    mious = {
         "eval_miou": "student",
         "eval_teacher_miou": "teacher",
         "eval_agreement_miou": "student against teacher",
     }
+    metrics = {f"eval_{key}": name for key, name in METRICS.items() if key != "miou"}
+    several = class_names if len(class_names) > 2 else ()
+    classes = {f"eval_iou_{name}": name for name in several}
+    losses = {"loss": "training", "eval_loss": "evaluation (T = 1)"}
+    terms = {term.name: term.name for term in TERMS}
+    evaluated = {f"eval_{term.evaluated_as}": term.name for term in TERMS}
+    shares = {f"grad_share/{name}": name for name in terms}
+    rates = {
+        key: key.removeprefix("lr/").replace("_", " ")
+        for log in logs
+        for key in log
+        if key.startswith("lr/")
+    }
+    softened = {term.name for term in TERMS if term.softened}
+    is_softened = any(softened & log.keys() for log in logs)
+    temperature = {"temperature": "temperature"} if is_softened else {}
+    charts = [
+        _chart(logs, "mIoU at each evaluation", mious, "mIoU"),
+        _chart(logs, "Metrics of the student", metrics),
+        _chart(logs, "IoU of each class", classes, "IoU"),
+        _chart(logs, "Agreement with the teacher", {"eval_agreement": "share of pixels"}),
+        _chart(logs, "Loss", losses, "loss"),
+        _chart(logs, "Loss terms, training", terms, "unweighted"),
+        _chart(logs, "Loss terms, evaluation (T = 1)", evaluated, "unweighted"),
+        _chart(logs, "Shares of the gradient", shares, "share"),
+        _chart(logs, "Gradient norm before clipping", {"grad_norm": "norm"}, "norm"),
+        _chart(logs, "Learning rates", rates, "rate"),
+        _chart(logs, "Temperature", temperature, "T"),
+        _chart(logs, "Free encoder units", {"free_units": "free units"}, "units"),
+    ]
+    return [chart for chart in charts if chart is not None]
 
 
-def _chart(
-    logs: Logs, title: str, names: Mapping[str, str], y_label: str = "", *, step: bool = False
-) -> list[str]:
-    """The chart, or nothing if none of its keys was ever logged."""
-    series = merged(curves_of(logs, names))
+def _chart(logs: Logs, title: str, names: Mapping[str, str], y_label: str = "") -> str | None:
+    """The curves of these keys by their name in the legend; None if none was ever logged."""
+    curves = {name: _curve(logs, key) for key, name in names.items()}
+    series = merged({name: points for name, points in curves.items() if points})
     if not series:
-        return []
+        return None
+    values = [y for points in series.values() for _, y in points if math.isfinite(y)]
+    # Small figures would lie on the zero of large ones.
+    spans_decades = bool(values) and min(values) > 0 and max(values) / min(values) > 30
     # Whole numbers get an axis from 0, or a constant would have ticks at fractions.
-    highest = max((y for points in series.values() for _, y in points), default=0.0)
+    whole = (0.0, max([3.0, *values]) * 1.05)
+    return line_chart(
+        series,
+        title=title,
+        x_label="epoch",
+        y_label=y_label,
+        log_y=y_label in ("loss", "unweighted", "norm") and spans_decades,
+        step=y_label in ("T", "units"),
+        y_range=whole if y_label == "units" else None,
+    )
+
+
+def _curve(logs: Logs, key: str) -> list[Point]:
+    """(epoch, value) of each log that has the key; a figure that does not exist is NaN."""
     return [
-        line_chart(
-            series,
-            title=title,
-            x_label="epoch",
-            y_label=y_label,
-            log_y=y_label in ("loss", "unweighted", "norm") and _spans_decades(series),
-            step=step,
-            y_range=(0.0, max(highest, 3.0) * 1.05) if y_label == "units" else None,
-        )
+        (float(log["epoch"]), math.nan if log[key] is None else float(log[key]))
+        for log in logs
+        if key in log and log.get("epoch") is not None
     ]
 
 
 def merged(series: Mapping[str, list[Point]]) -> dict[str, list[Point]]:
-    """Curves that coincide as one, under all their names: only the last drawn would be seen."""
+    """Curves that coincide as one, under all their names: only the last of them would be seen."""
     names: dict[str, list[str]] = {}
     for name, points in series.items():
         names.setdefault(repr(points), []).append(name)  # text, as NaN is not equal to itself
-    return {_joined(group): series[group[0]] for group in names.values()}
-
-
-def _joined(names: list[str]) -> str:
-    return ", ".join(names) if len(names) < 3 else f"{names[0]} to {names[-1]}"
+    return {
+        ", ".join(group) if len(group) < 3 else f"{group[0]} to {group[-1]}": series[group[0]]
+        for group in names.values()
+    }

@@ -1,4 +1,4 @@
-"""What a report is made of: plain figures and pictures, gathered by `commands.report`."""
+"""What a report is made of: plain figures and images, gathered by `commands.report`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import numpy.typing as npt
 
 from kd_trainer.reports.calibration import Reliability
-from kd_trainer.reports.panels import Picture
+from kd_trainer.reports.panels import Pixels
 
 STUDENT, TEACHER = "student", "teacher"
 DIFFERENCE = "difference to the teacher"
-"""Caption of the picture that is there only with a teacher."""
+"""Caption of the image that is there only with a teacher."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class ShownImage:
         group: `worst`, `median` or `best`.
         name: its number and file.
         scores: IoU of each network on it.
-        cells: pictures by caption, in order.
+        views: what to look at by caption, in order.
     """
 
     group: str
     name: str
     scores: Mapping[str, float]
-    cells: Mapping[str, Picture]
+    views: Mapping[str, Pixels]
 
 
 @dataclass(frozen=True)

@@ -18,26 +18,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from kd_trainer.reports.charts import history_charts, line_chart
+from kd_trainer.reports.charts import METRICS, history_charts, line_chart
 from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.panels import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
     IGNORED,
-    Picture,
+    Pixels,
     class_colours,
 )
 
-ROWS = {
-    "miou": "mIoU",
-    "iou_foreground": "IoU foreground",
-    "dice": "Dice",
-    "boundary_iou": "boundary IoU",
-    "precision": "precision",
-    "recall": "recall",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_image_iou": "mean image IoU",
-}
 _SIDE, _QUALITY = 320, 85  # of an image in the page: pixels, and of JPEG
 _NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
@@ -68,7 +58,7 @@ class Jpeg(NamedTuple):
     height: int
 
 
-def jpeg(pixels: Picture) -> Jpeg:
+def jpeg(pixels: Pixels) -> Jpeg:
     """An image as JPEG of at most `_SIDE` pixels a side."""
     image = Image.fromarray(pixels)
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
@@ -190,29 +180,31 @@ def duration(seconds: float) -> str:
 
 def _metrics(student: Network, teacher: Network | None) -> Table | None:
     """Student and teacher side by side."""
-    names = {key: name for key, name in ROWS.items() if key in student.figures}
-    if not names:
-        return None
-    if teacher is None:
-        return ["metric", STUDENT], [[name, student.figures[key]] for key, name in names.items()]
-    rows = []
-    for key, name in names.items():
-        figure, other = student.figures[key], teacher.figures.get(key, math.nan)
-        rows.append([name, figure, other, _share(figure, other)])
-    return ["metric", STUDENT, TEACHER, "student / teacher"], rows
+    rows: list[list[object]] = []
+    for key, name in METRICS.items():
+        if key in student.figures:
+            row = [name, student.figures[key]]
+            if teacher is not None:
+                other = teacher.figures.get(key, math.nan)
+                row += [other, _share(student.figures[key], other)]
+            rows.append(row)
+    header = ["metric", STUDENT, *([TEACHER, "student / teacher"] if teacher else [])]
+    return (header, rows) if rows else None
 
 
 def _evaluations(logs: Sequence[Mapping[str, Any]]) -> Table | None:
     """Every figure of every evaluation, one row an evaluation."""
     evaluated = [log for log in logs if "eval_miou" in log]
-    keys = list(dict.fromkeys(key for log in evaluated for key in log if key.startswith("eval_")))
-    keys = [key for key in keys if key not in _NO_METRICS]
-    rows = [[_epoch(log.get("epoch")), *(log.get(key) for key in keys)] for log in evaluated]
-    return (["epoch", *(key.removeprefix("eval_") for key in keys)], rows) if rows else None
-
-
-def _epoch(epoch: float | None) -> str:
-    return "-" if epoch is None else f"{epoch:g}"
+    keys = dict.fromkeys(key for log in evaluated for key in log if key.startswith("eval_"))
+    names = {key: key.removeprefix("eval_") for key in keys if key not in _NO_METRICS}
+    rows = [
+        [
+            "-" if log.get("epoch") is None else f"{log['epoch']:g}",
+            *(log.get(key) for key in names),
+        ]
+        for log in evaluated
+    ]
+    return (["epoch", *names.values()], rows) if rows else None
 
 
 def _legends(contents: Contents) -> Iterator[dict[str, str]]:
@@ -226,7 +218,7 @@ def _legends(contents: Contents) -> Iterator[dict[str, str]]:
         "error: missed": rgb(FALSE_NEGATIVE),
         "ignored": rgb(IGNORED),
     }
-    if not any(DIFFERENCE in image.cells for image in contents.images):
+    if not any(DIFFERENCE in image.views for image in contents.images):
         return
     ends = f"rgb(200,200,200),{rgb(FALSE_POSITIVE)})"
     if several:
@@ -273,16 +265,18 @@ def _classes(contents: Contents) -> Table | None:
     }
     if not confusions:
         return None
-    metrics = ("IoU", "Dice", "precision", "recall")
     figures = {who: class_figures(confusion) for who, confusion in confusions.items()}
+    columns = {
+        f"{metric} {who}": figures[who][metric]
+        for metric in ("IoU", "Dice", "precision", "recall")
+        for who in figures
+    }
     truth = confusions[STUDENT].sum(axis=1)
-    columns = [figures[who][metric].tolist() for metric in metrics for who in figures]
     rows = [
-        [name, _share(float(truth[i]), float(truth.sum())), *(column[i] for column in columns)]
+        [name, _share(truth[i], truth.sum()), *(float(column[i]) for column in columns.values())]
         for i, name in enumerate(contents.class_names)
     ]
-    names = [f"{metric} {who}" for metric in metrics for who in figures]
-    return ["class", "share of pixels", *names], rows
+    return ["class", "share of pixels", *columns], rows
 
 
 def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -292,16 +286,16 @@ def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
         confusion: counts (K, K) by [truth, prediction].
     """
     hit = np.diag(confusion).astype(float)
-    truth, found = confusion.sum(axis=1), confusion.sum(axis=0)
-    wholes = {
-        "IoU": (hit, truth + found - hit),
-        "Dice": (2 * hit, truth + found),
-        "precision": (hit, found),
+    truth, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    quotients = {
+        "IoU": (hit, truth + predicted - hit),
+        "Dice": (2 * hit, truth + predicted),
+        "precision": (hit, predicted),
         "recall": (hit, truth),
     }
     return {
         name: np.divide(part, whole, out=np.full(len(hit), np.nan), where=whole > 0)
-        for name, (part, whole) in wholes.items()
+        for name, (part, whole) in quotients.items()
     }
 
 
@@ -330,9 +324,9 @@ def _compared(value: Any) -> Iterator[Part]:
         return
     if _is_single(value):
         yield Part("", [""], [[value]], words=True)
-    elif not isinstance(value, Mapping):
+    elif isinstance(value, list):
         if all(map(_is_row, value)):
-            yield _one_row_each({str(index + 1): row for index, row in enumerate(value)})
+            yield _one_row_each({str(number): row for number, row in enumerate(value, 1)})
         else:
             for item in value:
                 yield from _compared(item)

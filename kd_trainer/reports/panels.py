@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from kd_trainer.files import replacing_file
 
-Picture = np.ndarray
+Pixels = np.ndarray
 """uint8 (H, W, 3)."""
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; class 0 stays untinted.
@@ -49,7 +49,7 @@ def class_colours(num_labels: int) -> np.ndarray:
     return CLASS_COLOURS[repeated]
 
 
-def overlay(image: Picture, mask: np.ndarray, *, num_labels: int, opacity: float = 0.55) -> Picture:
+def overlay(image: Pixels, mask: np.ndarray, *, num_labels: int, opacity: float = 0.55) -> Pixels:
     """The image with its classes tinted.
 
     Args:
@@ -58,17 +58,17 @@ def overlay(image: Picture, mask: np.ndarray, *, num_labels: int, opacity: float
         num_labels: number of classes, background first.
         opacity: share of the colour, 0 to 1.
     """
-    known = (mask >= 0) & (mask < num_labels)
-    colours = class_colours(num_labels)[np.where(known, mask, 0)]
-    colours[~known] = IGNORED
+    ignored = (mask < 0) | (mask >= num_labels)
+    colours = class_colours(num_labels)[np.where(ignored, 0, mask)]
+    colours[ignored] = IGNORED
     tinted = (image * (1 - opacity) + colours * opacity).astype(np.uint8)
-    return np.where(((mask != 0) | ~known)[..., None], tinted, image)
+    return np.where((mask != 0)[..., None], tinted, image)
 
 
 def error_map(
-    image: Picture, truth: np.ndarray, prediction: np.ndarray, *, ignore_index: int
-) -> Picture:
-    """A grey image with wrong pixels in colour: orange where too much was found, blue where missed.
+    image: Pixels, truth: np.ndarray, prediction: np.ndarray, *, ignore_index: int
+) -> Pixels:
+    """A grey image with wrong pixels in colour: orange for too much, blue for missed.
 
     For several classes a foreground pixel of the wrong class counts as too much.
     """
@@ -80,7 +80,7 @@ def error_map(
     return grey.astype(np.uint8)
 
 
-def difference_map(image: Picture, difference: np.ndarray) -> Picture:
+def difference_map(image: Pixels, difference: np.ndarray) -> Pixels:
     """A pale grey image tinted by a difference of probabilities.
 
     Args:
@@ -93,30 +93,36 @@ def difference_map(image: Picture, difference: np.ndarray) -> Picture:
     return (grey * (1 - strength) + colour * strength).astype(np.uint8)
 
 
-def panel(rows: Sequence[Sequence[Picture]], titles: Sequence[str], *, side: int = 192) -> Picture:
-    """Pictures in a grid under column titles.
+def panel(rows: Sequence[Sequence[Pixels]], titles: Sequence[str], *, side: int = 192) -> Pixels:
+    """Images in a grid under column titles.
 
     Args:
-        rows: one sequence of pictures an image, as many as there are titles.
+        rows: images of each row, as many as there are titles.
         titles: heading of each column.
-        side: width of a cell in pixels; the height follows the picture.
+        side: width of a column in pixels; the height follows the image.
 
     Returns:
         uint8 (H, W, 3).
     """
-    cells = [[_fit(picture, side) for picture in row] for row in rows]
-    heights = [max(cell.height for cell in row) for row in cells]
-    width = len(titles) * (side + _GAP) + _GAP
+    scaled = [[_fit(image, side) for image in row] for row in rows]
+    heights = [max(image.height for image in row) for row in scaled]
+    lefts = [_GAP + column * (side + _GAP) for column in range(len(titles))]
+    width = lefts[-1] + side + _GAP
     sheet = Image.new("RGB", (width, _HEADER + sum(heights) + _GAP * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, title in enumerate(titles):
-        draw.text((_GAP + column * (side + _GAP) + 2, 3), title, fill="black")
+    for left, title in zip(lefts, titles, strict=True):
+        draw.text((left + 2, 3), title, fill="black")
     top = _HEADER
-    for row, height in zip(cells, heights, strict=True):
-        for column, cell in enumerate(row):
-            sheet.paste(cell, (_GAP + column * (side + _GAP), top))
+    for row, height in zip(scaled, heights, strict=True):
+        for left, image in zip(lefts, row, strict=True):
+            sheet.paste(image, (left, top))
         top += height + _GAP
     return np.asarray(sheet)
+
+
+def _fit(pixels: Pixels, side: int) -> Image.Image:
+    image = Image.fromarray(pixels)
+    return image.resize((side, max(1, round(side * image.height / image.width))))
 
 
 def comparison_panel(
@@ -127,7 +133,7 @@ def comparison_panel(
     *,
     num_labels: int,
     ignore_index: int,
-) -> Picture:
+) -> Pixels:
     """Image, truth, teacher (if any), student and errors; one row an image.
 
     Args:
@@ -148,24 +154,19 @@ def comparison_panel(
     return panel(rows, ["image", *shown, "errors (orange: too much, blue: missed)"])
 
 
-def _fit(picture: Picture, side: int) -> Image.Image:
-    image = Image.fromarray(picture)
-    return image.resize((side, max(1, round(side * image.height / image.width))))
-
-
-def save_picture(picture: Picture, path: Path) -> None:
-    """Write a picture, making its folder."""
+def save_image(pixels: Pixels, path: Path) -> None:
+    """Write an image, making its folder."""
     with replacing_file(path) as partial:
-        Image.fromarray(picture).save(partial)
+        Image.fromarray(pixels).save(partial)
 
 
 @dataclass(frozen=True)
 class Disagreement:
-    """How far two masks of one picture are apart.
+    """How far two masks of one image are apart.
 
     Attributes:
         pixels: share of the pixels of which the class differs, 0 to 1.
-        iou: mean over the foreground classes that either found; NaN if neither found any.
+        iou: mean over the foreground classes of either mask; NaN if they have none.
     """
 
     pixels: float
@@ -182,15 +183,15 @@ def disagreement(teacher: np.ndarray, student: np.ndarray, num_labels: int) -> D
     """
     ious = []
     for index in range(1, num_labels):
-        found = np.stack([teacher == index, student == index])
-        if found.any():
-            ious.append(found.all(axis=0).sum() / found.any(axis=0).sum())
+        union = (teacher == index) | (student == index)
+        if union.any():
+            ious.append(((teacher == index) & (student == index)).sum() / union.sum())
     return Disagreement(
         float((teacher != student).mean()), float(np.mean(ious)) if ious else math.nan
     )
 
 
-def disagreement_map(image: Picture, teacher: np.ndarray, student: np.ndarray) -> Picture:
+def disagreement_map(image: Pixels, teacher: np.ndarray, student: np.ndarray) -> Pixels:
     """A grey image, coloured where the masks differ.
 
     Blue where only the teacher found something, orange where only the student did, purple where
@@ -206,7 +207,7 @@ def disagreement_map(image: Picture, teacher: np.ndarray, student: np.ndarray) -
     return shown
 
 
-def mask_picture(mask: np.ndarray, num_labels: int) -> Picture:
+def mask_image(mask: np.ndarray, num_labels: int) -> Pixels:
     """A mask to look at: white on black for two classes, else in the colours of the classes."""
     if num_labels == 2:
         return np.where((mask > 0)[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)

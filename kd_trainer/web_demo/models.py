@@ -29,7 +29,7 @@ from kd_trainer.reports.panels import (
     Disagreement,
     disagreement,
     disagreement_map,
-    mask_picture,
+    mask_image,
     overlay,
 )
 from kd_trainer.sources import model_source
@@ -280,7 +280,7 @@ def drawings(result: Result, num_labels: int) -> Drawings:
     return Drawings(
         tinted.get(TEACHER, image),
         tinted[STUDENT],
-        {role: mask_picture(mask, num_labels) for role, mask in masks.items()},
+        {role: mask_image(mask, num_labels) for role, mask in masks.items()},
         difference,
     )
 
@@ -300,4 +300,4 @@ def milliseconds(models: Models, image: np.ndarray, repeats: int) -> dict[str, L
         for role, model in models.items()
     }
     threads = torch.get_num_threads()
-    return interleaved(calls, [], repeats, threads, warm_up=1, progress=False)
+    return interleaved(calls, repeats, threads, warm_up=1, progress=False)

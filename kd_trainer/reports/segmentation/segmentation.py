@@ -17,13 +17,13 @@ from kd_trainer.metrics import SegmentationCounts, image_counts
 
 DESCRIPTION = """\
 Figures of a semantic segmentation from confusion counts summed over the data set: mIoU, Dice,
-precision and recall of the foreground, pixel accuracy, the mean of per-picture IoU, boundary IoU
+precision and recall of the foreground, pixel accuracy, the mean of per-image IoU, boundary IoU
 (2 % of the diagonal), and IoU and Dice of each class.
 """
 
 INPUTS = """\
 Args:
-    predictions: class maps, each integer (H, W); sizes may differ from picture to picture.
+    predictions: class maps, each integer (H, W); sizes may differ from image to image.
     references: class maps of the same sizes, `ignore_index` where a pixel does not count.
 Set with `evaluate.load(path, num_labels=..., id2label=..., ignore_index=...)`:
     num_labels: number of classes, background included (2 by default).
@@ -75,7 +75,7 @@ class Segmentation(evaluate.Metric):
         super().__init__(*args, **kwargs)
 
     def __len__(self) -> int:
-        """Pictures added since the last `compute`."""
+        """Images added since the last `compute`."""
         return self.added
 
     def _info(self) -> evaluate.MetricInfo:
@@ -89,11 +89,11 @@ class Segmentation(evaluate.Metric):
         )
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Count one picture: two class maps (H, W)."""
+        """Count one image: two class maps (H, W)."""
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Count the pictures of a batch: class maps (B, H, W), or lists of maps of any sizes.
+        """Count the images of a batch: class maps (B, H, W), or lists of maps of any sizes.
 
         Raises:
             ValueError: if the numbers or sizes of maps differ, or a map holds unknown class ids.
@@ -176,7 +176,7 @@ def _pairs(predictions: Any, references: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _map(what: str, values: Any) -> torch.Tensor:
-    """A class map as int64 (H, W) on the host, from a tensor, an array, a picture or nested lists.
+    """A class map as int64 (H, W) on the host, from a tensor, an array, an image or nested lists.
 
     Class ids that came back as floats are refused: rounding them could hide probabilities.
     """
