@@ -151,7 +151,7 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     @property
     def bad_samples(self) -> list[BadSample]:
         """What has been left out so far, by all processes that read for this rank."""
-        return [] if self._bad is None else self._bad.found()
+        return [] if self._bad is None else self._bad.noted()
 
     @property
     def left_out(self) -> list[BadSample]:
