@@ -223,7 +223,7 @@ class SharedEpoch:
         """Set the epoch for all processes that hold this object."""
         if epoch < 0:
             raise ValueError(f"Expected an epoch >= 0, got {epoch}.")
-        self._value.fill_(int(epoch))
+        self._value.fill_(epoch)
 
     def get(self) -> int:
         """The epoch that was set last, 0 at first."""
