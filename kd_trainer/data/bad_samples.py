@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.dataset import one_thread_per_worker, size_error
+from kd_trainer.data.dataset import check_same_size, one_thread_per_worker
 from kd_trainer.data.images import BadSample, BadSampleError, decode_image, decode_mask, image_name
 from kd_trainer.data.masks import present_values, show_values
 
@@ -62,8 +62,7 @@ def check_sample(row: Mapping[str, Any], index: int, readable: Collection[int]) 
             return SampleCheck()
         name = image_name(row["mask"], index)
         mask = decode_mask(row["mask"], index)
-        if mask.shape != shape:
-            raise size_error(mask.shape, shape, name, image_name(row["image"], index))
+        check_same_size(row, index, mask=mask.shape, image=shape)
         values, bits = present_values(mask), mask.dtype == bool
         if not bits and not set(values) <= set(readable):
             raise BadSampleError(

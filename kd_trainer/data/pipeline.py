@@ -17,7 +17,7 @@ from kd_trainer.data.bad_samples import (
     check_split,
     readable_values,
 )
-from kd_trainer.data.dataset import SegmentationTransform, size_error
+from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, decode_mask, image_name, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 from kd_trainer.data.sources import is_coco
@@ -47,8 +47,9 @@ def mask_rule(
     if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
         readable = readable_values(data)
         rows = [row for i, row in enumerate(rows) if check_sample(row, i, readable).reason is None]
-    for index, row in enumerate(rows):
-        check_sizes(row, index)
+    for index, row in enumerate(rows):  # the heads of the files are enough
+        mask, image = (image_shape(row[column], index) for column in ("mask", "image"))
+        check_same_size(row, index, mask=mask, image=image)
     masks = [row["mask"] for row in rows]
     if data.mask_threshold is not None:
         rule = MaskRule((0, 1), data.ignore_index, threshold=data.mask_threshold)
@@ -194,18 +195,6 @@ def transforms(
         for kind in (data.augmentation, "none")
     )
     return training, evaluation
-
-
-def check_sizes(row: Mapping[str, Any], index: int) -> None:
-    """Compare the sizes of an image and its mask from the first bytes of the files.
-
-    Raises:
-        ValueError: if they differ, or a file is no image; names the file.
-    """
-    shapes = [image_shape(row[column], index) for column in ("image", "mask")]
-    if shapes[0] != shapes[1]:
-        names = [image_name(row[column], index) for column in ("image", "mask")]
-        raise size_error(shapes[1], shapes[0], names[1], names[0])
 
 
 def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
