@@ -30,7 +30,6 @@ from kd_trainer.data import (
     load_splits,
     transforms,
 )
-from kd_trainer.data.folder_images import read_picture
 from kd_trainer.data.images import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -39,6 +38,7 @@ from kd_trainer.data.images import (
     image_shape,
     read_image_bytes,
 )
+from kd_trainer.data.input_files import read_image
 
 EVERY = (decode_image, decode_mask, image_shape)
 
@@ -304,7 +304,7 @@ def test_a_mask_fits_the_image_that_exif_turns(orientation, tmp_path):
     exif[0x0112] = orientation
     files = {"image": tmp_path / "a.jpg", "mask": tmp_path / "a.png", "raw": tmp_path / "b.png"}
     stored.convert("RGB").save(files["image"], exif=exif, quality=95)
-    upright = Image.fromarray(read_picture_array(files["image"]) // 128 * 255)
+    upright = Image.fromarray(red_channel(files["image"]) // 128 * 255)
     upright.save(files["mask"])
     stored.save(files["raw"])
     rule = MaskRule((0, 255))
@@ -321,9 +321,9 @@ def test_a_mask_fits_the_image_that_exif_turns(orientation, tmp_path):
             transform(row, epoch=0, index=0)
 
 
-def read_picture_array(path: Path) -> np.ndarray:
+def red_channel(path: Path) -> np.ndarray:
     """What predict.py sees, one channel."""
-    return np.asarray(read_picture(path))[..., 0]
+    return np.asarray(read_image(path))[..., 0]
 
 
 @pytest.mark.parametrize("what", ["loop", "folder", "pipe", "empty", "gone", "null"])

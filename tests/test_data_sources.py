@@ -370,7 +370,7 @@ def test_wrong_coco_data_gets_one_clear_line(coco, blob):
     with pytest.raises(ValueError, match=r"got none in annotation 0 of .*Boxes are not"):
         load(coco, category="person")
     rewrite(coco, **coco_content([(0, 5, compressed(blob[1:]), 4)]))
-    with pytest.raises(ValueError, match=r"RLE of size \[16, 20\] like its image, got \[15, 20\]"):
+    with pytest.raises(ValueError, match=r"RLE of size \[15, 20\] for \[16, 20\], its image"):
         load(coco, category="person")
     rewrite(coco, images=[])
     with pytest.raises(ValueError, match="got an empty split"):

@@ -219,6 +219,7 @@ def test_a_file_name_in_a_folder_below_is_what_many_annotations_hold(images):
 RUNS = coco_mask.frPyObjects({"size": [64, 64], "counts": [0, 9**9]}, 64, 64)["counts"].decode()
 ODD = {
     "bomb": ({"height": 50_000, "width": 50_000}, {}, "at most 89,478,485 pixels"),
+    "endless": ({"height": 10**400}, {}, "at most 89,478,485 pixels"),
     "no number": ({"height": "64"}, {}, "got '64' and 64"),
     "negative": ({"height": -64, "width": -64}, {}, "got -64 and -64"),
     "far corner": ({}, {"segmentation": [[0, 0, 1e9, 0, 9, 9]]}, "a corner at 1e\\+09"),

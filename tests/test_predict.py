@@ -15,7 +15,7 @@ from PIL import Image
 from small_runs import SIDE, save_network
 
 from kd_trainer.commands.predict import PredictArguments, predict, predict_main
-from kd_trainer.data.video import CutOffError, VideoFile, frame_count, frame_rate, read_frames
+from kd_trainer.data.input_files import CutOffError, VideoFile, frame_count, frame_rate, read_frames
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
 from kd_trainer.inference import Segmenter, onnx_network

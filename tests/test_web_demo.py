@@ -296,7 +296,7 @@ def test_a_taken_port_or_foreign_address_is_refused():
         ("{root}/student3 --threshold 0.4", "Expected no --threshold for a model of 3 classes"),
         ("{root}/student --port 70000", "Expected --port from 1 to 65535, got 70000"),
         ("{root}/student --repeats 0", "Expected --repeats of at least 1, got 0"),
-        ("{root}/student --examples {root}/none", "Expected a picture, a folder of pictures"),
+        ("{root}/student --examples {root}/none", "Expected an image, a folder of images"),
         ("{root}/student --examples {root}/text.jpg", "Expected a readable image, got"),
         ("{root}/student --share", "Expected known flags, got --share"),
         (

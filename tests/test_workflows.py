@@ -23,7 +23,7 @@ from kd_trainer.commands.evaluate import evaluate_main
 from kd_trainer.commands.predict import PredictArguments, predict, predict_main
 from kd_trainer.commands.train import run_train, train
 from kd_trainer.config import parse
-from kd_trainer.data.folder_images import find_pictures, read_picture
+from kd_trainer.data.input_files import find_input_files, read_image
 from kd_trainer.evaluation import classes_of, normalise, pixel_statistics
 from kd_trainer.loading import load_student
 from kd_trainer.losses import distillation_terms
@@ -387,7 +387,7 @@ def test_predict_takes_files_folders_and_globs(tmp_path: Path):
     folder = tmp_path / "in"
 
     def names(*sources: object) -> list[str]:
-        return [p.name for p in find_pictures([str(s) for s in sources])]
+        return [p.name for p in find_input_files([str(s) for s in sources])]
 
     assert names(folder / "holiday photo.jpg") == ["holiday photo.jpg"]
     assert names(folder / "narrow [1].webp") == ["narrow [1].webp"]
@@ -395,7 +395,7 @@ def test_predict_takes_files_folders_and_globs(tmp_path: Path):
     assert names(tmp_path / "**" / "*oto*") == ["holiday photo.jpg"]
     assert names(folder, folder / "grey.png") == sorted(p.name for p in folder.glob("*.[!t]*"))
     for nothing in (folder / "*.bmp", folder / "gone.jpg"):
-        with pytest.raises(FileNotFoundError, match=r"^Expected a picture, a folder"):
+        with pytest.raises(FileNotFoundError, match=r"^Expected an image, a folder"):
             names(nothing)
 
 
@@ -430,7 +430,7 @@ def test_predict_sees_the_pixels_of_the_evaluation(finished: Run, tmp_path: Path
 def test_transparent_pictures_are_white_as_in_training(tmp_path: Path):
     """Pillow alone makes transparent pixels black, or whatever colour lies hidden below."""
     Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert np.asarray(read_picture(tmp_path / "clear.png")).min() == 255
+    assert np.asarray(read_image(tmp_path / "clear.png")).min() == 255
 
 
 def test_threshold_moves_the_mask_of_a_binary_model(plain: Path, tmp_path: Path):

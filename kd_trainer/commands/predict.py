@@ -13,8 +13,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from kd_trainer.data.folder_images import find_pictures, is_video, output_names, read_picture
-from kd_trainer.data.video import CutOffError, VideoFile, frame_count, frame_rate, read_frames
+from kd_trainer.data.input_files import (
+    CutOffError,
+    VideoFile,
+    find_input_files,
+    frame_count,
+    frame_rate,
+    is_video,
+    output_names,
+    read_frames,
+    read_image,
+)
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
@@ -103,7 +112,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     Raises:
         ValueError: after everything is written, if a video has fewer frames than it promises.
     """
-    files = find_pictures(sources)
+    files = find_input_files(sources)
     names, folder = output_names(files), Path(args.output_dir)
     _check_targets(args, names)
     images = [path for path in files if not is_video(path)]
@@ -114,7 +123,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     start, done = time.perf_counter(), len(images)
     cut_off: list[CutOffError] = []
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
-        pixels = (np.asarray(read_picture(path)) for path in images)
+        pixels = (np.asarray(read_image(path)) for path in images)
         segmented = _segmented(segmenter, pixels, args, bar)
         for path, (image, mask) in zip(images, segmented, strict=True):
             for output in args.outputs:

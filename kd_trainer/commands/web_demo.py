@@ -12,7 +12,7 @@ from typing import Any
 from kd_trainer.arguments import ModelArguments
 from kd_trainer.commands.predict import THRESHOLD, check_threshold
 from kd_trainer.config import parser_of_saved
-from kd_trainer.data.folder_images import find_pictures, is_video, read_picture
+from kd_trainer.data.input_files import find_input_files, is_video, read_image
 from kd_trainer.errors import require
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.parsing import convert, hints_of
@@ -101,9 +101,9 @@ def example_images(sources: Sequence[str]) -> list[Path]:
         FileNotFoundError: if a source names none.
         ValueError: if one is no readable image.
     """
-    images = [path for path in find_pictures(sources) if not is_video(path)][:MOST_EXAMPLES]
+    images = [path for path in find_input_files(sources) if not is_video(path)][:MOST_EXAMPLES]
     for path in images:
-        read_picture(path)
+        read_image(path)
     return images
 
 

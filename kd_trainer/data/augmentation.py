@@ -252,10 +252,7 @@ class Augmentation:
             Image and mask of the same shapes; the mask is `OUTSIDE` where the geometry brought in
             pixels from outside the image.
         """
-        if self.kind == "none":
-            return image, mask
-        self.reseed(epoch=epoch, index=index)
-        changed = self.compose(image=image, mask=mask)
+        changed = self._change(epoch, index, image=image, mask=mask)
         return changed["image"], changed["mask"]
 
     def with_logits(
@@ -274,11 +271,14 @@ class Augmentation:
             Image and mask, bit for bit those of a call, and logits of the same shape, without
             meaning where the mask is `OUTSIDE`.
         """
-        if self.kind == "none":
-            return image, mask, logits
-        self.reseed(epoch=epoch, index=index)
-        changed = self.compose(image=image, mask=mask, logits=logits)
+        changed = self._change(epoch, index, image=image, mask=mask, logits=logits)
         return changed["image"], changed["mask"], changed["logits"]
+
+    def _change(self, epoch: int, index: int, **targets: npt.NDArray[Any]) -> dict[str, Any]:
+        if self.kind == "none":
+            return targets
+        self.reseed(epoch=epoch, index=index)
+        return dict(self.compose(**targets))
 
     def reseed(self, *, epoch: int, index: int) -> None:
         """Set both generators of every transform for one sample; takes about 30 microseconds."""

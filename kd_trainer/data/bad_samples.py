@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.data.dataset import one_thread_per_worker, size_error
+from kd_trainer.data.dataset import check_same_size, one_thread_per_worker
 from kd_trainer.data.images import BadSample, BadSampleError, decode_image, decode_mask, image_name
 from kd_trainer.data.masks import present_values, show_values
 
@@ -34,10 +34,11 @@ PRINTED = 20
 
 
 class SampleCheck(NamedTuple):
-    """What decoding a row showed: the values of its mask, or why it cannot be used."""
+    """What decoding a row showed: values and name of its mask, or why it cannot be used."""
 
     values: tuple[int, ...] = ()
     bits: bool = False
+    mask: str = ""
     reason: str | None = None
 
 
@@ -53,7 +54,7 @@ def readable_values(data: DataArguments) -> frozenset[int]:
     return frozenset({*ids, data.ignore_index})
 
 
-def check_sample(row: Mapping[str, Any], index: int, known: Collection[int]) -> SampleCheck:
+def check_sample(row: Mapping[str, Any], index: int, readable: Collection[int]) -> SampleCheck:
     """Decode a row wholly, as a training does."""
     try:
         shape = decode_image(row["image"], index).shape[:2]
@@ -61,27 +62,26 @@ def check_sample(row: Mapping[str, Any], index: int, known: Collection[int]) -> 
             return SampleCheck()
         name = image_name(row["mask"], index)
         mask = decode_mask(row["mask"], index)
-        if mask.shape != shape:
-            raise size_error(mask.shape, shape, name, image_name(row["image"], index))
-        found, bits = present_values(mask), mask.dtype == bool
-        if not bits and not set(found) <= set(known):
+        check_same_size(row, index, mask=mask.shape, image=shape)
+        values, bits = present_values(mask), mask.dtype == bool
+        if not bits and not set(values) <= set(readable):
             raise BadSampleError(
-                f"Expected mask values among {show_values(known)}, got {show_values(found)} in "
+                f"Expected mask values among {show_values(readable)}, got {show_values(values)} in "
                 f"{name}. Correct the mask, or name the values with --mask_values."
             )
     except BadSampleError as error:
         return SampleCheck(reason=str(error))
-    return SampleCheck(found, bits)
+    return SampleCheck(values, bits, name)
 
 
 class _SampleChecks(torch.utils.data.Dataset[SampleCheck]):
-    def __init__(self, rows: Any, known: Collection[int]) -> None:
+    def __init__(self, rows: Any, readable: Collection[int]) -> None:
         self.rows = rows
-        self.known = known
+        self.readable = readable
 
     def __getitem__(self, index: int) -> SampleCheck:
         one_thread_per_worker(os.getpid())
-        return check_sample(self.rows[index], index, self.known)
+        return check_sample(self.rows[index], index, self.readable)
 
 
 _CHECKED: dict[tuple[str, frozenset[int]], list[SampleCheck]] = {}  # a comparison asks many times
@@ -89,38 +89,38 @@ _PRINTED: set[BadSample] = set()
 
 
 def check_split(
-    rows: Any, known: frozenset[int], *, name: str, workers: int = 0, shared: bool = False
+    rows: Any, readable: frozenset[int], *, name: str, workers: int = 0, shared: bool = False
 ) -> list[SampleCheck]:
     """Check each row of a `datasets.Dataset`; the second time it is remembered.
 
     Args:
         rows: with the columns `image` and `mask`.
-        known: see `readable_values`.
+        readable: see `readable_values`.
         name: of the split, for the bar.
         workers: processes that decode.
         shared: divide the rows among the processes of a run, all of which have to call this; then
             all know the same, even if a disk answers only one of them.
     """
-    key = (rows._fingerprint, known)
+    key = (rows._fingerprint, readable)
     if key in _CHECKED:
         return _CHECKED[key]
     rank, world = _place() if shared else (0, 1)
     mine = range(rank, len(rows), world)
     # A generator of its own: the training's random numbers must not depend on this check.
     loader = DataLoader(
-        _SampleChecks(rows, known),
+        _SampleChecks(rows, readable),
         batch_size=None,
         sampler=mine,
         num_workers=workers,
         generator=torch.Generator(),
     )
     bar = tqdm(loader, f"check {name}", len(mine), unit="image", disable=True if rank else None)
-    found = list(zip(mine, bar, strict=True))
+    checks = list(bar)
     if world > 1:
         shares: list[Any] = [None] * world
-        dist.all_gather_object(shares, found)
-        found = sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
-    _CHECKED[key] = [check for _, check in found]
+        dist.all_gather_object(shares, checks)
+        checks = [shares[row % world][row // world] for row in range(len(rows))]
+    _CHECKED[key] = checks
     return _CHECKED[key]
 
 
@@ -192,12 +192,12 @@ class StreamedBad:
         if count <= PRINTED:
             tqdm.write(f"left out: {sample}", file=sys.stderr)
         if count > self.limit * self.total:
-            check_share(self.found(), self.total, self.limit)
+            check_share(self.noted(), self.total, self.limit)
 
     def leave_out(self) -> None:
-        """Leave out what is known now, until the next call; before workers begin an epoch.
+        """Leave out what has been noted by now, until the next call; before workers begin an epoch.
 
-        They would not agree on the batches of an epoch if each left out what it has found itself.
+        They would not agree on the batches of an epoch if each left out what it has met itself.
         """
         self._left_out.copy_(self._seen)
 
@@ -212,9 +212,9 @@ class StreamedBad:
 
     def left_out(self) -> list[BadSample]:
         """What the running epoch does without from its beginning."""
-        return [sample for sample in self.found() if self.leaves_out(sample.row)]
+        return [sample for sample in self.noted() if self.leaves_out(sample.row)]
 
-    def found(self) -> list[BadSample]:
+    def noted(self) -> list[BadSample]:
         """All rows so far, in the order of the stream."""
         lines = Path(self._path).read_text(encoding="utf-8").splitlines()
         return sorted((BadSample(**json.loads(line)) for line in lines), key=lambda s: s.row)

@@ -1,4 +1,4 @@
-"""Where a COCO data set keeps its annotation files and images."""
+"""COCO data sets: annotation files, their images, and the masks drawn from them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import reprlib
 import sys
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,323 +37,7 @@ from kd_trainer.data.listing import (
     stream_shards,
 )
 from kd_trainer.data.masks import MaskRule
-from kd_trainer.errors import is_own, printable
-
-
-def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
-    """The sibling of `path` for another split: the same name with the split's name exchanged.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the name of `path` holds no split's name.
-    """
-    for name in sorted((split, *other_splits), key=len, reverse=True):
-        if name in path.name:
-            sibling = path.with_name(path.name.replace(name, split))
-            if not sibling.is_file():
-                missing = missing_path(sibling, f"the file of split {split!r}")
-                raise MissingSplitError(split, str(missing))
-            return sibling
-    names = " or ".join(repr(n) for n in (split, *other_splits))
-    raise ValueError(
-        f"Expected a file name that holds the split's name ({names}), got {path.name}. Rename the "
-        "file, name the splits with --train_split and --eval_split, or pass the folder."
-    )
-
-
-def _candidates(root: Path, split: str) -> list[Path]:
-    folder = root / "annotations"
-    return [
-        folder / f"{split}.json",
-        folder / f"instances_{split}.json",
-        root / f"{split}.json",
-        root / f"instances_{split}.json",
-        root / split / "_annotations.coco.json",
-        root / split / "annotations.json",
-    ]
-
-
-def is_coco_folder(root: Path, splits: Sequence[str]) -> bool:
-    """Whether a folder holds COCO annotations of one of the splits, or an `annotations` folder."""
-    found = any(file.is_file() for split in splits for file in _candidates(root, split))
-    return found or any((root / "annotations").glob("*.json"))
-
-
-def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> Path:
-    """The annotation file of a split, for a folder or a json file of any split.
-
-    Raises:
-        FileNotFoundError: if there is none; says where it was looked for.
-    """
-    if path.suffix == ".json":
-        return file_for_split(path, split, other_splits)
-    candidates = _candidates(path, split)
-    for file in candidates:
-        if file.is_file():
-            return file
-    found = sorted(p.name for p in (path / "annotations").glob("*.json"))
-    raise MissingSplitError(
-        split,
-        f"Expected COCO annotations of split {split!r} at {candidates[0]} (or "
-        f"annotations/instances_{split}.json), got {show_names(found) or 'no json file'}. Name "
-        "the splits with --train_split and --eval_split.",
-    )
-
-
-def find_images(
-    annotations: Path, path: Path, split: str, names: Sequence[str]
-) -> tuple[Path, list[str]]:
-    """The folder that holds the images `names`, and what each is called in it.
-
-    Raises:
-        FileNotFoundError: if no folder holds any of them, or one of them is missing.
-        ValueError: if two names that lead out of the folder end in the same file.
-    """
-    beside = annotations.parent
-    root = path if path.is_dir() else beside.parent if beside.name == "annotations" else beside
-    places = (root / "images" / split, root / split / "images", root / split, root / "images")
-    for folder in (*places, root, beside):
-        found = {name: _name_in(folder, name) for name in names}
-        missing = [name for name in names if found[name] is None]
-        if names and len(missing) == len(names):
-            continue
-        if missing:
-            raise FileNotFoundError(
-                f"Expected each image of {annotations} in {folder}, got none for {len(missing)} of "
-                f"{len(names)}: {show_names(missing)}. Add the files or remove their entries."
-            )
-        _check_own_files(found, annotations, folder)
-        return folder, [found[name] or name for name in names]
-    raise FileNotFoundError(
-        f"Expected the images of {annotations} in one of {', '.join(map(str, places))}, got none "
-        f"of {show_names(list(names))}. Move them there."
-    )
-
-
-def _name_in(folder: Path, name: str) -> str | None:
-    """What the file of a `file_name` is called in a folder; never a place outside of it.
-
-    Labelling tools write the paths of their own machine, absolute, upwards or of Windows. The
-    longest end of such a path that is a file here is meant.
-    """
-    slashed = name.replace("\\", "/")
-    readings = [name, slashed]
-    if not is_inside(name) or "://" in name:
-        parts = slashed.split("/")
-        readings = ["/".join(parts[i:]) for i in range(len(parts)) if ".." not in parts[i:]]
-    return next((r for r in readings if is_inside(r) and (folder / r).is_file()), None)
-
-
-def _check_own_files(found: dict[str, str | None], annotations: Path, folder: Path) -> None:
-    """Refuse two paths of another machine that would be one file here."""
-    owners: dict[str | None, str] = {}
-    for name, here in found.items():
-        other = owners.setdefault(here, name)
-        if other != name:
-            raise ValueError(
-                f"Expected each file_name of {annotations} to mean another file, got {other} and "
-                f"{name}, which are both {here} in {folder}. Keep the folders of the names there."
-            )
-
-
-MAX_LENGTH = 1_000_000
-"""Pixels along the edges of one annotation: half a second and 300 MiB in pycocotools."""
-
-_FARTHEST = 10  # sides of the image that a polygon's corner may be away
-
-
-def draw(
-    image: dict[str, Any], found: Sequence[tuple[int, dict[str, Any]]], source: Path
-) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W) of the annotations of one image entry, later ones on top.
-
-    Raises:
-        ValueError: if an annotation has no segmentation, or one of another size.
-    """
-    height, width = int(image["height"]), int(image["width"])
-    mask = np.zeros((height, width), np.uint8)
-    for number, entry in found:
-        shape = entry.get("segmentation")
-        where = f"annotation {entry.get('id')} of {source}"
-        if not shape:
-            raise ValueError(
-                f"Expected a segmentation (polygons or RLE), got none in {where}. Boxes are not "
-                "enough for masks."
-            )
-        mask[_pixels(shape, height, width, where)] = number
-    return mask
-
-
-def _pixels(shape: Any, height: int, width: int, where: str) -> npt.NDArray[np.bool_]:
-    try:
-        rle = _run_lengths(shape, height, width, where)
-        if rle is None:
-            return np.zeros((height, width), np.bool_)
-        return np.asarray(coco_mask.decode(rle)).astype(np.bool_)
-    except (TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise _no_shape(where, type(error).__name__) from None
-    except ValueError as error:
-        if is_own(error):
-            raise
-        raise _no_shape(where, str(error)) from None
-
-
-def _no_shape(where: str, reason: str) -> ValueError:
-    return ValueError(
-        f"Expected polygons or RLE as the segmentation, got something else ({reason[:100]}) in "
-        f"{where}. Correct the annotation, or remove it."
-    )
-
-
-def _run_lengths(shape: Any, height: int, width: int, where: str) -> Any:
-    """What pycocotools decodes; None for polygons without any area."""
-    if isinstance(shape, dict):
-        if list(shape["size"]) != [height, width]:
-            raise ValueError(
-                f"Expected RLE of size {[height, width]} like its image, got "
-                f"{reprlib.repr(shape['size'])} in {where}."
-            )
-        size, counts = [height, width], shape["counts"]
-        if isinstance(counts, str):
-            return {"size": size, "counts": counts}
-        if not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise _no_shape(where, "counts that are no numbers of pixels")
-        if sum(counts) != height * width:
-            raise _no_shape(where, f"counts of {sum(counts)} pixels")
-        return coco_mask.frPyObjects({"size": size, "counts": counts}, height, width)
-    # pycocotools reads a "polygon" of four numbers as a box; fewer than three points hold no area.
-    polygons = [np.asarray(polygon, float) for polygon in shape if len(polygon) >= 6]
-    if not polygons:
-        return None
-    if any(polygon.ndim != 1 for polygon in polygons):
-        raise _no_shape(where, "a polygon that is no list of x, y, x, y, ...")
-    # It walks along every edge, so a corner far away takes hours, and one at infinity all memory.
-    farthest = np.abs(np.concatenate(polygons)).max()
-    if not farthest <= _FARTHEST * max(height, width):
-        raise _no_shape(where, f"a corner at {farthest:g}")
-    length = sum(_length(polygon) for polygon in polygons)
-    if length > MAX_LENGTH:
-        raise _no_shape(where, f"edges of {length:,.0f} pixels")
-    return coco_mask.merge(coco_mask.frPyObjects([p.tolist() for p in polygons], height, width))
-
-
-def _length(polygon: npt.NDArray[np.float64]) -> float:
-    """Pixels along the edges of a polygon."""
-    points = polygon[: len(polygon) // 2 * 2].reshape(-1, 2)
-    return float(np.abs(points - np.roll(points, 1, axis=0)).max(1).sum())
-
-
-def _is_whole(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value == int(value)
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, str) or _is_whole(value)
-
-
-def _is_category_id(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, str) and value.isdecimal() and len(value) < 20)
-
-
-def _is_file_name(value: Any) -> bool:
-    # Half of a surrogate pair cannot be stored, and a control character is obeyed by a terminal.
-    return isinstance(value, str) and not any(
-        unicodedata.category(c) in ("Cc", "Cs") for c in value
-    )
-
-
-def _is_area(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, int | float) and value in (0, 1)
-
-
-Kind = tuple[Callable[[Any], bool], str]
-_ID: Kind = (_is_id, "a whole number or a text")
-_CATEGORY: Kind = (_is_category_id, "a whole number")
-_SIDE: Kind = (lambda _: True, "a whole number")  # both sides are checked together
-_NEEDED: dict[str, dict[str, Kind]] = {
-    "images": {
-        "id": _ID,
-        "file_name": (_is_file_name, "a text without control characters"),
-        "height": _SIDE,
-        "width": _SIDE,
-    },
-    "annotations": {"image_id": _ID, "category_id": _CATEGORY},
-    "categories": {"id": _CATEGORY, "name": (lambda name: isinstance(name, str | int), "a text")},
-}
-_OPTIONAL: dict[str, dict[str, Kind]] = {
-    "annotations": {"area": (_is_area, "a finite number"), "iscrowd": (_is_flag, "0 or 1")}
-}
-
-
-def read_annotations(path: Path) -> dict[str, Any]:
-    """The content of a COCO json, every entry with fields of the kinds that are read later.
-
-    Categories are whole numbers afterwards, also where the file has them as text.
-
-    Raises:
-        ValueError: if it is no such json; names the first entry at fault.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except RecursionError:
-        raise ValueError(
-            f"Expected a COCO json, got {path}, which is nested too deeply. Export it again."
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"Expected a COCO json, got {path}: {error}.") from None
-    lists = content if isinstance(content, dict) else {}
-    missing = [kind for kind in _NEEDED if not isinstance(lists.get(kind), list)]
-    if missing:
-        raise ValueError(
-            f"Expected a COCO json with {', '.join(_NEEDED)}, got {path} without "
-            f"{', '.join(missing)}."
-        )
-    for kind in _NEEDED:
-        for number, entry in enumerate(lists[kind]):
-            _check_entry(entry, kind, f"entry {number} (from 0) of {path}")
-    for entry in lists["images"]:
-        _check_size(entry, path)
-    for kind, field in (("annotations", "category_id"), ("categories", "id")):
-        for entry in lists[kind]:
-            entry[field] = int(entry[field])
-    return lists
-
-
-def _check_entry(entry: Any, kind: str, where: str) -> None:
-    needed = _NEEDED[kind]
-    said = entry if isinstance(entry, dict) else {}
-    lacking = [field for field in needed if said.get(field) is None]
-    if lacking:
-        raise ValueError(
-            f"Expected {', '.join(needed)} in each entry of {kind!r}, got {where} without "
-            f"{', '.join(lacking)}: {reprlib.repr(entry)}. Add what is missing, or "
-            "remove the entry."
-        )
-    for field, (fits, what) in (needed | _OPTIONAL.get(kind, {})).items():
-        value = said.get(field)
-        if value is not None and not fits(value):
-            raise ValueError(
-                f"Expected {what} as {field} in each entry of {kind!r}, got {reprlib.repr(value)} "
-                f"in {where}. Correct the entry, or remove it."
-            )
-
-
-def _check_size(entry: dict[str, Any], path: Path) -> None:
-    """Refuse an image of a size that nobody can draw masks of."""
-    height, width = entry["height"], entry["width"]
-    whole = _is_whole(height) and _is_whole(width)
-    if not (whole and height > 0 and width > 0 and height * width <= MAX_PIXELS):
-        raise ValueError(
-            f"Expected a height and a width of at most {MAX_PIXELS:,} pixels together, got "
-            f"{reprlib.repr(height)} and {reprlib.repr(width)} for {entry['file_name']} in {path}. "
-            "Correct the entry."
-        )
-
+from kd_trainer.errors import printable
 
 DRAWING = 2
 """Counts up when the same annotations are drawn as other pixels: it invalidates cached masks."""
@@ -364,7 +49,7 @@ class CocoSplit:
 
     Args:
         annotations: the json file.
-        path: what was given as the data set, near which the images are looked for.
+        path: of the data set, near which the images are looked for.
         split: name of the split.
         category: name of the foreground, or None.
         num_labels: classes with the background.
@@ -391,19 +76,14 @@ class CocoSplit:
         classes = category_classes(
             content["categories"], self.category, self.num_labels, self.annotations
         )
-        by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
-        for entry in content["annotations"]:
+        by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+        for entry in sorted(content["annotations"], key=_drawing_order):
             if entry["category_id"] in classes:
-                found = by_image.setdefault(entry["image_id"], [])
-                crowd = bool(entry.get("iscrowd"))
-                found.append((self.ignore_index if crowd else classes[entry["category_id"]], entry))
+                crowd = entry.get("iscrowd")
+                class_id = self.ignore_index if crowd else classes[entry["category_id"]]
+                by_image[entry["image_id"]].append((class_id, entry))
         images = sorted(content["images"], key=lambda image: image["file_name"])
-        records = []
-        for image in images[: self.limit]:
-            found = by_image.get(image["id"], [])
-            found.sort(key=_order)
-            records.append((image, found))
-        return records
+        return [(image, by_image[image["id"]]) for image in images[: self.limit]]
 
     @cached_property
     def images(self) -> tuple[Path, list[str]]:
@@ -414,23 +94,19 @@ class CocoSplit:
     def rows(self, ranges: Sequence[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Rows of the records in `ranges` (start, stop), masks drawn on the way."""
         folder, files = self.images
-        for start, stop in ranges:
-            for (image, found), file in zip(
-                self.records[start:stop], files[start:stop], strict=True
-            ):
-                mask = draw(image, found, self.annotations)
-                png = cv2.imencode(".png", mask)[1].tobytes()
-                path = str(folder / file)
-                name = f"{self.annotations.name}: {image['file_name']}"
-                yield {
-                    "image": {"path": path, "bytes": None},
-                    "mask": {"path": name, "bytes": png},
-                }
+        for row in chain.from_iterable(range(start, stop) for start, stop in ranges):
+            image, annotations = self.records[row]
+            mask = draw(image, annotations, self.annotations)
+            png = cv2.imencode(".png", mask)[1].tobytes()
+            name = f"{self.annotations.name}: {image['file_name']}"
+            yield {
+                "image": {"path": str(folder / files[row]), "bytes": None},
+                "mask": {"path": name, "bytes": png},
+            }
 
 
-def _order(pair: tuple[int, dict[str, Any]]) -> tuple[bool, float, str]:
-    _, entry = pair
-    return not entry.get("iscrowd"), -float(entry.get("area") or 0), str(entry.get("id"))
+def _drawing_order(entry: dict[str, Any]) -> tuple[bool, float, str]:
+    return not entry.get("iscrowd"), -(entry.get("area") or 0), str(entry.get("id"))
 
 
 def load_coco(
@@ -459,9 +135,7 @@ def load_coco(
         FileNotFoundError: if annotations or images are missing.
         ValueError: if the json, its categories or segmentations cannot be used.
     """
-    MaskRule(
-        tuple(range(data.num_labels)), data.ignore_index
-    )  # whether a mask of bytes can hold them
+    MaskRule(tuple(range(data.num_labels)), data.ignore_index)  # refuses what no byte can number
     annotations = find_annotations(path, split, other_splits)
     source = CocoSplit(
         annotations, path, split, data.category, data.num_labels, limit, data.ignore_index
@@ -469,18 +143,23 @@ def load_coco(
     count = len(source.records)
     if not count:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
-    _tell_moved(source)  # and missing images are an error now, not in the first epoch
+    _report_relocated(source)  # and missing images are an error now, not in the first epoch
     shards = stream_shards(count)
     ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]
-    return (_stream if data.streaming else _drawn)(source, ranges), lengths
+    if data.streaming:
+        rows = datasets.IterableDataset.from_generator(
+            source.rows, features=FEATURES, gen_kwargs={"ranges": ranges}
+        )
+        return rows, lengths
+    return _draw_all(source, ranges), lengths
 
 
-def _tell_moved(source: CocoSplit) -> None:
+def _report_relocated(source: CocoSplit) -> None:
     """Say once where files lie whose names are paths of another machine."""
     folder, files = source.images
     names = [image["file_name"] for image, _ in source.records]
-    moved = [(name, file) for name, file in zip(names, files, strict=True) if name != file]
+    moved = [pair for pair in zip(names, files, strict=True) if pair[0] != pair[1]]
     if moved and not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
         tqdm.write(
             printable(
@@ -491,13 +170,7 @@ def _tell_moved(source: CocoSplit) -> None:
         )
 
 
-def _stream(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.IterableDataset:
-    return datasets.IterableDataset.from_generator(
-        source.rows, features=FEATURES, gen_kwargs={"ranges": ranges}
-    )
-
-
-def _drawn(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.Dataset:
+def _draw_all(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.Dataset:
     stat = source.annotations.stat()
     state = [source.__getstate__(), source.images, stat.st_mtime_ns, stat.st_size, DRAWING]
     try:
@@ -556,3 +229,296 @@ def coco_class_names(path: Path, split: str, other_splits: Sequence[str]) -> lis
     """Names of the classes of a COCO data set without `category`, background first."""
     content = read_annotations(find_annotations(path, split, other_splits))
     return ["background", *foreground_categories(content["categories"]).values()]
+
+
+def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
+    """The sibling of `path` for another split: the same name with the split's name exchanged.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the name of `path` holds no split's name.
+    """
+    for name in sorted((split, *other_splits), key=len, reverse=True):
+        if name in path.name:
+            sibling = path.with_name(path.name.replace(name, split))
+            if not sibling.is_file():
+                missing = missing_path(sibling, f"the file of split {split!r}")
+                raise MissingSplitError(split, str(missing))
+            return sibling
+    names = " or ".join(repr(n) for n in (split, *other_splits))
+    raise ValueError(
+        f"Expected a file name that holds the split's name ({names}), got {path.name}. Rename the "
+        "file, name the splits with --train_split and --eval_split, or pass the folder."
+    )
+
+
+def _candidates(root: Path, split: str) -> list[Path]:
+    folder = root / "annotations"
+    return [
+        folder / f"{split}.json",
+        folder / f"instances_{split}.json",
+        root / f"{split}.json",
+        root / f"instances_{split}.json",
+        root / split / "_annotations.coco.json",
+        root / split / "annotations.json",
+    ]
+
+
+def is_coco_folder(root: Path, splits: Sequence[str]) -> bool:
+    """Whether a folder holds COCO annotations of one of the splits, or an `annotations` folder."""
+    files = (file for split in splits for file in _candidates(root, split))
+    return any(file.is_file() for file in files) or any((root / "annotations").glob("*.json"))
+
+
+def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> Path:
+    """The annotation file of a split, for a folder or a json file of any split.
+
+    Raises:
+        FileNotFoundError: if there is none; says where it was looked for.
+    """
+    if path.suffix == ".json":
+        return file_for_split(path, split, other_splits)
+    candidates = _candidates(path, split)
+    for file in candidates:
+        if file.is_file():
+            return file
+    others = sorted(p.name for p in (path / "annotations").glob("*.json"))
+    raise MissingSplitError(
+        split,
+        f"Expected COCO annotations of split {split!r} at {candidates[0]} (or "
+        f"annotations/instances_{split}.json), got {show_names(others) or 'no json file'}. Name "
+        "the splits with --train_split and --eval_split.",
+    )
+
+
+def find_images(
+    annotations: Path, path: Path, split: str, names: Sequence[str]
+) -> tuple[Path, list[str]]:
+    """The folder that holds the images `names`, and what each is called in it.
+
+    Raises:
+        FileNotFoundError: if no folder holds any of them, or one of them is missing.
+        ValueError: if two names that lead out of the folder end in the same file.
+    """
+    beside = annotations.parent
+    root = path if path.is_dir() else beside.parent if beside.name == "annotations" else beside
+    places = (root / "images" / split, root / split / "images", root / split, root / "images")
+    for folder in (*places, root, beside):
+        files = {name: _name_in(folder, name) for name in names}
+        missing = [name for name, file in files.items() if file is None]
+        if len(missing) == len(files):
+            continue
+        if missing:
+            raise FileNotFoundError(
+                f"Expected each image of {annotations} in {folder}, got none for {len(missing)} of "
+                f"{len(names)}: {show_names(missing)}. Add the files or remove their entries."
+            )
+        owners: dict[str | None, str] = {}
+        for name, file in files.items():
+            if owners.setdefault(file, name) != name:
+                raise ValueError(
+                    f"Expected each file_name of {annotations} to mean another file, got "
+                    f"{owners[file]} and {name}, which are both {file} in {folder}. Keep the "
+                    "folders of the names there."
+                )
+        return folder, [files[name] or name for name in names]
+    raise FileNotFoundError(
+        f"Expected the images of {annotations} in one of {', '.join(map(str, places))}, got none "
+        f"of {show_names(list(names))}. Move them there."
+    )
+
+
+def _name_in(folder: Path, name: str) -> str | None:
+    """What the file of a `file_name` is called in a folder; never a place outside of it.
+
+    Labelling tools write the paths of their own machine, absolute, upwards or of Windows. The
+    longest end of such a path that is a file here is meant.
+    """
+    slashed = name.replace("\\", "/")
+    readings = [name, slashed]
+    if not is_inside(name) or "://" in name:
+        parts = slashed.split("/")
+        readings = ["/".join(parts[i:]) for i in range(len(parts))]
+    return next((r for r in readings if is_inside(r) and (folder / r).is_file()), None)
+
+
+Kind = tuple[Callable[[Any], bool], str]
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str) or _is_whole(value)
+
+
+def _is_category_id(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, str) and value.isdecimal() and len(value) < 20)
+
+
+def _is_file_name(value: Any) -> bool:
+    # Half of a surrogate pair cannot be stored, and a control character is obeyed by a terminal.
+    return isinstance(value, str) and not any(
+        unicodedata.category(c) in ("Cc", "Cs") for c in value
+    )
+
+
+_ID: Kind = (_is_id, "a whole number or a text")
+_CATEGORY: Kind = (_is_category_id, "a whole number")
+_SIDE: Kind = (lambda _: True, "a whole number")  # both sides are checked together
+_FIELDS: dict[str, dict[str, Kind]] = {
+    "images": {
+        "id": _ID,
+        "file_name": (_is_file_name, "a text without control characters"),
+        "height": _SIDE,
+        "width": _SIDE,
+    },
+    "annotations": {
+        "image_id": _ID,
+        "category_id": _CATEGORY,
+        "area": (lambda v: isinstance(v, int | float) and abs(v) < math.inf, "a finite number"),
+        "iscrowd": (lambda v: isinstance(v, int | float) and v in (0, 1), "0 or 1"),
+    },
+    "categories": {"id": _CATEGORY, "name": (lambda v: isinstance(v, str | int), "a text")},
+}
+_OPTIONAL = ("area", "iscrowd")
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """The content of a COCO json, every entry with fields of the kinds that are read later.
+
+    Categories are whole numbers afterwards, also where the file has them as text.
+
+    Raises:
+        ValueError: if it is no such json; names the first entry at fault.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError(
+            f"Expected a COCO json, got {path}, which is nested too deeply. Export it again."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"Expected a COCO json, got {path}: {error}.") from None
+    lists = content if isinstance(content, dict) else {}
+    missing = [kind for kind in _FIELDS if not isinstance(lists.get(kind), list)]
+    if missing:
+        raise ValueError(
+            f"Expected a COCO json with {', '.join(_FIELDS)}, got {path} without "
+            f"{', '.join(missing)}."
+        )
+    for kind in _FIELDS:
+        for number, entry in enumerate(lists[kind]):
+            _check_entry(entry, kind, f"entry {number} (from 0) of {path}")
+    for entry in lists["images"]:
+        _check_size(entry, path)
+    for kind, field in (("annotations", "category_id"), ("categories", "id")):
+        for entry in lists[kind]:
+            entry[field] = int(entry[field])
+    return lists
+
+
+def _check_entry(entry: Any, kind: str, where: str) -> None:
+    values = entry if isinstance(entry, dict) else {}
+    needed = [field for field in _FIELDS[kind] if field not in _OPTIONAL]
+    missing = [field for field in needed if values.get(field) is None]
+    if missing:
+        raise ValueError(
+            f"Expected {', '.join(needed)} in each entry of {kind!r}, got {where} without "
+            f"{', '.join(missing)}: {reprlib.repr(entry)}. Add what is missing, or remove the "
+            "entry."
+        )
+    for field, (fits, description) in _FIELDS[kind].items():
+        value = values.get(field)
+        if value is not None and not fits(value):
+            raise ValueError(
+                f"Expected {description} as {field} in each entry of {kind!r}, got "
+                f"{reprlib.repr(value)} in {where}. Correct the entry, or remove it."
+            )
+
+
+def _check_size(entry: dict[str, Any], path: Path) -> None:
+    """Refuse an image of a size that nobody can draw masks of."""
+    height, width = entry["height"], entry["width"]
+    whole = _is_whole(height) and _is_whole(width)
+    if not (whole and height > 0 and width > 0 and height * width <= MAX_PIXELS):
+        raise ValueError(
+            f"Expected a height and a width of at most {MAX_PIXELS:,} pixels together, got "
+            f"{reprlib.repr(height)} and {reprlib.repr(width)} for {entry['file_name']} in {path}. "
+            "Correct the entry."
+        )
+
+
+MAX_LENGTH = 1_000_000
+"""Pixels along the edges of one annotation: half a second and 300 MiB in pycocotools."""
+
+_FARTHEST = 10  # sides of the image that a polygon's corner may be away
+
+
+def draw(
+    image: dict[str, Any], annotations: Sequence[tuple[int, dict[str, Any]]], source: Path
+) -> npt.NDArray[np.uint8]:
+    """Class ids (H, W) of the annotations (class, entry) of one image, later ones on top.
+
+    Raises:
+        ValueError: if an annotation has no segmentation, or one that cannot be drawn.
+    """
+    height, width = int(image["height"]), int(image["width"])
+    mask = np.zeros((height, width), np.uint8)
+    for class_id, entry in annotations:
+        where = f"annotation {entry.get('id')} of {source}"
+        if not entry.get("segmentation"):
+            raise ValueError(
+                f"Expected a segmentation (polygons or RLE), got none in {where}. Boxes are not "
+                "enough for masks."
+            )
+        try:
+            rle = _run_lengths(entry["segmentation"], height, width)
+            if rle is not None:
+                mask[coco_mask.decode(rle).astype(np.bool_)] = class_id
+        except (TypeError, KeyError, AttributeError, OverflowError, ValueError) as error:
+            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+            raise ValueError(
+                "Expected polygons or RLE as the segmentation, got something else "
+                f"({reason[:100]}) in {where}. Correct the annotation, or remove it."
+            ) from None
+    return mask
+
+
+def _run_lengths(shape: Any, height: int, width: int) -> Any:
+    """What pycocotools decodes; None for polygons without any area.
+
+    Raises:
+        ValueError: with the reason alone; and whatever else a wrong type stumbles over.
+    """
+    if isinstance(shape, dict):
+        size, counts = [height, width], shape["counts"]
+        if list(shape["size"]) != size:
+            raise ValueError(f"RLE of size {reprlib.repr(shape['size'])} for {size}, its image")
+        if isinstance(counts, str):
+            return {"size": size, "counts": counts}
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError("counts that are no numbers of pixels")
+        if sum(counts) != height * width:
+            raise ValueError(f"counts of {sum(counts)} pixels")
+        return coco_mask.frPyObjects({"size": size, "counts": counts}, height, width)
+    # pycocotools reads a "polygon" of four numbers as a box; fewer than three points hold no area.
+    polygons = [np.asarray(polygon, float) for polygon in shape if len(polygon) >= 6]
+    if not polygons:
+        return None
+    if any(polygon.ndim != 1 for polygon in polygons):
+        raise ValueError("a polygon that is no list of x, y, x, y, ...")
+    # It walks along every edge, so a corner far away takes hours, and one at infinity all memory.
+    farthest = np.abs(np.concatenate(polygons)).max()
+    if not farthest <= _FARTHEST * max(height, width):
+        raise ValueError(f"a corner at {farthest:g}")
+    length = 0.0
+    for polygon in polygons:
+        points = polygon[: len(polygon) // 2 * 2].reshape(-1, 2)
+        length += float(np.abs(points - np.roll(points, 1, axis=0)).max(1).sum())
+    if length > MAX_LENGTH:
+        raise ValueError(f"edges of {length:,.0f} pixels")
+    return coco_mask.merge(coco_mask.frPyObjects([p.tolist() for p in polygons], height, width))

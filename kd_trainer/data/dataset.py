@@ -160,11 +160,9 @@ class SegmentationTransform:
         cell = row.get("mask")
         if cell is None:
             return np.full(shape, self.rule.ignore_index, np.uint8)
-        name = image_name(cell, index)
         mask = decode_mask(cell, index)
-        if mask.shape != shape:
-            raise size_error(mask.shape, shape, name, image_name(row["image"], index))
-        return self.rule.labels(mask, name)
+        check_same_size(row, index, mask=mask.shape, image=shape)
+        return self.rule.labels(mask, image_name(cell, index))
 
 
 def resize_labels(labels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
@@ -180,15 +178,22 @@ def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     return result
 
 
-def size_error(
-    mask: tuple[int, ...], image: tuple[int, ...], name: str, image_name: str
-) -> BadSampleError:
-    """The error of a mask (H, W) whose size is not that of its image (H, W)."""
+def check_same_size(
+    row: Mapping[str, Any], index: int, *, mask: tuple[int, ...], image: tuple[int, ...]
+) -> None:
+    """Refuse a mask (H, W) whose size is not that of its image (H, W).
+
+    Raises:
+        BadSampleError: names both files.
+    """
+    if mask == image:
+        return
     turned = " The image is turned by its EXIF orientation; turn the mask too."
     hint = turned if mask == image[::-1] else " Make the mask again from this image."
-    return BadSampleError(
-        f"Expected a mask of {image[1]}x{image[0]} pixels like its image {image_name}, got "
-        f"{mask[1]}x{mask[0]} in {name}.{hint}"
+    raise BadSampleError(
+        f"Expected a mask of {image[1]}x{image[0]} pixels like its image "
+        f"{image_name(row['image'], index)}, got {mask[1]}x{mask[0]} in "
+        f"{image_name(row['mask'], index)}.{hint}"
     )
 
 
@@ -223,7 +228,7 @@ class SharedEpoch:
         """Set the epoch for all processes that hold this object."""
         if epoch < 0:
             raise ValueError(f"Expected an epoch >= 0, got {epoch}.")
-        self._value.fill_(int(epoch))
+        self._value.fill_(epoch)
 
     def get(self) -> int:
         """The epoch that was set last, 0 at first."""

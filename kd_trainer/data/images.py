@@ -18,6 +18,7 @@ import re
 import stat
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,300 @@ from PIL import TiffImagePlugin as Tiff
 
 from kd_trainer.errors import printable
 
+EncodedImage = Mapping[str, Any]
+
+MAX_BYTES = 2**30
+"""Largest file that is read as one image: 1 GiB."""
+
+# What is wrong with the one file; anything else (a full table of open files, a broken disk) is
+# wrong with the machine, and no reason to go on without the sample.
+_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
+class BadSampleError(ValueError):
+    """An image or a mask that cannot be used; the message names the file."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One row that was left out."""
+
+    split: str
+    row: int
+    file: str
+    reason: str
+
+    def line(self) -> str:
+        """All four between tabs, as in bad_samples.txt."""
+        return "\t".join(map(printable, astuple(self)))
+
+    def __str__(self) -> str:
+        return printable(f"{self.split} row {self.row}: {self.reason}")
+
+
+class MissingFileError(BadSampleError, FileNotFoundError):
+    """A file that was listed and is not there."""
+
+
+def image_name(cell: EncodedImage | None, index: int) -> str:
+    """What to call a row's file in a message: its path, else the number of the row."""
+    cell = cell or {}
+    path = cell.get("path")
+    if path and cell.get("bytes") is None:
+        return str(path)
+    return f"{path} (row {index})" if path else f"row {index}"
+
+
+def read_image_bytes(cell: EncodedImage | None, name: str) -> bytes:
+    """The encoded bytes of a cell, from memory, a local file or a remote address (hf://, ...).
+
+    Raises:
+        MissingFileError: if the file is gone.
+        BadSampleError: if the cell has neither bytes nor a path, or the file cannot be read.
+    """
+    cell = cell or {}
+    stored = cell.get("bytes")
+    if stored is not None:
+        if not stored:
+            raise BadSampleError(f"Expected an image, got no bytes at {name}. Remove the row.")
+        return bytes(stored)
+    path = cell.get("path")
+    if not path:
+        raise BadSampleError(
+            f"Expected an image with bytes or a path, got an empty cell at {name}."
+        )
+    if "://" in path:
+        with fsspec.open(path, "rb") as remote:
+            content = bytes(remote.read(MAX_BYTES + 1))
+        _check_length(len(content), "more", path)
+        return content
+    try:
+        status = Path(path).stat()
+        # A pipe or a device would be read without end.
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
+            raise BadSampleError(f"Expected a file, got {kind} at {path}. Rename or remove it.")
+        _check_length(status.st_size, f"{status.st_size:,}", path)
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"Expected the file {path}, got nothing there. Was it moved after the data was listed?"
+        ) from None
+    except OSError as error:
+        if error.errno not in _OF_THE_FILE:
+            raise
+        raise BadSampleError(
+            f"Expected a readable file, got {path}: {error.strerror}. Mend or remove it."
+        ) from None
+
+
+def _check_length(length: int, shown: str, path: str) -> None:
+    if not length:
+        raise BadSampleError(f"Expected an image, got an empty file: {path}. Replace or remove it.")
+    if length > MAX_BYTES:
+        raise BadSampleError(
+            f"Expected an image of at most {MAX_BYTES:,} bytes, got {shown} in {path}. Make it "
+            "smaller, or cut it into pieces."
+        )
+
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
+"""What PIL may read. Its other readers are many, and one of them starts Ghostscript."""
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, about 9,460 x 9,460: 256 MiB as RGB.
+
+A file of a few bytes can claim any size. PIL has the same limit but only warns up to its double.
+"""
+
+# cv2 can fill the missing part of a cut-off file with grey and say nothing, where PIL raises; so it
+# gets only files that end as their format does.
+_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_OPAQUE = ("RGB", "L", "P", "1")
+_FIRST_TURNED = 5  # EXIF orientations 5 to 8 exchange height and width
+_STRIP = 2**20
+"""Pixels that are converted at once."""
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def decode_image(cell: EncodedImage, index: int) -> npt.NDArray[np.uint8]:
+    """Decode an image.
+
+    Args:
+        cell: `bytes` and `path` of the file.
+        index: number of the row, for messages.
+
+    Returns:
+        uint8 RGB (H, W, 3), turned as its EXIF orientation says.
+
+    Raises:
+        BadSampleError: if the file is no readable image; names the file.
+    """
+    name = image_name(cell, index)
+    data = read_image_bytes(cell, name)
+    header = _open(data, name)
+    if header.mode.startswith(("I", "F")) or _bits_of(header) > 8:
+        raise BadSampleError(
+            f"Expected an image of 8 bits a channel, got {_mode_of(header)} in {name}. Scale "
+            "its values to 0..255 first, by the range that they really have."
+        )
+    opaque = header.mode in _OPAQUE and "transparency" not in header.info
+    ending = _ENDINGS.get(header.format or "")
+    if opaque and ending and data.rstrip(b"\x00").endswith(ending):
+        with suppress(cv2.error):  # PIL has the last word, and names the file
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            if image is not None and sorted(image.shape[:2]) == sorted(header.size):
+                return np.asarray(image, np.uint8)
+    return _by_strips(_load(header, name), lambda strip: _on_white(strip, name))
+
+
+def _by_strips(
+    image: Image.Image, convert: Callable[[Image.Image], npt.NDArray[Any]]
+) -> npt.NDArray[Any]:
+    """A new array of what `convert` makes of an image, of a large one strip by strip.
+
+    Each conversion is a copy: of a whole transparent image of `MAX_PIXELS` they take 1.5 GiB.
+    """
+    rows = max(1, _STRIP // image.width)
+    if rows >= image.height:
+        return convert(image)
+    strip = convert(image.crop((0, 0, image.width, rows)))
+    whole = np.empty((image.height, *strip.shape[1:]), strip.dtype)
+    whole[:rows] = strip
+    for top in range(rows, image.height, rows):
+        bottom = min(top + rows, image.height)
+        whole[top:bottom] = convert(image.crop((0, top, image.width, bottom)))
+    return whole
+
+
+def _on_white(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
+    """Convert to RGB as image processors do: what is transparent shows white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)  # a copy: torch needs to write
+    try:
+        image = image.convert("RGBA")
+    except (ValueError, OSError) as error:  # CIE LAB, and other spaces that PIL cannot leave
+        raise _unreadable(error, name) from None
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def decode_mask(cell: EncodedImage, index: int) -> npt.NDArray[Any]:
+    """Decode a mask to the values its file holds, before any viewer scales or colours them.
+
+    Args:
+        cell: `bytes` and `path` of the file.
+        index: number of the row, for messages.
+
+    Returns:
+        (H, W): bool for a 1-bit file, palette indices of a palette file, else uint8 or uint16.
+
+    Raises:
+        BadSampleError: if the file is unreadable or its colour channels differ; names the file.
+    """
+    name = image_name(cell, index)
+    data = read_image_bytes(cell, name)
+    image = _open(data, name)
+    scale = _GREY_SCALES.get(_raw_mode(image), 1)
+    if _bits_of(image) > 8 and not image.mode.startswith(("I", "F")):
+        raise _no_mask(_mode_of(image), name)
+    values = _by_strips(_load(image, name), lambda strip: _values(strip, name))
+    return values if scale == 1 else values // scale
+
+
+def _values(image: Image.Image, name: str) -> npt.NDArray[Any]:
+    values = np.asarray(image)
+    if image.mode in ("1", "P") or (values.dtype == np.uint8 and values.ndim == 2):
+        return values
+    if image.mode in ("LA", "RGB", "RGBA"):
+        return _one_channel(values, image.mode, name)
+    if values.dtype.kind not in "iu" or values.ndim != 2:
+        raise _no_mask(f"mode {image.mode}", name)
+    if values.min(initial=0) < 0 or values.max(initial=0) > np.iinfo(np.uint16).max:
+        raise BadSampleError(
+            f"Expected mask values 0..65535, got {values.min()}..{values.max()} in {name}."
+        )
+    return values.astype(np.uint16)
+
+
+def _one_channel(values: npt.NDArray[Any], mode: str, name: str) -> npt.NDArray[Any]:
+    colours = values[..., : {"LA": 1, "RGB": 3, "RGBA": 3}[mode]]
+    if mode.endswith("A") and (values[..., -1] != 255).any():
+        raise BadSampleError(
+            f"Expected a mask without transparency, got {mode} with an alpha channel in {name}. "
+            "Store the class ids in one channel."
+        )
+    if (colours != colours[..., :1]).any():
+        raise BadSampleError(
+            f"Expected a mask with one channel (or equal ones), got different colours in {name}. "
+            "Store class ids, or a palette PNG, instead of a coloured image."
+        )
+    return np.ascontiguousarray(colours[..., 0])
+
+
+def _no_mask(content: str, name: str) -> BadSampleError:
+    return BadSampleError(
+        f"Expected a mask with one channel of whole numbers, got {content} in {name}. Store class "
+        "ids in a PNG with one channel of 8 or 16 bits."
+    )
+
+
+def image_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
+    """Height and width of an image as it is decoded, from the head of the file.
+
+    Raises:
+        BadSampleError: if the file is no image; names it.
+    """
+    name = image_name(cell, index)
+    image = _open(read_image_bytes(cell, name), name)
+    try:
+        exif = image.getexif()  # which decodes the whole of a PNG
+    except Exception as error:
+        raise _unreadable(error, name) from None
+    turned = exif.get(ExifTags.Base.Orientation, 1) in range(_FIRST_TURNED, 9)
+    turned &= image.format != "TIFF"  # whose size PIL has turned already
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _open(data: bytes, name: str) -> Image.Image:
+    """Read the head of a file; nothing is decoded."""
+    # PIL's readers raise whatever they stumble over in a broken file: struct.error, KeyError, ...
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_header(image, data, name)
+    except BadSampleError:
+        raise
+    except Exception as error:
+        raise _unreadable(error, name) from None
+    return image
+
+
+def _load(image: Image.Image, name: str) -> Image.Image:
+    """Decode an open image and turn it as its EXIF orientation says."""
+    try:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except MemoryError as error:
+        # Of the file, if there is room for what its pixels take; else of the machine.
+        np.empty((image.height, image.width, 4), np.uint8)
+        raise _unreadable(error, name) from None
+    except Exception as error:
+        raise _unreadable(error, name) from None
+
+
+def _unreadable(error: Exception, name: str) -> BadSampleError:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        pixels = re.search(r"\d+", str(error))
+        return _too_large(f"{int(pixels[0]):,}" if pixels else "more", name)
+    reason = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = f"it is none of {', '.join(FORMATS)}, or its head is broken"
+    return BadSampleError(
+        f"Expected a readable image, got {name}: {reason}. Replace or remove the file."
+    )
+
+
 MAX_SCANS = 32
 """Scans of a JPEG; a progressive one has about ten. Each of them goes through all pixels."""
 
@@ -40,25 +335,17 @@ MAX_SCANS = 32
 _OF_SEVERAL_PARTS = "MPO"
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _START_OF_SCAN, _END = 0xDA, 0xD9
+# PIL stretches grey levels of 2 and 4 bits to 0..255, each by this factor.
+_GREY_SCALES = {"L;2": 85, "L;4": 17}
 _BANDS = {2: 3, 5: 4, 6: 3, 8: 3}  # of the colours of a TIFF, by its photometric tag; else 1
 _ALPHA = ((1,), (2,))  # the further band multiplied in, or not
 
 
-def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
-    """Refuse what claims too much, holds more than one image, or bands without a meaning.
-
-    Args:
-        image: as PIL opened it.
-        data: its file.
-        name: of the file, for the message.
-        most: pixels that it may have.
-
-    Raises:
-        BadSampleError: names the file.
-    """
+def _check_header(image: Image.Image, data: bytes, name: str) -> None:
+    """Refuse what claims too much, holds more than one image, or bands without a meaning."""
     width, height = image.size
-    if width * height > most:
-        raise too_large(f"{width:,} x {height:,}", name, most)
+    if width * height > MAX_PIXELS:
+        raise _too_large(f"{width:,} x {height:,}", name)
     if width < 1 or height < 1:
         raise BadSampleError(f"Expected an image, got {width} x {height} pixels in {name}.")
     # Not `n_frames`, for which PIL goes through all of them.
@@ -73,15 +360,14 @@ def check_header(image: Image.Image, data: bytes, name: str, most: int) -> None:
         _check_scans(data, name)
 
 
-def too_large(size: str, name: str, most: int) -> BadSampleError:
-    """The error for an image of more than `most` pixels."""
+def _too_large(size: str, name: str) -> BadSampleError:
     return BadSampleError(
-        f"Expected an image of at most {most:,} pixels, got {size} in {name}. Shrink it, cut it "
-        "into pieces, or remove it."
+        f"Expected an image of at most {MAX_PIXELS:,} pixels, got {size} in {name}. Shrink it, cut "
+        "it into pieces, or remove it."
     )
 
 
-def bits_of(image: Image.Image) -> int:
+def _bits_of(image: Image.Image) -> int:
     """Bits of a channel as they are stored; 8 for all but some kinds of TIFF and PNG."""
     if image.format == "TIFF":
         bits = _tags(image).get(Tiff.BITSPERSAMPLE, (1,))
@@ -89,16 +375,11 @@ def bits_of(image: Image.Image) -> int:
     return 16 if ";16" in _raw_mode(image) else 8
 
 
-def mode_of(image: Image.Image) -> str:
+def _mode_of(image: Image.Image) -> str:
     """How the values are stored, for a message."""
-    bits = bits_of(image)
+    bits = _bits_of(image)
     named = image.mode.startswith(("I", "F"))
     return f"mode {image.mode}" if named else f"mode {image.mode} of {bits} bits"
-
-
-def grey_scale(image: Image.Image) -> int:
-    """By how much PIL stretches the stored values: grey levels of 2 and 4 bits go to 0..255."""
-    return {"L;2": 85, "L;4": 17}.get(_raw_mode(image), 1)
 
 
 def _tags(image: Image.Image) -> Any:
@@ -127,12 +408,12 @@ def _check_scans(data: bytes, name: str) -> None:
     if data.count(bytes((0xFF, _START_OF_SCAN))) <= MAX_SCANS:  # which is quick, and enough
         return
     place, scans = 2, 0
-    while found := _MARKER.search(data, place):
-        kind = data[found.start() + 1]
+    while marker := _MARKER.search(data, place):
+        kind = data[marker.start() + 1]
         if kind == _END:
             break
         scans += kind == _START_OF_SCAN
-        place = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
     if scans > MAX_SCANS:
         raise BadSampleError(
             f"Expected a JPEG of at most {MAX_SCANS} scans, got {scans} in {name}, which take a "
@@ -200,317 +481,3 @@ def _content(cell: dict[str, Any] | None) -> bytes:
         return hashlib.sha256(cell["bytes"]).digest()
     path = Path(cell["path"])
     return hashlib.sha256(path.read_bytes() if path.is_file() else path.name.encode()).digest()
-
-
-EncodedImage = Mapping[str, Any]
-
-MAX_BYTES = 2**30
-"""Largest file that is read as one image: 1 GiB."""
-
-# What is wrong with the one file; anything else (a full table of open files, a broken disk) is
-# wrong with the machine, and no reason to go on without the sample.
-_OF_THE_FILE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
-
-
-class BadSampleError(ValueError):
-    """An image or a mask that cannot be used; the message names the file."""
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """One row that was left out."""
-
-    split: str
-    row: int
-    file: str
-    reason: str
-
-    def line(self) -> str:
-        """All four between tabs, as in bad_samples.txt."""
-        return "\t".join(map(printable, astuple(self)))
-
-    def __str__(self) -> str:
-        return printable(f"{self.split} row {self.row}: {self.reason}")
-
-
-class MissingFileError(BadSampleError, FileNotFoundError):
-    """A file that was listed and is not there."""
-
-
-def image_name(cell: EncodedImage | None, index: int) -> str:
-    """What to call a row's file in a message: its path, else the number of the row."""
-    cell = cell or {}
-    path = cell.get("path")
-    if path and cell.get("bytes") is None:
-        return str(path)
-    return f"{path} (row {index})" if path else f"row {index}"
-
-
-def read_image_bytes(cell: EncodedImage | None, name: str) -> bytes:
-    """The encoded bytes of a cell, from memory, a local file or a remote address (hf://, ...).
-
-    Raises:
-        MissingFileError: if the file is gone.
-        BadSampleError: if the cell has neither bytes nor a path, or the file cannot be read.
-    """
-    cell = cell or {}
-    stored = cell.get("bytes")
-    if stored is not None:
-        if not stored:
-            raise BadSampleError(f"Expected an image, got no bytes at {name}. Remove the row.")
-        return bytes(stored)
-    path = cell.get("path")
-    if not path:
-        raise BadSampleError(
-            f"Expected an image with bytes or a path, got an empty cell at {name}."
-        )
-    if "://" in path:
-        with fsspec.open(path, "rb") as remote:
-            content = bytes(remote.read(MAX_BYTES + 1))
-        if len(content) > MAX_BYTES:
-            raise _too_many_bytes("more", path)
-        return content
-    try:
-        file = Path(path)
-        _check_file(file)
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError(
-            f"Expected the file {path}, got nothing there. Was it moved after the data was listed?"
-        ) from None
-    except OSError as error:
-        if error.errno not in _OF_THE_FILE:
-            raise
-        raise BadSampleError(
-            f"Expected a readable file, got {path}: {error.strerror}. Mend or remove it."
-        ) from None
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what would be read without end (a pipe, a device) or fill the memory."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
-        raise BadSampleError(f"Expected a file, got {what} at {path}. Rename or remove it.")
-    if not status.st_size:
-        raise BadSampleError(f"Expected an image, got an empty file: {path}. Replace or remove it.")
-    if status.st_size > MAX_BYTES:
-        raise _too_many_bytes(f"{status.st_size:,}", path)
-
-
-def _too_many_bytes(size: str, path: object) -> BadSampleError:
-    return BadSampleError(
-        f"Expected an image of at most {MAX_BYTES:,} bytes, got {size} in {path}. Make it "
-        "smaller, or cut it into pieces."
-    )
-
-
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")
-"""What PIL may read. Its other readers are many, and one of them starts Ghostscript."""
-
-MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, about 9,460 x 9,460: 256 MiB as RGB.
-
-A file of a few bytes can claim any size. PIL has the same limit but only warns up to its double.
-"""
-
-# cv2 can fill the missing part of a cut-off file with grey and say nothing, where PIL raises; so it
-# gets only files that end as their format does.
-_ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_OPAQUE = ("RGB", "L", "P", "1")
-_FIRST_TURNED = 5  # EXIF orientations 5 to 8 exchange height and width
-_STRIP = 2**20
-"""Pixels that are converted at once."""
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
-
-def decode_image(cell: EncodedImage, index: int) -> npt.NDArray[np.uint8]:
-    """Decode an image.
-
-    Args:
-        cell: `bytes` and `path` of the file.
-        index: number of the row, for messages.
-
-    Returns:
-        uint8 RGB (H, W, 3), turned as its EXIF orientation says.
-
-    Raises:
-        BadSampleError: if the file is no readable image; names the file.
-    """
-    name = image_name(cell, index)
-    data = read_image_bytes(cell, name)
-    header = _open(data, name)
-    if header.mode.startswith(("I", "F")) or bits_of(header) > 8:
-        raise BadSampleError(
-            f"Expected an image of 8 bits a channel, got {mode_of(header)} in {name}. Scale "
-            "its values to 0..255 first, by the range that they really have."
-        )
-    opaque = header.mode in _OPAQUE and "transparency" not in header.info
-    ending = _ENDINGS.get(header.format or "")
-    if opaque and ending and data.rstrip(b"\x00").endswith(ending):
-        image = _by_cv2(data)
-        if image is not None and sorted(image.shape[:2]) == sorted(header.size):
-            return image
-    return _filled(_load(header, name), lambda strip: _on_white(strip, name))
-
-
-def _by_cv2(data: bytes) -> npt.NDArray[np.uint8] | None:
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # PIL has the last word, and names the file
-        return None
-    return None if image is None else np.asarray(image, np.uint8)
-
-
-def _filled(
-    image: Image.Image, convert: Callable[[Image.Image], npt.NDArray[Any]]
-) -> npt.NDArray[Any]:
-    """A new array of what `convert` makes of an image, of a large one strip by strip.
-
-    Each conversion is a copy: of a whole transparent image of `MAX_PIXELS` they take 1.5 GiB.
-    """
-    rows = max(1, _STRIP // image.width)
-    if rows >= image.height:
-        return convert(image)
-    whole: npt.NDArray[Any] | None = None
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        strip = convert(image.crop((0, top, image.width, bottom)))
-        if whole is None:
-            whole = np.empty((image.height, *strip.shape[1:]), strip.dtype)
-        whole[top:bottom] = strip
-    assert whole is not None
-    return whole
-
-
-def _on_white(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
-    """Convert to RGB as image processors do: what is transparent shows white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return np.array(image)  # a copy: torch needs to write
-    try:
-        image = image.convert("RGBA")
-    except (ValueError, OSError) as error:  # CIE LAB, and other spaces that PIL cannot leave
-        raise _unreadable(error, name) from None
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(white, image).convert("RGB"))
-
-
-def decode_mask(cell: EncodedImage, index: int) -> npt.NDArray[Any]:
-    """Decode a mask to the values its file holds, before any viewer scales or colours them.
-
-    Args:
-        cell: `bytes` and `path` of the file.
-        index: number of the row, for messages.
-
-    Returns:
-        (H, W): bool for a 1-bit file, palette indices of a palette file, else uint8 or uint16.
-
-    Raises:
-        BadSampleError: if the file is unreadable or its colour channels differ; names the file.
-    """
-    name = image_name(cell, index)
-    data = read_image_bytes(cell, name)
-    image = _open(data, name)
-    scale = grey_scale(image)
-    if bits_of(image) > 8 and not image.mode.startswith(("I", "F")):
-        raise _no_mask(mode_of(image), name)
-    return _filled(_load(image, name), lambda strip: _values(strip, name, scale))
-
-
-def _values(image: Image.Image, name: str, scale: int) -> npt.NDArray[Any]:
-    values = np.asarray(image)
-    if image.mode in ("1", "P"):
-        return values
-    if values.ndim == 2 and values.dtype.kind in "iu":
-        return _small(values, name, scale)
-    if image.mode in ("LA", "RGB", "RGBA"):
-        return _one_channel(values, image.mode, name)
-    raise _no_mask(f"mode {image.mode}", name)
-
-
-def _no_mask(what: str, name: str) -> BadSampleError:
-    return BadSampleError(
-        f"Expected a mask with one channel of whole numbers, got {what} in {name}. Store class ids "
-        "in a PNG with one channel of 8 or 16 bits."
-    )
-
-
-def image_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
-    """Height and width of an image as it is decoded, from the head of the file.
-
-    Raises:
-        BadSampleError: if the file is no image; names it.
-    """
-    name = image_name(cell, index)
-    image = _open(read_image_bytes(cell, name), name)
-    try:
-        exif = image.getexif()  # which decodes the whole of a PNG
-    except Exception as error:
-        raise _unreadable(error, name) from None
-    turned = exif.get(ExifTags.Base.Orientation, 1) in range(_FIRST_TURNED, 9)
-    turned &= image.format != "TIFF"  # whose size PIL has turned already
-    return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def _open(data: bytes, name: str) -> Image.Image:
-    """Read the head of a file; nothing is decoded."""
-    # PIL's readers raise whatever they stumble over in a broken file: struct.error, KeyError, ...
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        check_header(image, data, name, MAX_PIXELS)
-    except BadSampleError:
-        raise
-    except Exception as error:
-        raise _unreadable(error, name) from None
-    return image
-
-
-def _load(image: Image.Image, name: str) -> Image.Image:
-    """Decode an open image and turn it as its EXIF orientation says."""
-    try:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
-    except MemoryError as error:
-        # Of the file, if there is room for what its pixels take; else of the machine.
-        np.empty((image.height, image.width, 4), np.uint8)
-        raise _unreadable(error, name) from None
-    except Exception as error:
-        raise _unreadable(error, name) from None
-
-
-def _unreadable(error: Exception, name: str) -> BadSampleError:
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        pixels = re.search(r"\d+", str(error))
-        return too_large(f"{int(pixels[0]):,}" if pixels else "more", name, MAX_PIXELS)
-    reason = str(error) or type(error).__name__
-    if isinstance(error, UnidentifiedImageError):
-        reason = f"it is none of {', '.join(FORMATS)}, or its head is broken"
-    return BadSampleError(
-        f"Expected a readable image, got {name}: {reason}. Replace or remove the file."
-    )
-
-
-def _small(values: npt.NDArray[Any], name: str, scale: int) -> npt.NDArray[Any]:
-    if values.dtype == np.uint8:
-        return values if scale == 1 else values // scale
-    if values.min(initial=0) < 0 or values.max(initial=0) > np.iinfo(np.uint16).max:
-        raise BadSampleError(
-            f"Expected mask values 0..65535, got {values.min()}..{values.max()} in {name}."
-        )
-    return values.astype(np.uint16)
-
-
-def _one_channel(values: npt.NDArray[Any], mode: str, name: str) -> npt.NDArray[Any]:
-    colours = values[..., : {"LA": 1, "RGB": 3, "RGBA": 3}[mode]]
-    if mode.endswith("A") and (values[..., -1] != 255).any():
-        raise BadSampleError(
-            f"Expected a mask without transparency, got {mode} with an alpha channel in {name}. "
-            "Store the class ids in one channel."
-        )
-    if (colours != colours[..., :1]).any():
-        raise BadSampleError(
-            f"Expected a mask with one channel (or equal ones), got different colours in {name}. "
-            "Store class ids, or a palette PNG, instead of a coloured image."
-        )
-    return np.ascontiguousarray(colours[..., 0])

@@ -154,7 +154,7 @@ def load_pair_folder(
         Rows sorted by file name, with the columns `image` and `mask`.
 
     Raises:
-        FileNotFoundError: if one of the folders is missing; says what was found.
+        FileNotFoundError: if one of the folders is missing; says which there are.
         ValueError: if the split is empty, a stem occurs twice, or a partner is missing.
     """
     folder = root / split
@@ -174,22 +174,22 @@ def _check_folders(root: Path, split: str, image_folder: str, mask_folder: str) 
     folder = root / split
     layout = f"{split}/{image_folder}/NAME.jpg and {split}/{mask_folder}/NAME.png"
     if not folder.is_dir():
-        found = subfolders(root)
+        folders = subfolders(root)
         raise MissingSplitError(
             split,
-            f"Expected {layout} in {root}, got {_found(root, found)}.{did_you_mean(split, found)} "
-            "Name the splits with --train_split and --eval_split.",
+            f"Expected {layout} in {root}, got {_content(root, folders)}."
+            f"{did_you_mean(split, folders)} Name the splits with --train_split and --eval_split.",
         )
     for name, flag in ((image_folder, "image_folder"), (mask_folder, "mask_folder")):
         if not (folder / name).is_dir():
-            found = subfolders(folder)
+            folders = subfolders(folder)
             raise FileNotFoundError(
-                f"Expected {layout} in {root}, got {_found(folder, found)} in {folder}."
-                f"{did_you_mean(name, found)} Name the folder with --{flag}."
+                f"Expected {layout} in {root}, got {_content(folder, folders)} in {folder}."
+                f"{did_you_mean(name, folders)} Name the folder with --{flag}."
             )
 
 
-def _found(folder: Path, folders: list[str]) -> str:
+def _content(folder: Path, folders: list[str]) -> str:
     if folders:
         return f"the folders {', '.join(folders[:8])}" + (" ..." if len(folders) > 8 else "")
     files = [p.name for p in sorted(folder.iterdir())]
@@ -210,11 +210,11 @@ def _by_stem(files: list[Path], folder: Path) -> dict[str, Path]:
     return by_stem
 
 
-def _other_side(names: dict[str, Path], partners: dict[str, Path], what: str) -> str:
+def _other_side(names: dict[str, Path], partners: dict[str, Path], label: str) -> str:
     """A name of the other side, without a partner if there is one: it shows how names differ."""
     alone = [file.name for stem, file in names.items() if stem not in partners]
     shown = alone or [file.name for file in names.values()]
-    return f" ({what if alone else 'there is'}: {shown[0]})" if shown else ""
+    return f" ({label if alone else 'there is'}: {shown[0]})" if shown else ""
 
 
 def _check_pairs(images: dict[str, Path], masks: dict[str, Path], mask_folder: Path) -> None:
@@ -278,7 +278,7 @@ class MissingSplitError(FileNotFoundError, ValueError):
         self.split = split
 
 
-def missing_path(path: Path, what: str) -> FileNotFoundError:
+def missing_path(path: Path, description: str) -> FileNotFoundError:
     """The error for a path that is not there: names the deepest part that is, and the nearest."""
     parent = path.absolute().parent
     missing = path.absolute()
@@ -286,8 +286,8 @@ def missing_path(path: Path, what: str) -> FileNotFoundError:
         missing, parent = parent, parent.parent
     suggestion = did_you_mean(missing.name, (p.name for p in parent.iterdir()))
     return FileNotFoundError(
-        f"Expected {what} at {path}, got nothing there. {parent} exists, {missing.name!r} in it "
-        f"does not.{suggestion}"
+        f"Expected {description} at {path}, got nothing there. {parent} exists, {missing.name!r} "
+        f"in it does not.{suggestion}"
     )
 
 

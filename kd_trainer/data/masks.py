@@ -132,17 +132,15 @@ class MaskRule:
         Raises:
             BadSampleError: if the mask holds a value that the rule does not know.
         """
-        if mask.dtype == np.uint8 and not cv2.countNonZero(cv2.LUT(mask, self._doubtful)):
-            return np.asarray(cv2.LUT(mask, self._bytes[:256]), np.uint8)
         bits = mask.dtype == np.bool_
-        self.check(present_values(mask), name, bits=bits)
-        if bits:  # without a value for the set bit, no bit is set
-            if self.threshold is not None:
-                return mask.astype(np.uint8)
-            values = mask.astype(np.uint8) * np.uint8(self._bit_value or 0)
-            return self._bytes[values]
+        if mask.dtype != np.uint8 or cv2.countNonZero(cv2.LUT(mask, self._doubtful)):
+            self.check(present_values(mask), name, bits=bits)
         if mask.dtype == np.uint8:
             return np.asarray(cv2.LUT(mask, self._bytes[:256]), np.uint8)
+        if bits and self.threshold is not None:
+            return mask.astype(np.uint8)
+        if bits:  # without a value for the set bit, no bit is set
+            mask = mask * np.uint8(self._bit_value or 0)
         return self._bytes[mask]
 
     @property
@@ -150,11 +148,11 @@ class MaskRule:
         # In a 1-bit file the set bit has no number of its own: it is 1 or 255, as the rule says.
         return next((bit for bit in (1, 255) if set(self.values) == {0, bit}), None)
 
-    def check(self, found: Collection[int], name: str, *, bits: bool = False) -> None:
+    def check(self, values: Collection[int], name: str, *, bits: bool = False) -> None:
         """Refuse a mask that the rule cannot read.
 
         Args:
-            found: its distinct values.
+            values: that the mask holds.
             name: what to call the file in a message.
             bits: whether it is a 1-bit file, whose values say no more than set or not.
 
@@ -163,28 +161,28 @@ class MaskRule:
         """
         if bits and self._bit_value is not None:
             return
-        if bits and 1 in found:
+        if bits and 1 in values:
             raise BadSampleError(
                 f"Expected the mask values {show_values(self.values)}, got a 1-bit file, which has "
                 f"none, in {name}. Store class ids, or use --num_labels 2."
             )
-        if any(self._table[v] == _UNKNOWN for v in found):
-            raise _unknown_values(self, found, name)
-        ignored = self.ignore_index in found and self.ignore_index not in self.values
-        if ignored and not self.ignore_alone and self.values[1] not in found:
+        if any(self._table[v] == _UNKNOWN for v in values):
+            raise _unknown_values(self, values, name)
+        ignored = self.ignore_index in values and self.ignore_index not in self.values
+        if ignored and not self.ignore_alone and self.values[1] not in values:
             raise BadSampleError(
                 f"Expected mask values 0 and 1 as in the masks looked at first, got "
-                f"{show_values(found)} in {name}, where {self.ignore_index} may be foreground or "
+                f"{show_values(values)} in {name}, where {self.ignore_index} may be foreground or "
                 f"ignored. Say which with --mask_values 0 1 (ignored) or --mask_values 0 "
                 f"{self.ignore_index} (foreground), and do not mix both kinds."
             )
 
 
-def _unknown_values(rule: MaskRule, found: Iterable[int], where: str) -> BadSampleError:
+def _unknown_values(rule: MaskRule, values: Iterable[int], where: str) -> BadSampleError:
     return BadSampleError(
         f"Expected the mask values {show_values(rule.values)} (classes 0..{rule.num_labels - 1}) "
-        f"or {rule.ignore_index} (ignored), got {show_values(found)} in {where}. Name the value of "
-        "each class in order with --mask_values, or set --num_labels."
+        f"or {rule.ignore_index} (ignored), got {show_values(values)} in {where}. Name the value "
+        "of each class in order with --mask_values, or set --num_labels."
     )
 
 
@@ -204,11 +202,11 @@ def find_mask_rule(
         ignore_index: value of pixels that count nowhere.
         every_class: doubt `num_labels` where the masks hold no foreground, or of several classes
             only the first.
-        class_ids: the values are known to be class ids and `ignore_index`, as in masks drawn from
+        class_ids: the values are certainly class ids and `ignore_index`, as in masks drawn from
             COCO annotations.
 
     Returns:
-        The rule; it reads every mask given.
+        The rule; it reads every one of the masks.
 
     Raises:
         ValueError: if the values fit no rule, or fit two.
@@ -229,7 +227,9 @@ def find_mask_rule(
     if not count:
         raise ValueError("Expected masks to learn from, got none in the splits. Check --dataset.")
     if num_labels > 2:
-        rule = _class_rule(seen, num_labels, ignore_index)
+        rule = MaskRule(tuple(range(num_labels)), ignore_index)
+        if unknown := set(seen) - {*rule.values, ignore_index}:
+            raise _unknown_values(rule, seen, f"the masks (first in {seen[min(unknown)]})")
         # The first classes alone are no fault of the images that a model is measured on, nor where
         # categories say how many there are; masks that mark everything as ignored are one.
         if (
@@ -248,20 +248,12 @@ def find_mask_rule(
     return _binary_rule(seen, bits, together, ignore_index)
 
 
-def _class_rule(seen: dict[int, str], num_labels: int, ignore_index: int) -> MaskRule:
-    rule = MaskRule(tuple(range(num_labels)), ignore_index)
-    wrong = set(seen) - {*rule.values, ignore_index}
-    if wrong:
-        raise _unknown_values(rule, seen, f"the masks (first in {seen[min(wrong)]})")
-    return rule
-
-
 def _check_several(seen: dict[int, str], bits: int, num_labels: int, ignore_index: int) -> None:
     if bits or not set(seen) - {0, 1, ignore_index}:
-        what = "1-bit masks" if bits else f"only the values {show_values(seen)} in the masks"
+        content = "1-bit masks" if bits else f"only the values {show_values(seen)} in the masks"
         raise ValueError(
-            f"Expected class ids 0..{num_labels - 1} in the masks, got {what}. Set --num_labels 2, "
-            "or name the value of each class with --mask_values."
+            f"Expected class ids 0..{num_labels - 1} in the masks, got {content}. Set --num_labels "
+            "2, or name the value of each class with --mask_values."
         )
 
 
@@ -269,8 +261,11 @@ def _binary_rule(seen: dict[int, str], bits: int, together: int, ignore_index: i
     foreground = set(seen) - {0}
     if ignore_index != 255:
         foreground -= {ignore_index}
-    if foreground - {1, 255}:
-        raise _not_binary(foreground, seen)
+    if other := foreground - {1, 255}:
+        raise ValueError(
+            f"Expected masks of 0 and 1 or of 0 and 255, got the values {show_values(seen)} (first "
+            f"in {seen[min(other)]}). {_binary_cure({*foreground, 0} & {*seen})}"
+        )
     if not foreground and not bits:
         raise ValueError(
             f"Expected foreground in the masks, got only {show_values(seen)} in all that were "
@@ -283,14 +278,6 @@ def _binary_rule(seen: dict[int, str], bits: int, together: int, ignore_index: i
     if foreground == {1, 255} and (ignore_index != 255 or not together):
         raise _two_readings(seen)
     return MaskRule((0, 1), ignore_index, ignore_alone=255 in foreground or ignore_index != 255)
-
-
-def _not_binary(foreground: set[int], seen: dict[int, str]) -> ValueError:
-    first = seen[min(foreground - {1, 255})]
-    return ValueError(
-        f"Expected masks of 0 and 1 or of 0 and 255, got the values {show_values(seen)} (first in "
-        f"{first}). {_binary_cure({*foreground, 0} & {*seen})}"
-    )
 
 
 def _binary_cure(values: Collection[int]) -> str:

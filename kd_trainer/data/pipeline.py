@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,14 +11,13 @@ import numpy as np
 
 from kd_trainer.arguments import DataArguments
 from kd_trainer.data.bad_samples import (
-    SampleCheck,
     announce,
     check_sample,
     check_share,
     check_split,
     readable_values,
 )
-from kd_trainer.data.dataset import SegmentationTransform, size_error
+from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, decode_mask, image_name, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 from kd_trainer.data.sources import is_coco
@@ -30,7 +29,7 @@ SAMPLE = 200
 def mask_rule(
     splits: Mapping[str, Any], data: DataArguments, *, every_class: bool = True
 ) -> MaskRule:
-    """Say how the masks of a data set are read: as `data.mask_values` has it, else as found.
+    """Say how the masks of a data set are read: as the settings have it, else as seen in them.
 
     Args:
         splits: what `load_splits` gave.
@@ -46,14 +45,15 @@ def mask_rule(
     """
     rows = [row for split in splits.values() for row in sample_rows(split)]
     if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
-        known = readable_values(data)
-        rows = [row for i, row in enumerate(rows) if check_sample(row, i, known).reason is None]
-    for index, row in enumerate(rows):
-        check_sizes(row, index)
+        readable = readable_values(data)
+        rows = [row for i, row in enumerate(rows) if check_sample(row, i, readable).reason is None]
+    for index, row in enumerate(rows):  # the heads of the files are enough
+        mask, image = (image_shape(row[column], index) for column in ("mask", "image"))
+        check_same_size(row, index, mask=mask, image=image)
     masks = [row["mask"] for row in rows]
     if data.mask_threshold is not None:
-        return _threshold_rule(masks, data, every_class=every_class)
-    if data.mask_values is None and not data.reduce_labels:
+        rule = MaskRule((0, 1), data.ignore_index, threshold=data.mask_threshold)
+    elif data.mask_values is None and not data.reduce_labels:
         return find_mask_rule(
             masks,
             num_labels=data.num_labels,
@@ -61,41 +61,15 @@ def mask_rule(
             every_class=every_class,
             class_ids=is_coco(data),
         )
-    if data.mask_values is not None and len(data.mask_values) != data.num_labels:
-        raise ValueError(
-            f"Expected {data.num_labels} --mask_values (--num_labels, background first), got "
-            f"{len(data.mask_values)}: {' '.join(map(str, data.mask_values))}."
-        )
-    reduced = tuple(range(1, data.num_labels + 1))
-    rule = MaskRule(
-        tuple(data.mask_values or reduced),
-        data.ignore_index,
-        also_ignored=(0,) if data.reduce_labels else (),
-    )
+    else:
+        rule = _named_rule(data)
     classes: set[int] = set()
     for index, cell in enumerate(masks):
         labels = rule.labels(decode_mask(cell, index), image_name(cell, index))
         classes |= set(present_values(labels))
-    ignored = {rule.ignore_index}
-    background = set() if data.reduce_labels else {0}
-    if ignored <= classes <= ignored | background:
-        only = "background and " if 0 in classes else ""
-        raise ValueError(
-            f"Expected masks with a class that counts, got only {only}{rule.ignore_index} "
-            f"(--ignore_index{' and 0, by --reduce_labels' if data.reduce_labels else ''}) in all "
-            f"{len(masks)} that were looked at. Check the masks, or --mask_values."
-        )
-    return rule
-
-
-def _threshold_rule(masks: Sequence[Any], data: DataArguments, *, every_class: bool) -> MaskRule:
-    rule = MaskRule((0, 1), data.ignore_index, threshold=data.mask_threshold)
-    classes: set[int] = set()
-    for index, cell in enumerate(masks):
-        if not {0, 1} <= classes:
-            labels = rule.labels(decode_mask(cell, index), image_name(cell, index))
-            classes |= set(present_values(labels))
-    if every_class and not {0, 1} <= classes:
+    if data.mask_threshold is None:
+        _check_counted(classes, data, len(masks))
+    elif every_class and not {0, 1} <= classes:
         missing = "background" if 1 in classes else "foreground"
         raise ValueError(
             f"Expected foreground and background in the masks, got no {missing} in the "
@@ -103,6 +77,31 @@ def _threshold_rule(masks: Sequence[Any], data: DataArguments, *, every_class: b
             "Choose a value between theirs."
         )
     return rule
+
+
+def _named_rule(data: DataArguments) -> MaskRule:
+    """The rule of `--mask_values` or `--reduce_labels`."""
+    reduced = range(1, data.num_labels + 1)
+    values = reduced if data.mask_values is None else data.mask_values
+    if len(values) != data.num_labels:
+        raise ValueError(
+            f"Expected {data.num_labels} --mask_values (--num_labels, background first), got "
+            f"{len(values)}: {' '.join(map(str, values))}."
+        )
+    ignored = (0,) if data.reduce_labels else ()
+    return MaskRule(tuple(values), data.ignore_index, also_ignored=ignored)
+
+
+def _check_counted(classes: set[int], data: DataArguments, masks: int) -> None:
+    """Refuse masks of nothing but ignored pixels and background."""
+    background = set() if data.reduce_labels else {0}
+    if {data.ignore_index} <= classes <= {data.ignore_index} | background:
+        only = "background and " if 0 in classes else ""
+        raise ValueError(
+            f"Expected masks with a class that counts, got only {only}{data.ignore_index} "
+            f"(--ignore_index{' and 0, by --reduce_labels' if data.reduce_labels else ''}) in all "
+            f"{masks} that were looked at. Check the masks, or --mask_values."
+        )
 
 
 def usable_splits(
@@ -131,9 +130,9 @@ def usable_splits(
     bad: dict[str, list[BadSample]] = {name: [] for name in splits}
     if data.on_bad_sample == "error" or data.streaming:
         return dict(splits), bad
-    known = readable_values(data)
+    readable = readable_values(data)
     checks = {
-        name: check_split(rows, known, name=name, workers=workers, shared=shared)
+        name: check_split(rows, readable, name=name, workers=workers, shared=shared)
         for name, rows in splits.items()
     }
     reasons = {
@@ -141,27 +140,13 @@ def usable_splits(
     }
     kept = _without(splits, reasons, data)
     rule = mask_rule(kept, data, every_class=every_class)
-    for name, rows in splits.items():
+    for name in splits:
         for index, check in enumerate(checks[name]):
-            reason = check.reason or _contradiction(rule, check, rows, index)
-            if reason:
-                reasons[name][index] = reason
+            try:
+                rule.check(check.values, check.mask, bits=check.bits)
+            except BadSampleError as error:  # readable alone, but not beside the other masks
+                reasons[name][index] = str(error)
     return _without(splits, reasons, data), {n: _samples(splits[n], n, reasons[n]) for n in splits}
-
-
-def _contradiction(rule: MaskRule, check: SampleCheck, rows: Any, index: int) -> str | None:
-    """Why the rule cannot read a mask whose values alone could stand in a file of this data."""
-    try:
-        rule.check(check.values, "its mask", bits=check.bits)
-    except BadSampleError:
-        pass
-    else:
-        return None
-    try:  # again, with the file's name, which takes reading the row
-        rule.check(check.values, image_name(rows[index]["mask"], index), bits=check.bits)
-    except BadSampleError as error:
-        return str(error)
-    return None
 
 
 def _samples(rows: Any, name: str, reasons: Mapping[int, str]) -> list[BadSample]:
@@ -212,25 +197,13 @@ def transforms(
     return training, evaluation
 
 
-def check_sizes(row: Mapping[str, Any], index: int) -> None:
-    """Compare the sizes of an image and its mask from the first bytes of the files.
-
-    Raises:
-        ValueError: if they differ, or a file is no image; names the file.
-    """
-    shapes = [image_shape(row[column], index) for column in ("image", "mask")]
-    if shapes[0] != shapes[1]:
-        names = [image_name(row[column], index) for column in ("image", "mask")]
-        raise size_error(shapes[1], shapes[0], names[1], names[0])
-
-
 def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
     """Up to `most` rows with masks, evenly spread over a data set, the first ones of a stream."""
     most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
         return (row for row in islice(rows, most) if row["mask"] is not None)
     # As an arrow column: 100,000 rows are looked through without reading any image.
-    known = rows.select_columns("mask").with_format("arrow")[:]["mask"].is_valid()
-    labelled = np.flatnonzero(known.to_numpy())
+    masks = rows.select_columns("mask").with_format("arrow")[:]["mask"]
+    labelled = np.flatnonzero(masks.is_valid().to_numpy())
     count = min(most, len(labelled))
     return (rows[int(labelled[len(labelled) * i // count])] for i in range(count))

@@ -46,11 +46,11 @@ def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[P
         for pattern in (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet"):
             if files := sorted(folder.glob(pattern)):
                 return files
-    found = sorted(str(p.relative_to(path)) for p in path.rglob("*.parquet"))
+    others = sorted(str(p.relative_to(path)) for p in path.rglob("*.parquet"))
     raise MissingSplitError(
         split,
         f"Expected {split}.parquet, {split}-*.parquet or {split}/*.parquet in {path}, got "
-        f"{show_names(found)}. Name the splits with --train_split and --eval_split.",
+        f"{show_names(others)}. Name the splits with --train_split and --eval_split.",
     )
 
 
@@ -261,8 +261,8 @@ def _load_split(data: DataArguments, split: str) -> Any:
         more = unlabelled_dataset(data.unlabelled, look=data.on_bad_sample == "error")
         if data.streaming:
             more, more_lengths = _stream(more)
-            known = lengths or stream_lengths(rows)
-            lengths = None if known is None else [*known, *more_lengths]
+            lengths = lengths or stream_lengths(rows)
+            lengths = None if lengths is None else [*lengths, *more_lengths]
         rows = datasets.concatenate_datasets([rows, more])
     return with_lengths(rows, lengths) if data.streaming and lengths else rows
 
@@ -293,10 +293,10 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
         )
     if (path / "dataset_dict.json").is_file():
         rows = _first(_from_disk(path, split), limit, f"split {split!r} of {path}")
-        known: list[int] | None = None
+        shard_lengths: list[int] | None = None
         if data.streaming:  # before the paths are looked at, as a stream reads them in its own way
-            rows, known = _stream(rows)
-        return two_columns(rows, name=str(path), places=[path], **columns), known
+            rows, shard_lengths = _stream(rows)
+        return two_columns(rows, name=str(path), places=[path], **columns), shard_lengths
     folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
     return load_pair_folder(path, split, **folders), None
 

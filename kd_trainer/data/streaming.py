@@ -11,7 +11,7 @@ with it, so its augmentation is that of the map-style data set.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain, repeat
+from itertools import accumulate, chain, pairwise, repeat
 from typing import Any, NamedTuple
 
 import datasets
@@ -151,7 +151,7 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     @property
     def bad_samples(self) -> list[BadSample]:
         """What has been left out so far, by all processes that read for this rank."""
-        return [] if self._bad is None else self._bad.found()
+        return [] if self._bad is None else self._bad.noted()
 
     @property
     def left_out(self) -> list[BadSample]:
@@ -189,7 +189,7 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         worker = torch.utils.data.get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         bad = self._bad
-        rows = (row for row in self._rows(epoch) if not (bad and bad.leaves_out(row[0])))
+        rows = (row for row in self._rows(epoch) if bad is None or not bad.leaves_out(row[0]))
         last: Row = (0, {})
         for position, row in enumerate(chain(rows, repeat(None, self._missing()))):
             last = row or last
@@ -198,9 +198,9 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             try:
                 sample = self.transform(last[1], epoch=epoch, index=last[0])
             except BadSampleError as error:
-                if self._bad is None:
+                if bad is None:
                     raise
-                self._bad.add(last[0], image_name(last[1]["image"], last[0]), str(error))
+                bad.add(last[0], image_name(last[1]["image"], last[0]), str(error))
             else:
                 yield sample if row else padding_like(sample, self.ignore_index)
 
@@ -215,7 +215,7 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return -(-self.rows // self.world_size) - (stop - start) if self.padded else 0
 
     def _share(self) -> tuple[int, int]:
-        total, world = sum(self.lengths), self.world_size
+        total, world = self.rows, self.world_size
         if self.even:
             total -= total % world
         return total * self.rank // world, total * (self.rank + 1) // world
@@ -226,7 +226,7 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
             return self._read(self._pieces(start, stop))
         # The order is one for the workers of a rank: each takes its batches out of it. The shares
         # move around the stream, so that a rank does not see the same rows in every epoch.
-        total = sum(self.lengths)
+        total = self.rows
         move = int(np.random.default_rng([self.seed, epoch]).integers(total))
         start, stop = start + move, stop + move
         pieces = [
@@ -239,12 +239,11 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 
     def _pieces(self, start: int, stop: int) -> list[Piece]:
         pieces = []
-        for shard, (end, length) in enumerate(
-            zip(accumulate(self.lengths), self.lengths, strict=True)
-        ):
-            first, last = max(start, end - length), min(stop, end)
+        beginnings = accumulate(self.lengths, initial=0)
+        for shard, (begin, end) in enumerate(pairwise(beginnings)):
+            first, last = max(start, begin), min(stop, end)
             if first < last:
-                pieces.append(Piece(shard, first - (end - length), last - first, first))
+                pieces.append(Piece(shard, first - begin, last - first, first))
         return pieces
 
     def _read(self, pieces: Iterable[Piece]) -> Iterator[Row]:
@@ -300,7 +299,7 @@ def stream_loader(
 ) -> DataLoader[Any]:
     """A loader of a stream, with the settings of a run; its batches are of one rank already."""
     workers = args.dataloader_num_workers
-    loader: DataLoader[Any] = DataLoader(
+    return DataLoader(
         dataset,
         batch_size=batch_size,
         collate_fn=collator,
@@ -313,7 +312,6 @@ def stream_loader(
         in_order=getattr(args, "dataloader_in_order", True),
         drop_last=drop_last,
     )
-    return loader
 
 
 def seed_loader(loader: Any, seed: int) -> Any:

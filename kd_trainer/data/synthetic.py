@@ -9,14 +9,152 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import datasets
 import numpy as np
 from numpy.typing import NDArray
 
-VIVID = (0.45, 0.95)  # saturation of clothes; walls are muted
+Image = NDArray[np.uint8]
+Field = NDArray[np.float32]
+Colour = tuple[int, int, int]
+Point = tuple[float, float]
+
+SPLITS = ("train", "validation")
+BACKGROUND, PERSON = 0, 255
+SMALLEST = 32
+SUPERSAMPLING = 2  # drawn twice as large and averaged: smooth edges at any size
+SKIN: tuple[Colour, ...] = (
+    (255, 224, 196), (241, 194, 155), (224, 172, 125), (190, 130, 88), (141, 85, 54), (92, 58, 40),
+)  # fmt: skip
+HAIR: tuple[Colour, ...] = (
+    (28, 22, 20), (70, 42, 26), (122, 78, 42), (196, 152, 82), (150, 60, 34), (150, 150, 152),
+)  # fmt: skip
+VIVID, MUTED = (0.45, 0.95), (0.03, 0.4)  # saturation of clothes, and of walls and floors
+PATTERNS = ("plain", "stripes", "checks", "dots", "noise", "bricks", "blobs", "gradient")
 CLOTHES = ("plain", "plain", "stripes", "checks", "dots", "noise")
+WALLS = ("gradient", "noise", "stripes", "bricks", "blobs", "checks")
+
+
+def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> datasets.DatasetDict:
+    """Draw the splits `train` and `validation`.
+
+    Args:
+        train: number of images to train on.
+        evaluation: number of images held out.
+        size: side of the images in pixels, at least 32.
+        seed: first of the three numbers that decide an image.
+
+    Returns:
+        Splits with the columns `image` and `mask` (PNG bytes, not decoded; mask values 0 and 255).
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    if size < SMALLEST:
+        raise ValueError(f"Expected size >= {SMALLEST} pixels, got {size}. Draw larger images.")
+    if train < 1 or evaluation < 1:
+        raise ValueError(
+            f"Expected at least one image a split, got {train} to train on and {evaluation} "
+            "held out. Raise the smaller number."
+        )
+    counts = zip(SPLITS, (train, evaluation), strict=True)
+    return datasets.DatasetDict({name: _split(name, count, size, seed) for name, count in counts})
+
+
+def _split(name: str, count: int, size: int, seed: int) -> datasets.Dataset:
+    columns: dict[str, list[Any]] = {"image": [], "mask": []}
+    for index in range(count):
+        image, mask = synthetic_pair(name, index, size=size, seed=seed)
+        columns["image"].append(_png(image[..., ::-1]))
+        columns["mask"].append(_png(mask))
+    features = datasets.Features(dict.fromkeys(columns, datasets.Image(decode=False)))
+    return datasets.Dataset.from_dict(columns, features)
+
+
+def _png(pixels: Image) -> dict[str, bytes | None]:
+    # Level 1: a third of the time for a tenth more bytes.
+    _, encoded = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    return {"bytes": encoded.tobytes(), "path": None}
+
+
+def synthetic_pair(split: str, index: int, *, size: int, seed: int) -> tuple[Image, Image]:
+    """Draw one image.
+
+    Args:
+        split: "train" or "validation".
+        index: number of the image in its split, from 0.
+        size: side in pixels.
+        seed: seed of the whole set.
+
+    Returns:
+        Image (size, size, 3) in RGB and mask (size, size) with 0 and 255, both uint8.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
+    side = size * SUPERSAMPLING
+    drawing = Drawing(_backdrop(rng, side), np.zeros((side, side), np.uint8))
+    for _ in range(int(rng.integers(1, 4))):
+        foot = (float(rng.uniform(0, side)), float(rng.uniform(0.5, 1.0) * side))
+        draw_clutter(rng, drawing, foot, side * float(rng.uniform(0.3, 0.9)))
+    _crowd(rng, drawing)
+    if rng.random() < 0.45:
+        foot = (float(rng.uniform(0, side)), float(rng.uniform(0.95, 1.15) * side))
+        draw_clutter(rng, drawing, foot, side * float(rng.uniform(0.35, 0.7)))
+    small = cv2.resize(drawing.image, (size, size), interpolation=cv2.INTER_AREA)
+    cover = cv2.resize(drawing.mask, (size, size), interpolation=cv2.INTER_AREA)
+    mask = np.where(cover > 127, np.uint8(255), np.uint8(0))
+    return _expose(rng, np.asarray(small, np.uint8)), mask
+
+
+def _backdrop(rng: np.random.Generator, side: int) -> Image:
+    """Wall above, floor below, each with its own texture."""
+    image = _surface(rng, side)
+    if rng.random() < 0.75:
+        horizon = int(side * rng.uniform(0.45, 0.85))
+        image[horizon:] = _surface(rng, side)[horizon:]
+    return image
+
+
+def _surface(rng: np.random.Generator, side: int) -> Image:
+    first = any_colour(rng, saturation=MUTED, value=(0.45, 0.95))
+    second = shade(first, float(rng.uniform(0.55, 0.95)))
+    kind = WALLS[rng.integers(len(WALLS))]
+    return texture(rng, side, kind, (first, second), side * rng.uniform(0.06, 0.25))
+
+
+def _crowd(rng: np.random.Generator, drawing: Drawing) -> None:
+    """One to three people, the farther and smaller ones first."""
+    side = drawing.side
+    count = int(rng.choice([1, 2, 3], p=[0.42, 0.4, 0.18]))
+    heights = np.sort(rng.uniform(0.55, 1.2, count)) * (1.1 - 0.07 * count)
+    places = (rng.permutation(count) + rng.uniform(0.1, 0.9, count)) / count
+    for height, place in zip(heights, places, strict=True):
+        foot = side * float(np.clip(0.62 + 0.36 * height + rng.normal(0, 0.06), 0.6, 1.25))
+        hip = (side * float(place), foot - 0.5 * float(height) * side)
+        _shadow(drawing.image, (hip[0], foot), float(height) * side)
+        draw_person(rng, drawing, hip, float(height) * side)
+
+
+def _shadow(image: Image, foot: tuple[float, float], height: float) -> None:
+    cover = np.zeros(image.shape[:2], np.uint8)
+    axes = (int(0.2 * height), int(0.035 * height))
+    cv2.ellipse(cover, (int(foot[0]), int(foot[1])), axes, 0, 0, 360, 255, -1)
+    cv2.copyTo(cv2.convertScaleAbs(image, alpha=0.65), cover, image)
+
+
+def _expose(rng: np.random.Generator, image: Image) -> Image:
+    """Give a drawing uneven light, tint, blur and sensor noise."""
+    side = image.shape[0]
+    light = 1 + float(rng.uniform(0, 0.3)) * noise(rng, side, 2)
+    exposure = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
+    pixels = image * (light[..., None] * exposure.astype(np.float32))
+    pixels = pixels + rng.uniform(0, 35) * np.float32(rng.random() < 0.3)  # haze
+    if rng.random() < 0.25:
+        pixels = cv2.GaussianBlur(pixels, (0, 0), float(rng.uniform(0.3, 0.005 * side + 0.3)))
+    grain = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 6))
+    lit: Image = np.clip(pixels + grain, 0, 255).astype(np.uint8)
+    return lit
 
 
 @dataclass(frozen=True)
@@ -228,31 +366,6 @@ def _box(rng: np.random.Generator, drawing: Drawing, foot: Point, height: float)
     drawing.shape([*corners, (x + width / 2, y)], cloth)
 
 
-Image = NDArray[np.uint8]
-Field = NDArray[np.float32]
-Colour = tuple[int, int, int]
-Point = tuple[float, float]
-
-BACKGROUND, PERSON = 0, 255
-SKIN: tuple[Colour, ...] = (
-    (255, 224, 196),
-    (241, 194, 155),
-    (224, 172, 125),
-    (190, 130, 88),
-    (141, 85, 54),
-    (92, 58, 40),
-)
-HAIR: tuple[Colour, ...] = (
-    (28, 22, 20),
-    (70, 42, 26),
-    (122, 78, 42),
-    (196, 152, 82),
-    (150, 60, 34),
-    (150, 150, 152),
-)
-PATTERNS = ("plain", "stripes", "checks", "dots", "noise", "bricks", "blobs", "gradient")
-
-
 @dataclass
 class Drawing:
     """A square RGB image (side, side, 3) with its mask (side, side); lengths are in pixels."""
@@ -390,131 +503,3 @@ def _bricks(across: Field, along: Field, period: float) -> NDArray[np.bool_]:
     upright = [np.mod(across + shift, 2 * period) < joint for shift in (0, period)]
     odd = np.mod(along, 2 * period) >= period
     return np.where(odd, upright[1], upright[0]) | (np.mod(along, period) < joint)
-
-
-SPLITS = ("train", "validation")
-SUPERSAMPLING = 2  # drawn twice as large and averaged: smooth edges at any size
-WALLS = ("gradient", "noise", "stripes", "bricks", "blobs", "checks")
-MUTED = (0.03, 0.4)  # saturation of walls and floors
-SMALLEST = 32
-
-
-def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> datasets.DatasetDict:
-    """Draw the splits `train` and `validation`.
-
-    Args:
-        train: number of images to train on.
-        evaluation: number of images held out.
-        size: side of the images in pixels, at least 32.
-        seed: first of the three numbers that decide an image.
-
-    Returns:
-        Splits with the columns `image` and `mask` (PNG bytes, not decoded; mask values 0 and 255).
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-    if size < SMALLEST:
-        raise ValueError(f"Expected size >= {SMALLEST} pixels, got {size}. Draw larger images.")
-    if train < 1 or evaluation < 1:
-        raise ValueError(
-            f"Expected at least one image a split, got {train} to train on and {evaluation} "
-            "held out. Raise the smaller number."
-        )
-    counts = zip(SPLITS, (train, evaluation), strict=True)
-    return datasets.DatasetDict({name: _split(name, count, size, seed) for name, count in counts})
-
-
-def synthetic_pair(split: str, index: int, *, size: int, seed: int) -> tuple[Image, Image]:
-    """Draw one image.
-
-    Args:
-        split: "train" or "validation".
-        index: number of the image in its split, from 0.
-        size: side in pixels.
-        seed: seed of the whole set.
-
-    Returns:
-        Image (size, size, 3) in RGB and mask (size, size) with 0 and 255, both uint8.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
-    side = size * SUPERSAMPLING
-    drawing = Drawing(_backdrop(rng, side), np.zeros((side, side), np.uint8))
-    for _ in range(int(rng.integers(1, 4))):
-        foot = (float(rng.uniform(0, side)), float(rng.uniform(0.5, 1.0) * side))
-        draw_clutter(rng, drawing, foot, side * float(rng.uniform(0.3, 0.9)))
-    _crowd(rng, drawing)
-    if rng.random() < 0.45:
-        foot = (float(rng.uniform(0, side)), float(rng.uniform(0.95, 1.15) * side))
-        draw_clutter(rng, drawing, foot, side * float(rng.uniform(0.35, 0.7)))
-    small = cv2.resize(drawing.image, (size, size), interpolation=cv2.INTER_AREA)
-    cover = cv2.resize(drawing.mask, (size, size), interpolation=cv2.INTER_AREA)
-    return _expose(rng, np.asarray(small, np.uint8)), np.where(
-        cover > 127, np.uint8(255), np.uint8(0)
-    )
-
-
-def _split(name: str, count: int, size: int, seed: int) -> datasets.Dataset:
-    pairs = (synthetic_pair(name, index, size=size, seed=seed) for index in range(count))
-    images, masks = zip(
-        *((_png(image[..., ::-1]), _png(mask)) for image, mask in pairs), strict=True
-    )
-    column = datasets.Image(decode=False)
-    features = datasets.Features({"image": column, "mask": column})
-    return datasets.Dataset.from_dict({"image": list(images), "mask": list(masks)}, features)
-
-
-def _png(pixels: Image) -> dict[str, bytes | None]:
-    # Level 1: a third of the time for a tenth more bytes.
-    _, encoded = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    return {"bytes": encoded.tobytes(), "path": None}
-
-
-def _backdrop(rng: np.random.Generator, side: int) -> Image:
-    """Wall above, floor below, each with its own texture."""
-    image = _surface(rng, side)
-    if rng.random() < 0.75:
-        horizon = int(side * rng.uniform(0.45, 0.85))
-        image[horizon:] = _surface(rng, side)[horizon:]
-    return image
-
-
-def _surface(rng: np.random.Generator, side: int) -> Image:
-    first = any_colour(rng, saturation=MUTED, value=(0.45, 0.95))
-    second = shade(first, float(rng.uniform(0.55, 0.95)))
-    kind = WALLS[rng.integers(len(WALLS))]
-    return texture(rng, side, kind, (first, second), side * rng.uniform(0.06, 0.25))
-
-
-def _crowd(rng: np.random.Generator, drawing: Drawing) -> None:
-    """One to three people, the farther and smaller ones first."""
-    side = drawing.side
-    count = int(rng.choice([1, 2, 3], p=[0.42, 0.4, 0.18]))
-    heights = np.sort(rng.uniform(0.55, 1.2, count)) * (1.1 - 0.07 * count)
-    places = (rng.permutation(count) + rng.uniform(0.1, 0.9, count)) / count
-    for height, place in zip(heights, places, strict=True):
-        foot = side * float(np.clip(0.62 + 0.36 * height + rng.normal(0, 0.06), 0.6, 1.25))
-        hip = (side * float(place), foot - 0.5 * float(height) * side)
-        _shadow(drawing.image, (hip[0], foot), float(height) * side)
-        draw_person(rng, drawing, hip, float(height) * side)
-
-
-def _shadow(image: Image, foot: tuple[float, float], height: float) -> None:
-    cover = np.zeros(image.shape[:2], np.uint8)
-    axes = (int(0.2 * height), int(0.035 * height))
-    cv2.ellipse(cover, (int(foot[0]), int(foot[1])), axes, 0, 0, 360, 255, -1)
-    cv2.copyTo(cv2.convertScaleAbs(image, alpha=0.65), cover, image)
-
-
-def _expose(rng: np.random.Generator, image: Image) -> Image:
-    """Give a drawing uneven light, tint, blur and sensor noise."""
-    side = image.shape[0]
-    light = 1 + float(rng.uniform(0, 0.3)) * noise(rng, side, 2)
-    exposure = rng.uniform(0.75, 1.15) * rng.uniform(0.94, 1.06, 3)
-    pixels = image * (light[..., None] * exposure.astype(np.float32))
-    pixels = pixels + rng.uniform(0, 35) * np.float32(rng.random() < 0.3)  # haze
-    if rng.random() < 0.25:
-        pixels = cv2.GaussianBlur(pixels, (0, 0), float(rng.uniform(0.3, 0.005 * side + 0.3)))
-    grain = rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(1, 6))
-    lit: Image = np.clip(pixels + grain, 0, 255).astype(np.uint8)
-    return lit

@@ -22,8 +22,8 @@ from torch.export import ExportedProgram
 from kd_trainer.arguments import DataArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.costs import Latency, interleaved
-from kd_trainer.data.folder_images import find_pictures, is_video
 from kd_trainer.data.images import decode_image
+from kd_trainer.data.input_files import find_input_files, is_video
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import (
     OnnxStudent,
@@ -373,7 +373,7 @@ def from_images(sources: Sequence[str], size: int, count: int) -> list[Sample]:
         FileNotFoundError: if a source names no image.
         ValueError: if a file is no readable image.
     """
-    paths = [path for path in find_pictures(sources) if not is_video(path)]
+    paths = [path for path in find_input_files(sources) if not is_video(path)]
     if not paths:
         raise ValueError(
             f"Expected images as --images, got only videos: {' '.join(sources)}. Export single "

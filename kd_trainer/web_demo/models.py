@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from kd_trainer.arguments import ModelArguments
 from kd_trainer.costs import Latency, file_mib, interleaved
-from kd_trainer.data.folder_images import read_picture
+from kd_trainer.data.input_files import read_image
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
@@ -238,7 +238,7 @@ def read_upload(path: str | Path) -> tuple[np.ndarray, tuple[int, int]]:
     """
     file = Path(path)
     try:
-        image = np.asarray(read_picture(file))
+        image = np.asarray(read_image(file))
     except ValueError as error:
         raise ValueError(str(error).replace(str(file), file.name)) from error
     height, width = image.shape[:2]

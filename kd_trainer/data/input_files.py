@@ -1,21 +1,83 @@
-"""Videos as frames, and frames as a video. Sound is not carried over."""
+"""The images and videos that a command line names, as arrays, and frames as a video.
+
+Sound is not carried over.
+"""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
+
+from kd_trainer.data.images import decode_image
+from kd_trainer.data.listing import IMAGE_SUFFIXES
+
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"})
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its suffix."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_input_files(sources: Sequence[str]) -> list[Path]:
+    """Images and videos that files, folders (searched deeply) and globs name, in order, once.
+
+    Raises:
+        FileNotFoundError: if a source names neither.
+    """
+    files: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_file():
+            files.append(path)
+            continue
+        inside = path.rglob("*") if path.is_dir() else map(Path, glob.glob(source, recursive=True))  # noqa: PTH207
+        named = sorted(p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+        if not named:
+            raise FileNotFoundError(
+                f"Expected an image, a folder of images or a glob, got {source}, which names none. "
+                "Put a glob in quotes."
+            )
+        files += named
+    return list(dict.fromkeys(files))
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as the training reads it: RGB, upright, white where it is transparent.
+
+    Raises:
+        ValueError: if the file is no readable image.
+    """
+    return Image.fromarray(decode_image({"path": str(path), "bytes": None}, 0))
+
+
+def output_names(files: Sequence[Path]) -> dict[Path, str]:
+    """A name for each file; two of the same stem get their folder or suffix into it."""
+    stems = [p.stem for p in files]
+    names: dict[Path, str] = {}
+    for path in files:
+        name = path.stem
+        if stems.count(name) > 1:
+            name = "_".join([path.parent.name, path.stem, path.suffix[1:]]).strip("_")
+        number, unique = 1, name
+        while unique in names.values():
+            number += 1
+            unique = f"{name}_{number}"
+        names[path] = unique
+    return names
+
 
 # FFmpeg would print its own complaint about a broken file beside our error; read at first use.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 # The one encoder that every build of OpenCV's wheels brings for .mp4.
 _CODEC = cv2.VideoWriter.fourcc(*"mp4v")
-_USUAL_RATE = 25.0
-
 
 # How containers begin: bytes from a position. FFmpeg goes by the content whatever the suffix is,
 # and to it a text can be a list of further files and addresses to read (ffconcat, HLS).
@@ -35,8 +97,10 @@ _COUNTED = frozenset({".mp4", ".m4v", ".mov", ".avi"})
 def _is_container(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(2 * _PACKET + 16)
-    found = [(at, sign) for at, sign in _BEGINNINGS if start.startswith(sign, at)]
-    return any(sign != b"G" or start[at + _PACKET + at :][:1] == b"G" for at, sign in found)
+    return any(
+        start.startswith(sign, at) and (sign != b"G" or start.startswith(b"G", 2 * at + _PACKET))
+        for at, sign in _BEGINNINGS
+    )
 
 
 @contextmanager
@@ -75,7 +139,7 @@ def frame_rate(path: Path) -> float:
         ValueError: if it cannot be read.
     """
     with _opened(path) as capture:
-        return float(capture.get(cv2.CAP_PROP_FPS)) or _USUAL_RATE
+        return float(capture.get(cv2.CAP_PROP_FPS)) or 25.0
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray]:
