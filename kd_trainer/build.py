@@ -37,7 +37,7 @@ from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
 
 
 @dataclass
-class Parts:
+class RunComponents:
     """The objects of a run."""
 
     student: SmpForSemanticSegmentation
@@ -92,7 +92,7 @@ REDUCED = (
 )
 
 
-def assemble(run: RunArguments) -> Parts:
+def build_run(run: RunArguments) -> RunComponents:
     """Everything a training needs, checked; `run` learns the class names of its source."""
     if not run.data.dataset:
         raise ValueError(
@@ -124,7 +124,7 @@ def assemble(run: RunArguments) -> Parts:
     if evaluation in splits:
         eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
     _check_enough(train_dataset, run, student)
-    return Parts(
+    return RunComponents(
         student=student,
         teacher=teacher,
         train_dataset=train_dataset,

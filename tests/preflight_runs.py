@@ -10,7 +10,7 @@ from small_runs import train_flags
 from torch import Tensor, nn
 
 from kd_trainer import build as assembling
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.doctor.checks import QUICK, Preflight
 from kd_trainer.doctor.finding import Finding, Grade
 from kd_trainer.models.configuration_smp import IMAGENET_MEAN, IMAGENET_STD
@@ -53,7 +53,7 @@ def flags(data: Path, output: Path, *more: str, teacher: Path | str = "none") ->
 
 def looked(run) -> dict[str, Finding]:
     """What the quick preflight finds, by check."""
-    return {f.check: f for f in Preflight(run, assemble(run), QUICK).findings()}
+    return {f.check: f for f in Preflight(run, build_run(run), QUICK).findings()}
 
 
 def bad(found: dict[str, Finding]) -> dict[str, str]:

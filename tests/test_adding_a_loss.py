@@ -37,7 +37,7 @@ from tiny import Squares, arguments, tiny_student, tiny_teacher
 
 import kd_trainer
 from kd_trainer import model_card
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.config import parse
 from kd_trainer.compare.runs import OF_THE_DISTILLATION
 from kd_trainer.console import console_line
@@ -85,7 +85,7 @@ print(json.dumps({
     "flag": parse(["--cwd_weight", "0.5"]).training.loss_weights.cwd,
     "without terms": refusal(trainer),
     "degenerate": [
-        refusal(lambda: trainer(inter_weight=1.0)), refusal(lambda: assemble(parse(flags)))
+        refusal(lambda: trainer(inter_weight=1.0)), refusal(lambda: build_run(parse(flags)))
     ],
     "every": sorted(every.named()),
 }))

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetNotFoundError
 from pycocotools import mask as coco_mask
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.config import build
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits
 from kd_trainer.data.coco import category_classes
@@ -260,7 +260,7 @@ def test_a_student_is_called_what_its_categories_are(coco, settings, names):
     run = build(
         data | student | {"eval_strategy": "no", "per_device_train_batch_size": 1} | settings
     )
-    assert list(assemble(run).student.config.id2label.values()) == names
+    assert list(build_run(run).student.config.id2label.values()) == names
     assert run.resolved()["class_names"] == names
 
 

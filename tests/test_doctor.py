@@ -13,7 +13,7 @@ from preflight_runs import flags, knowing, teach
 from safetensors.torch import load_file
 from small_runs import SIDE, save_network, write_pairs
 
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.commands import compare as compare
 from kd_trainer.commands.doctor import doctor, doctor_main, parse_doctor
 from kd_trainer.commands.train import train
@@ -109,7 +109,7 @@ def test_checkpoints_on_the_disk_are_counted(more: list[str], kept: int, data, t
     """While a checkpoint is written those it will replace are still there."""
     settings = ["--eval_strategy", "no"] if "--max_steps" in more else []
     run = parse(flags(data, tmp_path / "out", *more, *settings))
-    assert disk_need(run, assemble(run)).checkpoints == kept
+    assert disk_need(run, build_run(run)).checkpoints == kept
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from preflight_runs import Green, bad, flags, knowing, looked, teach
 from small_runs import SIDE, save_network, write_pairs
 from torch import nn
 
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.commands.doctor import examine
 from kd_trainer.config import parse
 from kd_trainer.doctor.checks import QUICK, Preflight
@@ -176,7 +176,7 @@ def test_nothing_of_the_run_is_changed(data: Path, tmp_path: Path, monkeypatch):
     """Weights, running statistics, training mode, random state and the epoch of the data."""
     teach(monkeypatch, knowing())
     run = parse(flags(data, tmp_path / "out", "--augmentation", "light", teacher="one"))
-    parts = assemble(run)
+    parts = build_run(run)
     parts.train_dataset.set_epoch(3)
     parts.student.set_free_units(2)
     parts.student.train()
@@ -203,7 +203,7 @@ def test_nothing_of_the_run_is_changed(data: Path, tmp_path: Path, monkeypatch):
 def test_synchronised_batchnorm_waits_for_nobody(data: Path, tmp_path: Path):
     """The other processes do not look, so that the first would wait for them for half an hour."""
     run = parse(flags(data, tmp_path / "out"))
-    parts = assemble(run)
+    parts = build_run(run)
     parts.student.synchronise_batchnorm()
     preflight = Preflight(run, parts, QUICK)
     assert bad({f.check: f for f in preflight.findings()}) == {}

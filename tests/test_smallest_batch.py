@@ -12,7 +12,7 @@ from tiny import arguments
 from torch import nn
 
 from kd_trainer import data as data_package
-from kd_trainer.build import assemble, smallest_batch
+from kd_trainer.build import build_run, smallest_batch
 from kd_trainer.config import parse
 from kd_trainer.data import TransformedDataset
 from kd_trainer.doctor.checks import QUICK, Preflight
@@ -45,7 +45,7 @@ def deeplab(data: Path, output: Path, *more: str) -> list[str]:
 def test_a_batch_of_one_is_refused_before_the_training(more, got: str, data: Path, tmp_path: Path):
     """torch says so at the end of the first epoch, in its own words and without the cure."""
     with pytest.raises(ValueError, match="at least 2 images for DeepLabV3, .*" + re.escape(got)):
-        assemble(parse(deeplab(data, tmp_path / "out", *more)))
+        build_run(parse(deeplab(data, tmp_path / "out", *more)))
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_a_batch_of_one_is_refused_before_the_training(more, got: str, data: Pat
 )
 def test_other_batches_are_taken(more, data: Path, tmp_path: Path):
     """No batch of one occurs: a short last batch is dropped, holds two, or comes after the run."""
-    assemble(parse(deeplab(data, tmp_path / "out", *more)))
+    build_run(parse(deeplab(data, tmp_path / "out", *more)))
 
 
 def test_networks_that_can_are_given_batches_of_one(data: Path, tmp_path: Path):
     """A U-Net normalises over the pixels of its one image; the random state is left alone."""
     states = []
     for size in ("1", "2"):
-        assemble(parse(flags(data, tmp_path / "out", "--batch_size", size)))
+        build_run(parse(flags(data, tmp_path / "out", "--batch_size", size)))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
@@ -117,7 +117,7 @@ def test_a_preflight_of_a_single_image_takes_it_twice(data: Path, tmp_path: Path
     """The run has batches of two; a look at one image must not fail where the run does not."""
     more = ("--eval_strategy", "no", "--save_strategy", "no")
     run = parse(deeplab(data, tmp_path / "out", *more))
-    parts = assemble(run)
+    parts = build_run(run)
     whole = parts.train_dataset
     assert isinstance(whole, TransformedDataset)
     one = TransformedDataset(whole.dataset.select([0]), whole.transform, [])

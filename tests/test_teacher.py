@@ -15,7 +15,7 @@ from transformers import (
     ViTConfig,
 )
 
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.config import build
 from kd_trainer.measurement import data_arguments_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
@@ -360,7 +360,7 @@ def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys
     settings = {"dataset": str(root), "num_labels": 3, "image_size": 64, "augmentation": "none"}
     student = {"student_encoder": "resnet18", "encoder_weights": "none", "use_cpu": True}
     run = build(settings | student | {"teacher": str(folder)})
-    parts = assemble(run)
+    parts = build_run(run)
     assert "mask value 0 counts nowhere" in capsys.readouterr().err
     assert run.resolved()["reduce_labels"] is True
     # No class is the background, which is what value 0 would have been called.
@@ -378,4 +378,4 @@ def test_masks_are_read_as_those_of_a_teacher_of_reduced_labels(tmp_path, capsys
     assert data_arguments_of(parts.student, str(folder), given).reduce_labels is None
     as_ids = build(settings | student | {"teacher": str(folder), "reduce_labels": False})
     with pytest.raises(ValueError, match=r"^Expected the mask values 0, 1, 2 .* got 0, 1, 2, 3"):
-        assemble(as_ids)
+        build_run(as_ids)

@@ -19,7 +19,7 @@ from test_resume import maker
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 
 from kd_trainer.arguments import DataArguments
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.checkpointing.fingerprint import differences, settings_of
 from kd_trainer.commands.train import run_train, train
 from kd_trainer.config import parse
@@ -218,7 +218,7 @@ def test_a_run_asks_for_every_image_once_and_a_second_one_for_none(
 def test_a_run_learns_from_its_own_teacher_and_images(ground: Path, tmp_path: Path):
     """The logits of each sample, augmented or not, are the teacher's of that very image."""
     run = parse(flags(ground, tmp_path, "--augmentation", "none", *cached(tmp_path / "cache")))
-    parts = assemble(run)
+    parts = build_run(run)
     use_cached_targets(run.training, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     statistics = pixel_statistics(parts.teacher, "cpu")
     for dataset in (parts.train_dataset, parts.eval_dataset):

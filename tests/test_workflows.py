@@ -18,7 +18,7 @@ from test_teacher import segformer
 from tiny import arguments
 from transformers import AutoModelForSemanticSegmentation, SegformerForSemanticSegmentation
 
-from kd_trainer.build import assemble, evaluation_dataset
+from kd_trainer.build import build_run, evaluation_dataset
 from kd_trainer.commands.evaluate import evaluate_main
 from kd_trainer.commands.predict import PredictArguments, predict, predict_main
 from kd_trainer.commands.train import run_train, train
@@ -162,7 +162,7 @@ def test_results_are_those_of_the_trainer_in_fp32(finished: Run, tmp_path: Path)
     trainer = DistillationTrainer(
         load_student(finished.student),
         arguments(tmp_path, per_device_eval_batch_size=2),
-        teacher=assemble(run).teacher,
+        teacher=build_run(run).teacher,
         eval_dataset=evaluation_dataset(run.data, batch_size=2),
     )
     figures = trainer.evaluate()
@@ -233,7 +233,7 @@ def test_unlabelled_photographs_teach_through_the_teacher_only(tmp_path: Path):
     bare = write_pairs(tmp_path / "more", train=3) / "train" / "images"
     teacher = save_network(tmp_path / "teacher")
     flags = train_flags(data, tmp_path / "out", "--unlabelled", str(bare), teacher=teacher)
-    parts = assemble(parse(flags))
+    parts = build_run(parse(flags))
     samples = [parts.train_dataset[i] for i in range(len(parts.train_dataset))]
     assert len(samples) == 2 + 3
     assert [bool((s["labels"] == 255).all()) for s in samples] == [False] * 2 + [True] * 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.build import Parts, assemble
+from kd_trainer.build import RunComponents, build_run
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import Budget
@@ -65,13 +65,13 @@ def _report(comparison: Comparison, runs: list[FinishedRun]) -> dict[str, Any]:
     )
 
 
-def _prepare(comparison: Comparison) -> tuple[dict[str, Parts], Budget]:
+def _prepare(comparison: Comparison) -> tuple[dict[str, RunComponents], Budget]:
     """The objects of one run of each kind, and what both kinds may spend."""
     settings = comparison.settings | {"output_dir": str(comparison.output)}
     distilled = build(settings)
     _check(distilled)
     runs = {"baseline": build(without_teacher(settings)), "distilled": distilled}
-    parts = {kind: assemble(run) for kind, run in runs.items()}
+    parts = {kind: build_run(run) for kind, run in runs.items()}
     images = {kind: len(one.train_dataset) for kind, one in parts.items()}
     args = distilled.training
     per_epoch = {kind: steps_per_epoch(count, args) for kind, count in images.items()}
@@ -115,7 +115,7 @@ def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:
     return folder
 
 
-def _print_plan(planned: list[PlannedRun], parts: dict[str, Parts]) -> None:
+def _print_plan(planned: list[PlannedRun], parts: dict[str, RunComponents]) -> None:
     examples: dict[str, PlannedRun] = {}
     for one in planned:
         print(f"- {one.name}: {_state(one)}")
@@ -133,7 +133,7 @@ def _state(one: PlannedRun) -> str:
     return f"goes on after step {step:,} of {one.budget.steps:,}" if step else "to train"
 
 
-def _speeds(planned: list[PlannedRun], parts: dict[str, Parts]) -> dict[str, Speed]:
+def _speeds(planned: list[PlannedRun], parts: dict[str, RunComponents]) -> dict[str, Speed]:
     """Speed of each kind that has something left to do."""
     speeds = {}
     for kind in dict.fromkeys(one.kind for one in planned if not one.complete):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.commands.train import train
 from kd_trainer.config import build, load_recipe
 from kd_trainer.console import summary_table
@@ -106,7 +106,7 @@ def _train_both(output: Path) -> dict[str, Any]:
     settings = load_recipe("demo") | {"output_dir": str(output)}
     run = build(settings)
     results = train(run, stops=False)
-    images = assemble(run).eval_dataset
+    images = build_run(run).eval_dataset
     assert images is not None
     labels = torch.stack([images[index]["labels"].long() for index in range(len(images))])
     guess = Predictions(torch.zeros_like(labels), labels, run.data.id2label)

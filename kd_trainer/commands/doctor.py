@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from kd_trainer.build import assemble
+from kd_trainer.build import build_run
 from kd_trainer.config import RunArguments, parse, parser
 from kd_trainer.doctor.checks import THOROUGH, Preflight
 from kd_trainer.doctor.finding import Finding, Grade, fault, graded, ok, several, table
@@ -53,7 +53,7 @@ def parse_doctor(arguments: Sequence[str] | None = None) -> RunArguments:
 def examine(run: RunArguments) -> Iterator[Finding]:
     """All findings of a run; an error that would stop its start is the last of them."""
     try:
-        parts = assemble(run)
+        parts = build_run(run)
         yield ok(SETTINGS, "data, masks, teacher and student fit together")
         preflight = Preflight(run, parts, THOROUGH)
         yield from preflight.findings()

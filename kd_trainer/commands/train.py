@@ -14,7 +14,7 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
 from kd_trainer import hub
-from kd_trainer.build import Parts, assemble, evaluation_dataset, image_count, speed_up
+from kd_trainer.build import RunComponents, build_run, evaluation_dataset, image_count, speed_up
 from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_folders, never_complete
 from kd_trainer.checkpointing.resume import newest_checkpoint, recover_on_all_ranks
 from kd_trainer.checkpointing.stopping import stoppable
@@ -89,7 +89,9 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
         lock.release()
 
 
-def prepare(run: RunArguments, lock: FolderLock) -> tuple[Parts, DistillationTrainer, Path | None]:
+def prepare(
+    run: RunArguments, lock: FolderLock
+) -> tuple[RunComponents, DistillationTrainer, Path | None]:
     """The objects of a run and the checkpoint that it goes on from, everything checked.
 
     Nothing is written before all of it is known to fit.
@@ -101,7 +103,7 @@ def prepare(run: RunArguments, lock: FolderLock) -> tuple[Parts, DistillationTra
     checkpoint = find_checkpoint(run)
     if args.push_to_hub and first:
         check_access(str(args.hub_model_id), private=args.hub_private_repo is not False)
-    parts = assemble(run)
+    parts = build_run(run)
     if checkpoint is None and not args.no_preflight:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
     speed_up(parts.student, args)
@@ -155,7 +157,7 @@ def fit(
     return figures
 
 
-def measure(run: RunArguments, parts: Parts) -> tuple[dict[str, Any], Loaded]:
+def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Loaded]:
     """Figures of the student as it was saved: read back from its folder, in fp32.
 
     Also what they were measured with, which the report shows.
@@ -198,7 +200,9 @@ def measure(run: RunArguments, parts: Parts) -> tuple[dict[str, Any], Loaded]:
     return results, Loaded(teacher, images, evaluation)
 
 
-def publish(run: RunArguments, parts: Parts, results: dict[str, Any], measured: Loaded) -> None:
+def publish(
+    run: RunArguments, parts: RunComponents, results: dict[str, Any], measured: Loaded
+) -> None:
     """Write the results and the report, and push the student where that was asked for."""
     args = run.training
     if run.data.on_bad_sample == "skip":
@@ -231,7 +235,7 @@ def _train_images(dataset: TransformedDataset | StreamedDataset) -> int:
 def run_train(run: RunArguments) -> dict[str, Any]:
     """What scripts/train.py does: the plan with `--dry_run`, else the training and its table."""
     if run.dry_run:
-        print(describe(run, assemble(run)))
+        print(describe(run, build_run(run)))
         return {}
     results = train(run)
     if "student_miou" in results:
@@ -243,7 +247,7 @@ def run_train(run: RunArguments) -> dict[str, Any]:
     return results
 
 
-def facts_of(run: RunArguments, parts: Parts) -> dict[str, Any]:
+def facts_of(run: RunArguments, parts: RunComponents) -> dict[str, Any]:
     """What a resumed run is compared by, beside what the trainer knows: networks and data."""
     data = {"train_content": parts.train_dataset, "eval_content": parts.eval_dataset}
     digests = {name: content_digest(d.dataset) if d else None for name, d in data.items()}

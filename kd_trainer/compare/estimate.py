@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-from kd_trainer.build import Parts
+from kd_trainer.build import RunComponents
 from kd_trainer.compare.image_counts import count_images
 from kd_trainer.compare.runs import PlannedRun, training_seconds_of, written_note, written_results
 from kd_trainer.config import RunArguments
 from kd_trainer.doctor.resources import Speed, measure_update, training_seconds
 
 
-def measure_speed(run: RunArguments, parts: Parts, distilled: Parts) -> Speed:
+def measure_speed(run: RunArguments, parts: RunComponents, distilled: RunComponents) -> Speed:
     """Time a few steps and evaluation images of a run.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from kd_trainer.build import assemble, learn_from_sources
+from kd_trainer.build import build_run, learn_from_sources
 from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, step_of
 from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.compare.budget import Budget, baseline_settings
@@ -124,7 +124,7 @@ class PlannedRun:
         elif not (self.folder / NOTE).is_file():
             self._write_note(starts=0, memory_is_its_own=False)  # made by train.py
         gc.collect()
-        parts = assemble(self.reference)
+        parts = build_run(self.reference)
         assert parts.eval_dataset is not None
         count_images(
             load_student(self.folder / "student"),

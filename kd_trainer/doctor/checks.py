@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from kd_trainer.build import Parts, image_count
+from kd_trainer.build import RunComponents, image_count
 from kd_trainer.config import RunArguments
 from kd_trainer.costs import length_in_epochs, steps_per_epoch
 from kd_trainer.doctor.data import (
@@ -133,7 +133,7 @@ class Preflight:
         eval_seconds: about what an evaluation image takes.
     """
 
-    def __init__(self, run: RunArguments, parts: Parts, limits: Limits) -> None:
+    def __init__(self, run: RunArguments, parts: RunComponents, limits: Limits) -> None:
         self.run, self.parts, self.limits = run, parts, limits
         self.names = labels_of(parts.student)
         self.device = run.training.device
@@ -324,7 +324,7 @@ def untouched_random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(numbers)
 
 
-def check_before_training(run: RunArguments, parts: Parts) -> None:
+def check_before_training(run: RunArguments, parts: RunComponents) -> None:
     """The quick preflight of a training; prints what it found.
 
     The first process looks, and tells the others what it has found at fault.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kd_trainer.build import Parts
+from kd_trainer.build import RunComponents
 from kd_trainer.config import RunArguments
 from kd_trainer.data import collate
 from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
@@ -33,7 +33,7 @@ _NOTHING = 1e-6  # of the whole gradient
 _ALMOST_ALL = 0.9
 
 
-def loss_of(run: RunArguments, parts: Parts) -> Loss:
+def loss_of(run: RunArguments, parts: RunComponents) -> Loss:
     """The loss terms as at the first step of a run."""
     args = run.training
     schedule = args.schedule(len(encoder_units(parts.student)), args.num_train_epochs)
@@ -124,7 +124,7 @@ def first_gradients(
     samples: Sequence[dict[str, Tensor]],
     teacher_logits: Sequence[Tensor],
     loss: Loss,
-    parts: Parts,
+    parts: RunComponents,
 ) -> Gradients:
     """Gradients of the first images, with every encoder unit free.
 

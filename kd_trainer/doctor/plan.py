@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.build import Parts
+from kd_trainer.build import RunComponents
 from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
 from kd_trainer.costs import length_in_epochs, steps_per_epoch
@@ -81,7 +81,7 @@ def timeline_table(rows: list[dict[str, float]], *, temperature: bool = True) ->
     return markdown_table([_COLUMNS[key][0] for key in keys], body)
 
 
-def sizes_table(parts: Parts) -> str:
+def sizes_table(parts: RunComponents) -> str:
     """True sizes of student and teacher."""
     networks: dict[str, nn.Module] = {"student": parts.student}
     if parts.teacher is not None:
@@ -94,7 +94,7 @@ def sizes_table(parts: Parts) -> str:
     return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
 
 
-def _timeline(parts: Parts, args: DistillationArguments, steps: int) -> str:
+def _timeline(parts: RunComponents, args: DistillationArguments, steps: int) -> str:
     epochs = length_in_epochs(args, steps)
     rows = timeline(parts.student, args, epochs)
     table = timeline_table(rows, temperature=parts.teacher is not None)
@@ -119,7 +119,7 @@ def warmup_line(schedule: TrainingSchedule, rate: float) -> list[str]:
     ]
 
 
-def describe(run: RunArguments, parts: Parts) -> str:
+def describe(run: RunArguments, parts: RunComponents) -> str:
     """The whole plan as text."""
     args = run.training
     train = len(parts.train_dataset)

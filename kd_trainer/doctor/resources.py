@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.build import Parts, image_count, speed_up
+from kd_trainer.build import RunComponents, image_count, speed_up
 from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import (
     duration,
@@ -79,7 +79,7 @@ class DiskNeed:
         return self.checkpoints * (student + 8 * self.trainable) + student + 8 * _MIB
 
 
-def disk_need(run: RunArguments, parts: Parts) -> DiskNeed:
+def disk_need(run: RunArguments, parts: RunComponents) -> DiskNeed:
     """What the run writes: one checkpoint more than it keeps, while the next one is saved."""
     args = run.training
     per_epoch = steps_per_epoch(image_count(parts.train_dataset), args)
@@ -141,7 +141,7 @@ def affordable(batch: int, image_seconds: float, seconds: float = SECONDS) -> tu
 
 
 def cost_findings(
-    run: RunArguments, parts: Parts, *, step_seconds: float, eval_seconds: float
+    run: RunArguments, parts: RunComponents, *, step_seconds: float, eval_seconds: float
 ) -> Iterator[Finding]:
     """Measure a few steps, and say what the run takes.
 
@@ -208,7 +208,7 @@ class _Clock(TrainerCallback):
 
 
 def measure_update(
-    run: RunArguments, parts: Parts, *, updates: int = MEASURED_STEPS, **changed: Any
+    run: RunArguments, parts: RunComponents, *, updates: int = MEASURED_STEPS, **changed: Any
 ) -> float:
     """Seconds of one step of a run.
 
