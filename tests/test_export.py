@@ -632,7 +632,7 @@ def test_missing_extra_is_one_line(package, folder, used, monkeypatch):
     "flags", ["--format onnx --with_preprocessing", "--format torch-export", "--format smp"]
 )
 def test_script_exports_a_run_as_a_user_calls_it(flags, folder, used, monkeypatch, tmp_path):
-    """RunComponents that work alone can be wired wrongly."""
+    """Parts that work alone can be wired wrongly."""
     words = ["--dataset", f"{folder}/data", "--output", str(tmp_path / "out"), *flags.split()]
     monkeypatch.setattr(sys, "argv", ["export.py", str(folder / "run"), *words])
     with warnings.catch_warnings():
