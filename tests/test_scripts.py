@@ -368,7 +368,7 @@ PREDICT = {
         "{good}/two {good}/broken.mp4",
         "Expected a video as its suffix says",
     ),
-    "no picture": ("{good}/two", "pictures"),
+    "no picture": ("{good}/two", "images"),
     "missing keys": ("{good}/short {good}/data", "missing: decoder"),
     "cut-off weights": ("{good}/cut {good}/data", "cut/model.safetensors"),
     "output folder that is a file": (

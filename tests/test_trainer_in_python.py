@@ -240,7 +240,7 @@ def test_panels_show_the_batches_of_the_trainers_own_collator(tmp_path: Path, fl
         names = {"pixel_values": "photo", "labels": "mask"}
         batch = {n: torch.stack([torch.tensor(s[k]) for s in samples]) for n, k in names.items()}
         if floats:
-            batch["pixel_values"] = normalise(batch["pixel_values"], trainer._statistics)
+            batch["pixel_values"] = normalise(batch["pixel_values"], trainer.statistics)
         return batch
 
     trainer = DistillationTrainer(
