@@ -36,7 +36,7 @@ import torch
 from tiny import Squares, arguments, tiny_student, tiny_teacher
 
 import kd_trainer
-from kd_trainer import model_card
+from kd_trainer.model_card import CardFacts, render
 from kd_trainer.build import build_run
 from kd_trainer.config import parse
 from kd_trainer.compare.runs import OF_THE_DISTILLATION
