@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from tiny import arguments
 
 from kd_trainer.checkpointing import checkpoints
 from kd_trainer.checkpointing.checkpoints import (
@@ -23,6 +25,7 @@ from kd_trainer.checkpointing.checkpoints import (
     rotate,
     step_of,
 )
+from kd_trainer.checkpointing.resume import progress_file, read_progress
 
 RUN = {"batch_size": 4, "learning_rate": 1e-4, "names": ["background", "person"]}
 
@@ -224,3 +227,11 @@ def test_a_complete_checkpoint_stays_until_its_replacement_is_complete(tmp_path:
     cut_off(old)
     move_to_backup(old)
     assert names(tmp_path) == []
+
+
+def test_a_checkpoint_of_other_optimizer_groups_is_refused(tmp_path: Path):
+    """Its optimizer would fail to load with torch's words, hours after the data was prepared."""
+    args = arguments(tmp_path)
+    torch.save({"seconds": 1.0}, progress_file(tmp_path, args))
+    with pytest.raises(ValueError, match=r"^Expected a checkpoint of this version, got .* earlier"):
+        read_progress(tmp_path, args)

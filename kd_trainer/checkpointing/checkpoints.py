@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from kd_trainer.files import sync as _sync
 
 MARKER = "COMPLETE.json"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -78,15 +79,6 @@ def file_digest(file: Path) -> str:
 def _check(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
