@@ -20,13 +20,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.timer import figures_table, ratios, take_turns, timed
-from kd_trainer.arguments import DataArguments
 from kd_trainer.costs import torch_threads
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits, transforms
 from kd_trainer.data.augmentation import Augmentation, SoftFog
 from kd_trainer.data.dataset import SegmentationTransform
 from kd_trainer.data.images import decode_image, decode_mask
 from kd_trainer.data.synthetic import synthetic_pair
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.fields import check_at_least, help_field
 
 SHAPE = (480, 640)

@@ -8,11 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+    from kd_trainer.arguments import DistillationArguments
     from kd_trainer.callbacks import ProgressiveUnfreezing
     from kd_trainer.data import load_splits
+    from kd_trainer.data_arguments import DataArguments
     from kd_trainer.losses import LossTerms, LossWeights, distillation_terms, weighted_sum
     from kd_trainer.metrics import SegmentationCounts
+    from kd_trainer.model_arguments import ModelArguments
     from kd_trainer.models.configuration_smp import SmpConfig
     from kd_trainer.models.image_processing import SmpImageProcessor
     from kd_trainer.models.modeling import SmpForSemanticSegmentation
@@ -21,12 +23,12 @@ if TYPE_CHECKING:
     from kd_trainer.trainer import DistillationTrainer
 
 _HOMES = {
-    "DataArguments": "arguments",
+    "DataArguments": "data_arguments",
     "DistillationArguments": "arguments",
     "DistillationTrainer": "trainer",
     "LossTerms": "losses",
     "LossWeights": "losses",
-    "ModelArguments": "arguments",
+    "ModelArguments": "model_arguments",
     "ProgressiveUnfreezing": "callbacks",
     "SegmentationCounts": "metrics",
     "SmpConfig": "models.configuration_smp",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import set_seed
 
-from kd_trainer.arguments import DataArguments, DistillationArguments
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
     BadSample,
@@ -27,6 +27,7 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.loading import make_student, make_teacher, student_options
 from kd_trainer.losses import LossWeights

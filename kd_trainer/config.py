@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kd_trainer.argument_checks import UNUSABLE, check_ends
-from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.arguments import DistillationArguments
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import is_own
 from kd_trainer.fields import closest
 from kd_trainer.files import read_yaml
 from kd_trainer.foreign_flags import flag_hint
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import Parser, convert, hints_of, settings_of
 
 RECIPES = Path(__file__).parent / "recipes"

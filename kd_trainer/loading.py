@@ -10,9 +10,10 @@ import torch
 import yaml
 from torch import nn
 
-from kd_trainer.arguments import DataArguments, ModelArguments
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.files import parse_yaml
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.config_checks import nearest_hint, read_config
 from kd_trainer.models.configuration_smp import architecture_arguments
 from kd_trainer.models.modeling import (

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.build import REDUCED, counts_from_one
 from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import (
     AGREEMENT,
     EvaluatedBatch,

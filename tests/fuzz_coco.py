@@ -14,9 +14,9 @@ import numpy as np
 from fuzzing import DEEP, mutated, run
 from pycocotools import mask as coco_mask
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits, mask_rule
 from kd_trainer.data.images import decode_mask
+from kd_trainer.data_arguments import DataArguments
 
 SOUND = 8  # different sound files
 SIDE = (24, 32)

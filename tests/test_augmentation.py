@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import kd_trainer.data.augmentation
-from kd_trainer.arguments import AUGMENTATIONS, DataArguments
 from kd_trainer.data.augmentation import FILL, OUTSIDE, Augmentation
+from kd_trainer.data_arguments import AUGMENTATIONS, DataArguments
 
 
 def make(kind, *, seed=0, size=32, probability=0.8):

@@ -22,7 +22,6 @@ import pytest
 from PIL import Image
 from small_runs import SIDE, write_pairs
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import (
     MaskRule,
     SegmentationTransform,
@@ -39,6 +38,7 @@ from kd_trainer.data.images import (
     read_image_bytes,
 )
 from kd_trainer.data.input_files import read_image
+from kd_trainer.data_arguments import DataArguments
 
 EVERY = (decode_image, decode_mask, image_shape)
 

@@ -14,7 +14,6 @@ from small_runs import SIDE, save_network, train_flags, write_pairs
 from spoiled import REASONS, spoiled_pairs
 from torch.utils.data import DataLoader
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.commands.evaluate import evaluate_main
 from kd_trainer.commands.train import train
 from kd_trainer.config import parse
@@ -28,6 +27,7 @@ from kd_trainer.data import (
     usable_splits,
 )
 from kd_trainer.data.bad_samples import check_split, readable_values
+from kd_trainer.data_arguments import DataArguments
 
 BAD_ROWS = [0, 4, 6, 8, 10]  # p 0, p 2, p 4, p 6, p 8: rows go by name, and p 10 follows p 1
 SKIP = ("--on_bad_sample", "skip", "--max_bad_share", "0.5")
@@ -251,7 +251,7 @@ def test_settings_that_do_nothing_are_refused(fields, message):
 
 PROCESS = """
 import sys, torch.distributed as dist
-from kd_trainer.arguments import DataArguments
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.data import load_splits, usable_splits
 folder, store, rank = sys.argv[1:]
 dist.init_process_group("gloo", init_method="file://" + store, rank=int(rank), world_size=2)

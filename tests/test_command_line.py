@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from kd_trainer.argument_checks import LAUNCHER
-from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.checkpointing.fingerprint import settings_of
 from kd_trainer.commands.evaluate import EvaluateArguments, evaluate_main
 from kd_trainer.commands.export import export_main
@@ -28,9 +28,11 @@ from kd_trainer.config import (
     recipe_names,
 )
 from kd_trainer.data.listing import did_you_mean
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.export.exporter import ExportArguments
 from kd_trainer.fields import closest
 from kd_trainer.foreign_flags import ABSENT, RENAMED
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.config_checks import nearest_hint
 from kd_trainer.parsing import CONSOLE, Parser
 

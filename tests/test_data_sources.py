@@ -11,7 +11,6 @@ import pytest
 from datasets.exceptions import DatasetNotFoundError
 from pycocotools import mask as coco_mask
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.build import build_run
 from kd_trainer.config import build
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits
@@ -20,6 +19,7 @@ from kd_trainer.data.images import decode_image, decode_mask
 from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import two_columns
 from kd_trainer.data.streaming import stream_lengths
+from kd_trainer.data_arguments import DataArguments
 
 
 def load(path, **fields):

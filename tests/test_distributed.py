@@ -16,8 +16,8 @@ from small_runs import save_network, train_flags, write_pairs
 from tiny import Squares, arguments, tiny_student, tiny_teacher
 from workers import two_ranks
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.build import evaluation_dataset
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.loading import load_student
 from kd_trainer.measurement import evaluate_model
 from kd_trainer.trainer import DistillationTrainer

@@ -15,7 +15,7 @@ from test_layers import LAYERS
 
 from benchmarks import frontier
 from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
-from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.commands import evaluate, predict, push, report
 from kd_trainer.commands import export as export_main
 from kd_trainer.commands import web_demo as web_demo
@@ -28,7 +28,9 @@ from kd_trainer.compare.arguments import (
 )
 from kd_trainer.config import ALIASES, OWN_FIELDS, load_recipe, parse, parser
 from kd_trainer.console import markdown_table
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.doctor.plan import timeline
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.parsing import Parser, convert, hints_of
 

@@ -20,8 +20,8 @@ from test_scripts import Used
 from tiny import SIDE, tiny_student
 from torch import Tensor
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.commands.export import export_main
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import user_message
 from kd_trainer.export import exporter as export_module
 from kd_trainer.export.exporter import (

@@ -14,7 +14,7 @@ import torch
 from small_runs import write_pairs
 from tiny import Squares, arguments
 
-from kd_trainer.arguments import DataArguments, DistillationArguments
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.checkpointing import fingerprint
 from kd_trainer.checkpointing.fingerprint import (
     check_same_run,
@@ -24,6 +24,7 @@ from kd_trainer.checkpointing.fingerprint import (
 )
 from kd_trainer.data import load_splits
 from kd_trainer.data.images import content_digest
+from kd_trainer.data_arguments import DataArguments
 
 FREE = {
     "output_dir": "elsewhere",

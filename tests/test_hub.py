@@ -12,8 +12,8 @@ from hub_server import TOKEN, Hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from torch.utils.tensorboard import SummaryWriter
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.files import MARKER, check_replaceable, replacing_folder
 from kd_trainer.hub import (
     CARD,

@@ -21,7 +21,7 @@ LAYERS = (
         *("errors", "fields", "files", "processes", PORTABLE),
     ),
     ("argument_checks", "console", "foreign_flags", "reports", "sources"),
-    ("arguments", "model_card", "parsing", "teacher"),
+    ("arguments", "data_arguments", "model_arguments", "model_card", "parsing", "teacher"),
     ("config", "data", "optim"),
     ("evaluation",),
     ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),

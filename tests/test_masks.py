@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits, mask_rule
 from kd_trainer.data.images import decode_image, decode_mask, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
+from kd_trainer.data_arguments import DataArguments
 
 
 def encode(image, kind="PNG", **options):

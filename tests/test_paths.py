@@ -14,10 +14,10 @@ from huggingface_hub import constants
 from pycocotools import mask as coco_mask
 from small_runs import write_pairs
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import load_splits
 from kd_trainer.data.images import decode_image, decode_mask
 from kd_trainer.data.listing import is_inside
+from kd_trainer.data_arguments import DataArguments
 
 FEATURES = datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False)))
 

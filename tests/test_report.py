@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from small_runs import save_network, train_flags, write_pairs
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.commands import train as training
 from kd_trainer.commands.report import ReportArguments, build_report, report_main
 from kd_trainer.commands.shown_images import samples_at
 from kd_trainer.config import parse
 from kd_trainer.data.synthetic import synthetic_pair
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.loading import load_student
 from kd_trainer.measurement import evaluate_model
 from kd_trainer.reports.charts import merged

@@ -11,8 +11,8 @@ from same_run import assert_resumes_exactly
 from timm.layers import DropPath
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits, transforms
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.trainer import DistillationTrainer
 
 STAGED = {"unfreeze_start_epoch": 1, "unfreeze_every": 1, "warmup_epochs": 1}

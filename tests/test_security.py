@@ -15,13 +15,14 @@ from small_runs import save_network
 from tiny import Squares, arguments, tiny_student
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.checkpointing.checkpoints import complete, read_marker
 from kd_trainer.config import load_recipe
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.doctor.finding import note, summary, table
 from kd_trainer.errors import PACKAGE, Stopped, run_script
 from kd_trainer.hub import settings_of
 from kd_trainer.loading import load_measured, load_student, make_student, make_teacher
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import run_settings
 from kd_trainer.teacher import load_teacher

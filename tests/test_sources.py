@@ -9,12 +9,14 @@ import pytest
 import torch
 from tiny import tiny_student
 
-from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.commands.predict import PredictArguments, load_segmenter
 from kd_trainer.commands.report import build_report
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import raw_logits
 from kd_trainer.hub import find_source
 from kd_trainer.loading import load_measured, load_student
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.sources import model_source
 from kd_trainer.teacher import load_teacher

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset, collate, load_splits, transforms
 from kd_trainer.data.listing import stream_shards
 from kd_trainer.data.streaming import shuffled, stream_lengths, with_lengths
+from kd_trainer.data_arguments import DataArguments
 
 
 class Numbers:

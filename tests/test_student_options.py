@@ -11,10 +11,11 @@ import torch
 import yaml
 from small_runs import SIDE, train_flags, write_pairs
 
-from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.commands.train import train
 from kd_trainer.config import build, load_recipe, parse
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.loading import make_student, student_options
+from kd_trainer.model_arguments import ModelArguments
 
 FPN = ("decoder_pyramid_channels=32", "decoder_segmentation_channels=32", "decoder_dropout=0.1")
 

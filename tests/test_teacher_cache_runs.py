@@ -18,12 +18,12 @@ from test_distributed import launch
 from test_resume import maker
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.build import build_run
 from kd_trainer.checkpointing.fingerprint import differences, settings_of
 from kd_trainer.commands.train import run_train, train
 from kd_trainer.config import parse
 from kd_trainer.data import TransformedDataset, load_splits, transforms
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import run_script
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.teacher import Teacher

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data import (
     MaskRule,
     SegmentationTransform,
@@ -18,6 +17,7 @@ from kd_trainer.data import (
     transforms,
 )
 from kd_trainer.data.listing import FEATURES
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.models.image_processing import resize_image
 
 SIZE = 32

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from small_runs import SIDE, save_network
 
-from kd_trainer.arguments import ModelArguments
 from kd_trainer.commands import web_demo as web_demo
 from kd_trainer.commands.predict import predict_main
 from kd_trainer.commands.web_demo import WebDemoArguments, load_models, web_demo_main
@@ -25,6 +24,7 @@ from kd_trainer.costs import Latency
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import write_onnx
 from kd_trainer.loading import load_student
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.web_demo import page, server
 from kd_trainer.web_demo.models import LONGEST, drawings, examine, milliseconds, read_upload
 from kd_trainer.web_demo.page import difference_text, figures_table, shares_table

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from kd_trainer.arguments import DataArguments, DistillationArguments, ModelArguments
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.config import ALIASES, default_of
 from kd_trainer.data import StreamedDataset
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import clipped
+from kd_trainer.model_arguments import ModelArguments
 
 # Where a run lies and what it shows while it goes do not change what it learns.
 WITHOUT_EFFECT = frozenset(

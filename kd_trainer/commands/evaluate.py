@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.config import parser_of_saved
 from kd_trainer.console import markdown_table
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import printable
 from kd_trainer.fields import check_at_least, check_folder, help_field
 from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_measured, make_teacher
 from kd_trainer.measurement import Evaluation, data_arguments_of, evaluate_model
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import write_bad_samples

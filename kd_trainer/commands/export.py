@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.config import ONLY_TRAINING, parser_of_saved
 from kd_trainer.console import markdown_table, number
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.export.exporter import RESULTS, ExportArguments, export_student
 from kd_trainer.loading import load_student
 from kd_trainer.measurement import data_arguments_of

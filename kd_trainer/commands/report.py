@@ -13,16 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_trainer.arguments import DataArguments, ModelArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.commands.shown_images import EvaluationData, choose, shown_images
 from kd_trainer.config import parser_of_saved
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import Evaluator, figures_of, labels_of
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.files import write_text
 from kd_trainer.loading import load_student, make_teacher, network_name, network_size
 from kd_trainer.measurement import Evaluation, evaluate_model
 from kd_trainer.metrics import SegmentationCounts
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.parsing import settings_of
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.arguments import ModelArguments
 from kd_trainer.commands.predict import THRESHOLD, check_threshold
 from kd_trainer.config import parser_of_saved
 from kd_trainer.data.input_files import find_input_files, is_video, read_image
 from kd_trainer.errors import require
 from kd_trainer.fields import check_at_least, help_field
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import convert, hints_of
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.web_demo.models import Models, load_demo_student, load_demo_teacher

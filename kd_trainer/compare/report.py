@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from kd_trainer.arguments import ModelArguments
 from kd_trainer.compare.budget import KINDS
 from kd_trainer.compare.results import FinishedRun
 from kd_trainer.compare.tables import markdown
@@ -21,6 +20,7 @@ from kd_trainer.costs import costs, file_mib
 from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, make_teacher, network_name
 from kd_trainer.metrics import Mean, bootstrap_difference, gap_closed, mean_of
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import settings_of
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.checkpointing.fingerprint import DEFAULTS, WITHOUT_EFFECT, Difference, differences
 from kd_trainer.compare.budget import KINDS
 from kd_trainer.compare.image_counts import ImageCounts, load_counts
@@ -23,6 +22,7 @@ from kd_trainer.compare.runs import (
     written_note,
     written_results,
 )
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.run_folder import written_settings
 

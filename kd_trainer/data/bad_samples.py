@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data.dataset import check_same_size, one_thread_per_worker
 from kd_trainer.data.images import BadSample, BadSampleError, decode_image, decode_mask, image_name
 from kd_trainer.data.masks import present_values, show_values
+from kd_trainer.data_arguments import DataArguments
 
 PRINTED = 20
 """Bad samples of a split that are printed; all of them are in bad_samples.txt."""

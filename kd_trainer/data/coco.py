@@ -25,7 +25,6 @@ from datasets.fingerprint import Hasher
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data.images import MAX_PIXELS
 from kd_trainer.data.listing import (
     FEATURES,
@@ -37,6 +36,7 @@ from kd_trainer.data.listing import (
     stream_shards,
 )
 from kd_trainer.data.masks import MaskRule
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import printable
 
 DRAWING = 2

@@ -9,7 +9,6 @@ from typing import Any
 import datasets
 import numpy as np
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data.bad_samples import (
     announce,
     check_sample,
@@ -21,6 +20,7 @@ from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, decode_mask, image_name, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 from kd_trainer.data.sources import is_coco
+from kd_trainer.data_arguments import DataArguments
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""

@@ -13,7 +13,6 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.data.coco import coco_class_names, file_for_split, is_coco_folder, load_coco
 from kd_trainer.data.listing import (
     MissingSplitError,
@@ -28,6 +27,7 @@ from kd_trainer.data.listing import (
 )
 from kd_trainer.data.streaming import stream_lengths, with_lengths
 from kd_trainer.data.synthetic import synthetic_splits
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import is_own
 
 

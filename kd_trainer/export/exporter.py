@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from kd_trainer.arguments import DataArguments
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.costs import Latency, interleaved
 from kd_trainer.data.images import decode_image
 from kd_trainer.data.input_files import find_input_files, is_video
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.export.graph import export_program, metadata_of
 from kd_trainer.export.onnx_file import (
     OnnxStudent,

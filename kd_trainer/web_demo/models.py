@@ -14,13 +14,13 @@ from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.arguments import ModelArguments
 from kd_trainer.costs import Latency, file_mib, interleaved
 from kd_trainer.data.input_files import read_image
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
 from kd_trainer.loading import load_student, network_name, network_size
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_processing import resize_image
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights

@@ -1,0 +1,134 @@
+"""The settings of the data, and the only place with their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kd_trainer.errors import clipped
+from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
+from kd_trainer.metrics import check_class_names
+
+AUGMENTATIONS = ("heavy", "seed", "light", "none")
+ON_BAD_SAMPLE = ("error", "skip")
+
+
+@dataclass
+class DataArguments:
+    """Where images and masks come from, and what happens to them."""
+
+    dataset: str = help_field(
+        "",
+        "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
+        "parquet file or folder, Hub id, or `synthetic`.",
+        metavar="SOURCE",
+    )
+    train_split: str = help_field("train", "Name of the split to train on.")
+    eval_split: str = help_field("validation", "Name of the split to evaluate on.")
+    image_folder: str = help_field("images", "Folder of the images inside a split.")
+    mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
+    category: str | None = help_field(None, "COCO: the category that is the foreground.")
+    image_column: str = help_field("image", "Column of the images (parquet, Hub).")
+    mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
+    num_labels: int = help_field(
+        2, "Classes with the background; 2 is a binary task with one logit."
+    )
+    class_names: list[str] | None = help_field(
+        None,
+        "Names of the classes, background first (default: those of the source, where it has any).",
+    )
+    mask_values: list[int] | None = help_field(
+        None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
+    )
+    reduce_labels: bool | None = help_field(
+        None,
+        "Mask value 0 counts nowhere and value i is class i - 1, as in ADE20K (default: as the "
+        "preprocessing of the teacher, or of the model that is measured, has do_reduce_labels).",
+    )
+    mask_threshold: int | None = help_field(
+        None, "Binary masks: values from this one on are foreground, all below background."
+    )
+    ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
+    unlabelled: str | None = help_field(
+        None, "Folder of images without masks, used by the distillation terms only."
+    )
+    streaming: bool = help_field(False, "Stream the data instead of indexing it.")
+    image_size: int = help_field(640, "Side of the square network input in pixels.")
+    augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
+    brightness_contrast_probability: float = help_field(
+        0.8,
+        "Probability of the brightness/CLAHE/gamma group of the heavy augmentation, and of "
+        "brightness and contrast in seed.",
+    )
+    synthetic_train: int = help_field(480, "Images drawn for training (dataset `synthetic`).")
+    synthetic_eval: int = help_field(120, "Images drawn for evaluation, likewise.")
+    max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
+    max_eval_samples: int | None = help_field(None, "Use only the first N evaluation samples.")
+    on_bad_sample: str = help_field(
+        "error",
+        "What an image or mask that cannot be used does: `error` stops and names the file; "
+        "`skip` looks through all files first (streams: on the way), leaves the bad ones out and "
+        "lists them in bad_samples.txt. Nothing ever takes their place.",
+    )
+    max_bad_share: float = help_field(
+        0.01, "With --on_bad_sample skip: stop if more than this share of a split is bad."
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_at_least("image_size", self.image_size, 32)
+        if self.num_labels < 2:
+            raise ValueError(
+                f"Expected --num_labels of at least 2 (background and foreground), got "
+                f"{self.num_labels}. A binary task has 2 labels and one logit."
+            )
+        if self.class_names is not None and len(self.class_names) != self.num_labels:
+            raise ValueError(
+                f"Expected {self.num_labels} --class_names (one per label, background first), got "
+                f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
+            )
+        if self.reduce_labels and self.mask_values is not None:
+            raise ValueError(
+                "Expected either --reduce_labels or --mask_values, got both, which say two things "
+                "of the values in the masks. Leave one out."
+            )
+        if self.mask_threshold is not None:
+            self._check_threshold()
+        check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(
+                f"Expected --max_bad_share between 0 and 1, got {self.max_bad_share}. 0.01 is one "
+                "sample in a hundred."
+            )
+        if self.on_bad_sample == "error" and self.max_bad_share != type(self).max_bad_share:
+            raise ValueError(
+                f"Expected --on_bad_sample skip with --max_bad_share {self.max_bad_share:g}, got "
+                "error, with which no bad sample is let through. Add it, or leave the share out."
+            )
+        check_class_names(list(self.id2label.values()))
+        if not 0 <= self.brightness_contrast_probability <= 1:
+            raise ValueError(
+                "Expected --brightness_contrast_probability between 0 and 1, got "
+                f"{self.brightness_contrast_probability}."
+            )
+
+    def _check_threshold(self) -> None:
+        check_at_least("mask_threshold", self.mask_threshold or 0, 1)
+        if self.num_labels != 2 or self.mask_values is not None or self.reduce_labels:
+            other = "--mask_values" if self.mask_values is not None else "--reduce_labels"
+            other = other if self.num_labels == 2 else f"--num_labels {self.num_labels}"
+            raise ValueError(
+                f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got it "
+                f"with {other}. Leave one out."
+            )
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Name of every class; class 0 is the background."""
+        if self.class_names is not None:
+            return dict(enumerate(self.class_names))
+        if self.num_labels == 2:
+            # What nobody named has no name: a model that finds cats must not say `person`.
+            drawn = "person" if self.dataset == "synthetic" else "foreground"
+            return {0: "background", 1: self.category or drawn}
+        return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}
