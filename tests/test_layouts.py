@@ -1,13 +1,20 @@
 """Folders and tables of images and masks as people have them: what is read, said and refused."""
 
 import json
+import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
+from kd_trainer.commands.data import data_main
+from kd_trainer.commands.train import prepare
+from kd_trainer.config import build, parse
 from kd_trainer.data import layouts, load_splits
 from kd_trainer.data.folder_layouts import words_of
 from kd_trainer.data.hold_out import held_out
@@ -17,6 +24,7 @@ from kd_trainer.data.pairing import find_naming
 from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import load_source, source_class_names
 from kd_trainer.data_arguments import DataArguments
+from kd_trainer.files import FolderLock
 
 
 @pytest.fixture(autouse=True)
@@ -459,3 +467,61 @@ def test_words_are_told_apart_in_names_of_folders():
     assert words_of("valannot") == ["val", "annot"]
     assert words_of("train2017") == ["train", "2017"]
     assert words_of("trainers") == ["trainers"]
+
+
+# --- kd-trainer data ------------------------------------------------------------------------------
+
+
+def test_the_data_is_shown_and_the_flags_that_it_prints_read_the_same(tmp_path, capsys):
+    """Flags that read other rows would be worse than none."""
+    root = both(tmp_path / "set", *LAYOUTS["ADE20K"], splits=("train", "test"), count=9)
+    data_main([str(root), "--output", str(tmp_path / "look.png")])
+    said = capsys.readouterr().out
+    assert "images in images/SPLIT, masks in annotations/SPLIT" in said
+    assert re.search(r"\| +255 \| foreground \| 50.00% \| +18 \| +green \|", said)
+    assert cv2.imread(str(tmp_path / "look.png")).shape[:2] == (18 + 4 * 244, 4 * 244 + 4)
+    words = shlex.split(next(line for line in said.splitlines() if "kd-trainer train" in line))
+    run = parse(words[2:])
+    assert run.dry_run
+    splits = load_splits(run.data)
+    again = load_splits(DataArguments(dataset=str(root)))
+    for name, expected in zip((run.data.train_split, run.data.eval_split), again, strict=True):
+        assert list(splits[name]) == list(again[expected])
+
+
+def test_masks_that_fit_no_rule_are_drawn_before_the_error(tmp_path, capsys):
+    root = both(tmp_path / "set", *LAYOUTS["split first"])
+    for path in root.glob("*/masks/*.png"):
+        draw(path.parent, path.name, value=7)
+    with pytest.raises(ValueError, match="Expected masks of 0 and 1 or of 0 and 255, got"):
+        data_main([str(root), "--output", str(tmp_path / "look.png")])
+    assert (tmp_path / "look.png").is_file()
+    assert re.search(r"\| +7 \| not known \|", capsys.readouterr().out)
+
+
+def test_the_package_is_the_console_command():
+    """`python -m kd_trainer train` is what is typed where the command is not on the path."""
+    asked = [sys.executable, "-m", "kd_trainer", "trian"]
+    ended = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: Expected a command among train, data")
+    assert ended.stderr.endswith("Did you mean train?\n")
+
+
+def test_a_run_leaves_the_names_that_it_held_out(tmp_path):
+    """Nobody could say afterwards which images the figures are of."""
+    root = both(tmp_path / "set", "images/{n}.png", "masks/{n}.png", splits=("train",), count=6)
+    settings = {"dataset": str(root), "teacher": "none", "image_size": 32, "use_cpu": True}
+    settings |= {"student_encoder": "resnet18", "encoder_weights": "none", "no_preflight": True}
+    settings |= {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2}
+    run = build(settings | {"eval_fraction": 0.34})
+    lock = FolderLock(run.output)
+    try:
+        parts, _, _ = prepare(run, lock)
+    finally:
+        lock.release()
+    names = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
+    evaluated = [row["image"]["path"] for row in parts.eval_dataset.dataset]
+    assert [str(root / name) for name in names] == evaluated
+    assert len(names) == 2
+    assert "eval_fraction: 0.34" in (tmp_path / "run" / "config.yaml").read_text()

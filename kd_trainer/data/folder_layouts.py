@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from kd_trainer.data.listing import IMAGE_SUFFIXES, MASK_SUFFIXES, list_images
 from kd_trainer.data.pairing import (
@@ -250,8 +251,10 @@ def read_folders(
     above = _common_parts([parts for _, parts in found])
     folders = [classify(path, parts[above:], named, splits) for path, parts in found]
     folders = [folder for folder in folders if folder.kind != "other"]
-    partners = _partners(root, folders)
+    partners, faults = _partners(root, folders)
     couples = {**partners, **_both_in_one(folders, partners)}
+    if not couples and faults:
+        raise next(iter(faults.values()))
     if not couples:
         return None
     names = {folder.split for folder in couples}
@@ -268,7 +271,8 @@ def read_folders(
     return Layout(
         "folders",
         _described(images, masks),
-        {name: partial(_pairs_of, pairs) for name, pairs in by_split.items()},
+        {name: partial(_pairs_of, pairs) for name, pairs in by_split.items()}
+        | {name: partial(_raise, fault) for name, fault in faults.items()},
         {name: family for name, family in flags.items() if family},
         {name: path for name, path in without.items() if name not in by_split},
     )
@@ -284,22 +288,31 @@ def _common_parts(paths: Sequence[tuple[str, ...]]) -> int:
     return count
 
 
-def _partners(root: Path, folders: Sequence[Folder]) -> dict[Folder, Folder]:
-    """The folder of masks of each folder of images, by split and the rest of their paths."""
+def _partners(
+    root: Path, folders: Sequence[Folder]
+) -> tuple[dict[Folder, Folder], dict[str, ValueError]]:
+    """The folder of masks of each folder of images, by split and the rest of their paths.
+
+    And what is wrong with a split, to be said when it is asked for.
+    """
     couples: dict[Folder, Folder] = {}
-    keyed: dict[tuple[str | None, tuple[str, ...]], list[Folder]] = defaultdict(list)
-    for folder in folders:
-        keyed[folder.split, folder.rest].append(folder)
-    for group in keyed.values():
-        couples |= _couple(root, group)
-    of_splits: dict[str | None, list[Folder]] = defaultdict(list)
-    paired = {folder.split for folder in couples}
-    for folder in folders:
-        if folder.split not in paired:
-            of_splits[folder.split].append(folder)
-    for group in of_splits.values():  # the rest may differ where there is one of each alone
-        couples |= _couple(root, group)
-    return couples
+    faults: dict[str, ValueError] = {}
+
+    def couple(key: Callable[[Folder], Any]) -> None:
+        done = {folder.split for folder in couples}
+        groups: dict[Any, list[Folder]] = defaultdict(list)
+        for folder in folders:
+            if folder.split not in done:
+                groups[key(folder)].append(folder)
+        for group in groups.values():
+            try:
+                couples.update(_couple(root, group))
+            except ValueError as error:
+                faults[group[0].split or "train"] = error
+
+    couple(lambda folder: (folder.split, folder.rest))
+    couple(lambda folder: folder.split)  # the rest may differ where there is one of each
+    return couples, faults
 
 
 def _couple(root: Path, group: Sequence[Folder]) -> dict[Folder, Folder]:
@@ -348,6 +361,10 @@ def _described(images: Folder, masks: Folder) -> str:
         if stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
             naming = f", as {example(pairs)}"
     return f"images in {images.pattern}, masks in {masks.pattern}{naming}"
+
+
+def _raise(fault: ValueError) -> list[Pair]:
+    raise fault
 
 
 def _pairs_of(couples: Sequence[tuple[Folder, Folder]]) -> list[Pair]:

@@ -183,11 +183,11 @@ def _content(folder: Path, folders: list[str]) -> str:
     return f"only the files {show_names(files)}" if files else "an empty folder"
 
 
-def say(*lines: str) -> None:
-    """Print what was understood, once, on the main process."""
+def say(*lines: str, about: str = "") -> None:
+    """Print what was understood on the main process, once, or once about the same thing."""
     text = "\n".join(map(printable, lines))
-    if text not in _SAID and not (
+    if (about or text) not in _SAID and not (
         dist.is_available() and dist.is_initialized() and dist.get_rank()
     ):
         tqdm.write(text, file=sys.stderr)
-    _SAID.add(text)
+    _SAID.add(about or text)

@@ -393,7 +393,8 @@ def _labelled(
         return two_columns(rows, name=str(path), places=[path], **columns), shard_lengths
     pairs = find_pairs(data, split, layout)
     if layout is None and stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
-        say(f"{path}: masks have other names than their images, as {example(pairs)}.")
+        text = f"{path}: masks have other names than their images, as {example(pairs)}."
+        say(text, about=f"names in {path}")
     return path_dataset(*zip(*pairs, strict=True)), None
 
 
