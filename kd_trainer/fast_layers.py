@@ -101,7 +101,8 @@ def _is_nearest(block: UnetDecoderBlock) -> bool:
 
 def _exported() -> bool:
     """Into a file goes the layer as it was written; torch.compile gets the faster one."""
-    return bool(torch.compiler.is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+    # What `is_exporting` returns; of itself torch.compile says in 2.10 that it were an export.
+    return bool(torch.compiler._is_exporting_flag or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 class FastSwish(Swish):
