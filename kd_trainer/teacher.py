@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.errors import is_own, printable
+from kd_trainer.class_map import Groups, merge_logits, translate
+from kd_trainer.errors import announce, is_own, printable
 from kd_trainer.fast_layers import folded, logits_of
 from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
 from kd_trainer.models.configuration_smp import (
@@ -42,7 +43,7 @@ from kd_trainer.models.weights import (
     read_weights,
     unused_state_keys,
 )
-from kd_trainer.sources import model_source, not_here
+from kd_trainer.sources import model_source, not_here, public_name
 
 Statistics = Sequence[float]
 
@@ -61,7 +62,7 @@ class Teacher(nn.Module):
         input_mean: with which the images arrive (the student's).
         input_std: likewise.
         id2label: names of the teacher's classes.
-        order: the teacher's class for each of the student's, where it counts them otherwise.
+        class_map: the network's classes of each of the student's, where it counts otherwise.
     """
 
     scale: Tensor
@@ -78,14 +79,14 @@ class Teacher(nn.Module):
         input_mean: Statistics = IMAGENET_MEAN,
         input_std: Statistics = IMAGENET_STD,
         id2label: dict[int, str] | None = None,
-        order: Sequence[int] | None = None,
+        class_map: Groups | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_labels = num_labels
         self.image_size = image_size
         self.id2label = id2label or default_labels(num_labels)
-        self.order = None if order is None else list(order)
+        self.class_map = class_map
         self.mean, self.std = list(mean), list(std)
         self.register_buffer("scale", torch.ones(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.zeros(1, 3, 1, 1), persistent=False)
@@ -136,9 +137,9 @@ class Teacher(nn.Module):
         return _resize(logits, (height, width))
 
     def _student_classes(self, logits: Tensor) -> Tensor:
+        if self.class_map is not None:
+            logits = merge_logits(logits, self.class_map)
         channels = logits.shape[1]
-        if self.order is not None:  # of a one-logit teacher, the other class has the other sign
-            logits = -logits if channels == 1 else logits[:, self.order]
         if self.num_labels == 2 and channels == 2:
             return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
         if channels != (1 if self.num_labels == 2 else self.num_labels):
@@ -181,6 +182,7 @@ def load_teacher(
     input_mean: Statistics = IMAGENET_MEAN,
     input_std: Statistics = IMAGENET_STD,
     id2label: Mapping[int, str] | None = None,
+    class_map: str | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> Teacher:
@@ -199,7 +201,8 @@ def load_teacher(
         input_mean: the student's.
         input_std: the student's.
         id2label: names of the student's classes; a teacher with the same names in another order
-            is put into this one.
+            is put into this one, one of more classes is translated.
+        class_map: which of its classes are which of the student's, as in `class_map.py`.
         trust_remote_code: run code that comes with the teacher.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -215,41 +218,37 @@ def load_teacher(
         config = _read_config(source, hub)
         network = _from_folder(source, config, trust_remote_code, hub)
         saved = _statistics(source, config, hub)
-    labels = network.config.id2label
-    num_labels = num_labels or max(len(labels), 2)
-    _check_classes(labels, num_labels, source)
+    names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
     return Teacher(
         network,
-        num_labels=num_labels,
+        num_labels=len(names),
         image_size=image_size,
         mean=mean or saved[0],
         std=std or saved[1],
         input_mean=input_mean,
         input_std=input_std,
-        id2label=labels if len(labels) == num_labels else None,
-        order=class_order(labels, id2label),
+        id2label=names,
+        class_map=groups,
     )
 
 
-def class_order(teacher: Mapping[int, str], student: Mapping[int, str] | None) -> list[int] | None:
-    """The teacher's class for each of the student's, by name; None if they need no reordering.
-
-    Other names say nothing: one side calls a class what the other calls LABEL_1.
-    """
-    theirs = [teacher[i].casefold() for i in sorted(teacher)]
-    ours = [student[i].casefold() for i in sorted(student)] if student else theirs
-    if ours == theirs or sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
-        return None
-    return [theirs.index(name) for name in ours]
-
-
-def _check_classes(labels: dict[int, str], num_labels: int, source: str) -> None:
-    if len(labels) not in ((1, 2) if num_labels == 2 else (num_labels,)):
-        shown = ", ".join(list(labels.values())[:5]) + (", ..." if len(labels) > 5 else "")
-        raise ValueError(
-            f"Expected a teacher of {num_labels} classes, got {len(labels)} in {source!r} "
-            f"({shown}). Choose a teacher of the student's classes."
-        )
+def _classes(
+    own: Mapping[int, str],
+    num_labels: int | None,
+    id2label: Mapping[int, str] | None,
+    class_map: str | None,
+    source: str,
+) -> tuple[dict[int, str], Groups | None]:
+    """Names of the classes that a teacher answers for, and how its own make them; says how."""
+    labels = {int(i): str(name) for i, name in own.items()}
+    num_labels = num_labels or max(len(labels), 2)
+    if len(labels) == num_labels and id2label is None and class_map is None:
+        return labels, None
+    names = dict(id2label or default_labels(num_labels))
+    groups, note = translate(class_map, labels, names, source)
+    if note:
+        announce(f"{public_name(source)}: {note}")
+    return labels if groups is None and len(labels) == num_labels else names, groups
 
 
 def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
