@@ -482,8 +482,14 @@ def compiled_graphs() -> int:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The raw logits in what a network returns: a tensor, or an output that names them."""
+    """The raw logits in what a network returns: a tensor, or an output that names them.
+
+    Of a universal segmentation model those of its masks.
+    """
     if isinstance(output, Tensor):
         return output
+    masks: Tensor | None = getattr(output, "masks_queries_logits", None)
+    if masks is not None:
+        return masks
     raw = getattr(output, "raw_logits", None)
     return output.logits if raw is None else raw
