@@ -33,6 +33,7 @@ from kd_trainer.loading import make_student, make_teacher, student_options
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.image_sizes import as_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
 
@@ -374,8 +375,8 @@ def _needs_two(student: SmpForSemanticSegmentation) -> bool:
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(look)
-    side = int(student.config.image_size)
-    pixels = torch.zeros(1, int(student.config.in_channels), side, side)
+    size = as_size(student.config.image_size)
+    pixels = torch.zeros(1, int(student.config.in_channels), *size)
     try:
         with torch.random.fork_rng(devices=[]):
             network(pixel_values=pixels)

@@ -16,6 +16,7 @@ from kd_trainer.files import parse_yaml
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.config_checks import nearest_hint, read_config
 from kd_trainer.models.configuration_smp import architecture_arguments
+from kd_trainer.models.image_sizes import AnySize, as_size, plain_size, size_text
 from kd_trainer.models.modeling import (
     SmpForSemanticSegmentation,
     check_image_size,
@@ -31,7 +32,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
     """A new student, or a saved one to go on from, for the images and names of this run."""
     if model.student is not None:
         student = load_student(model.student, num_labels=data.num_labels)
-        student.config.image_size = data.image_size
+        student.config.image_size = plain_size(data.input_size)
         student.config.semantic_loss_ignore_index = data.ignore_index
         if data.class_names is not None:
             student.config.id2label = data.id2label
@@ -42,7 +43,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
         model.student_encoder,
         encoder_weights=model.encoder_weights,
         id2label=data.id2label,
-        image_size=data.image_size,
+        image_size=plain_size(data.input_size),
         semantic_loss_ignore_index=data.ignore_index,
         **student_options(model),
     )
@@ -123,7 +124,9 @@ def load_measured(
     )
 
 
-def make_teacher(model: ModelArguments, student: Measured, *, image_size: int) -> Teacher | None:
+def make_teacher(
+    model: ModelArguments, student: Measured, *, image_size: AnySize
+) -> Teacher | None:
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
     if not model.has_teacher:
         return None
@@ -256,12 +259,13 @@ def check_output_size(student: SmpForSemanticSegmentation) -> None:
     Raises:
         ValueError: some options, such as `upsampling`, decide it.
     """
-    side = student.config.image_size
+    size = as_size(student.config.image_size)
     twin: Any = copy.deepcopy(student)
-    found = twin.to("meta").eval()(torch.empty(1, 3, side, side, device="meta")).logits
-    if tuple(found.shape[-2:]) != (side, side):
-        got = "x".join(map(str, found.shape[-2:]))
+    found = twin.to("meta").eval()(torch.empty(1, 3, *size, device="meta")).logits
+    got = tuple(found.shape[-2:])
+    if got != size:
         raise ValueError(
-            f"Expected a student whose map has the size of its picture, {side}x{side}, got {got}. "
+            f"Expected a student whose map has the size of its picture, {size_text(size)}, got "
+            f"{size_text(got)}. "
             "Leave upsampling out of --student_options, or let it make up for the encoder_depth."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_trainer.argument_checks import FlagSize, image_size
 from kd_trainer.class_map import class_map_text
 from kd_trainer.fields import check_at_least, expanded, help_field
 from kd_trainer.sources import model_source
@@ -24,8 +25,10 @@ class ModelArguments:
     teacher_encoder: str = help_field(
         "timm-efficientnet-b3", "Encoder of a bare teacher checkpoint."
     )
-    teacher_image_size: int | None = help_field(
-        None, "Input side of the teacher in pixels, where it differs from the student's."
+    teacher_image_size: FlagSize | None = help_field(
+        None,
+        "Input size of the teacher in pixels, where it differs from the student's: one number, or "
+        "height and width.",
     )
     teacher_mean: list[float] | None = help_field(
         None, "Mean the teacher was trained with, where it differs from the student's."
@@ -69,7 +72,7 @@ class ModelArguments:
                 "Expected --teacher_mean and --teacher_std together, got only one. Give both."
             )
         if self.teacher_image_size is not None:
-            check_at_least("teacher_image_size", self.teacher_image_size, 32)
+            self.teacher_image_size = image_size("teacher_image_size", self.teacher_image_size)
         for channels in self.decoder_channels or ():
             check_at_least("decoder_channels", channels, 1)
         for option in self.student_options or ():

@@ -35,6 +35,7 @@ from kd_trainer.models.configuration_smp import (
     architecture_class,
     default_labels,
 )
+from kd_trainer.models.image_sizes import AnySize, as_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.models.weights import (
     SUFFIXES,
@@ -64,7 +65,7 @@ class Teacher(nn.Module):
         network: (B, 3, h, w) to a tensor of logits, an output with `raw_logits` or `logits`, or
             that of a universal model.
         num_labels: of the student, background included; 2 gives one logit.
-        image_size: side that the network wants; None takes the images as they come.
+        image_size: that the network wants; None takes the images as they come.
         mean: per channel in 0..1, that the network was trained with.
         std: likewise.
         input_mean: with which the images arrive (the student's).
@@ -81,7 +82,7 @@ class Teacher(nn.Module):
         network: nn.Module,
         *,
         num_labels: int,
-        image_size: int | None = None,
+        image_size: AnySize | None = None,
         mean: Statistics = IMAGENET_MEAN,
         std: Statistics = IMAGENET_STD,
         input_mean: Statistics = IMAGENET_MEAN,
@@ -92,7 +93,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network
         self.num_labels = num_labels
-        self.image_size = image_size
+        self.image_size = None if image_size is None else as_size(image_size)
         self.id2label = id2label or default_labels(num_labels)
         self.class_map = class_map
         self.mask_size = mask_size(getattr(network, "config", None))
@@ -139,8 +140,9 @@ class Teacher(nn.Module):
         if not self.same_statistics:
             images = images * self.scale + self.shift
         if self.image_size is not None:
-            side = self.image_size
-            images = _resize(images, (side, side), antialias=side < max(height, width))
+            wanted_height, wanted_width = self.image_size
+            shrinks = wanted_height < height or wanted_width < width
+            images = _resize(images, self.image_size, antialias=shrinks)
         output = self.network(images.to(next(self.network.parameters()).dtype))
         if is_universal(output):
             return self._student_classes(
@@ -191,7 +193,7 @@ def load_teacher(
     num_labels: int | None,
     arch: str | None = None,
     encoder: str | None = None,
-    image_size: int | None = None,
+    image_size: AnySize | None = None,
     mean: Statistics | None = None,
     std: Statistics | None = None,
     input_mean: Statistics = IMAGENET_MEAN,
@@ -210,7 +212,7 @@ def load_teacher(
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
         encoder: smp encoder of a bare state dict.
-        image_size: input side the teacher wants; None takes the student's.
+        image_size: of the input that the teacher wants; None takes the student's.
         mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
             else ImageNet's.
         std: likewise.

@@ -40,6 +40,7 @@ from transformers import PreTrainedConfig
 
 from kd_trainer.checkpointing.fingerprint import tensors_digest
 from kd_trainer.files import nearest_existing, writing
+from kd_trainer.models.image_sizes import AnySize, plain_size
 from kd_trainer.teacher import Teacher
 
 Half = npt.NDArray[np.float16]
@@ -63,12 +64,14 @@ _WRITE_SECONDS = 0.25  # of work in one transaction, which costs some 10 ms
 _PROBED = 8  # images whose compressed size is measured before the rest is begun
 
 
-def cache_key(teacher: Teacher, *, image_size: int, precision: str, folded: bool) -> dict[str, Any]:
+def cache_key(
+    teacher: Teacher, *, image_size: AnySize, precision: str, folded: bool
+) -> dict[str, Any]:
     """Everything that decides a teacher's logits for given file bytes, as plain values.
 
     Args:
         teacher: the frozen network behind the student's input and classes.
-        image_size: side of the images and of the logits in pixels.
+        image_size: of the images and of the logits in pixels.
         precision: in which the network runs: no, bf16 or fp16.
         folded: whether its BatchNorms are multiplied into its convolutions, which rounds otherwise.
     """
@@ -81,8 +84,8 @@ def cache_key(teacher: Teacher, *, image_size: int, precision: str, folded: bool
         "network": hashlib.sha256(_architecture(network).encode()).hexdigest()[:16],
         "precision": precision,
         "folded": folded,
-        "image_size": image_size,
-        "teacher_image_size": teacher.image_size,
+        "image_size": plain_size(image_size),
+        "teacher_image_size": teacher.image_size and plain_size(teacher.image_size),
         "num_labels": teacher.num_labels,
         "class_order": teacher.class_map,  # what is kept is merged, and so much smaller
         "input_mean": teacher.input_mean,

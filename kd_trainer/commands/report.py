@@ -24,6 +24,7 @@ from kd_trainer.loading import load_student, make_teacher, network_name, network
 from kd_trainer.measurement import Evaluation, evaluate_model
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.model_arguments import ModelArguments
+from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.parsing import settings_of
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
@@ -158,7 +159,7 @@ def _dataset(
 
 
 def _teacher(
-    model: ModelArguments, student: SmpForSemanticSegmentation, image_size: int, *, strict: bool
+    model: ModelArguments, student: SmpForSemanticSegmentation, image_size: AnySize, *, strict: bool
 ) -> tuple[Teacher | None, str]:
     """The teacher, and a note where the run's own is gone; that of one asked for is an error."""
     try:
@@ -244,10 +245,10 @@ def _with_images(
 
 
 def _measured_on(data: DataArguments, images: int) -> str:
-    side = data.image_size
+    height, width = data.input_size
     return (
         f"Measured in fp32 on the {images:,} images of the split {data.eval_split} of "
-        f"{data.dataset}, at {side} x {side} pixels."
+        f"{data.dataset}, at {height} x {width} pixels."
     )
 
 

@@ -40,6 +40,7 @@ from kd_trainer.hub import check_access
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.measurement import evaluate_model
 from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
 from kd_trainer.run_folder import check_no_links, write_bad_samples
 from kd_trainer.sources import public_name
@@ -162,24 +163,24 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
 
     Also what they were measured with, which the report shows.
     """
-    args, side, teacher = run.training, run.data.image_size, parts.teacher
+    args, size, teacher = run.training, run.data.input_size, parts.teacher
     student = load_student(run.output / "student")
     networks: dict[str, nn.Module] = {"student": student}
-    files, sides = {"student": str(run.output / "student")}, {"student": side}
+    files, sizes = {"student": str(run.output / "student")}, {"student": size}
     if teacher is not None:
         networks["teacher"], files["teacher"] = teacher.network, run.model.teacher
-        sides["teacher"] = teacher.image_size or side
+        sizes["teacher"] = teacher.image_size or size
     results: dict[str, Any] = {}
     images, evaluation = parts.eval_dataset, None
     if images is not None:
-        size = args.per_device_eval_batch_size
+        batch_size = args.per_device_eval_batch_size
         if isinstance(images, StreamedDataset):  # of which this process has only its share
-            images = evaluation_dataset(run.data, batch_size=size)
+            images = evaluation_dataset(run.data, batch_size=batch_size)
         evaluation = evaluate_model(
             student,
             images,
             teacher=teacher,
-            batch_size=size,
+            batch_size=batch_size,
             ignore_index=run.data.ignore_index,
             device=args.device,
         )
@@ -190,11 +191,11 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     results |= {
         "peak_memory_mib": peak_memory_mib(),
         "train_images": _train_images(parts.train_dataset),
-        "image_size": side,
+        "image_size": plain_size(size),
         "mixed_precision": args.mixed_precision,
         "device": str(args.device),
         "teacher": None if teacher is None else public_name(run.model.teacher),
-        **image_milliseconds(networks, sides),
+        **image_milliseconds(networks, sizes),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     return results, Loaded(teacher, images, evaluation)

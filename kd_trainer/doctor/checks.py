@@ -259,7 +259,7 @@ class Preflight:
         # A folder of smp's own does not say so either.
         if "image_size" in read_config(folder):
             used = teacher.image_size or self.run.data.image_size
-            yield input_size_finding(int(network.config.image_size), used)
+            yield input_size_finding(network.config.image_size, used)
 
     def _normalisation(self) -> Iterator[Finding]:
         if self.parts.teacher is not None and self.judged:

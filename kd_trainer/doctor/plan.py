@@ -130,7 +130,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
         "train": f"{train:,} images ({steps:,} steps an epoch)",
         "evaluation": f"{evaluation:,} images",
         "classes": printable(", ".join(run.data.id2label.values())),
-        "input": f"{run.data.image_size} x {run.data.image_size}",
+        "input": "{} x {}".format(*run.data.input_size),
     }
     weights = parts.loss_weights.effective()
     loss = " + ".join(f"{value:g}·{name}" for name, value in weights.items() if value)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from kd_trainer.models.config_checks import check_statistics
+from kd_trainer.models.image_sizes import Size, as_size, size_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 
 RAW_INPUT, IMAGE_INPUT = "pixel_values", "image"
@@ -77,11 +78,11 @@ def example_input(
 
     No feature map of it is one pixel high: a trace takes a 1 for a constant.
     """
-    height = width = student.config.image_size
+    height, width = as_size(student.config.image_size)
     if not fixed_size:
         stride = int(student.encoder.output_stride)  # type: ignore[arg-type]
-        height = max(height, 2 * stride)
-        width = height + stride
+        height, width = max(height, 2 * stride), max(width, 2 * stride)
+        width += stride if width == height else 0
     if with_preprocessing:
         return torch.zeros(2, height, width, 3, dtype=torch.uint8)
     return torch.zeros(2, 3, height, width)
@@ -153,8 +154,9 @@ def metadata_of(
 ) -> dict[str, str]:
     """What a consumer of the exported file needs to know, as text by name.
 
-    `class_names`, `image_mean` and `image_std` are JSON lists, `image_size` and `size_multiple`
-    whole numbers in pixels, `fixed_size` is `true` if only `image_size` is taken.
+    `class_names`, `image_mean` and `image_std` are JSON lists, `size_multiple` a whole number
+    of pixels, `image_size` one too (HEIGHTxWIDTH where it is no square), `fixed_size` is `true` if
+    only `image_size` is taken.
     """
     config = student.config
     names = [str(name) for _, name in sorted((config.id2label or {}).items())]
@@ -170,7 +172,7 @@ def metadata_of(
         "architecture": config._model_class,
         "encoder": config.encoder_name,
         "class_names": json.dumps(names, ensure_ascii=False),
-        "image_size": str(config.image_size),
+        "image_size": size_text(config.image_size),
         "size_multiple": str(int(student.encoder.output_stride)),  # type: ignore[arg-type]
         "fixed_size": "true" if fixed_size else "false",
         "image_mean": json.dumps(list(config.image_mean)),
@@ -188,7 +190,7 @@ class Metadata:
 
     text: dict[str, str]
     class_names: list[str]
-    image_size: int
+    image_size: Size
     size_multiple: int
     image_mean: list[float]
     image_std: list[float]
@@ -209,10 +211,10 @@ def read_metadata(text: Mapping[str, str], path: str | Path) -> Metadata:
     for name in _TEXTS:
         if name not in text:
             raise _odd(name, "text", text, path)
-    size = _whole("image_size", text, path)
+    size = _size(text, path)
     multiple = _whole("size_multiple", text, path)
-    if size % multiple:
-        raise _odd("size_multiple", f"a divisor of image_size {size}", text, path)
+    if any(side % multiple for side in size):
+        raise _odd("size_multiple", f"a divisor of image_size {size_text(size)}", text, path)
     names = _parsed("class_names", text)
     several = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
     if not (several and all(isinstance(name, str) for name in names)):
@@ -233,11 +235,22 @@ def _parsed(name: str, text: Mapping[str, str]) -> Any:
 
 def _whole(name: str, text: Mapping[str, str], path: str | Path) -> int:
     value = text.get(name, "")
-    if not (value.isascii() and value.isdigit() and len(value) <= 9):
-        raise _odd(name, "a whole number", text, path)
-    if not 1 <= int(value) <= LARGEST_SIDE:
-        raise _odd(name, f"1 to {LARGEST_SIDE:,}", text, path)
+    if not _is_side(value):
+        raise _odd(name, f"a whole number from 1 to {LARGEST_SIDE:,}", text, path)
     return int(value)
+
+
+def _size(text: Mapping[str, str], path: str | Path) -> Size:
+    sides = text.get("image_size", "").split("x")
+    if len(sides) > 2 or not all(map(_is_side, sides)):
+        wanted = f"one or two (512x1024) whole numbers from 1 to {LARGEST_SIDE:,}"
+        raise _odd("image_size", wanted, text, path)
+    return as_size([int(side) for side in sides])
+
+
+def _is_side(value: str) -> bool:
+    digits = value.isascii() and value.isdigit() and len(value) <= 9
+    return digits and 1 <= int(value) <= LARGEST_SIDE
 
 
 def _odd(name: str, wanted: str, text: Mapping[str, str], path: str | Path) -> ValueError:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .image_sizes import AnySize, as_size, size_text
+
 # Containers whose children are the stages or blocks, and the names under which stages are known.
 _CONTAINERS = ("blocks", "_blocks", "stages", "layers", "features")
 _STAGE = re.compile(
@@ -43,7 +45,9 @@ class EncoderUnit:
         return self.named
 
 
-def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -> frozenset[str]:
+def find_never_used(
+    network: nn.Module, image_size: AnySize, in_channels: int = 3
+) -> frozenset[str]:
     """Names of the parameters that no output depends on, so that they never get a gradient.
 
     Walks the autograd graph of one forward pass of a copy on the meta device: no arithmetic, no
@@ -51,8 +55,8 @@ def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -
     that DistributedDataParallel asks, so the answer is the one it needs.
 
     Args:
-        network: called with (1, in_channels, image_size, image_size); returns tensors.
-        image_size: side in pixels that the network accepts.
+        network: called with (1, in_channels, height, width); returns tensors.
+        image_size: that the network accepts, in pixels, as `as_size` reads it.
         in_channels: of the input.
 
     Raises:
@@ -60,15 +64,16 @@ def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -
     """
     twin = copy.deepcopy(network).to("meta").eval().requires_grad_(True)
     dtype = next(twin.parameters()).dtype
-    probe = torch.empty(1, in_channels, image_size, image_size, dtype=dtype, device="meta")
+    probe = torch.empty(1, in_channels, *as_size(image_size), dtype=dtype, device="meta")
     try:
         with torch.enable_grad():
             outputs = twin(probe)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"Expected an image size that {type(network).__name__} accepts, got {image_size}. "
-            f"Choose another size, or change the option named here: {reason}"
+            f"Expected an image size that {type(network).__name__} accepts, got "
+            f"{size_text(image_size)}. Choose another size, or change the option named here: "
+            f"{reason}"
         ) from error
     reached = _reached_parameters(_tensors(outputs))
     return frozenset(n for n, p in twin.named_parameters() if id(p) not in reached)

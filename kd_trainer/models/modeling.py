@@ -32,6 +32,7 @@ from .configuration_smp import (
     uses_timm_loader,
 )
 from .encoder_units import EncoderUnit, encoder_units, find_never_used
+from .image_sizes import AnySize, as_size
 from .weights import fill_encoder, load_pretrained
 
 
@@ -233,18 +234,18 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         return self
 
 
-def check_image_size(size: int | tuple[int, int], model: nn.Module) -> None:
+def check_image_size(size: AnySize, model: nn.Module) -> None:
     """Refuse an image size that the encoder cannot halve as often as it does.
 
     Args:
-        size: side of a square, or (height, width), in pixels.
+        size: as `as_size` reads it, in pixels.
         model: a segmentation model with an smp encoder.
 
     Raises:
         ValueError: if a side is not a positive multiple of the encoder's output stride.
     """
     stride = int(model.encoder.output_stride)  # type: ignore[union-attr, arg-type]
-    for side in (size,) if isinstance(size, int) else size:
+    for side in as_size(size):
         if side < stride or side % stride:
             lower = max(side // stride, 1) * stride
             raise ValueError(
