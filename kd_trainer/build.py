@@ -25,7 +25,7 @@ from kd_trainer.data import (
     usable_splits,
 )
 from kd_trainer.data.listing import MissingSplitError
-from kd_trainer.data.sources import is_coco
+from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
@@ -40,7 +40,10 @@ from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
 
 @dataclass
 class RunComponents:
-    """The objects of a run."""
+    """The objects of a run.
+
+    `held_out` names the images to evaluate on, where they are a share of those to train on.
+    """
 
     student: SmpForSemanticSegmentation
     teacher: Teacher | None
@@ -48,6 +51,7 @@ class RunComponents:
     eval_dataset: TransformedDataset | StreamedDataset | None
     processor: SmpImageProcessor
     loss_weights: LossWeights
+    held_out: tuple[str, ...] = ()
 
     @property
     def bad_samples(self) -> list[BadSample]:
@@ -110,7 +114,7 @@ def build_run(run: RunArguments) -> RunComponents:
     data = learn_from_sources(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = _load(run)
-    splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
+    splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
@@ -133,6 +137,7 @@ def build_run(run: RunArguments) -> RunComponents:
         eval_dataset=eval_dataset,
         processor=_processor(student, data),
         loss_weights=weights,
+        held_out=loaded.held_out,
     )
 
 
@@ -160,11 +165,11 @@ def _names_without_background(run: RunArguments) -> list[str]:
     return [f"class_{index}" for index in range(count)]
 
 
-def _load(run: RunArguments) -> Any:
+def _load(run: RunArguments) -> LoadedSplits:
     """The splits of the run; says how to train where there is none to evaluate on."""
     data, evaluates = run.data, run.training.eval_strategy != "no"
     try:
-        return load_splits(data, [data.train_split, *([data.eval_split] if evaluates else [])])
+        return load_source(data, [data.train_split, *([data.eval_split] if evaluates else [])])
     except MissingSplitError as error:
         if error.split != data.eval_split:
             raise

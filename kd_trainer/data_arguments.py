@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from kd_trainer.argument_checks import FlagSize, image_size
@@ -11,6 +12,7 @@ from kd_trainer.metrics import check_class_names
 from kd_trainer.models.image_sizes import Size, as_size
 
 AUGMENTATIONS = ("heavy", "seed", "light", "none")
+LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
 
 
@@ -20,14 +22,34 @@ class DataArguments:
 
     dataset: str = help_field(
         "",
-        "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
+        "Folder of images and masks in any usual layout, csv file of their paths, COCO json, "
         "parquet file or folder, Hub id, or `synthetic`.",
         metavar="SOURCE",
     )
     train_split: str = help_field("train", "Name of the split to train on.")
     eval_split: str = help_field("validation", "Name of the split to evaluate on.")
-    image_folder: str = help_field("images", "Folder of the images inside a split.")
-    mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
+    eval_fraction: float = help_field(
+        0.1,
+        "Share of the images that is held out to evaluate on where the data has no split for it; "
+        "always the same ones. 0 holds none out.",
+    )
+    group_by: str | None = help_field(
+        None,
+        "Regular expression on the images' paths: those of the same first group (or match), such "
+        "as a patient, are held out together.",
+        metavar="PATTERN",
+    )
+    layout: str | None = help_field(
+        None,
+        "How a folder is laid out, where it can be read in several ways: folders, voc, "
+        "cityscapes, metadata, csv, coco or parquet (default: found).",
+    )
+    image_folder: str | None = help_field(
+        None,
+        "What folders of images are called; `*` stands for any text (default: found). Of a csv: "
+        "where its paths begin.",
+    )
+    mask_folder: str | None = help_field(None, "What folders of masks are called, likewise.")
     category: str | None = help_field(None, "COCO: the category that is the foreground.")
     image_column: str = help_field("image", "Column of the images (parquet, Hub).")
     mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
@@ -83,6 +105,9 @@ class DataArguments:
         self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         self.image_size = image_size("image_size", self.image_size)
+        if self.layout is not None:
+            check_choice("layout", self.layout, LAYOUTS)
+        self._check_hold_out()
         if self.num_labels < 2:
             raise ValueError(
                 f"Expected --num_labels of at least 2 (background and foreground), got "
@@ -117,6 +142,20 @@ class DataArguments:
                 "Expected --brightness_contrast_probability between 0 and 1, got "
                 f"{self.brightness_contrast_probability}."
             )
+
+    def _check_hold_out(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(
+                f"Expected --eval_fraction from 0 to below 1, got {self.eval_fraction}. 0.1 is one "
+                "image in ten."
+            )
+        try:
+            re.compile(self.group_by or "")
+        except (re.error, RecursionError) as error:
+            raise ValueError(
+                f"Expected a regular expression as --group_by, got {self.group_by!r}: {error}. "
+                "'(.*)_' takes what stands in front of the last _."
+            ) from None
 
     def _check_threshold(self) -> None:
         check_at_least("mask_threshold", self.mask_threshold or 0, 1)

@@ -31,7 +31,7 @@ LAYERS = (
     ("doctor", "web_demo"),
     ("compare",),
     ("commands",),
-    ("__init__",),
+    ("__init__", "__main__"),
     ("scripts",),
 )
 RANKS = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

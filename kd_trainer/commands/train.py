@@ -42,7 +42,7 @@ from kd_trainer.measurement import evaluate_model
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
-from kd_trainer.run_folder import check_no_links, write_bad_samples
+from kd_trainer.run_folder import check_no_links, write_bad_samples, write_held_out
 from kd_trainer.sources import public_name
 from kd_trainer.teacher_targets import use_cached_targets
 from kd_trainer.trainer import DistillationTrainer
@@ -126,6 +126,8 @@ def prepare(
         write_text(run.output / RUN_CONFIG, yaml.safe_dump(run.resolved(), sort_keys=False))
         if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
             write_bad_samples(run.output, parts.bad_samples)
+        if parts.held_out:
+            write_held_out(run.output, parts.held_out)
     if args.teacher_targets == "cached" and parts.teacher is not None:
         use_cached_targets(args, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     return parts, trainer, checkpoint
