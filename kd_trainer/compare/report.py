@@ -164,21 +164,21 @@ def measured_costs(
         return result
     student = load_student(folder)
     networks: dict[str, nn.Module] = {"student": student}
-    sides, files = {"student": student.config.image_size}, {"student": str(folder)}
+    sides, files = {"student": student.config.image_size}, {"student": [str(folder)]}
     distilled = next((run for run in runs if run.kind == "distilled"), None)
     if distilled is not None:
         model = settings_of(ModelArguments, distilled.config)
         model["trust_remote_code"] = trust_remote_code
         with suppress(FileNotFoundError):  # a machine that does not have it
-            teacher = make_teacher(
-                ModelArguments(**model), student, image_size=int(distilled.config["image_size"])
-            )
+            settings = ModelArguments(**model)
+            size = int(distilled.config["image_size"])
+            teacher = make_teacher(settings, student, image_size=size)
             assert teacher is not None
-            networks["teacher"], files["teacher"] = teacher.network, str(model["teacher"])
+            networks["teacher"], files["teacher"] = teacher.network, settings.teachers
             sides["teacher"] = teacher.image_size or sides["student"]
     if repeats:
         result["load"] = os.getloadavg()[0]
     for name, measured in costs(networks, sides, repeats).items():
-        of_files = {"network": network_name(networks[name]), "file_mib": file_mib(files[name])}
+        of_files = {"network": network_name(networks[name]), "file_mib": file_mib(*files[name])}
         result[name] = of_files | measured
     return result
