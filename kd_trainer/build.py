@@ -159,9 +159,10 @@ def learn_from_sources(run: RunArguments) -> DataArguments:
 def _names_without_background(run: RunArguments) -> list[str]:
     """Those of the teacher, if it has as many classes: value 0, the background, is none of them."""
     count = run.data.num_labels
-    named = saved_class_names(run.model.teacher) if run.model.has_teacher else None
-    if named is not None and len(named) == count:
-        return named
+    for source in run.model.teachers:
+        named = saved_class_names(source)
+        if named is not None and len(named) == count:
+            return named
     return [f"class_{index}" for index in range(count)]
 
 
@@ -192,11 +193,12 @@ def _reduces_labels(run: RunArguments) -> bool:
 
     A class map translates the teacher's classes: then it is the student's masks that are read.
     """
-    if not run.model.has_teacher or not counts_from_one(run.model.teacher, run.data):
+    reduced = [source for source in run.model.teachers if counts_from_one(source, run.data)]
+    if not reduced:
         return False
-    names = saved_class_names(run.model.teacher)
-    other = names is not None and len(names) != run.data.num_labels
-    if run.model.class_map is not None or other:
+    names = [saved_class_names(source) for source in reduced]
+    others = [names_ for names_ in names if names_ and len(names_) != run.data.num_labels]
+    if run.model.class_map is not None or len(others) == len(reduced):
         announce(
             "The teacher was trained with do_reduce_labels (mask value 0 counts nowhere), but its "
             "classes are translated: the masks here are read as they are. --reduce_labels true "

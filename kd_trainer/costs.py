@@ -65,11 +65,16 @@ def macs(network: nn.Module, size: AnySize) -> int:
     return counter.get_total_flops() // 2
 
 
-def file_mib(source: str | Path) -> float | None:
-    """Size of a weight file, or of the weight files in a folder; None if there are none here."""
+def file_mib(*sources: str | Path) -> float | None:
+    """Size of weight files, or of those in folders, together; None if one has none here."""
+    found = [weight_files(source) for source in sources]
+    return sum(f.stat().st_size for files in found for f in files) / 2**20 if all(found) else None
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """A weight file, or those in a folder."""
     path = Path(source)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return sum(f.stat().st_size for f in files) / 2**20 if files else None
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
 def costs(

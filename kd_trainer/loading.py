@@ -26,6 +26,7 @@ from kd_trainer.models.weights import SUFFIXES, check_finite_weights
 from kd_trainer.parsing import convert
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.teacher import Teacher, load_teacher
+from kd_trainer.teacher_ensemble import TeacherEnsemble, ensemble_of
 
 
 def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:
@@ -130,24 +131,34 @@ def make_teacher(
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
     if not model.has_teacher:
         return None
+    return ensemble_of(
+        [_member(model, source, student, image_size) for source in model.teachers],
+        weights=model.teacher_shares,
+        flip=model.teacher_flip,
+    )
+
+
+def _member(model: ModelArguments, source: str, student: Measured, image_size: int) -> Teacher:
+    """One of the teachers; of several, what describes the input is that of bare state dicts."""
     mean, std = input_statistics(student)
+    told = len(model.teachers) == 1 or source.endswith(SUFFIXES)
     teacher = load_teacher(
-        model.teacher,
+        source,
         num_labels=len(labels_of(student)),
         arch=model.teacher_arch,
         encoder=model.teacher_encoder,
-        image_size=model.teacher_image_size,
-        mean=model.teacher_mean,
-        std=model.teacher_std,
+        image_size=model.teacher_image_size if told else None,
+        mean=model.teacher_mean if told else None,
+        std=model.teacher_std if told else None,
         input_mean=mean,
         input_std=std,
         id2label=labels_of(student),
         class_map=model.class_map,
         trust_remote_code=model.trust_remote_code,
     )
-    check_finite_weights(teacher.network, f"the teacher {model.teacher}")
+    check_finite_weights(teacher.network, f"the teacher {source}")
     if isinstance(teacher.network, SmpForSemanticSegmentation):
-        check_image_size(model.teacher_image_size or image_size, teacher.network)
+        check_image_size(teacher.image_size or image_size, teacher.network)
     return teacher
 
 
@@ -155,6 +166,8 @@ def network_name(network: nn.Module) -> str:
     """Architecture and encoder of an smp model, the class name of any other."""
     if isinstance(network, SmpForSemanticSegmentation):
         return f"{network.config._model_class} {network.config.encoder_name}"
+    if isinstance(network, TeacherEnsemble):
+        return " + ".join(network_name(member.network) for member in network.teachers)
     return type(network).__name__
 
 

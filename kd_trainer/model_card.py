@@ -85,7 +85,8 @@ class CardFacts:
         source = self.results.get("teacher", self.settings.get("teacher", ""))
         if source is None or str(source).lower() == "none":
             return None
-        return public_name(str(source))
+        names = source if isinstance(source, list) else [str(source)]
+        return " + ".join(map(public_name, names))
 
 
 def dataset_name(settings: dict[str, Any]) -> str:

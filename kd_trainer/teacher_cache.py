@@ -42,6 +42,7 @@ from kd_trainer.checkpointing.fingerprint import tensors_digest
 from kd_trainer.files import nearest_existing, writing
 from kd_trainer.models.image_sizes import AnySize, plain_size
 from kd_trainer.teacher import Teacher
+from kd_trainer.teacher_ensemble import TeacherEnsemble
 
 Half = npt.NDArray[np.float16]
 
@@ -97,12 +98,20 @@ def cache_key(
 
 def _architecture(network: nn.Module) -> str:
     """How a network computes, as text: equal weights in another network give other logits."""
+    if isinstance(network, TeacherEnsemble):
+        members = [_member(teacher) for teacher in network.teachers]
+        return "\n".join([network.extra_repr(), *members])
     config = getattr(network, "config", None)
     settings = {}
     if isinstance(config, PreTrainedConfig):
         settings = json.loads(config.to_json_string(use_diff=False))
     kept = {name: value for name, value in settings.items() if name not in _OF_THE_COPY}
     return f"{network!r}\n{json.dumps(kept, sort_keys=True)}"
+
+
+def _member(teacher: Teacher) -> str:
+    settings = (teacher.image_size, teacher.num_labels, teacher.class_map)
+    return f"{_architecture(teacher.network)}\n{settings}"
 
 
 def cache_file(root: Path, key: Mapping[str, Any]) -> Path:

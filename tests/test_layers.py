@@ -22,7 +22,7 @@ LAYERS = (
     ),
     ("argument_checks", "class_map", "console", "foreign_flags", "reports", "sources", "universal"),
     ("arguments", "data_arguments", "model_arguments", "model_card", "parsing", "teacher"),
-    ("config", "data", "optim"),
+    ("config", "data", "optim", "teacher_ensemble"),
     ("evaluation",),
     ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),
     ("build", "costs", "hub", "teacher_cache"),

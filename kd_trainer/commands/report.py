@@ -169,7 +169,7 @@ def _teacher(
             raise
         reason = " ".join(str(error).split())
         return None, (
-            f"The teacher {model.teacher} could not be loaded, so no image and no reliability "
+            f"The teacher {model.teacher_name} could not be loaded, so no image and no reliability "
             f"shows it. Name its present place with --teacher. The reason: {reason}"
         )
 

@@ -43,7 +43,6 @@ from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
 from kd_trainer.run_folder import check_no_links, write_bad_samples, write_held_out
-from kd_trainer.sources import public_name
 from kd_trainer.teacher_targets import use_cached_targets
 from kd_trainer.trainer import DistillationTrainer
 
@@ -168,9 +167,9 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     args, size, teacher = run.training, run.data.input_size, parts.teacher
     student = load_student(run.output / "student")
     networks: dict[str, nn.Module] = {"student": student}
-    files, sizes = {"student": str(run.output / "student")}, {"student": size}
+    files, sizes = {"student": [str(run.output / "student")]}, {"student": size}
     if teacher is not None:
-        networks["teacher"], files["teacher"] = teacher.network, run.model.teacher
+        networks["teacher"], files["teacher"] = teacher.network, run.model.teachers
         sizes["teacher"] = teacher.image_size or size
     results: dict[str, Any] = {}
     images, evaluation = parts.eval_dataset, None
@@ -189,14 +188,14 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
         results = evaluation.results()
     for name, network in networks.items():
         results[f"{name}_parameters"] = network_size(network)[0]
-        results[f"{name}_file_mib"] = file_mib(files[name])
+        results[f"{name}_file_mib"] = file_mib(*files[name])
     results |= {
         "peak_memory_mib": peak_memory_mib(),
         "train_images": _train_images(parts.train_dataset),
         "image_size": plain_size(size),
         "mixed_precision": args.mixed_precision,
         "device": str(args.device),
-        "teacher": None if teacher is None else public_name(run.model.teacher),
+        "teacher": None if teacher is None else run.model.teacher_name,
         **image_milliseconds(networks, sizes),
         "versions": {name: version(name) for name in LIBRARIES},
     }

@@ -166,21 +166,20 @@ def measured_costs(
     student = load_student(folder)
     networks: dict[str, nn.Module] = {"student": student}
     sizes: dict[str, AnySize] = {"student": student.config.image_size}
-    files = {"student": str(folder)}
+    files = {"student": [str(folder)]}
     distilled = next((run for run in runs if run.kind == "distilled"), None)
     if distilled is not None:
         model = settings_of(ModelArguments, distilled.config)
         model["trust_remote_code"] = trust_remote_code
         with suppress(FileNotFoundError):  # a machine that does not have it
-            teacher = make_teacher(
-                ModelArguments(**model), student, image_size=distilled.config["image_size"]
-            )
+            settings = ModelArguments(**model)
+            teacher = make_teacher(settings, student, image_size=distilled.config["image_size"])
             assert teacher is not None
-            networks["teacher"], files["teacher"] = teacher.network, str(model["teacher"])
+            networks["teacher"], files["teacher"] = teacher.network, settings.teachers
             sizes["teacher"] = teacher.image_size or sizes["student"]
     if repeats:
         result["load"] = os.getloadavg()[0]
     for name, measured in costs(networks, sizes, repeats).items():
-        of_files = {"network": network_name(networks[name]), "file_mib": file_mib(files[name])}
+        of_files = {"network": network_name(networks[name]), "file_mib": file_mib(*files[name])}
         result[name] = of_files | measured
     return result

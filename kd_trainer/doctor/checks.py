@@ -65,6 +65,7 @@ from kd_trainer.fast_layers import keep_freed_memory, logits_of, use_fast_layers
 from kd_trainer.models.config_checks import read_config
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
 from kd_trainer.reports.contents import STUDENT, TEACHER
+from kd_trainer.teacher_ensemble import TeacherEnsemble
 
 Sample = dict[str, Tensor]
 
@@ -251,9 +252,10 @@ class Preflight:
         return worst(findings)
 
     def _sizes(self) -> Iterator[Finding]:
-        teacher, folder = self.parts.teacher, Path(self.run.model.teacher)
+        teacher = self.parts.teacher
         assert teacher is not None
-        network, file = teacher.network, folder / "config.json"
+        network, folder = teacher.network, Path(self.run.model.teachers[0])
+        file = folder / "config.json"
         if not isinstance(network, SmpForSemanticSegmentation) or not file.is_file():
             return  # a bare state dict does not say what it was trained with
         # A folder of smp's own does not say so either.
@@ -262,11 +264,13 @@ class Preflight:
             yield input_size_finding(network.config.image_size, used)
 
     def _normalisation(self) -> Iterator[Finding]:
-        if self.parts.teacher is not None and self.judged:
+        teacher = self.parts.teacher
+        # The input of several is that of the student, and each has its own statistics behind it.
+        if teacher is None or isinstance(teacher.network, TeacherEnsemble):
+            return
+        if self.judged:
             now, seconds = self._predictions(TEACHER), self.limits.normalisation
-            yield normalisation_finding(
-                try_conventions(self.parts.teacher, self.samples, now, seconds)
-            )
+            yield normalisation_finding(try_conventions(teacher, self.samples, now, seconds))
 
     def _shared(self) -> Iterator[Finding]:
         training, evaluation = self.parts.train_dataset, self.parts.eval_dataset

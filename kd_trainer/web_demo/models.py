@@ -127,7 +127,12 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
     """
     if not model.has_teacher:
         return None
-    source = model.teacher
+    if len(model.teachers) > 1:
+        raise ValueError(
+            f"Expected one --teacher to show, got {len(model.teachers)}. Name the one to compare "
+            "the student with."
+        )
+    source = model.teachers[0]
     if source.endswith(".onnx"):
         exported = _from_onnx(source)
         if exported.class_names != student.class_names:
