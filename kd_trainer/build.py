@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.sources import is_coco
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.errors import printable
+from kd_trainer.errors import announce
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.loading import make_student, make_teacher, student_options
 from kd_trainer.losses import LossWeights
@@ -167,14 +166,12 @@ def balance_classes(run: RunArguments, rows: Any, rule: MaskRule) -> None:
     pixels, masks = class_pixels(rows, rule, skip_bad=skip)
     weights = balanced_weights(pixels, names, masks)
     run.training.class_weights = [f"{weight:.4g}" for weight in weights]
-    if run.training.process_index == 0:
-        shares = pixels / pixels.sum()
-        told = [f"{n} {s:.3%} x {w:.4g}" for n, s, w in zip(names, shares, weights, strict=True)]
-        print(
-            f"Class weights, balanced by the pixels of {masks:,} training masks: "
-            f"{', '.join(map(printable, told))}. Numbers after --class_weights overrule them.",
-            file=sys.stderr,
-        )
+    shares = pixels / pixels.sum()
+    told = [f"{n} {s:.3%} x {w:.4g}" for n, s, w in zip(names, shares, weights, strict=True)]
+    announce(
+        f"Class weights, balanced by the pixels of {masks:,} training masks: {', '.join(told)}. "
+        "Numbers after --class_weights overrule them."
+    )
 
 
 def _names_without_background(run: RunArguments) -> list[str]:
@@ -209,11 +206,22 @@ def counts_from_one(source: str, data: DataArguments) -> bool:
 
 
 def _reduces_labels(run: RunArguments) -> bool:
-    """Whether the masks are read as the teacher's were; says so if they are."""
+    """Whether the masks are read as the teacher's were; says so if they are.
+
+    A class map translates the teacher's classes: then it is the student's masks that are read.
+    """
     if not run.model.has_teacher or not counts_from_one(run.model.teacher, run.data):
         return False
-    if run.training.process_index == 0:
-        print(f"The teacher was {REDUCED}", file=sys.stderr)
+    names = saved_class_names(run.model.teacher)
+    other = names is not None and len(names) != run.data.num_labels
+    if run.model.class_map is not None or other:
+        announce(
+            "The teacher was trained with do_reduce_labels (mask value 0 counts nowhere), but its "
+            "classes are translated: the masks here are read as they are. --reduce_labels true "
+            "reads them as its own were."
+        )
+        return False
+    announce(f"The teacher was {REDUCED}")
     return True
 
 

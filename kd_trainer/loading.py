@@ -139,6 +139,7 @@ def make_teacher(model: ModelArguments, student: Measured, *, image_size: int) -
         input_mean=mean,
         input_std=std,
         id2label=labels_of(student),
+        class_map=model.class_map,
         trust_remote_code=model.trust_remote_code,
     )
     check_finite_weights(teacher.network, f"the teacher {model.teacher}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_trainer.class_map import class_map_text
 from kd_trainer.fields import check_at_least, expanded, help_field
 from kd_trainer.sources import model_source
 
@@ -30,6 +31,11 @@ class ModelArguments:
         None, "Mean the teacher was trained with, where it differs from the student's."
     )
     teacher_std: list[float] | None = help_field(None, "Standard deviation, likewise.")
+    class_map: str | None = help_field(
+        None,
+        "Which of the teacher's classes are which of the student's, by name or id: "
+        "'person=person+rider; background=*', or a YAML or JSON file of such lines.",
+    )
     trust_remote_code: bool = help_field(
         False, "Run Python code that comes with a teacher from the Hub. Off unless asked for."
     )
@@ -54,6 +60,8 @@ class ModelArguments:
     def __post_init__(self) -> None:
         self.teacher = model_source(self.teacher)
         self.encoder_weights = expanded(self.encoder_weights)
+        if self.class_map is not None:  # what the file says belongs to the run, not its place
+            self.class_map = class_map_text(self.class_map)
         if self.student is not None:
             self.student = model_source(self.student)
         if (self.teacher_mean is None) != (self.teacher_std is None):

@@ -132,6 +132,13 @@ class Parser(HfArgumentParser):
         """
         raise ValueError(f"Expected a command line as --help shows it, got a fault: {message}.")
 
+    def _spelled(self, word: str) -> str:
+        """A flag with hyphens, or with some of them, as its field is called."""
+        name, equals, value = word.partition("=")
+        underscored = f"--{name[2:].replace('-', '_')}"
+        known = name.startswith("--") and underscored in self._option_string_actions
+        return f"{underscored}{equals}{value}" if known else word
+
     def given(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """What a command line says, and nothing else: words and flags, as their fields want them.
 
@@ -139,7 +146,8 @@ class Parser(HfArgumentParser):
             ValueError: on an unknown flag (names the nearest), a word that belongs to none, or a
                 value that is not of the field's type.
         """
-        namespace, unknown = self.parse_known_args(arguments)
+        typed = sys.argv[1:] if arguments is None else arguments
+        namespace, unknown = self.parse_known_args([self._spelled(word) for word in typed])
         flag = next((u.split("=")[0] for u in unknown if u.startswith("-")), None)
         if flag is not None:
             known = list(filter(_is_underscored, self._option_string_actions))

@@ -19,7 +19,7 @@ from kd_trainer.checkpointing.checkpoints import check_complete, checkpoint_fold
 from kd_trainer.checkpointing.resume import newest_checkpoint, recover_on_all_ranks
 from kd_trainer.checkpointing.stopping import stoppable
 from kd_trainer.commands.report import Loaded, ReportArguments, build_report
-from kd_trainer.config import RunArguments
+from kd_trainer.config import RUN_CONFIG, RunArguments
 from kd_trainer.console import summary_table
 from kd_trainer.costs import file_mib, image_milliseconds, peak_memory_mib
 from kd_trainer.data import StreamedDataset, TransformedDataset
@@ -122,7 +122,7 @@ def prepare(
     if first:
         run.output.mkdir(parents=True, exist_ok=True)
         lock.take()
-        write_text(run.output / "config.yaml", yaml.safe_dump(run.resolved(), sort_keys=False))
+        write_text(run.output / RUN_CONFIG, yaml.safe_dump(run.resolved(), sort_keys=False))
         if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
             write_bad_samples(run.output, parts.bad_samples)
     if args.teacher_targets == "cached" and parts.teacher is not None:

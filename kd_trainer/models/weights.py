@@ -23,6 +23,8 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model")
 # What a classification checkpoint carries beyond the encoder.
 _CLASSIFIERS = ("classifier.", "fc.", "_fc.", "head.", "last_linear.")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+# Tables of a window's size: some versions of transformers save them, some compute them.
+_DERIVED = ".relative_position_index"
 _UNREADABLE = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError)
 
 
@@ -146,7 +148,11 @@ def load_pretrained(
         ) from error
     other = [] if any_shape else sorted(info["mismatched_keys"])
     shapes = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in other]
-    faults = _faults(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), shapes)
+    missing, extra = (
+        sorted(name for name in info[kind] if not name.endswith(_DERIVED))
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    faults = _faults(missing, extra, shapes)
     if faults:
         raise ValueError(
             f"Expected every weight of {type(model).__name__} in {str(source)!r}, got {faults}. "

@@ -144,6 +144,7 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
         mean=model.teacher_mean,
         std=model.teacher_std,
         id2label=labels,
+        class_map=model.class_map,
         trust_remote_code=model.trust_remote_code,
     )
     check_finite_weights(teacher.network, source)
