@@ -194,6 +194,33 @@ def check_sync_batchnorm(args: Any, on_gpu: bool) -> None:
         )
 
 
+def check_class_weights(args: Any) -> None:
+    """Refuse class weights that are neither `balanced` nor numbers, or beside a pos_weight."""
+    words = args.class_weights
+    if words is None:
+        return
+    if args.pos_weight is not None:
+        raise ValueError(
+            "Expected either --pos_weight or --class_weights, got both, which say two things of "
+            "the classes. Leave one out."
+        )
+    if list(words) == ["balanced"]:
+        return
+    numbers = [_number(word) for word in words]
+    if not all(0 <= number < math.inf for number in numbers) or numbers[0] == len(words) - 2 == 0:
+        raise ValueError(
+            "Expected --class_weights as `balanced` or one number >= 0 a class (of two classes: "
+            f"above 0), got {' '.join(map(str, words))}. Write 0.5 4.0, say."
+        )
+
+
+def _number(word: Any) -> float:
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan
+
+
 TARGETS = ("online", "cached")
 
 

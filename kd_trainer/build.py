@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import set_seed
 
-from kd_trainer.arguments import DistillationArguments
+from kd_trainer.arguments import BALANCED, DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
     BadSample,
@@ -24,7 +24,9 @@ from kd_trainer.data import (
     transforms,
     usable_splits,
 )
+from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
+from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce
@@ -108,7 +110,8 @@ def build_run(run: RunArguments) -> RunComponents:
     args, data = run.training, run.data
     _check_together(run)
     channels = 1 if data.num_labels == 2 else data.num_labels
-    check_pos_weight(args.pos_weight, channels)
+    if args.class_weights != BALANCED:
+        check_pos_weight(args.class_factors, channels)
     weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
     weights.check_channels(channels)
     data = learn_from_sources(run)
@@ -116,6 +119,8 @@ def build_run(run: RunArguments) -> RunComponents:
     loaded = _load(run)
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
+    if args.class_weights == BALANCED:
+        balance_classes(run, splits[data.train_split], for_training.rule)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_image_size(data.image_size, student)
@@ -154,6 +159,25 @@ def learn_from_sources(run: RunArguments) -> DataArguments:
     if names is not None and len(names) == run.data.num_labels:  # others are refused when loaded
         run.data = replace(run.data, class_names=names)
     return run.data
+
+
+def balance_classes(run: RunArguments, rows: Any, rule: MaskRule) -> None:
+    """Put numbers in the place of `--class_weights balanced`, as the configuration then has them.
+
+    Raises:
+        ValueError: if a class is in none of the masks.
+    """
+    names = list(run.data.id2label.values())
+    skip = run.data.on_bad_sample == "skip"
+    pixels, masks = class_pixels(rows, rule, skip_bad=skip)
+    weights = balanced_weights(pixels, names, masks)
+    run.training.class_weights = [f"{weight:.4g}" for weight in weights]
+    shares = pixels / pixels.sum()
+    told = [f"{n} {s:.3%} x {w:.4g}" for n, s, w in zip(names, shares, weights, strict=True)]
+    announce(
+        f"Class weights, balanced by the pixels of {masks:,} training masks: {', '.join(told)}. "
+        "Numbers after --class_weights overrule them."
+    )
 
 
 def _names_without_background(run: RunArguments) -> list[str]:

@@ -104,7 +104,7 @@ class EvaluationSettings:
     num_labels: int
     ignore_index: int
     weights: LossWeights
-    pos_weight: float | None = None
+    pos_weight: float | Sequence[float] | None = None
 
 
 def student_rows(raw_logits: Tensor, labels: Tensor, settings: EvaluationSettings) -> Tensor:

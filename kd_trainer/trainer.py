@@ -136,7 +136,7 @@ class DistillationTrainer(Trainer):
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
         self.settings = EvaluationSettings(
-            len(self.id2label), ignore_index, self.loss_weights, args.pos_weight
+            len(self.id2label), ignore_index, self.loss_weights, args.class_factors
         )
         if self.own_metrics is None:  # whose figures nobody knows yet
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
@@ -191,7 +191,7 @@ class DistillationTrainer(Trainer):
             ignore_index=self.settings.ignore_index,
             distil_mask=inputs.get("distil_mask"),
             weights=self.loss_weights,
-            pos_weight=self.args.pos_weight,
+            pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
         )
         loss = weighted_sum(terms, self.loss_weights)

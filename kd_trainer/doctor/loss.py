@@ -52,7 +52,7 @@ def loss_of(run: RunArguments, parts: RunComponents) -> Loss:
             ignore_index=run.data.ignore_index,
             distil_mask=on_device.get("distil_mask"),
             weights=parts.loss_weights,
-            pos_weight=args.pos_weight,
+            pos_weight=args.class_factors,
         )
 
     return loss
