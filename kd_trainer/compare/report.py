@@ -22,6 +22,7 @@ from kd_trainer.loading import load_student, make_teacher, network_name
 from kd_trainer.metrics import Mean, bootstrap_difference, gap_closed, mean_of
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import settings_of
+from kd_trainer.students import image_size_of
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")
 
@@ -164,7 +165,7 @@ def measured_costs(
         return result
     student = load_student(folder)
     networks: dict[str, nn.Module] = {"student": student}
-    sides, files = {"student": student.config.image_size}, {"student": str(folder)}
+    sides, files = {"student": image_size_of(student)}, {"student": str(folder)}
     distilled = next((run for run in runs if run.kind == "distilled"), None)
     if distilled is not None:
         model = settings_of(ModelArguments, distilled.config)

@@ -7,7 +7,7 @@ import copy
 import itertools
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,9 @@ class EncoderUnit:
         return self.named
 
 
-def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -> frozenset[str]:
+def find_never_used(
+    network: nn.Module, image_size: int, in_channels: int = 3, device: str = "meta"
+) -> frozenset[str]:
     """Names of the parameters that no output depends on, so that they never get a gradient.
 
     Walks the autograd graph of one forward pass of a copy on the meta device: no arithmetic, no
@@ -54,13 +56,14 @@ def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -
         network: called with (1, in_channels, image_size, image_size); returns tensors.
         image_size: side in pixels that the network accepts.
         in_channels: of the input.
+        device: another than meta for networks that read values of their maps.
 
     Raises:
         ValueError: if the network refuses that size.
     """
-    twin = copy.deepcopy(network).to("meta").eval().requires_grad_(True)
+    twin = copy.deepcopy(network).to(device).eval().requires_grad_(True)
     dtype = next(twin.parameters()).dtype
-    probe = torch.empty(1, in_channels, image_size, image_size, dtype=dtype, device="meta")
+    probe = torch.empty(1, in_channels, image_size, image_size, dtype=dtype, device=device)
     try:
         with torch.enable_grad():
             outputs = twin(probe)
@@ -129,6 +132,29 @@ def encoder_units(model: nn.Module) -> list[EncoderUnit]:
             modules = tuple(module for _, module in group.members)
             units.append(EncoderUnit(path + group.name, modules, named))
     return units
+
+
+def free_deepest(
+    model: nn.Module, units: Sequence[EncoderUnit], never_used: Iterable[str], count: int
+) -> tuple[nn.Module, ...]:
+    """Let the `count` deepest units get gradients, and the others and what is never used none.
+
+    Returns:
+        The modules of the frozen units, which are to stay in eval mode.
+
+    Raises:
+        ValueError: if there are not so many units.
+    """
+    if not 0 <= count <= len(units):
+        raise ValueError(
+            f"Expected 0 to {len(units)} free units, got {count}. The encoder has {len(units)}."
+        )
+    for depth, unit in enumerate(reversed(units)):
+        for _, parameter in unit.parameters():
+            parameter.requires_grad_(depth < count)
+    for name in never_used:
+        model.get_parameter(name).requires_grad_(False)
+    return tuple(module for unit in units[: len(units) - count] for module in unit.modules)
 
 
 @dataclass
