@@ -184,6 +184,7 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
 
 
 _PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
+_FLIPPED = "do_flip_channel_order"
 _HEAD = "segmentation_head.0.weight"
 
 
@@ -257,13 +258,13 @@ def _load_network(
         return _from_state_dict(source, arch, encoder), (IMAGENET_MEAN, IMAGENET_STD)
     config = _read_config(source, hub)
     network = _from_folder(source, config, trust_remote_code, hub)
-    return network, _statistics(source, config, hub)
+    return network, saved_statistics(source, config, **hub)
 
 
-def _input_side(config: Any, image_size: int | None, source: str) -> int | None:
+def _input_side(config: Any, image_size: AnySize | None, source: str) -> AnySize | None:
     """The input side of a network: what is asked for, or the only one that it takes."""
     side = fixed_side(config)
-    if side is not None and image_size not in (None, side):
+    if side is not None and image_size is not None and as_size(image_size) != (side, side):
         raise ValueError(
             f"Expected --teacher_image_size {side} for {source}, got {image_size}: a "
             f"{config.model_type} takes that size only. Leave it out."
@@ -345,10 +346,29 @@ def _from_folder(
 ) -> Any:
     if "_model_class" in config:
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
+    model, _ = load_stock(source, config, trust_remote_code=trust_remote_code, **hub)
+    take_rgb(model, source, **hub)
+    return model
+
+
+def load_stock(
+    source: str, config: dict[str, Any], *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A saved model of `AutoModelForSemanticSegmentation`, and what was found of its weights.
+
+    Args:
+        source: folder or Hub id.
+        config: what its config.json holds.
+        trust_remote_code: run code that comes with it.
+        **options: of `load_pretrained`.
+
+    Raises:
+        ValueError: if it is no such model, contradicts itself, or would fetch code.
+    """
     if trust_remote_code:
         _announce_code(source, config)
     else:
-        _check_sources(config, source)
+        check_sources(config, source)
     # Of a config.json that contradicts itself, each model complains with an error of its own; those
     # of code that the user trusts are the user's to see.
     wrong = ValueError if trust_remote_code else Exception
@@ -356,8 +376,8 @@ def _from_folder(
         kind: Any = AutoModelForSemanticSegmentation
         if config.get("model_type") in MODEL_TYPES:
             kind = AutoModelForUniversalSegmentation
-        model, _ = load_pretrained(
-            kind.from_pretrained, source, trust_remote_code=trust_remote_code, **hub
+        return load_pretrained(
+            kind.from_pretrained, source, trust_remote_code=trust_remote_code, **options
         )
     except wrong as error:
         if is_own(error):
@@ -370,19 +390,18 @@ def _from_folder(
             ) from error
         raise ValueError(
             f"Expected a semantic segmentation model in {source!r}, got model_type "
-            f"{config.get('model_type')!r}. {_other_teacher(config, trust_remote_code, error)}"
+            f"{config.get('model_type')!r}. {_other_kind(config, trust_remote_code, error)}"
         ) from error
-    return model
 
 
 _KNOWN_TYPES = {*MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, *MODEL_TYPES}
 
 
-def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
+def _other_kind(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
     """What to do about a model that AutoModelForSemanticSegmentation does not know."""
     if not config.get("auto_map"):
         return (
-            "That kind of model is not supported as a teacher: choose one that "
+            "That kind of model is not supported: choose one that "
             f"AutoModelForSemanticSegmentation loads, a {', '.join(MODEL_TYPES)}, or one of smp."
         )
     if trust_remote_code:
@@ -393,7 +412,7 @@ def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Excep
     )
 
 
-def _check_sources(config: dict[str, Any], source: str) -> None:
+def check_sources(config: dict[str, Any], source: str) -> None:
     """Refuse what makes transformers fetch code, or timm read another place than the model's own.
 
     Raises:
@@ -435,7 +454,7 @@ def reduces_labels(source: str, **hub: Any) -> bool:
     if source.endswith(SUFFIXES):
         return False
     try:
-        settings = _preprocessing(source, hub)
+        settings = saved_preprocessing(source, **hub)
     except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
         return False
     return bool(settings.get("do_reduce_labels"))
@@ -454,7 +473,7 @@ def saved_class_names(source: str, **hub: Any) -> list[str] | None:
     return None if names and any(name.startswith("LABEL_") for name in names) else names
 
 
-def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:
     """The preprocessor_config.json of a model; empty without one."""
     may_be_missing = {"_raise_exceptions_for_missing_entries": False, **hub}
     if cached_file(source, IMAGE_PROCESSOR_NAME, **may_be_missing) is None:
@@ -470,30 +489,45 @@ def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _statistics(
-    source: str, config: dict[str, Any], hub: dict[str, Any]
+def saved_statistics(
+    source: str, config: dict[str, Any], **hub: Any
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that the teacher's own preprocessing applies to values in 0..1."""
-    settings = _preprocessing(source, hub) or config
+    """Mean and std that a saved model's own preprocessing applies to values in 0..1.
+
+    Raises:
+        ValueError: if no image can be normalised with them.
+    """
+    settings = saved_preprocessing(source, **hub) or config
     mean, std = (
         usual if settings.get(name) is None else settings[name]
         for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
     # transformers takes one number for all channels too.
     mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
-    if settings.get("do_normalize") is False:
+    # MobileViT's processor does not normalise, and does not say so.
+    if settings.get("do_normalize", _FLIPPED not in settings) is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    check_statistics(mean, std, f"the preprocessing of the teacher {source}")
+    check_statistics(mean, std, f"the preprocessing of {source}")
     factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
         factor = 1.0
     if not (is_finite_number(factor) and factor > 0):
         raise ValueError(
-            "Expected rescale_factor as a finite number above 0 in the preprocessing of the "
-            f"teacher {source}, got {str(factor)[:80]}. Give that which it was trained with."
+            "Expected rescale_factor as a finite number above 0 in the preprocessing of "
+            f"{source}, got {str(factor)[:80]}. Give that which it was trained with."
         )
     brightest = 255 * factor
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
+
+
+def take_rgb(network: nn.Module, source: str, **hub: Any) -> None:
+    """Let a network whose own preprocessing turns images into BGR (MobileViT) take RGB.
+
+    Its first convolution is turned instead, once and exactly: everybody else gives RGB.
+    """
+    if saved_preprocessing(source, **hub).get(_FLIPPED):
+        first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+        first.weight.data = first.weight.data.flip(1).contiguous()
 
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

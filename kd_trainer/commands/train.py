@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from torch import nn
+from transformers.image_processing_backends import TorchvisionBackend
 from transformers.trainer import TRAINER_STATE_NAME
 
 from kd_trainer import hub
@@ -39,7 +40,6 @@ from kd_trainer.files import (
 from kd_trainer.hub import check_access
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.measurement import evaluate_model
-from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
 from kd_trainer.run_folder import check_no_links, write_bad_samples, write_held_out
@@ -135,7 +135,7 @@ def prepare(
 def fit(
     trainer: DistillationTrainer,
     checkpoint: Path | None,
-    processor: SmpImageProcessor,
+    processor: TorchvisionBackend,
     *,
     stops: bool,
 ) -> dict[str, float]:

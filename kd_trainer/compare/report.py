@@ -23,6 +23,7 @@ from kd_trainer.metrics import Mean, bootstrap_difference, gap_closed, mean_of
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.parsing import settings_of
+from kd_trainer.students import image_size_of
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")
 
@@ -165,7 +166,7 @@ def measured_costs(
         return result
     student = load_student(folder)
     networks: dict[str, nn.Module] = {"student": student}
-    sizes: dict[str, AnySize] = {"student": student.config.image_size}
+    sizes: dict[str, AnySize] = {"student": image_size_of(student)}
     files = {"student": [str(folder)]}
     distilled = next((run for run in runs if run.kind == "distilled"), None)
     if distilled is not None:

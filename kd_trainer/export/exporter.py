@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from kd_trainer.build import evaluation_dataset
@@ -43,6 +43,7 @@ from kd_trainer.models.image_sizes import Size, plain_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 from kd_trainer.sources import public_name
+from kd_trainer.students import size_multiple
 
 FILES = {
     "onnx": "student.onnx",
@@ -143,7 +144,7 @@ class Exporter:
 
     def __init__(
         self,
-        student: SmpForSemanticSegmentation,
+        student: nn.Module,
         args: ExportArguments,
         samples: Sequence[Sample],
         work: Path,
@@ -167,7 +168,7 @@ class Exporter:
 
     def write(self) -> None:
         """Write every format but int8."""
-        if self.args.format == "smp":
+        if isinstance(self.student, SmpForSemanticSegmentation) and self.args.format == "smp":
             write_smp(self.student, self.path)
         elif self.args.format == "torch-export":
             write_program(self._program(prune=True), self.path, self.metadata)
@@ -406,7 +407,7 @@ def at_another_size(samples: Sequence[Sample], size: Size, multiple: int) -> lis
 
 
 def export_student(
-    student: SmpForSemanticSegmentation, args: ExportArguments, data: DataArguments
+    student: nn.Module, args: ExportArguments, data: DataArguments
 ) -> dict[str, Any]:
     """Export a student, check it, and only then put the file and the figures into the folder.
 
@@ -427,6 +428,11 @@ def export_student(
     student.cpu().eval()
     target = output / args.file_name
     if args.format == "smp":
+        if not isinstance(student, SmpForSemanticSegmentation):
+            raise ValueError(
+                f"Expected a student of smp for --format smp, got a {type(student).__name__}. Its "
+                "folder is read by transformers as it is; choose onnx or torch-export."
+            )
         check_replaceable(target, "output")
     samples = samples_of(args, data, data.eval_split, args.check_images)
     with tempfile.TemporaryDirectory(prefix="kd_trainer-export-") as work:
@@ -469,7 +475,7 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
         parity = exporter.compare(batches_of(exporter.samples, args.batch_size))
         check(args, parity, "on the images")
     if args.format != "smp" and not args.fixed_size:
-        multiple = int(student.encoder.output_stride)  # type: ignore[arg-type]
+        multiple = size_multiple(student)
         batches = at_another_size(exporter.samples, data.input_size, multiple)
         other = exporter.compare(batches, "another size")
         if args.format != "onnx-int8":  # whose ranges are those of the size it is meant for

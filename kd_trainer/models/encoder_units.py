@@ -7,7 +7,7 @@ import copy
 import itertools
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class EncoderUnit:
 
 
 def find_never_used(
-    network: nn.Module, image_size: AnySize, in_channels: int = 3
+    network: nn.Module, image_size: AnySize, in_channels: int = 3, device: str = "meta"
 ) -> frozenset[str]:
     """Names of the parameters that no output depends on, so that they never get a gradient.
 
@@ -58,13 +58,14 @@ def find_never_used(
         network: called with (1, in_channels, height, width); returns tensors.
         image_size: that the network accepts, in pixels, as `as_size` reads it.
         in_channels: of the input.
+        device: another than meta for networks that read values of their maps.
 
     Raises:
         ValueError: if the network refuses that size.
     """
-    twin = copy.deepcopy(network).to("meta").eval().requires_grad_(True)
+    twin = copy.deepcopy(network).to(device).eval().requires_grad_(True)
     dtype = next(twin.parameters()).dtype
-    probe = torch.empty(1, in_channels, *as_size(image_size), dtype=dtype, device="meta")
+    probe = torch.empty(1, in_channels, *as_size(image_size), dtype=dtype, device=device)
     try:
         with torch.enable_grad():
             outputs = twin(probe)
@@ -134,6 +135,29 @@ def encoder_units(model: nn.Module) -> list[EncoderUnit]:
             modules = tuple(module for _, module in group.members)
             units.append(EncoderUnit(path + group.name, modules, named))
     return units
+
+
+def free_deepest(
+    model: nn.Module, units: Sequence[EncoderUnit], never_used: Iterable[str], count: int
+) -> tuple[nn.Module, ...]:
+    """Let the `count` deepest units get gradients, and the others and what is never used none.
+
+    Returns:
+        The modules of the frozen units, which are to stay in eval mode.
+
+    Raises:
+        ValueError: if there are not so many units.
+    """
+    if not 0 <= count <= len(units):
+        raise ValueError(
+            f"Expected 0 to {len(units)} free units, got {count}. The encoder has {len(units)}."
+        )
+    for depth, unit in enumerate(reversed(units)):
+        for _, parameter in unit.parameters():
+            parameter.requires_grad_(depth < count)
+    for name in never_used:
+        model.get_parameter(name).requires_grad_(False)
+    return tuple(module for unit in units[: len(units) - count] for module in unit.modules)
 
 
 @dataclass

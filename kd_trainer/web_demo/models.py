@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 
 from kd_trainer.costs import Latency, file_mib, interleaved
 from kd_trainer.data.input_files import read_image
-from kd_trainer.evaluation import labels_of
+from kd_trainer.evaluation import Measured, labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
 from kd_trainer.loading import load_student, network_name, network_size
@@ -34,6 +34,7 @@ from kd_trainer.reports.panels import (
     overlay,
 )
 from kd_trainer.sources import model_source
+from kd_trainer.students import check_student_size, image_size_of
 from kd_trainer.teacher import Teacher, load_teacher
 
 # Longer side of what is shown and predicted. More than any screen shows, and the logits of nine
@@ -110,8 +111,8 @@ def load_demo_student(source: str) -> DemoModel:
         return _tried(_from_onnx(source), source, "its saved image size")
     source = model_source(source)
     student = load_student(source)
-    size = student.config.image_size
-    check_image_size(size, student)
+    size = image_size_of(student)
+    check_student_size(size, student)
     model = _described(student, torch_segmenter(student, size), source, labels_of(student))
     return _tried(model, source, "its saved image size")
 
@@ -176,7 +177,7 @@ def _from_onnx(source: str) -> DemoModel:
 
 
 def _described(
-    model: SmpForSemanticSegmentation | Teacher,
+    model: Measured,
     segmenter: Segmenter,
     source: str,
     labels: dict[int, str],
