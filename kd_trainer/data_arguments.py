@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from kd_trainer.argument_checks import FlagSize, image_size
 from kd_trainer.errors import clipped
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
 from kd_trainer.metrics import check_class_names
+from kd_trainer.models.image_sizes import Size, as_size
 
 AUGMENTATIONS = ("heavy", "seed", "light", "none")
 LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
@@ -74,7 +76,11 @@ class DataArguments:
         None, "Folder of images without masks, used by the distillation terms only."
     )
     streaming: bool = help_field(False, "Stream the data instead of indexing it.")
-    image_size: int = help_field(640, "Side of the square network input in pixels.")
+    image_size: FlagSize = help_field(
+        640,
+        "Size of the network input in pixels: one number for a square, or height and width, such "
+        "as 512 1024.",
+    )
     augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
         0.8,
@@ -98,10 +104,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        self.image_size = image_size("image_size", self.image_size)
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()
-        check_at_least("image_size", self.image_size, 32)
         if self.num_labels < 2:
             raise ValueError(
                 f"Expected --num_labels of at least 2 (background and foreground), got "
@@ -160,6 +166,11 @@ class DataArguments:
                 f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got it "
                 f"with {other}. Leave one out."
             )
+
+    @property
+    def input_size(self) -> Size:
+        """`image_size` as (height, width)."""
+        return as_size(self.image_size)
 
     @property
     def id2label(self) -> dict[int, str]:

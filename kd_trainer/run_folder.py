@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.config import load_recipe
+from kd_trainer.config import RUN_CONFIG, load_recipe
 from kd_trainer.data import BadSample
 from kd_trainer.errors import clipped, printable
 from kd_trainer.files import check_regular, read_json, write_text
@@ -120,7 +120,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
     Only data and networks are built from it: its training part may ask for a device that this
     machine does not have.
     """
-    for name in ("config.yaml", "student/config.json"):
+    for name in (RUN_CONFIG, "student/config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"Expected the output folder of a finished training, got {folder}, which has no "
@@ -131,7 +131,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
 
 def written_settings(folder: Path) -> dict[str, Any]:
     """What `config.yaml` holds, without what only a command line can set."""
-    path = folder / "config.yaml"
+    path = folder / RUN_CONFIG
     check_regular(path)
     return load_recipe(str(path))
 

@@ -32,8 +32,9 @@ from kd_trainer.console import markdown_table
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.doctor.plan import timeline
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.parsing import Parser, convert, hints_of
+from kd_trainer.students import parameter_counts
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")

@@ -465,7 +465,7 @@ def _check_no_category(data: DataArguments) -> None:
 
 def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
     drawn = synthetic_splits(
-        data.synthetic_train, data.synthetic_eval, size=data.image_size, seed=SYNTHETIC_SEED
+        data.synthetic_train, data.synthetic_eval, size=data.input_size, seed=SYNTHETIC_SEED
     )
     if split not in drawn:
         raise MissingSplitError(
