@@ -265,6 +265,29 @@ def subfolders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
+_SPLITS = (
+    ("train", "training", "train2017", "train2014"),
+    ("validation", "val", "valid", "val2017", "val2014", "dev", "test", "testing"),
+)
+"""What splits are called, the usual name first; `test` is measured on only where nothing else is."""
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """What a split may be called in a data set, itself first.
+
+    >>> split_names("validation")[:4]
+    ('validation', 'val', 'valid', 'val2017')
+    >>> split_names("test")
+    ('test', 'testing')
+    >>> split_names("fold3")
+    ('fold3',)
+    """
+    if split in ("test", "testing"):  # whoever asks for it wants no other
+        return split, "testing" if split == "test" else "test"
+    names = next((names for names in _SPLITS if split in names), ())
+    return split, *(name for name in names if name != split)
+
+
 class MissingSplitError(FileNotFoundError, ValueError):
     """A data set does not hold a split.
 
