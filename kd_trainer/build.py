@@ -17,9 +17,11 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
     BadSample,
+    MaskRule,
     SegmentationTransform,
     StreamedDataset,
     TransformedDataset,
+    learned,
     load_splits,
     source_class_names,
     transforms,
@@ -28,6 +30,7 @@ from kd_trainer.data import (
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.sources import is_coco
 from kd_trainer.data_arguments import DataArguments
+from kd_trainer.errors import printable
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.loading import make_student, make_teacher, student_options
 from kd_trainer.losses import LossWeights
@@ -63,6 +66,7 @@ def evaluation_dataset(
     loaded = load_splits(data, [name])
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
+    say_rule(transform.rule)
     if data.streaming:
         return StreamedDataset(
             splits[name],
@@ -93,6 +97,12 @@ REDUCED = (
 )
 
 
+def say_rule(rule: MaskRule) -> None:
+    """Say how masks are read, in one line, where somebody could want it otherwise."""
+    if rule.note:
+        print(printable(rule.note), file=sys.stderr)
+
+
 def build_run(run: RunArguments) -> RunComponents:
     """Everything a training needs, checked; `run` learns the class names of its source."""
     if not run.data.dataset:
@@ -111,6 +121,9 @@ def build_run(run: RunArguments) -> RunComponents:
     loaded = _load(run)
     splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
+    data = run.data = learned(for_training.rule, data)
+    if args.process_index == 0:
+        say_rule(for_training.rule)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_image_size(data.image_size, student)
@@ -175,8 +188,12 @@ def _load(run: RunArguments) -> Any:
 
 def counts_from_one(source: str, data: DataArguments) -> bool:
     """Whether masks are read as those of a saved model were, from value 1 on."""
-    own_values = data.mask_values or data.mask_threshold or data.category
-    if own_values or data.dataset == "synthetic" or (data.dataset and is_coco(data)):
+    classes = (data.mask_values, data.mask_colors, data.merge_classes, data.mask_kind)
+    if (
+        any((*classes, data.mask_threshold, data.category))
+        or data.dataset == "synthetic"
+        or (data.dataset and is_coco(data))
+    ):
         return False
     return reduces_labels(source)
 

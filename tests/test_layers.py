@@ -20,7 +20,7 @@ LAYERS = (
         *("losses", "schedules", "metrics", "fast_layers"),
         *("errors", "fields", "files", "processes", PORTABLE),
     ),
-    ("argument_checks", "console", "foreign_flags", "reports", "sources"),
+    ("argument_checks", "console", "foreign_flags", "mask_flags", "reports", "sources"),
     ("arguments", "data_arguments", "model_arguments", "model_card", "parsing", "teacher"),
     ("config", "data", "optim"),
     ("evaluation",),

@@ -7,16 +7,20 @@ trains on it and publishes a report, or a panel, would publish that image.
 from __future__ import annotations
 
 import os
+import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import torch.distributed as dist
+from tqdm import tqdm
 
 from kd_trainer.data.images import image_shape
+from kd_trainer.errors import printable
 from kd_trainer.fields import nearest
 
 Row = dict[str, Any]
@@ -160,7 +164,7 @@ def load_pair_folder(
     folder = root / split
     _check_folders(root, split, image_folder, mask_folder)
     images = _by_stem(list_images(folder / image_folder), folder / image_folder)
-    masks = _by_stem(list_images(folder / mask_folder, MASK_SUFFIXES), folder / mask_folder)
+    masks = _by_stem(list_masks(folder / mask_folder), folder / mask_folder)
     if not images:
         raise ValueError(
             f"Expected images in {folder / image_folder}, got an empty split. Files directly "
@@ -220,12 +224,10 @@ def _other_side(names: dict[str, Path], partners: dict[str, Path], label: str) -
 def _check_pairs(images: dict[str, Path], masks: dict[str, Path], mask_folder: Path) -> None:
     bare = [file.name for stem, file in images.items() if stem not in masks]
     if bare:
-        lossy = [p.name for p in list_images(mask_folder, {".jpg", ".jpeg"})]
-        hint = f" {lossy[0]} is no mask: JPEG changes values, store PNG." if lossy else ""
         raise ValueError(
             f"Expected a mask of the same stem for each image, got none in {mask_folder} for "
             f"{len(bare)} of {len(images)}: {show_names(bare)}"
-            f"{_other_side(masks, images, 'masks without an image')}.{hint} Add the masks, or "
+            f"{_other_side(masks, images, 'masks without an image')}. Add the masks, or "
             "move the images to a folder of their own and pass it as --unlabelled."
         )
     orphans = [file.name for stem, file in masks.items() if stem not in images]
@@ -242,8 +244,8 @@ FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)}
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-# JPEG is lossy: its masks hold values that nobody wrote.
-MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
+MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".npy"})
+_LOSSY = frozenset({".jpg", ".jpeg"})  # of masks they are read where there is nothing better
 _MAX_SHARDS = 64
 _MIN_SHARD_ROWS = 64
 _SAMPLE = 200  # images without masks whose first bytes are read before a run
@@ -269,11 +271,15 @@ _SPLITS = (
     ("train", "training", "train2017", "train2014"),
     ("validation", "val", "valid", "val2017", "val2014", "dev", "test", "testing"),
 )
-"""What splits are called, the usual name first; `test` is measured on only where nothing else is."""
+"""Names of splits, the usual one first; `test` is measured on only where nothing else is."""
 
 
-def split_names(split: str) -> tuple[str, ...]:
+def split_names(split: str, others: Collection[str] = ()) -> tuple[str, ...]:
     """What a split may be called in a data set, itself first.
+
+    Args:
+        split: its name.
+        others: names of further splits, which are never meant.
 
     >>> split_names("validation")[:4]
     ('validation', 'val', 'valid', 'val2017')
@@ -282,10 +288,16 @@ def split_names(split: str) -> tuple[str, ...]:
     >>> split_names("fold3")
     ('fold3',)
     """
-    if split in ("test", "testing"):  # whoever asks for it wants no other
-        return split, "testing" if split == "test" else "test"
-    names = next((names for names in _SPLITS if split in names), ())
-    return split, *(name for name in names if name != split)
+    family: tuple[str, ...] = next((names for names in _SPLITS if split in names), ())
+    if split.startswith("test"):  # whoever asks for it wants no other
+        family = tuple(name for name in family if name.startswith("test"))
+    return split, *(name for name in family if name != split and name not in others)
+
+
+def say(line: str) -> None:
+    """Print a line on what was understood, in one process of a run."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 class MissingSplitError(FileNotFoundError, ValueError):
@@ -331,6 +343,14 @@ def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[
                 f"{folder}. Rename the file."
             )
     return [folder / name for name in names]
+
+
+def list_masks(folder: Path) -> list[Path]:
+    """The mask files directly in `folder`, sorted by name; a JPEG only if its name has no other."""
+    lossless = list_images(folder, MASK_SUFFIXES)
+    stems = {file.stem for file in lossless}
+    lossy = [file for file in list_images(folder, _LOSSY) if file.stem not in stems]
+    return sorted([*lossless, *lossy], key=lambda file: file.name) if lossy else lossless
 
 
 def show_names(names: Sequence[str]) -> str:
