@@ -20,7 +20,17 @@ LAYERS = (
         *("losses", "schedules", "metrics", "fast_layers"),
         *("errors", "fields", "files", "processes", PORTABLE),
     ),
-    ("argument_checks", "class_map", "console", "foreign_flags", "reports", "sources", "universal"),
+    (
+        "argument_checks",
+        "class_map",
+        "console",
+        "foreign_flags",
+        "mask_flags",
+        "reports",
+        "sources",
+        "teacher_files",
+        "universal",
+    ),
     (
         "arguments",
         "data_arguments",
