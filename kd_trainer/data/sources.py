@@ -333,9 +333,10 @@ def _say_layout(data: DataArguments, layout: Layout, listed: Mapping[str, Any]) 
     first = next(iter(listed.values()))[0]
     names = example(*(Path(first[side]["path"]) for side in ("image", "mask")))
     names = f", {names}" if names and layout.name == "folders" else ""
+    part = "column" if "image_column" in layout.flags else "folder"
     say(
         f"{data.dataset} ({layout.name}): {'; '.join([layout.description + names, *sizes])}.",
-        "Otherwise: --layout, --image_folder, --mask_folder, --train_split, --eval_split.",
+        f"Otherwise: --layout, --image_{part}, --mask_{part}, --train_split, --eval_split.",
     )
 
 
