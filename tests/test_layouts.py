@@ -18,8 +18,8 @@ from kd_trainer.config import build, parse
 from kd_trainer.data import layouts, load_splits
 from kd_trainer.data.folder_layouts import words_of
 from kd_trainer.data.hold_out import held_out
-from kd_trainer.data.images import decode_mask
 from kd_trainer.data.known_layouts import CITYSCAPES_CLASSES
+from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data.pairing import find_naming
 from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import load_source, source_class_names
