@@ -16,6 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from kd_trainer.argument_checks import (
+    check_class_weights,
     check_ends,
     check_hub,
     check_reports,
@@ -28,6 +29,7 @@ from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
 from kd_trainer.losses import TERMS, LossWeights
 from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
 
+BALANCED = ["balanced"]
 PRECISIONS = ("auto", "bf16", "fp16", "no")
 MOST_WORKERS = 8
 
@@ -41,8 +43,18 @@ class DistillationArguments(TrainingArguments):
     mse_weight: float = help_field(0.5, "Weight of the MSE between logits.")
     bce_weight: float = help_field(0.5, "Weight of the BCE (cross entropy for several classes).")
     dice_weight: float = help_field(1.0, "Weight of the Dice loss.")
-    task_weight: float = help_field(1.0, "Common factor of BCE and Dice.")
+    focal_weight: float = help_field(0.0, "Weight of the focal loss (gamma 2).")
+    lovasz_weight: float = help_field(0.0, "Weight of the Lovász loss, a surrogate of 1 - IoU.")
+    tversky_weight: float = help_field(
+        0.0, "Weight of the Tversky loss, a Dice in which a miss costs more than a false alarm."
+    )
+    task_weight: float = help_field(1.0, "Common factor of the terms that compare with labels.")
     pos_weight: float | None = help_field(None, "Weight of the foreground in a binary BCE.")
+    class_weights: list[str] | None = help_field(
+        None,
+        "Weights of the classes in the BCE (cross entropy): one number a class, background first, "
+        "or `balanced`, which measures their shares in the training masks.",
+    )
     # The teacher's answers.
     teacher_targets: str = help_field(
         "online",
@@ -213,6 +225,7 @@ class DistillationArguments(TrainingArguments):
     def _check_schedules(self) -> None:
         self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
         self.temperature  # noqa: B018
+        check_class_weights(self)
         check_ends(self)
         check_choice("temperature_per", self.temperature_per, ("epoch", "step"))
         rates = ("encoder_lr_scale", "min_learning_rate", "warmup_epochs")
@@ -282,6 +295,23 @@ class DistillationArguments(TrainingArguments):
         """Weights of the loss terms."""
         weights = {term.name: getattr(self, term.flag) for term in TERMS}
         return LossWeights(**weights, task=self.task_weight)
+
+    @property
+    def class_factors(self) -> float | tuple[float, ...] | None:
+        """What the cross entropy multiplies: the foreground of one logit, or each of the classes.
+
+        Raises:
+            ValueError: if they are still to be measured, which `build_run` does.
+        """
+        if self.class_weights is None:
+            return self.pos_weight
+        if self.class_weights == BALANCED:
+            raise ValueError(
+                "Expected numbers as class_weights, got balanced, which scripts/train.py measures. "
+                "Give one number a class."
+            )
+        factors = tuple(map(float, self.class_weights))
+        return factors[1] / factors[0] if len(factors) == 2 else factors  # two: one logit
 
     @property
     def temperature(self) -> TemperatureSchedule:

@@ -12,7 +12,7 @@ from kd_trainer.argument_checks import UNUSABLE, check_ends
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import is_own
-from kd_trainer.fields import closest
+from kd_trainer.fields import closest, expanded
 from kd_trainer.files import read_yaml
 from kd_trainer.foreign_flags import flag_hint
 from kd_trainer.model_arguments import ModelArguments
@@ -56,6 +56,11 @@ _DERIVED = frozenset(
     | {"do_eval", "greater_is_better", "dataloader_num_workers"}
     | {"dataloader_persistent_workers", "accelerator_config"}
 )
+
+RUN_CONFIG = "config.yaml"
+"""Name of the file in which a run's folder holds its settings."""
+# Settings that may name a file or a folder.
+_PATHS = ("dataset", "unlabelled", "teacher", "student", "encoder_weights", "teacher_cache")
 
 # What a saved student has decided already.
 _OF_A_NEW_STUDENT = (
@@ -122,6 +127,14 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ONLY_FLAGS}
 
 
+def _recipe_file(name_or_path: str) -> Path:
+    """The YAML file that is meant: itself, that of a run's folder, or one of ours by its name."""
+    path = Path(expanded(name_or_path))
+    if (path / RUN_CONFIG).is_file():
+        return path / RUN_CONFIG
+    return path if path.suffix in (".yaml", ".yml") else RECIPES / f"{name_or_path}.yaml"
+
+
 def _read_recipe(name_or_path: str) -> dict[str, Any]:
     """Settings of a recipe, by the name of one of ours or the path of a YAML file.
 
@@ -129,9 +142,7 @@ def _read_recipe(name_or_path: str) -> dict[str, Any]:
         FileNotFoundError: if there is neither; names the nearest recipe.
         ValueError: if the file is not a mapping, or has an unknown key.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{name_or_path}.yaml"
+    path = _recipe_file(name_or_path)
     if not path.is_file():
         raise FileNotFoundError(
             f"Expected a recipe ({', '.join(recipe_names())}) or a YAML file, got {name_or_path}."
@@ -291,10 +302,37 @@ def parse(arguments: Sequence[str] | None = None) -> RunArguments:
     given = parser().given(arguments)
     config, dry_run = given.pop("config"), given.pop("dry_run")
     settings = merged(config, given)
-    settings.setdefault("output_dir", f"runs/{Path(config).stem}")
+    if given.get("resume") is not None and "output_dir" not in given:
+        settings = _from_its_folder(_recipe_file(config), settings)
+    settings.setdefault("output_dir", f"runs/{_recipe_file(config).stem}")
     run = build(settings, dry_run=dry_run)
     check_given(run, given)
     return run
+
+
+def _from_its_folder(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that goes on from another folder than the one it was started in.
+
+    Its configuration names paths as they were seen from there.
+    """
+    folder, output = file.absolute().parent, Path(str(settings.get("output_dir", "")))
+    count = len(output.parts)
+    if file.name != RUN_CONFIG or output.is_absolute() or folder.parts[-count:] != output.parts:
+        return settings
+    started = Path(*folder.parts[:-count])
+    for name in _PATHS:
+        path = settings.get(name)
+        if isinstance(path, list):
+            settings |= {name: [_seen_from(started, one) for one in path]}
+        elif isinstance(path, str):
+            settings |= {name: _seen_from(started, path)}
+    below = folder.is_relative_to(Path.cwd())
+    return settings | {"output_dir": str(folder.relative_to(Path.cwd()) if below else folder)}
+
+
+def _seen_from(started: Path, path: str) -> str:
+    elsewhere = not Path(path).exists() and (started / path).exists()
+    return str(started / path) if elsewhere else path
 
 
 def check_given(run: RunArguments, given: Collection[str]) -> None:

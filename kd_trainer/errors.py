@@ -30,6 +30,12 @@ def clipped(text: object, most: int = 80) -> str:
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
+def announce(text: str) -> None:
+    """Say on the terminal, once for all processes of a run, what was understood."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(text), file=sys.stderr)
+
+
 def require(name: str, *, extra: str) -> Any:
     """A module of an extra.
 
@@ -112,8 +118,7 @@ def run_script(main: Callable[[], None], *, go_on: str = GO_ON) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{printable(stop)} {go_on}", file=sys.stderr)
+        announce(f"{stop} {go_on}")
         sys.exit(stop.code)
 
 

@@ -101,7 +101,8 @@ def _is_nearest(block: UnetDecoderBlock) -> bool:
 
 def _exported() -> bool:
     """Into a file goes the layer as it was written; torch.compile gets the faster one."""
-    return bool(torch.compiler.is_exporting() or torch.jit.is_tracing())  # type: ignore[attr-defined]
+    # What `is_exporting` returns; of itself torch.compile says in 2.10 that it were an export.
+    return bool(torch.compiler._is_exporting_flag or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 class FastSwish(Swish):
@@ -481,8 +482,14 @@ def compiled_graphs() -> int:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The raw logits in what a network returns: a tensor, or an output that names them."""
+    """The raw logits in what a network returns: a tensor, or an output that names them.
+
+    Of a universal segmentation model those of its masks.
+    """
     if isinstance(output, Tensor):
         return output
+    masks: Tensor | None = getattr(output, "masks_queries_logits", None)
+    if masks is not None:
+        return masks
     raw = getattr(output, "raw_logits", None)
     return output.logits if raw is None else raw

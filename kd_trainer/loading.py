@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +16,43 @@ from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.files import parse_yaml
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.config_checks import nearest_hint, read_config
+from kd_trainer.models.config_checks import LARGEST_SIDE, nearest_hint, read_config
 from kd_trainer.models.configuration_smp import architecture_arguments
-from kd_trainer.models.modeling import (
-    SmpForSemanticSegmentation,
-    check_image_size,
-    parameter_counts,
-)
+from kd_trainer.models.image_sizes import AnySize, Size, as_size, plain_size, size_text
+from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights
 from kd_trainer.parsing import convert
 from kd_trainer.sources import model_source, not_here
-from kd_trainer.teacher import Teacher, load_teacher
+from kd_trainer.students import (
+    as_student,
+    is_student,
+    name_classes,
+    never_used,
+    parameter_counts,
+    traits_of,
+    units_of,
+)
+from kd_trainer.teacher import (
+    Teacher,
+    load_stock,
+    load_teacher,
+    saved_preprocessing,
+    saved_statistics,
+    take_rgb,
+)
+from kd_trainer.teacher_ensemble import TeacherEnsemble, ensemble_of
 
 
-def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:
+def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
     """A new student, or a saved one to go on from, for the images and names of this run."""
     if model.student is not None:
-        student = load_student(model.student, num_labels=data.num_labels)
-        student.config.image_size = data.image_size
-        student.config.semantic_loss_ignore_index = data.ignore_index
-        if data.class_names is not None:
-            student.config.id2label = data.id2label
-            student.config.label2id = {name: index for index, name in data.id2label.items()}
-        return student
+        return _go_on_from(model.student, data)
     student = SmpForSemanticSegmentation.create(
         model.student_arch,
         model.student_encoder,
         encoder_weights=model.encoder_weights,
         id2label=data.id2label,
-        image_size=data.image_size,
+        image_size=plain_size(data.input_size),
         semantic_loss_ignore_index=data.ignore_index,
         **student_options(model),
     )
@@ -51,38 +61,35 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
     return student
 
 
-def load_student(
-    source: str | Path, *, num_labels: int | None = None
-) -> SmpForSemanticSegmentation:
+def _go_on_from(source: str, data: DataArguments) -> nn.Module:
+    """A saved model as the student of a run; a stock one gets a head for other classes."""
+    config = _config_of_saved(source)
+    if "_model_class" in config:
+        student: Any = load_student(source, num_labels=data.num_labels)
+        student.config.image_size = plain_size(data.input_size)
+    else:
+        student = load_stock_student(source, config, data.id2label, data.input_size)
+    if data.class_names is not None:
+        name_classes(student, data.id2label)
+    student.config.semantic_loss_ignore_index = data.ignore_index
+    return student
+
+
+def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Module:
     """A saved student, from a folder (its own, or that of its run) or the Hub.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
-        ValueError: if it is another kind of model, or has other classes than `num_labels`.
+        ValueError: if it is no segmentation model, or has other classes than `num_labels`.
     """
     source = model_source(str(source))
-    folder = Path(source)
-    looks_local = folder.exists() or str(source).startswith((".", "/", "~", "runs"))
-    if looks_local and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"Expected a saved model with a config.json, got {source}. A training run leaves it in "
-            f"the folder `student` of its output folder.{not_here(source)}"
-        )
-    try:
-        config = read_config(source)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"Expected a saved model, a folder here or an id on the Hub, got {source}: {reason}"
-            f"{not_here(source)}"
-        ) from error
-    if "_model_class" not in config:
-        raise ValueError(
-            f"Expected a student of this package or an smp model, got {source} of model_type "
-            f"{config.get('model_type')!r}. Other models can be teachers only."
-        )
-    student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
-    check_finite_weights(student, str(source))
+    config = _config_of_saved(source)
+    student: nn.Module
+    if "_model_class" in config:
+        student = SmpForSemanticSegmentation.from_pretrained(source)
+        check_finite_weights(student, source)
+    else:
+        student = load_stock_student(source, config)
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -90,6 +97,107 @@ def load_student(
             f"{len(labels)}: {', '.join(labels.values())}."
         )
     return student
+
+
+def _config_of_saved(source: str) -> dict[str, Any]:
+    """The config.json of a saved model.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folder = Path(source)
+    looks_local = folder.exists() or source.startswith((".", "/", "~", "runs"))
+    if looks_local and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"Expected a saved model with a config.json, got {source}. A training run leaves it in "
+            f"the folder `student` of its output folder.{not_here(source)}"
+        )
+    try:
+        return read_config(source)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"Expected a saved model, a folder here or an id on the Hub, got {source}: {reason}"
+            f"{not_here(source)}"
+        ) from error
+
+
+def load_stock_student(
+    source: str,
+    config: dict[str, Any],
+    id2label: dict[int, str] | None = None,
+    image_size: Size | None = None,
+) -> nn.Module:
+    """A model of `AutoModelForSemanticSegmentation` as a student, in fp32.
+
+    Args:
+        source: folder or Hub id; what is pretrained without a head, such as an image classifier,
+            gets one too.
+        config: what its config.json holds.
+        id2label: of the run. A model of as many classes keeps its head; any other gets a new one,
+            which is said. None takes the saved model as it is.
+        image_size: of the run; None takes that of the model's own preprocessing.
+
+    Raises:
+        ValueError: if it is no such model, or weights of its encoder are missing or misshapen.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32}
+    classes = len(config.get("id2label") or (0, 1))
+    if id2label is not None and classes not in _fitting_heads(id2label):
+        names = {name: index for index, name in id2label.items()}
+        options |= {"id2label": id2label, "label2id": names}
+    if id2label is not None:
+        options["new_head"] = True
+    model, info = load_stock(source, config, **options)
+    take_rgb(model, source)
+    mean, std = saved_statistics(source, config)
+    size = image_size or _saved_size(saved_preprocessing(source))
+    student = as_student(model, image_size=size, mean=mean, std=std)
+    check_finite_weights(student, source)
+    if id2label is not None:
+        traits_of(student).new_head = _say_what_is_new(model, info, source)
+    return student
+
+
+def _fitting_heads(id2label: dict[int, str]) -> tuple[int, ...]:
+    """Channels of a head for these classes; one logit is kept where a saved model has one."""
+    return (1, 2) if len(id2label) == 2 else (len(id2label),)
+
+
+def _say_what_is_new(model: Any, info: dict[str, Any], source: str) -> bool:
+    """Print which parts start from random weights; returns whether any do.
+
+    Raises:
+        ValueError: if parts of the encoder are among them.
+    """
+    unused = never_used(model)
+    absent = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+    new = sorted(name for name in absent if name not in unused)
+    encoder = {name for unit in units_of(model) for name, _ in unit.parameters()}
+    gone = [name for name in new if name in encoder]
+    if gone:
+        raise ValueError(
+            f"Expected the weights of a {type(model).__name__} or of its encoder in {source!r}, "
+            f"got none that fit {', '.join(gone[:5])}{', ...' if len(gone) > 5 else ''}. Check "
+            "that config.json and the weights belong together."
+        )
+    head = f"keeps its head of {len(labels_of(model))} classes"
+    if new:
+        parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
+        head = f"gets a new head for {len(labels_of(model))} classes ({', '.join(parts)})"
+    print(f"The student, a {type(model).__name__} from {source}, {head}.", file=sys.stderr)
+    return bool(new)
+
+
+def _saved_size(settings: Mapping[str, Any]) -> Size | None:
+    """Height and width of what a preprocessing makes of an image; None if it does not say."""
+    cropped = settings.get("do_center_crop") and settings.get("crop_size")
+    size = cropped or settings.get("size")
+    sides: list[Any] = [size, size]
+    if isinstance(size, Mapping):
+        sides = [size.get(name) or size.get("shortest_edge") for name in ("height", "width")]
+    usable = all(type(side) is int and 0 < side <= LARGEST_SIDE for side in sides)
+    return (sides[0], sides[1]) if usable else None
 
 
 def load_measured(
@@ -100,7 +208,7 @@ def load_measured(
     num_labels: int | None = None,
     trust_remote_code: bool = False,
 ) -> Measured:
-    """Any saved model to measure: a student, else whatever can be a teacher.
+    """Any saved model to measure: what can be a student, else what can be a teacher alone.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -112,7 +220,7 @@ def load_measured(
             config = read_config(source)
         except OSError:
             config = {"_model_class": ""}  # `load_student` says what is missing
-        if "_model_class" in config or "model_type" not in config:
+        if not (trust_remote_code and config.get("auto_map")):
             return load_student(source, num_labels=num_labels)
     return load_teacher(
         source,
@@ -123,27 +231,40 @@ def load_measured(
     )
 
 
-def make_teacher(model: ModelArguments, student: Measured, *, image_size: int) -> Teacher | None:
+def make_teacher(
+    model: ModelArguments, student: Measured, *, image_size: AnySize
+) -> Teacher | None:
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
     if not model.has_teacher:
         return None
+    return ensemble_of(
+        [_member(model, source, student, image_size) for source in model.teachers],
+        weights=model.teacher_shares,
+        flip=model.teacher_flip,
+    )
+
+
+def _member(model: ModelArguments, source: str, student: Measured, image_size: AnySize) -> Teacher:
+    """One of the teachers; of several, what describes the input is that of bare state dicts."""
     mean, std = input_statistics(student)
+    told = len(model.teachers) == 1 or source.endswith(SUFFIXES)
     teacher = load_teacher(
-        model.teacher,
+        source,
         num_labels=len(labels_of(student)),
         arch=model.teacher_arch,
         encoder=model.teacher_encoder,
-        image_size=model.teacher_image_size,
-        mean=model.teacher_mean,
-        std=model.teacher_std,
+        image_size=model.teacher_image_size if told else None,
+        mean=model.teacher_mean if told else None,
+        std=model.teacher_std if told else None,
         input_mean=mean,
         input_std=std,
         id2label=labels_of(student),
+        class_map=model.class_map,
         trust_remote_code=model.trust_remote_code,
     )
-    check_finite_weights(teacher.network, f"the teacher {model.teacher}")
+    check_finite_weights(teacher.network, f"the teacher {source}")
     if isinstance(teacher.network, SmpForSemanticSegmentation):
-        check_image_size(model.teacher_image_size or image_size, teacher.network)
+        check_image_size(teacher.image_size or image_size, teacher.network)
     return teacher
 
 
@@ -151,14 +272,16 @@ def network_name(network: nn.Module) -> str:
     """Architecture and encoder of an smp model, the class name of any other."""
     if isinstance(network, SmpForSemanticSegmentation):
         return f"{network.config._model_class} {network.config.encoder_name}"
+    if isinstance(network, TeacherEnsemble):
+        return " + ".join(network_name(member.network) for member in network.teachers)
     return type(network).__name__
 
 
 def network_size(network: nn.Module) -> tuple[int, int]:
     """Number of parameters (used, never used by any forward pass)."""
-    if isinstance(network, SmpForSemanticSegmentation):
-        used, never_used, _ = parameter_counts(network)
-        return used, never_used
+    if is_student(network):
+        used, idle, _ = parameter_counts(network)
+        return used, idle
     return sum(p.numel() for p in network.parameters()), 0
 
 
@@ -255,12 +378,13 @@ def check_output_size(student: SmpForSemanticSegmentation) -> None:
     Raises:
         ValueError: some options, such as `upsampling`, decide it.
     """
-    side = student.config.image_size
+    size = as_size(student.config.image_size)
     twin: Any = copy.deepcopy(student)
-    found = twin.to("meta").eval()(torch.empty(1, 3, side, side, device="meta")).logits
-    if tuple(found.shape[-2:]) != (side, side):
-        got = "x".join(map(str, found.shape[-2:]))
+    found = twin.to("meta").eval()(torch.empty(1, 3, *size, device="meta")).logits
+    got = tuple(found.shape[-2:])
+    if got != size:
         raise ValueError(
-            f"Expected a student whose map has the size of its picture, {side}x{side}, got {got}. "
+            f"Expected a student whose map has the size of its picture, {size_text(size)}, got "
+            f"{size_text(got)}. "
             "Leave upsampling out of --student_options, or let it make up for the encoder_depth."
         )

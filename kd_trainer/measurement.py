@@ -23,11 +23,11 @@ from kd_trainer.evaluation import (
     labels_of,
 )
 from kd_trainer.losses import class_ids
-from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.run_folder import written_settings
+from kd_trainer.students import image_size_of
 from kd_trainer.teacher import Teacher
 
 
@@ -146,9 +146,9 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
     """Settings of the data that a model saved at `source` is for, but for those that are chosen."""
     names = list(labels_of(model).values())
     settings: dict[str, Any] = {"num_labels": len(names), "class_names": names}
-    if isinstance(model, SmpForSemanticSegmentation):
-        settings["image_size"] = model.config.image_size
-        settings["ignore_index"] = model.config.semantic_loss_ignore_index
+    if not isinstance(model, Teacher):
+        settings["image_size"] = image_size_of(model)
+        settings["ignore_index"] = getattr(model.config, "semantic_loss_ignore_index", 255)
     data = DataArguments(**(settings | _masks_of_run(source, chosen) | chosen))
     if data.reduce_labels is None and counts_from_one(source, data):
         print(f"The model was {REDUCED}", file=sys.stderr)

@@ -132,6 +132,13 @@ class Parser(HfArgumentParser):
         """
         raise ValueError(f"Expected a command line as --help shows it, got a fault: {message}.")
 
+    def _spelled(self, word: str) -> str:
+        """A flag with hyphens, or with some of them, as its field is called."""
+        name, equals, value = word.partition("=")
+        underscored = f"--{name[2:].replace('-', '_')}"
+        known = name.startswith("--") and underscored in self._option_string_actions
+        return f"{underscored}{equals}{value}" if known else word
+
     def given(self, arguments: Sequence[str] | None = None) -> dict[str, Any]:
         """What a command line says, and nothing else: words and flags, as their fields want them.
 
@@ -139,7 +146,8 @@ class Parser(HfArgumentParser):
             ValueError: on an unknown flag (names the nearest), a word that belongs to none, or a
                 value that is not of the field's type.
         """
-        namespace, unknown = self.parse_known_args(arguments)
+        typed = sys.argv[1:] if arguments is None else arguments
+        namespace, unknown = self.parse_known_args([self._spelled(word) for word in typed])
         flag = next((u.split("=")[0] for u in unknown if u.startswith("-")), None)
         if flag is not None:
             known = list(filter(_is_underscored, self._option_string_actions))
@@ -192,7 +200,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         ValueError: if it cannot be one; names the field and the wanted type.
     """
     options = _options(hint)
-    if value == "" and options == (str,):
+    if value == "" and str in options and type(None) not in options:
         return ""  # as good as not given, and what a configuration written without it says
     if value == ["null"] and type(None) in options:
         return None  # the one way to take back a list that a recipe gives
@@ -200,6 +208,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if type(None) in options:
             return None
         raise ValueError(f"Expected a value for --{name}, got none.")
+    if isinstance(value, str) and options == (list[str], str):
+        return expanded(value)  # one word, as a path may hold a space; several come as a list
     for option in options:
         try:
             return expanded(_convert_to(value, option))

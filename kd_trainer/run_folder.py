@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.config import load_recipe
+from kd_trainer.config import RUN_CONFIG, load_recipe
 from kd_trainer.data import BadSample
-from kd_trainer.errors import clipped
+from kd_trainer.errors import clipped, printable
 from kd_trainer.files import check_regular, read_json, write_text
 from kd_trainer.losses import TERMS
 
 BAD_SAMPLES = "bad_samples.txt"
+HELD_OUT = "held_out.txt"
 _MOST = 1e100  # of a figure: sums and logarithms of such numbers exist
 
 # A shape is float, str, [shape of each], or {key: shape}, where `name_*` stands for all keys that
@@ -59,7 +60,7 @@ NOTE_SHAPE = {"starts": float, "updates": float, "left_out": float, "teacher_wei
 
 # What a training writes into its output folder, or reads there when it goes on.
 _OF_A_RUN = re.compile(
-    r"config\.yaml|.*results\.json|trainer_state\.json|report\.html|bad_samples\.txt|"
+    r"config\.yaml|.*results\.json|trainer_state\.json|report\.html|bad_samples\.txt|held_out\.txt|"
     r"student|panels|runs|hub|\.?checkpoint-.*|\.training"
 )
 
@@ -119,7 +120,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
     Only data and networks are built from it: its training part may ask for a device that this
     machine does not have.
     """
-    for name in ("config.yaml", "student/config.json"):
+    for name in (RUN_CONFIG, "student/config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"Expected the output folder of a finished training, got {folder}, which has no "
@@ -130,7 +131,7 @@ def run_settings(folder: Path) -> dict[str, Any]:
 
 def written_settings(folder: Path) -> dict[str, Any]:
     """What `config.yaml` holds, without what only a command line can set."""
-    path = folder / "config.yaml"
+    path = folder / RUN_CONFIG
     check_regular(path)
     return load_recipe(str(path))
 
@@ -181,6 +182,11 @@ def write_bad_samples(folder: Path, bad: Sequence[BadSample]) -> int:
     lines = ["split\trow\tfile\treason", *(sample.line() for sample in bad)]
     write_text(folder / BAD_SAMPLES, "\n".join(lines) + "\n")
     return len(bad)
+
+
+def write_held_out(folder: Path, names: Sequence[str]) -> None:
+    """Write `held_out.txt`: the images that were held out of the training, one a line."""
+    write_text(folder / HELD_OUT, "".join(f"{printable(name)}\n" for name in names))
 
 
 def check_no_links(folder: Path) -> None:

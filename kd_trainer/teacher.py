@@ -18,13 +18,14 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.errors import is_own, printable
+from kd_trainer.class_map import Groups, merge_logits, translate
+from kd_trainer.errors import announce, is_own, printable
 from kd_trainer.fast_layers import folded, logits_of
 from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
 from kd_trainer.models.configuration_smp import (
@@ -34,6 +35,7 @@ from kd_trainer.models.configuration_smp import (
     architecture_class,
     default_labels,
 )
+from kd_trainer.models.image_sizes import AnySize, as_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.models.weights import (
     SUFFIXES,
@@ -42,7 +44,14 @@ from kd_trainer.models.weights import (
     read_weights,
     unused_state_keys,
 )
-from kd_trainer.sources import model_source, not_here
+from kd_trainer.sources import model_source, not_here, public_name
+from kd_trainer.universal import (
+    MODEL_TYPES,
+    fixed_side,
+    is_universal,
+    mask_size,
+    semantic_logits,
+)
 
 Statistics = Sequence[float]
 
@@ -53,15 +62,16 @@ class Teacher(nn.Module):
     It stays in eval mode and without gradient, whatever it is told.
 
     Args:
-        network: (B, 3, h, w) to a tensor of logits or an output with `raw_logits` or `logits`.
+        network: (B, 3, h, w) to a tensor of logits, an output with `raw_logits` or `logits`, or
+            that of a universal model.
         num_labels: of the student, background included; 2 gives one logit.
-        image_size: side that the network wants; None takes the images as they come.
+        image_size: that the network wants; None takes the images as they come.
         mean: per channel in 0..1, that the network was trained with.
         std: likewise.
         input_mean: with which the images arrive (the student's).
         input_std: likewise.
         id2label: names of the teacher's classes.
-        order: the teacher's class for each of the student's, where it counts them otherwise.
+        class_map: the network's classes of each of the student's, where it counts otherwise.
     """
 
     scale: Tensor
@@ -72,20 +82,21 @@ class Teacher(nn.Module):
         network: nn.Module,
         *,
         num_labels: int,
-        image_size: int | None = None,
+        image_size: AnySize | None = None,
         mean: Statistics = IMAGENET_MEAN,
         std: Statistics = IMAGENET_STD,
         input_mean: Statistics = IMAGENET_MEAN,
         input_std: Statistics = IMAGENET_STD,
         id2label: dict[int, str] | None = None,
-        order: Sequence[int] | None = None,
+        class_map: Groups | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.num_labels = num_labels
-        self.image_size = image_size
+        self.image_size = None if image_size is None else as_size(image_size)
         self.id2label = id2label or default_labels(num_labels)
-        self.order = None if order is None else list(order)
+        self.class_map = class_map
+        self.mask_size = mask_size(getattr(network, "config", None))
         self.mean, self.std = list(mean), list(std)
         self.register_buffer("scale", torch.ones(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.zeros(1, 3, 1, 1), persistent=False)
@@ -129,16 +140,23 @@ class Teacher(nn.Module):
         if not self.same_statistics:
             images = images * self.scale + self.shift
         if self.image_size is not None:
-            side = self.image_size
-            images = _resize(images, (side, side), antialias=side < max(height, width))
+            wanted_height, wanted_width = self.image_size
+            shrinks = wanted_height < height or wanted_width < width
+            images = _resize(images, self.image_size, antialias=shrinks)
         output = self.network(images.to(next(self.network.parameters()).dtype))
-        logits = self._student_classes(logits_of(output).float())
-        return _resize(logits, (height, width))
+        if is_universal(output):
+            return self._student_classes(
+                semantic_logits(
+                    output, (height, width), masks_at=self.mask_size, groups=self.class_map
+                )
+            )
+        logits = logits_of(output).float()
+        if self.class_map is not None:
+            logits = merge_logits(logits, self.class_map)
+        return _resize(self._student_classes(logits), (height, width))
 
     def _student_classes(self, logits: Tensor) -> Tensor:
         channels = logits.shape[1]
-        if self.order is not None:  # of a one-logit teacher, the other class has the other sign
-            logits = -logits if channels == 1 else logits[:, self.order]
         if self.num_labels == 2 and channels == 2:
             return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
         if channels != (1 if self.num_labels == 2 else self.num_labels):
@@ -166,6 +184,7 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
 
 
 _PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
+_FLIPPED = "do_flip_channel_order"
 _HEAD = "segmentation_head.0.weight"
 
 
@@ -175,12 +194,13 @@ def load_teacher(
     num_labels: int | None,
     arch: str | None = None,
     encoder: str | None = None,
-    image_size: int | None = None,
+    image_size: AnySize | None = None,
     mean: Statistics | None = None,
     std: Statistics | None = None,
     input_mean: Statistics = IMAGENET_MEAN,
     input_std: Statistics = IMAGENET_STD,
     id2label: Mapping[int, str] | None = None,
+    class_map: str | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> Teacher:
@@ -188,18 +208,20 @@ def load_teacher(
 
     Args:
         source: folder or Hub id of an smp model, of one of our students (or their run) or of any
-            AutoModelForSemanticSegmentation; or a `.safetensors` or `.pth` state dict.
+            AutoModelForSemanticSegmentation, a Mask2Former, MaskFormer or EoMT; or a
+            `.safetensors` or `.pth` state dict.
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
         encoder: smp encoder of a bare state dict.
-        image_size: input side the teacher wants; None takes the student's.
+        image_size: of the input that the teacher wants; None takes the student's.
         mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
             else ImageNet's.
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
         id2label: names of the student's classes; a teacher with the same names in another order
-            is put into this one.
+            is put into this one, one of more classes is translated.
+        class_map: which of its classes are which of the student's, as in `class_map.py`.
         trust_remote_code: run code that comes with the teacher.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -208,48 +230,65 @@ def load_teacher(
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
     source = model_source(source)
-    saved: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD)
-    if source.endswith(SUFFIXES):
-        network = _from_state_dict(source, arch, encoder)
-    else:
-        config = _read_config(source, hub)
-        network = _from_folder(source, config, trust_remote_code, hub)
-        saved = _statistics(source, config, hub)
-    labels = network.config.id2label
-    num_labels = num_labels or max(len(labels), 2)
-    _check_classes(labels, num_labels, source)
+    network, saved = _load_network(source, arch, encoder, trust_remote_code, hub)
+    image_size = _input_side(network.config, image_size, source)
+    names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
     return Teacher(
         network,
-        num_labels=num_labels,
+        num_labels=len(names),
         image_size=image_size,
         mean=mean or saved[0],
         std=std or saved[1],
         input_mean=input_mean,
         input_std=input_std,
-        id2label=labels if len(labels) == num_labels else None,
-        order=class_order(labels, id2label),
+        id2label=names,
+        class_map=groups,
     )
 
 
-def class_order(teacher: Mapping[int, str], student: Mapping[int, str] | None) -> list[int] | None:
-    """The teacher's class for each of the student's, by name; None if they need no reordering.
+def _load_network(
+    source: str,
+    arch: str | None,
+    encoder: str | None,
+    trust_remote_code: bool,
+    hub: dict[str, Any],
+) -> tuple[Any, tuple[Statistics, Statistics]]:
+    """A network with a `config`, and the mean and std of its input."""
+    if source.endswith(SUFFIXES):
+        return _from_state_dict(source, arch, encoder), (IMAGENET_MEAN, IMAGENET_STD)
+    config = _read_config(source, hub)
+    network = _from_folder(source, config, trust_remote_code, hub)
+    return network, saved_statistics(source, config, **hub)
 
-    Other names say nothing: one side calls a class what the other calls LABEL_1.
-    """
-    theirs = [teacher[i].casefold() for i in sorted(teacher)]
-    ours = [student[i].casefold() for i in sorted(student)] if student else theirs
-    if ours == theirs or sorted(ours) != sorted(theirs) or len(set(ours)) < len(ours):
-        return None
-    return [theirs.index(name) for name in ours]
 
-
-def _check_classes(labels: dict[int, str], num_labels: int, source: str) -> None:
-    if len(labels) not in ((1, 2) if num_labels == 2 else (num_labels,)):
-        shown = ", ".join(list(labels.values())[:5]) + (", ..." if len(labels) > 5 else "")
+def _input_side(config: Any, image_size: AnySize | None, source: str) -> AnySize | None:
+    """The input side of a network: what is asked for, or the only one that it takes."""
+    side = fixed_side(config)
+    if side is not None and image_size is not None and as_size(image_size) != (side, side):
         raise ValueError(
-            f"Expected a teacher of {num_labels} classes, got {len(labels)} in {source!r} "
-            f"({shown}). Choose a teacher of the student's classes."
+            f"Expected --teacher_image_size {side} for {source}, got {image_size}: a "
+            f"{config.model_type} takes that size only. Leave it out."
         )
+    return image_size if side is None else side
+
+
+def _classes(
+    own: Mapping[int, str],
+    num_labels: int | None,
+    id2label: Mapping[int, str] | None,
+    class_map: str | None,
+    source: str,
+) -> tuple[dict[int, str], Groups | None]:
+    """Names of the classes that a teacher answers for, and how its own make them; says how."""
+    labels = {int(i): str(name) for i, name in own.items()}
+    num_labels = num_labels or max(len(labels), 2)
+    if len(labels) == num_labels and id2label is None and class_map is None:
+        return labels, None
+    names = dict(id2label or default_labels(num_labels))
+    groups, note = translate(class_map, labels, names, source)
+    if note:
+        announce(f"{public_name(source)}: {note}")
+    return labels if groups is None and len(labels) == num_labels else names, groups
 
 
 def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
@@ -307,20 +346,43 @@ def _from_folder(
 ) -> Any:
     if "_model_class" in config:
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
+    model, _ = load_stock(source, config, trust_remote_code=trust_remote_code, **hub)
+    take_rgb(model, source, **hub)
+    return model
+
+
+def load_stock(
+    source: str, config: dict[str, Any], *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A saved model of `AutoModelForSemanticSegmentation`, and what was found of its weights.
+
+    Args:
+        source: folder or Hub id.
+        config: what its config.json holds.
+        trust_remote_code: run code that comes with it.
+        **options: of `load_pretrained`.
+
+    Raises:
+        ValueError: if it is no such model, contradicts itself, or would fetch code.
+    """
     if trust_remote_code:
         _announce_code(source, config)
     else:
-        _check_sources(config, source)
+        check_sources(config, source)
     # Of a config.json that contradicts itself, each model complains with an error of its own; those
     # of code that the user trusts are the user's to see.
     wrong = ValueError if trust_remote_code else Exception
     try:
-        load = AutoModelForSemanticSegmentation.from_pretrained
-        model, _ = load_pretrained(load, source, trust_remote_code=trust_remote_code, **hub)
+        kind: Any = AutoModelForSemanticSegmentation
+        if config.get("model_type") in MODEL_TYPES:
+            kind = AutoModelForUniversalSegmentation
+        return load_pretrained(
+            kind.from_pretrained, source, trust_remote_code=trust_remote_code, **options
+        )
     except wrong as error:
         if is_own(error):
             raise
-        if config.get("model_type") in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES:
+        if config.get("model_type") in _KNOWN_TYPES:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"Expected a config.json that describes a {config['model_type']} in {source!r}, "
@@ -328,17 +390,19 @@ def _from_folder(
             ) from error
         raise ValueError(
             f"Expected a semantic segmentation model in {source!r}, got model_type "
-            f"{config.get('model_type')!r}. {_other_teacher(config, trust_remote_code, error)}"
+            f"{config.get('model_type')!r}. {_other_kind(config, trust_remote_code, error)}"
         ) from error
-    return model
 
 
-def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
+_KNOWN_TYPES = {*MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, *MODEL_TYPES}
+
+
+def _other_kind(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
     """What to do about a model that AutoModelForSemanticSegmentation does not know."""
     if not config.get("auto_map"):
         return (
-            "That kind of model is not supported as a teacher: choose one that "
-            "AutoModelForSemanticSegmentation loads, or one of smp."
+            "That kind of model is not supported: choose one that "
+            f"AutoModelForSemanticSegmentation loads, a {', '.join(MODEL_TYPES)}, or one of smp."
         )
     if trust_remote_code:
         return f"Its own code ended with: {' '.join(str(error).split())[:300].rstrip('.')}."
@@ -348,7 +412,7 @@ def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Excep
     )
 
 
-def _check_sources(config: dict[str, Any], source: str) -> None:
+def check_sources(config: dict[str, Any], source: str) -> None:
     """Refuse what makes transformers fetch code, or timm read another place than the model's own.
 
     Raises:
@@ -390,7 +454,7 @@ def reduces_labels(source: str, **hub: Any) -> bool:
     if source.endswith(SUFFIXES):
         return False
     try:
-        settings = _preprocessing(source, hub)
+        settings = saved_preprocessing(source, **hub)
     except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
         return False
     return bool(settings.get("do_reduce_labels"))
@@ -409,7 +473,7 @@ def saved_class_names(source: str, **hub: Any) -> list[str] | None:
     return None if names and any(name.startswith("LABEL_") for name in names) else names
 
 
-def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:
     """The preprocessor_config.json of a model; empty without one."""
     may_be_missing = {"_raise_exceptions_for_missing_entries": False, **hub}
     if cached_file(source, IMAGE_PROCESSOR_NAME, **may_be_missing) is None:
@@ -425,30 +489,45 @@ def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _statistics(
-    source: str, config: dict[str, Any], hub: dict[str, Any]
+def saved_statistics(
+    source: str, config: dict[str, Any], **hub: Any
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that the teacher's own preprocessing applies to values in 0..1."""
-    settings = _preprocessing(source, hub) or config
+    """Mean and std that a saved model's own preprocessing applies to values in 0..1.
+
+    Raises:
+        ValueError: if no image can be normalised with them.
+    """
+    settings = saved_preprocessing(source, **hub) or config
     mean, std = (
         usual if settings.get(name) is None else settings[name]
         for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
     # transformers takes one number for all channels too.
     mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
-    if settings.get("do_normalize") is False:
+    # MobileViT's processor does not normalise, and does not say so.
+    if settings.get("do_normalize", _FLIPPED not in settings) is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    check_statistics(mean, std, f"the preprocessing of the teacher {source}")
+    check_statistics(mean, std, f"the preprocessing of {source}")
     factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
         factor = 1.0
     if not (is_finite_number(factor) and factor > 0):
         raise ValueError(
-            "Expected rescale_factor as a finite number above 0 in the preprocessing of the "
-            f"teacher {source}, got {str(factor)[:80]}. Give that which it was trained with."
+            "Expected rescale_factor as a finite number above 0 in the preprocessing of "
+            f"{source}, got {str(factor)[:80]}. Give that which it was trained with."
         )
     brightest = 255 * factor
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
+
+
+def take_rgb(network: nn.Module, source: str, **hub: Any) -> None:
+    """Let a network whose own preprocessing turns images into BGR (MobileViT) take RGB.
+
+    Its first convolution is turned instead, once and exactly: everybody else gives RGB.
+    """
+    if saved_preprocessing(source, **hub).get(_FLIPPED):
+        first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+        first.weight.data = first.weight.data.flip(1).contiguous()
 
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

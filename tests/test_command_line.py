@@ -134,7 +134,7 @@ def test_flags_are_converted_to_the_types_of_their_fields():
 
 def test_flags_with_dashes_and_switches_turned_off():
     """Other trainings on transformers take both; an error would look like a missing flag."""
-    run = parse(["--learning-rate", "2e-4", "--no_report", "--no-fold-teacher"]).training
+    run = parse(["--learning-rate", "2e-4", "--no_report", "--no-fold_teacher"]).training
     assert (run.learning_rate, run.report, run.fold_teacher) == (2e-4, False, False)
 
 
@@ -423,6 +423,29 @@ def test_no_switch_that_changes_a_run_is_missing_in_its_configuration():
         assert settings_of(second.training) == settings_of(first.training), field.name
         tried.append(field.name)
     assert len(tried) > 20
+
+
+@pytest.mark.parametrize("named", ["work/runs/a/config.yaml", "work/runs/a"])
+def test_a_run_goes_on_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str):
+    """The paths in its configuration are those of the folder it was started in."""
+    (tmp_path / "work/runs/a").mkdir(parents=True)
+    (tmp_path / "work/photos").mkdir()
+    (tmp_path / "t.pth").touch()  # here, where the same name there is nothing
+    text = "dataset: photos\nteacher: t.pth\nunlabelled: gone\noutput_dir: runs/a\n"
+    (tmp_path / "work/runs/a/config.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    run = parse(["--config", named, "--resume"])
+    assert str(run.output) == "work/runs/a"
+    assert Path(run.data.dataset) == tmp_path / "work/photos"
+    assert run.model.teacher == "t.pth"
+    assert run.data.unlabelled == "gone"
+    assert str(parse(["--config", named]).output) == "runs/a"  # a new run, set up in the same way
+    assert str(parse(["--config", named, "--resume", "--output_dir", "b"]).output) == "b"
+    monkeypatch.chdir(tmp_path / "work")
+    again = parse(["--config", "runs/a", "--resume"])
+    assert (str(again.output), again.data.dataset) == ("runs/a", "photos")
+    monkeypatch.chdir(tmp_path / "work/photos")
+    assert parse(["--config", str(tmp_path / named), "--resume"]).output == tmp_path / "work/runs/a"
 
 
 def test_resolved_configuration_does_not_pin_the_machine(tmp_path: Path):

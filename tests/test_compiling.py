@@ -57,6 +57,8 @@ def test_compiled_teacher_answers_the_same():
     assert torch.allclose(answers(pixels), teacher(pixels), rtol=1e-4, atol=1e-5)
 
 
+# torch 2.10 warns so of what its own tracing does.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_student_keeps_its_fast_layers(monkeypatch: pytest.MonkeyPatch):
     """Without them its bf16 gradients of depthwise convolutions took most of a step."""
     monkeypatch.setattr("kd_trainer.fast_layers._ENOUGH_PIXELS", 0)

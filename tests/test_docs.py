@@ -16,6 +16,7 @@ from test_layers import LAYERS
 from benchmarks import frontier
 from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.arguments import DistillationArguments
+from kd_trainer.commands import data as data_command
 from kd_trainer.commands import evaluate, predict, push, report
 from kd_trainer.commands import export as export_main
 from kd_trainer.commands import web_demo as web_demo
@@ -31,8 +32,9 @@ from kd_trainer.console import markdown_table
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.doctor.plan import timeline
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.parsing import Parser, convert, hints_of
+from kd_trainer.students import parameter_counts
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
@@ -77,6 +79,7 @@ def parsers():
         "eval.py": evaluate.evaluate_main,
         "predict.py": predict.predict_main,
         "export.py": export_main.export_main,
+        "data.py": data_command.data_main,
         "report.py": report.report_main,
         "push.py": push.push_main,
         "demo.py": web_demo.web_demo_main,

@@ -322,7 +322,7 @@ def test_loss_weights_are_finite_and_not_negative(name, value):
 
 def test_a_weight_of_no_term_is_refused():
     """The misspelt term would be left out of the loss without a word."""
-    with pytest.raises(TypeError, match="weights for kl, mse, bce, dice or task, got one for kll"):
+    with pytest.raises(TypeError, match=r"weights for kl, mse, .* or task, got one for kll"):
         LossWeights(kll=0.3)
 
 
@@ -340,7 +340,7 @@ FROM_THREE = Term(
 def test_a_term_is_refused_with_its_reason_where_it_is_degenerate(monkeypatch, channels, teaches):
     """As correlations of one or two classes are: the teacher would steer nothing, unnoticed."""
     monkeypatch.setattr("kd_trainer.losses.terms.TERMS", (*TERMS, FROM_THREE))
-    monkeypatch.setattr("kd_trainer.losses.terms.NAMES", (*NAMES, "far"))
+    monkeypatch.setattr("kd_trainer.losses.terms.NAMES", (*(term.name for term in TERMS), "far"))
     weights = LossWeights(far=3.0)
     student, teacher, labels = draw(channels, ignored=0.0)
     if teaches:

@@ -113,7 +113,8 @@ def changed_teachers() -> dict[str, Teacher]:
         "student's mean": Teacher(network, input_mean=(0.5, 0.456, 0.406), **plain),
         "both means": Teacher(network, mean=(0.5,) * 3, input_mean=(0.5,) * 3, **plain),
         "both deviations": Teacher(network, std=(0.3,) * 3, input_std=(0.3,) * 3, **plain),
-        "class order": Teacher(network, order=[1, 0], **plain),
+        "class order": Teacher(network, class_map=((1,), (0,)), **plain),
+        "class map": Teacher(network, class_map=((0,), (1,)), **plain),
         "classes": Teacher(network, num_labels=3),
     }
 

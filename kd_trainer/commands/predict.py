@@ -30,6 +30,7 @@ from kd_trainer.fields import check_at_least, check_choice, check_folder, help_f
 from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
 from kd_trainer.loading import load_student
 from kd_trainer.parsing import Parser
+from kd_trainer.students import image_size_of
 
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
@@ -96,8 +97,7 @@ def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
         exported = load_onnx(args.model)
         return onnx_segmenter(exported, **options), len(exported.class_names)
     student = load_student(args.model)
-    size = student.config.image_size
-    return torch_segmenter(student, size, **options), len(labels_of(student))
+    return torch_segmenter(student, image_size_of(student), **options), len(labels_of(student))
 
 
 def predict(args: PredictArguments, sources: Sequence[str]) -> float:

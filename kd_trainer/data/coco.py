@@ -25,12 +25,12 @@ from kd_trainer.data.coco_annotations import (
     without_root,
 )
 from kd_trainer.data.coco_drawing import draw
+from kd_trainer.data.layouts import say
 from kd_trainer.data.listing import (
     FEATURES,
     MissingSplitError,
     is_inside,
     missing_path,
-    say,
     show_names,
     split_names,
     stream_shards,

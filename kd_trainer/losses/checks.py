@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,18 +56,35 @@ def check_temperature(temperature: float) -> None:
         )
 
 
-def check_pos_weight(pos_weight: float | None, channels: int) -> None:
-    """Raise unless pos_weight is None or, for a one-logit model, a finite number above 0."""
+def check_pos_weight(pos_weight: float | Sequence[float] | None, channels: int) -> None:
+    """Raise unless pos_weight is None, a number for one logit, or one number for each of several.
+
+    For one logit it is finite and above 0; of several, some may be 0 but not all.
+    """
     if pos_weight is None:
         return
-    if channels != 1:
+    if channels == 1 or isinstance(pos_weight, int | float):
+        if channels != 1:
+            raise ValueError(
+                f"Expected no pos_weight for {channels} logits per pixel, got {pos_weight}. "
+                "It balances the two sides of a one-logit model; name a number for each class "
+                "(--class_weights)."
+            )
+        if not isinstance(pos_weight, int | float):
+            raise ValueError(
+                "Expected one pos_weight (or two class weights: background, foreground) for one "
+                f"logit, got {len(pos_weight)} numbers. Give the factor of the foreground."
+            )
+        if not (math.isfinite(pos_weight) and pos_weight > 0):
+            raise ValueError(
+                f"Expected pos_weight > 0, got {pos_weight}. Leave it out for no weighting."
+            )
+        return
+    fine = all(math.isfinite(weight) and weight >= 0 for weight in pos_weight)
+    if len(pos_weight) != channels or not fine or not any(pos_weight):
         raise ValueError(
-            f"Expected no pos_weight for {channels} logits per pixel, got {pos_weight}. "
-            "It balances the two sides of a one-logit model; leave it out here."
-        )
-    if not (math.isfinite(pos_weight) and pos_weight > 0):
-        raise ValueError(
-            f"Expected pos_weight > 0, got {pos_weight}. Leave it out for no weighting."
+            f"Expected {channels} class weights >= 0, one for each class and not all 0, got "
+            f"{' '.join(f'{weight:g}' for weight in pos_weight)}. Leave them out for no weighting."
         )
 
 

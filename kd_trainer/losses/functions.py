@@ -8,9 +8,10 @@ student's with zeros outside the mask, the teacher's without gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ Scalar = Tensor  # ()
 # Keeps 0/0 apart: an image without foreground that is predicted empty has loss 0. In pixels, so it
 # fades where objects are large.
 EPSILON = 1.0
+FOCAL_GAMMA = 2.0  # of Lin et al. 2017, who found it best
+TVERSKY_ALPHA, TVERSKY_BETA = 0.3, 0.7  # of false alarms and of misses, as in Salehi et al. 2017
 
 
 def masked_mean(values: Tensor, mask: Mask) -> Scalar:
@@ -110,17 +113,33 @@ def binary_cross_entropy(
 
 
 def softmax_cross_entropy(
-    student: Logits, labels: Labels, mask: Mask, pos_weight: float | None
+    student: Logits, labels: Labels, mask: Mask, pos_weight: Sequence[float] | None
 ) -> Scalar:
     """Cross entropy of the softmax with class ids, mean over the pixels of the mask.
 
+    Args:
+        student: logits (B, K, H, W).
+        labels: 0..K-1 inside the mask.
+        mask: the pixels that count.
+        pos_weight: a factor for the pixels of each class; the mean still divides by their number,
+            so that micro-batches add up.
+
     Raises:
-        ValueError: if there is a pos_weight, which is for one logit.
+        ValueError: if pos_weight is not one finite number >= 0 a class.
     """
     check_pos_weight(pos_weight, channels=student.shape[1])
     target = torch.where(mask, labels, 0).unsqueeze(1)
-    log_p = F.log_softmax(student, dim=1).gather(1, target)
-    return masked_mean(-log_p.squeeze(1), mask)
+    loss = -F.log_softmax(student, dim=1).gather(1, target).squeeze(1)
+    if pos_weight is not None:
+        factors = _on_device(tuple(pos_weight), student.dtype, student.device)
+        loss = loss * factors[target.squeeze(1)]
+    return masked_mean(loss, mask)
+
+
+@cache
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor, copied to the device once: at each step the copy would stop it."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def binary_dice(student: Logits, labels: Labels, mask: Mask, images: Tensor | None) -> Scalar:
@@ -134,9 +153,7 @@ def binary_dice(student: Logits, labels: Labels, mask: Mask, images: Tensor | No
 
     Source: Milletari et al. 2016, arXiv 1606.04797.
     """
-    target = _binary_target(labels, mask, student.dtype)
-    probability = torch.where(mask, torch.sigmoid(student.squeeze(1)), 0.0)
-    return _image_mean(_one_minus_dice(probability, target), mask, images)
+    return _image_mean(_one_minus_dice(*_foreground(student, labels, mask)), mask, images)
 
 
 def softmax_dice(student: Logits, labels: Labels, mask: Mask, images: Tensor | None) -> Scalar:
@@ -145,13 +162,99 @@ def softmax_dice(student: Logits, labels: Labels, mask: Mask, images: Tensor | N
     A class that an image does not show is left out there: its Dice would only count false alarms,
     at ε's mercy.
     """
+    probability, target = _classes(student, labels, mask)
+    return _image_mean(_present_mean(_one_minus_dice(probability, target), target), mask, images)
+
+
+def binary_focal(student: Logits, labels: Labels, mask: Mask) -> Scalar:
+    """(1 − p)² times the cross entropy, p the probability of the label; mean over the mask.
+
+    Source: Lin et al. 2017, arXiv 1708.02002, without α; computed by smp.
+    """
+    target = _binary_target(labels, mask, student.dtype)
+    options = {"gamma": FOCAL_GAMMA, "alpha": None, "reduction": "none"}
+    return masked_mean(_smp().focal_loss_with_logits(student.squeeze(1), target, **options), mask)
+
+
+def softmax_focal(student: Logits, labels: Labels, mask: Mask) -> Scalar:
+    """The same of the softmax, where smp's `FocalLoss` would take K sigmoids."""
+    target = torch.where(mask, labels, 0)
+    options = {"gamma": FOCAL_GAMMA, "reduction": "none"}
+    return masked_mean(_smp().softmax_focal_loss_with_logits(student, target, **options), mask)
+
+
+def binary_lovasz(student: Logits, labels: Labels, mask: Mask, images: Tensor | None) -> Scalar:
+    """Lovász hinge, the convex surrogate of 1 − IoU of the foreground; mean as `binary_dice`.
+
+    Source: Berman et al. 2018, arXiv 1705.08790; computed by smp.
+    """
+    target = _binary_target(labels, mask, student.dtype)
+    return _lovasz("binary", student, target, mask, images)
+
+
+def softmax_lovasz(student: Logits, labels: Labels, mask: Mask, images: Tensor | None) -> Scalar:
+    """Lovász-Softmax, mean over the classes each image shows, then over images as `binary_dice`."""
+    return _lovasz("multiclass", student, labels, mask, images)
+
+
+def binary_tversky(student: Logits, labels: Labels, mask: Mask, images: Tensor | None) -> Scalar:
+    """1 − (TP + ε)/(TP + α·FP + β·FN + ε) of the foreground's probability, mean as `binary_dice`.
+
+    Source: Salehi et al. 2017, arXiv 1706.05721; the ratio is computed by smp.
+    """
+    return _image_mean(_one_minus_tversky(*_foreground(student, labels, mask)), mask, images)
+
+
+def softmax_tversky(student: Logits, labels: Labels, mask: Mask, images: Tensor | None) -> Scalar:
+    """The same for the classes each image shows, as `softmax_dice`."""
+    probability, target = _classes(student, labels, mask)
+    return _image_mean(_present_mean(_one_minus_tversky(probability, target), target), mask, images)
+
+
+def _smp() -> Any:
+    """The functions behind smp's losses, imported on use: `--help` needs none of it.
+
+    Its classes pick the valid pixels by an index, for which the host waits, and give NaN for none.
+    """
+    from segmentation_models_pytorch.losses import _functional
+
+    return _functional
+
+
+def _lovasz(
+    mode: str, student: Logits, target: Tensor, mask: Mask, images: Tensor | None
+) -> Scalar:
+    """Image by image: over a batch it would not add up. smp sorts in fp32, and the host waits."""
+    from segmentation_models_pytorch.losses import LovaszLoss
+
+    loss = LovaszLoss(mode, ignore_index=-1)
+    target = torch.where(mask, target, -1)
+    # The sum of one number; of an image without valid pixels smp gives an empty tensor.
+    parts = [
+        loss(logits.float(), ids).sum()
+        for logits, ids in zip(student.split(1), target.split(1), strict=True)
+    ]
+    return _image_mean(torch.stack(parts).to(student.dtype), mask, images)
+
+
+def _foreground(student: Logits, labels: Labels, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Probability and target (B, H, W) of the foreground, both 0 outside the mask."""
+    target = _binary_target(labels, mask, student.dtype)
+    return torch.where(mask, torch.sigmoid(student.squeeze(1)), 0.0), target
+
+
+def _classes(student: Logits, labels: Labels, mask: Mask) -> tuple[Tensor, Tensor]:
+    """Probability and one-hot target (B, K, H, W) of each class, both 0 outside the mask."""
     inside = mask.unsqueeze(1)
     probability = torch.where(inside, torch.softmax(student, dim=1), 0.0)
     ids = torch.where(mask, labels, 0).unsqueeze(1)
-    target = torch.zeros_like(probability).scatter(1, ids, inside.to(probability.dtype))
+    return probability, torch.zeros_like(probability).scatter(1, ids, inside.to(probability.dtype))
+
+
+def _present_mean(values: Tensor, target: Tensor) -> Tensor:
+    """Mean of values (B, K) over the classes that each target (B, K, H, W) shows: (B,)."""
     present = target.flatten(2).any(dim=2)
-    per_class = torch.where(present, _one_minus_dice(probability, target), 0.0)
-    return _image_mean(per_class.sum(dim=1) / present.sum(dim=1).clamp(min=1), mask, images)
+    return torch.where(present, values, 0.0).sum(dim=1) / present.sum(dim=1).clamp(min=1)
 
 
 def _binary_target(labels: Labels, mask: Mask, dtype: torch.dtype) -> Tensor:
@@ -169,6 +272,14 @@ def _one_minus_dice(probability: Tensor, target: Tensor) -> Tensor:
     overlap = (probability * target).sum(dim=(-2, -1))
     areas = probability.sum(dim=(-2, -1)) + target.sum(dim=(-2, -1))
     return 1.0 - (2.0 * overlap + EPSILON) / (areas + EPSILON)
+
+
+def _one_minus_tversky(probability: Tensor, target: Tensor) -> Tensor:
+    """One minus the Tversky index over the last two dimensions."""
+    score: Tensor = _smp().soft_tversky_score(
+        probability, target, TVERSKY_ALPHA, TVERSKY_BETA, smooth=EPSILON, dims=(-2, -1)
+    )
+    return 1.0 - score
 
 
 def _image_mean(values: Tensor, mask: Mask, images: Tensor | None) -> Scalar:
@@ -196,6 +307,7 @@ class Term:
         title: in a model card, for a student of one logit.
         softmax_title: the same for a student of several, where it differs.
         also_metric: a metric has its name too, so that an evaluation calls it `NAME_loss`.
+        extra: computed only where it has a weight, not where no weights are given.
     """
 
     name: str
@@ -207,6 +319,7 @@ class Term:
     softmax_from: int = 2
     degenerate: str = ""
     also_metric: bool = False
+    extra: bool = False
 
     @property
     def flag(self) -> str:
@@ -265,5 +378,29 @@ TERMS = (
         softmax=softmax_dice,
         title="Dice",
         also_metric=True,
+    ),
+    Term(
+        "focal",
+        takes=("student", "labels", "mask"),
+        binary=binary_focal,
+        softmax=softmax_focal,
+        title="focal",
+        extra=True,
+    ),
+    Term(
+        "lovasz",
+        takes=("student", "labels", "mask", "images"),
+        binary=binary_lovasz,
+        softmax=softmax_lovasz,
+        title="Lovász",
+        extra=True,
+    ),
+    Term(
+        "tversky",
+        takes=("student", "labels", "mask", "images"),
+        binary=binary_tversky,
+        softmax=softmax_tversky,
+        title="Tversky",
+        extra=True,
     ),
 )

@@ -1,6 +1,6 @@
 """The loss of a run: the terms of the table, their weights and their sum.
 
-    total = kl·KL(T) + mse·MSE + task·(bce·BCE + dice·Dice)
+    total = kl·KL(T) + mse·MSE + task·(bce·BCE + dice·Dice + focal·Focal + ...)
 
 Each term is a mean over valid pixels (Dice: over images that have any), in fp32, without clamps,
 and stays on the device. At high temperature T²·KL tends to (s − t)²/8, so there KL and MSE are
@@ -10,7 +10,7 @@ nearly one term.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,6 +108,7 @@ class LossWeights(SimpleNamespace):
 
 
 ALL_TERMS = LossWeights(**dict.fromkeys(NAMES, 1.0))
+UNWEIGHTED = LossWeights(**{term.name: 1.0 for term in TERMS if not term.extra})
 
 
 def distillation_terms(
@@ -119,7 +120,7 @@ def distillation_terms(
     ignore_index: int = 255,
     distil_mask: Tensor | None = None,
     weights: LossWeights | None = None,
-    pos_weight: float | None = None,
+    pos_weight: float | Sequence[float] | None = None,
     dice_images: Tensor | None = None,
 ) -> LossTerms:
     """Compute the terms; one channel is a binary model, more are a softmax model.
@@ -135,8 +136,8 @@ def distillation_terms(
         temperature: > 0, softens both sides of the KL and nothing else.
         ignore_index: label of the pixels that count in no task term.
         distil_mask: bool (B, H, W), the pixels of the teacher terms; by default the labelled ones.
-        weights: terms of weight 0 are not computed; None computes all that K logits allow.
-        pos_weight: factor of the foreground in the bce of a one-logit model.
+        weights: terms of weight 0 are not computed; None computes all but the `extra` ones.
+        pos_weight: factor of the foreground in the bce of one logit, or one of each class.
         dice_images: what `labelled_images` says of the micro-batches and processes of a step;
             None takes the mean over the labelled images of this batch.
 
@@ -152,7 +153,7 @@ def distillation_terms(
     check_temperature(temperature)
     if weights is not None:
         weights.check_channels(student_logits.shape[1])
-    factors = (weights or ALL_TERMS).effective()
+    factors = (weights or UNWEIGHTED).effective()
     student, labels = _working_precision(student_logits), class_ids(labels)
     valid = labels != ignore_index
     inputs: dict[str, Any] = {"labels": labels, "temperature": temperature}

@@ -23,6 +23,8 @@ _CONTAINERS = ("state_dict", "model_state_dict", "model")
 # What a classification checkpoint carries beyond the encoder.
 _CLASSIFIERS = ("classifier.", "fc.", "_fc.", "head.", "last_linear.")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+# Tables of a window's size: some versions of transformers save them, some compute them.
+_DERIVED = ".relative_position_index"
 _UNREADABLE = (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError)
 
 
@@ -117,7 +119,8 @@ def load_pretrained(
         load: the `from_pretrained` of a class of transformers.
         source: a folder or a Hub id.
         *args: further ones of `load`.
-        **options: of `load`; `ignore_mismatched_sizes` lets other shapes pass.
+        **options: of `load`; `ignore_mismatched_sizes` lets other shapes pass, `new_head` leaves
+            it to the caller what may be missing, extra or misshapen.
 
     Returns:
         (model, loading info).
@@ -126,7 +129,7 @@ def load_pretrained(
         FileNotFoundError: if there are no weights.
         ValueError: if they cannot be read; or lists names that are missing, extra or misshapen.
     """
-    any_shape = options.pop("ignore_mismatched_sizes", False)
+    any_shape, new_head = (options.pop(n, False) for n in ("ignore_mismatched_sizes", "new_head"))
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _without_report():
@@ -144,9 +147,15 @@ def load_pretrained(
             f"Expected the weights of {str(source)!r}, got: {_first_line(error)} Check that "
             "model.safetensors lies beside config.json, or that the Hub can be reached."
         ) from error
+    if new_head:
+        return model, info
     other = [] if any_shape else sorted(info["mismatched_keys"])
     shapes = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in other]
-    faults = _faults(sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), shapes)
+    missing, extra = (
+        sorted(name for name in info[kind] if not name.endswith(_DERIVED))
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    faults = _faults(missing, extra, shapes)
     if faults:
         raise ValueError(
             f"Expected every weight of {type(model).__name__} in {str(source)!r}, got {faults}. "
