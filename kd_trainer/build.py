@@ -17,6 +17,7 @@ from kd_trainer.arguments import BALANCED, DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
     BadSample,
+    MaskRule,
     SegmentationTransform,
     StreamedDataset,
     TransformedDataset,
@@ -28,7 +29,6 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
-from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce
@@ -78,7 +78,7 @@ def evaluation_dataset(
     loaded = load_splits(data, [name])
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
-    say_rule(transform.rule)
+    _announce_rule(transform.rule)
     if data.streaming:
         return StreamedDataset(
             splits[name],
@@ -109,7 +109,7 @@ REDUCED = (
 )
 
 
-def say_rule(rule: MaskRule) -> None:
+def _announce_rule(rule: MaskRule) -> None:
     """Say how masks are read, in one line, where somebody could want it otherwise."""
     if rule.note:
         announce(rule.note)
@@ -135,7 +135,7 @@ def build_run(run: RunArguments) -> RunComponents:
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     data = run.data = learned(for_training.rule, data)
-    say_rule(for_training.rule)
+    _announce_rule(for_training.rule)
     if args.class_weights == BALANCED:
         balance_classes(run, splits[data.train_split], for_training.rule)
     set_seed(args.seed)  # the student's random weights

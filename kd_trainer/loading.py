@@ -253,6 +253,7 @@ def _member(model: ModelArguments, source: str, student: Measured, image_size: A
         num_labels=len(labels_of(student)),
         arch=model.teacher_arch,
         encoder=model.teacher_encoder,
+        options=teacher_options(model),
         image_size=model.teacher_image_size if told else None,
         mean=model.teacher_mean if told else None,
         std=model.teacher_std if told else None,
@@ -294,6 +295,14 @@ _DECIDED = {
     "activation": "A student gives logits: leave it out",
     "aux_params": "Only the segmentation head is trained here: leave it out",
 }
+_DECIDED_FOR_TEACHER = {
+    "encoder_name": "Use --teacher_encoder",
+    "encoder_weights": "They are those of the file: leave it out",
+    "classes": "It follows from the file",
+    "in_channels": "It follows from the file",
+    "activation": "A teacher gives logits: leave it out",
+    "aux_params": "Only the segmentation head is asked: leave it out",
+}
 
 
 def student_options(model: ModelArguments) -> dict[str, Any]:
@@ -309,32 +318,43 @@ def student_options(model: ModelArguments) -> dict[str, Any]:
         ValueError: if the architecture has no such argument (names the nearest), its value is of
             another type, it is given twice, or another setting decides it.
     """
-    defaults = architecture_arguments(model.student_arch)
-    given: dict[str, Any] = {}
-    for text in model.student_options or ():
-        name, _, value = text.partition("=")
-        if name in given:
-            raise ValueError(f"Expected {name} once in --student_options, got it twice.")
-        _check_name(name, model.student_arch, defaults)
-        given[name] = _converted(name, value, defaults[name])
+    given = _options("student_options", model.student_options, model.student_arch, _DECIDED)
     if model.decoder_channels is not None:
         if "decoder_channels" in given:
             raise ValueError(
                 "Expected the decoder's channels once, got --decoder_channels and "
                 "--student_options decoder_channels. Leave one of them out."
             )
+        defaults = architecture_arguments(model.student_arch)
         given["decoder_channels"] = _channels(model, defaults)
     return given
 
 
-def _check_name(name: str, arch: str, defaults: dict[str, Any]) -> None:
-    if name in _DECIDED:
-        raise ValueError(f"Expected no {name} in --student_options, got one. {_DECIDED[name]}.")
-    if name not in defaults:
-        hint = nearest_hint(name, [known for known in defaults if known not in _DECIDED])
-        raise ValueError(
-            f"Expected an argument of {arch} in --student_options, got {name!r}. {hint}"
-        )
+def teacher_options(model: ModelArguments) -> dict[str, Any]:
+    """Likewise of a bare state dict, where its shapes do not say it."""
+    texts, arch = model.teacher_options, model.teacher_arch
+    return _options("teacher_options", texts, arch, _DECIDED_FOR_TEACHER)
+
+
+def _options(
+    flag: str, texts: list[str] | None, arch: str, decided: dict[str, str]
+) -> dict[str, Any]:
+    """Arguments of an architecture from KEY=VALUE, as the types of their defaults."""
+    if not texts:
+        return {}
+    defaults = architecture_arguments(arch)
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name in given:
+            raise ValueError(f"Expected {name} once in --{flag}, got it twice.")
+        if name in decided:
+            raise ValueError(f"Expected no {name} in --{flag}, got one. {decided[name]}.")
+        if name not in defaults:
+            hint = nearest_hint(name, [known for known in defaults if known not in decided])
+            raise ValueError(f"Expected an argument of {arch} in --{flag}, got {name!r}. {hint}")
+        given[name] = _converted(f"{flag} {name}", value, defaults[name])
+    return given
 
 
 def _converted(name: str, text: str, default: Any) -> Any:
@@ -344,12 +364,10 @@ def _converted(name: str, text: str, default: Any) -> Any:
             return parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(
-                f"Expected a plain value as {name} in --student_options, got {text[:80]!r}: "
+                f"Expected a plain value as --{name}, got {text[:80]!r}: "
                 f"{' '.join(str(error).split())}. Write a number, a word, true or false."
             ) from None
-    value = convert(
-        f"student_options {name}", text, list[int] if isinstance(default, list) else type(default)
-    )
+    value = convert(name, text, list[int] if isinstance(default, list) else type(default))
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -33,6 +33,11 @@ class ModelArguments:
     teacher_encoder: str = help_field(
         "timm-efficientnet-b3", "Encoder of a bare teacher checkpoint."
     )
+    teacher_options: list[str] | None = help_field(
+        None,
+        "Further arguments of the architecture of a bare teacher checkpoint, as KEY=VALUE, where "
+        "its shapes do not say them.",
+    )
     teacher_image_size: FlagSize | None = help_field(
         None,
         "Input size of the teacher in pixels, where it differs from the student's: one number, or "
@@ -86,12 +91,13 @@ class ModelArguments:
             self.teacher_image_size = image_size("teacher_image_size", self.teacher_image_size)
         for channels in self.decoder_channels or ():
             check_at_least("decoder_channels", channels, 1)
-        for option in self.student_options or ():
-            if not all(option.partition("=")):
-                raise ValueError(
-                    f"Expected --student_options like decoder_dropout=0.1, got {option!r}. Write "
-                    "KEY=VALUE without spaces around the sign."
-                )
+        for flag in ("student_options", "teacher_options"):
+            for option in getattr(self, flag) or ():
+                if not all(option.partition("=")):
+                    raise ValueError(
+                        f"Expected --{flag} like decoder_dropout=0.1, got {option!r}. Write "
+                        "KEY=VALUE without spaces around the sign."
+                    )
 
     def _check_teachers(self) -> None:
         count = len(self.teachers)

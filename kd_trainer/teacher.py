@@ -31,8 +31,6 @@ from kd_trainer.models.config_checks import check_statistics, is_finite_number, 
 from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SmpConfig,
-    architecture_class,
     default_labels,
 )
 from kd_trainer.models.image_sizes import AnySize, as_size
@@ -40,11 +38,9 @@ from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.models.weights import (
     SUFFIXES,
     load_pretrained,
-    load_strictly,
-    read_weights,
-    unused_state_keys,
 )
 from kd_trainer.sources import model_source, not_here, public_name
+from kd_trainer.teacher_files import network_from_file
 from kd_trainer.universal import (
     MODEL_TYPES,
     fixed_side,
@@ -183,9 +179,7 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
-_PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
 _FLIPPED = "do_flip_channel_order"
-_HEAD = "segmentation_head.0.weight"
 
 
 def load_teacher(
@@ -194,6 +188,7 @@ def load_teacher(
     num_labels: int | None,
     arch: str | None = None,
     encoder: str | None = None,
+    options: Mapping[str, Any] | None = None,
     image_size: AnySize | None = None,
     mean: Statistics | None = None,
     std: Statistics | None = None,
@@ -213,6 +208,7 @@ def load_teacher(
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
         encoder: smp encoder of a bare state dict.
+        options: further arguments of its architecture, where its shapes do not say them.
         image_size: of the input that the teacher wants; None takes the student's.
         mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
             else ImageNet's.
@@ -230,7 +226,8 @@ def load_teacher(
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
     source = model_source(source)
-    network, saved = _load_network(source, arch, encoder, trust_remote_code, hub)
+    described = (arch, encoder, options or {})
+    network, saved = _load_network(source, described, trust_remote_code, hub)
     image_size = _input_side(network.config, image_size, source)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
     return Teacher(
@@ -248,14 +245,13 @@ def load_teacher(
 
 def _load_network(
     source: str,
-    arch: str | None,
-    encoder: str | None,
+    described: tuple[str | None, str | None, Mapping[str, Any]],
     trust_remote_code: bool,
     hub: dict[str, Any],
 ) -> tuple[Any, tuple[Statistics, Statistics]]:
     """A network with a `config`, and the mean and std of its input."""
     if source.endswith(SUFFIXES):
-        return _from_state_dict(source, arch, encoder), (IMAGENET_MEAN, IMAGENET_STD)
+        return _from_file(source, *described), (IMAGENET_MEAN, IMAGENET_STD)
     config = _read_config(source, hub)
     network = _from_folder(source, config, trust_remote_code, hub)
     return network, saved_statistics(source, config, **hub)
@@ -291,7 +287,9 @@ def _classes(
     return labels if groups is None and len(labels) == num_labels else names, groups
 
 
-def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
+def _from_file(
+    source: str, arch: str | None, encoder: str | None, options: Mapping[str, Any]
+) -> SmpForSemanticSegmentation:
     if elsewhere := not_here(source):
         raise FileNotFoundError(f"Expected a weight file, got {source!r}.{elsewhere}")
     if arch is None or encoder is None:
@@ -299,27 +297,7 @@ def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
             f"Expected the architecture and encoder of {source!r}, got arch={arch} and "
             f"encoder={encoder}. A bare state dict does not name them: give both."
         )
-    state = {_strip(name): value for name, value in read_weights(source).items()}
-    if _HEAD not in state:
-        raise ValueError(
-            f"Expected the weights of an smp model in {source!r}, got no {_HEAD!r} among its "
-            f"{len(state)} names. Save the whole model's state_dict."
-        )
-    channels = state[_HEAD].shape[0]
-    config = SmpConfig(
-        _model_class=architecture_class(arch).__name__, encoder_name=encoder, classes=channels
-    )
-    model = SmpForSemanticSegmentation(config)
-    optional = unused_state_keys(model, model.never_used_parameters())
-    load_strictly(model, state, source=source, optional=optional)
-    return model
-
-
-def _strip(name: str) -> str:
-    """Remove what wrappers put before a name, however often they are nested."""
-    while name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
+    return network_from_file(source, arch, encoder, options)
 
 
 def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,15 @@ LAYERS = (
         *("errors", "fields", "files", "processes", PORTABLE),
     ),
     (
-        *("argument_checks", "class_map", "console", "foreign_flags", "mask_flags", "reports"),
-        *("sources", "universal"),
+        "argument_checks",
+        "class_map",
+        "console",
+        "foreign_flags",
+        "mask_flags",
+        "reports",
+        "sources",
+        "teacher_files",
+        "universal",
     ),
     (
         "arguments",

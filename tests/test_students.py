@@ -197,7 +197,7 @@ def test_a_model_of_bgr_images_takes_rgb_and_says_the_same(tmp_path: Path):
         taught = teacher(pixels)
     assert torch.allclose(found, wanted[:, 1:] - wanted[:, :1], atol=1e-5)
     assert torch.allclose(taught, found, atol=1e-5)
-    assert image_size_of(student) == 64
+    assert image_size_of(student) == (64, 64)
 
 
 def test_a_size_that_it_cannot_take_is_refused(tmp_path: Path):

@@ -32,8 +32,7 @@ def class_pixels(
     pixels, masks = np.zeros(256, np.int64), 0
     for index, row in enumerate(sample_rows(rows, MASKS)):
         try:
-            mask = rule.decode(row["mask"], index)
-            labels = rule.labels(mask, image_name(row["mask"], index))
+            labels = rule.labels(rule.decode(row["mask"], index), image_name(row["mask"], index))
         except BadSampleError:
             if not skip_bad:
                 raise

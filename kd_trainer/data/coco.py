@@ -25,7 +25,6 @@ from kd_trainer.data.coco_annotations import (
     without_root,
 )
 from kd_trainer.data.coco_drawing import draw
-from kd_trainer.data.layouts import say
 from kd_trainer.data.listing import (
     FEATURES,
     MissingSplitError,
@@ -37,6 +36,7 @@ from kd_trainer.data.listing import (
 )
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data_arguments import DataArguments
+from kd_trainer.errors import announce
 from kd_trainer.mask_flags import ClassMembers, merged_members
 
 DRAWING = 2
@@ -98,7 +98,7 @@ class CocoSplit:
                 "enough for masks."
             )
         if boxes := len(entries) - len(outlined):
-            say(
+            announce(
                 f"{boxes:,} of {len(entries):,} objects of {self.annotations} are boxes without an "
                 "outline and are left out: what they show counts as background."
             )
@@ -161,7 +161,7 @@ def load_coco(
     MaskRule(tuple(range(data.num_labels)), data.ignore_index)  # refuses what no byte can number
     annotations, name = find_annotations(path, split, other_splits)
     if name != split:
-        say(f"Split {split}: {annotations}. --train_split and --eval_split name others.")
+        announce(f"Split {split}: {annotations}. --train_split and --eval_split name others.")
     source = CocoSplit(
         annotations,
         path,
@@ -193,7 +193,7 @@ def _report_relocated(source: CocoSplit) -> None:
     names = [image["file_name"] for image, _ in source.records]
     moved = [pair for pair in zip(names, files, strict=True) if pair[0] != pair[1]]
     if moved:
-        say(
+        announce(
             f"{len(moved)} of {len(names)} file names of {source.annotations} are paths of "
             f"another machine; in {folder} {moved[0][0]} is {moved[0][1]}."
         )

@@ -143,9 +143,9 @@ FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)}
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-# JPEG is lossy: its masks hold values that nobody wrote.
 LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg"})
-MASK_SUFFIXES = IMAGE_SUFFIXES - LOSSY_SUFFIXES | {".npy"}
+"""JPEG changes values: of masks such a file is read where there is nothing better."""
+MASK_SUFFIXES = (IMAGE_SUFFIXES - LOSSY_SUFFIXES) | {".npy"}
 _MAX_SHARDS = 64
 _MIN_SHARD_ROWS = 64
 _SAMPLE = 200  # images without masks whose first bytes are read before a run
@@ -237,6 +237,14 @@ def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[
                 f"{folder}. Rename the file."
             )
     return [folder / name for name in names]
+
+
+def list_masks(folder: Path) -> list[Path]:
+    """The mask files directly in `folder`, sorted by name; a JPEG only if its name has no other."""
+    lossless = list_images(folder, MASK_SUFFIXES)
+    stems = {file.stem for file in lossless}
+    lossy = [file for file in list_images(folder, LOSSY_SUFFIXES) if file.stem not in stems]
+    return sorted([*lossless, *lossy], key=lambda file: file.name) if lossy else lossless
 
 
 def show_names(names: Sequence[str]) -> str:

@@ -106,14 +106,6 @@ def read_mask(cell: EncodedImage, index: int, kind: str = "values") -> MaskFile:
     return MaskFile(values, palette, image.format in ("JPEG", "MPO"))
 
 
-def decode_as_found(cell: EncodedImage, index: int) -> npt.NDArray[Any]:
-    """The numbers of a mask (H, W) of whatever kind it alone is."""
-    try:
-        return decode_mask(cell, index)
-    except OtherKindError as error:
-        return decode_mask(cell, index, error.kind)
-
-
 def mask_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
     """Height and width of a mask as it is decoded, from the head of the file.
 
