@@ -71,11 +71,14 @@ class RunComponents:
 
 
 def evaluation_dataset(
-    data: DataArguments, *, batch_size: int, workers: int = 0
+    data: DataArguments, *, batch_size: int, workers: int = 0, apart_from: str | None = None
 ) -> TransformedDataset | StreamedDataset:
-    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out."""
+    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out.
+
+    Where the split `apart_from` is held out of this one, without its images too.
+    """
     name = data.eval_split
-    loaded = load_splits(data, [name])
+    loaded = {name: load_splits(data, [name, *([apart_from] if apart_from else [])])[name]}
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
     _announce_rule(transform.rule)

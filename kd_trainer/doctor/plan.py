@@ -137,7 +137,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
     data: dict[str, Any] = {
         "source": printable(run.data.dataset),
         "train": f"{train:,} images ({steps:,} steps an epoch)",
-        "evaluation": f"{evaluation:,} images",
+        "evaluation": f"{evaluation:,} images{' held out' if parts.held_out else ''}",
         "classes": printable(", ".join(run.data.id2label.values())),
         "input": "{} x {}".format(*run.data.input_size),
     }
