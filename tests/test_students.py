@@ -33,6 +33,7 @@ from kd_trainer.students import (
     hold_frozen,
     image_size_of,
     labels_of_student,
+    load_module,
     never_used,
     parameter_counts,
     processor_of,
@@ -323,3 +324,31 @@ def test_a_frozen_unit_is_in_eval_mode_after_train():
     hold_frozen(net)
     assert not net.stem[1].training
     assert net.deep[1].training
+
+
+def test_what_a_trainer_saves_of_a_module_is_read_back(tmp_path: Path):
+    """Without names, size and statistics the weights are of no use to anybody."""
+    net = as_student(Net(3), id2label={0: "a", 1: "b", 2: "c"}, mean=(0.5, 0.4, 0.3), image_size=96)
+    DistillationTrainer(net, arguments(tmp_path), train_dataset=Squares(2)).save_model()
+    assert {"model.safetensors", "student.json"} <= {file.name for file in tmp_path.iterdir()}
+    again = load_module(Net(3), tmp_path)
+    assert all(torch.equal(net.state_dict()[n], v) for n, v in again.state_dict().items())
+    assert labels_of_student(again) == {0: "a", 1: "b", 2: "c"}
+    assert statistics_of(again) == statistics_of(net)
+    assert image_size_of(again) == 96
+    with pytest.raises(ValueError, match=r"^Expected the weights of exactly this Net"):
+        load_module(Net(4), tmp_path)
+
+
+def test_a_resume_with_other_units_is_refused(tmp_path: Path):
+    """Other units are freed at other epochs, at other rates."""
+    one, other = Net(), Net()
+    options = {"train_dataset": Squares(4), "teacher": tiny_teacher()}
+    args = {"save_strategy": "epoch", "num_train_epochs": 2}
+    trainer = DistillationTrainer(
+        one, arguments(tmp_path, **args), units=[one.stem, one.deep], **options
+    )
+    trainer.train()
+    trainer = DistillationTrainer(other, arguments(tmp_path, **args), units=[other.deep], **options)
+    with pytest.raises(ValueError, match=r"its units are others"):
+        trainer.train(str(tmp_path / "checkpoint-2"))
