@@ -41,6 +41,7 @@ from kd_trainer.evaluation import (
     normalise,
     pixel_statistics,
 )
+from kd_trainer.fast_layers import use_safe_layers
 from kd_trainer.hub import Pushed
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.optim import PartLR, parameter_groups, regroup
@@ -322,6 +323,7 @@ class DistillationTrainer(ResumableTrainer):
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """As many epochs as `--max_steps` can need: one may be as short as a single step."""
         values = super().set_initial_training_values(args, dataloader)
+        use_safe_layers(self.model)  # no constructor changes a network, and this may be a new one
         if self._trial is not None:
             self._follow(args, self.model, self.teacher, self.settings.ignore_index)
             units = len(units_of(self.model))
