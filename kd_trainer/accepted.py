@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import input_statistics, labels_of
@@ -82,6 +83,11 @@ def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) 
     """A student, with the user's units; says so where nothing can be freed by stages."""
     if units is not None or not is_student(model):
         model = as_student(model, units=units)
+    if args.push_to_hub and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Expected a student of smp or transformers for a push, got a {type(model).__name__}: "
+            "nobody could load it by its id. Leave push_to_hub out."
+        )
     if not units_of(model) and args.process_index == 0:
         print(
             f"{type(model).__name__} has no units: all of it is trained from the start, at "

@@ -61,7 +61,7 @@ from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
 DICE_IMAGES = "dice_images"
-LOSS_COLUMNS = ("distil_mask", "teacher_logits")
+COLUMNS = ("pixel_values", "labels", "distil_mask", "teacher_logits")
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -134,7 +134,7 @@ class DistillationTrainer(ResumableTrainer):
         )
         self.model_init = model_init  # the Trainer takes this or a model, and asks it in `train`
         # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
-        self.label_names = [*self.label_names, *LOSS_COLUMNS]
+        self.label_names = list(dict.fromkeys([*self.label_names, *COLUMNS]))
         self.teacher = as_teacher(teacher, len(self.id2label))
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)

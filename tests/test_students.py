@@ -95,6 +95,22 @@ def test_units_of_a_plain_transformer_are_groups_with_what_is_around_them():
     assert any(".layer.15." in name for name, _ in deepest.parameters())
 
 
+def test_a_saved_model_of_one_logit_keeps_it(tmp_path: Path):
+    """Two classes are two channels in transformers, but people train one logit with a BCE."""
+    source = saved("segformer", tmp_path, num_labels=1)
+    student = made(source)
+    assert not has_new_head(student)
+    assert channels_of(student) == 1
+    assert labels_of_student(student) == {0: "background", 1: "background"}
+    named = made(source, class_names=["rest", "road"])
+    assert labels_of_student(named) == {0: "rest", 1: "road"}
+    assert named.config.id2label == {0: "road"}
+    with torch.no_grad():
+        stock = named.eval()(torch.ones(1, 3, 64, 64)).logits
+        logits = student_logits(named, torch.ones(1, 3, 64, 64))
+    assert torch.equal(logits, F.interpolate(stock, (64, 64), mode="bilinear"))
+
+
 @pytest.mark.parametrize("family", THREE)
 def test_a_binary_stock_model_says_the_same_by_its_argmax(family: str):
     """Losses see one logit: with another sign or size its mask would not be the saved model's."""
@@ -301,6 +317,21 @@ def test_units_that_are_no_parts_of_the_network_are_refused():
             as_student(net, units=units)
     with pytest.raises(ValueError, match=r"^Expected no units for a model of smp"):
         as_student(tiny_student(), units=[tiny_student().encoder])
+
+
+def test_a_module_cannot_be_pushed(tmp_path: Path):
+    """Its repository would hold weights that nothing reads."""
+    args = arguments(tmp_path, push_to_hub=True, hub_model_id="me/net", hub_license="mit")
+    with pytest.raises(ValueError, match=r"^Expected a student of smp or transformers for a push"):
+        DistillationTrainer(Net(), args, train_dataset=Squares(2))
+
+
+def test_a_module_gets_its_images_whatever_its_argument_is_called(tmp_path: Path):
+    """The Trainer drops what is no argument of `forward`."""
+    args = arguments(tmp_path, remove_unused_columns=True, max_steps=1)
+    trainer = DistillationTrainer(Net(), args, train_dataset=Squares(2), eval_dataset=Squares(2))
+    trainer.train()
+    assert "eval_miou" in trainer.evaluate()
 
 
 def test_another_number_of_classes_than_channels_is_refused():
