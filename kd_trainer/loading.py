@@ -16,7 +16,7 @@ from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import Measured, input_statistics, labels_of
 from kd_trainer.files import parse_yaml
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.config_checks import LARGEST_SIDE, nearest_hint, read_config
+from kd_trainer.models.config_checks import LARGEST_SIDE, check_labels, nearest_hint, read_config
 from kd_trainer.models.configuration_smp import architecture_arguments
 from kd_trainer.models.image_sizes import AnySize, Size, as_size, plain_size, size_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
@@ -142,6 +142,7 @@ def load_stock_student(
         ValueError: if it is no such model, or weights of its encoder are missing or misshapen.
     """
     options: dict[str, Any] = {"dtype": torch.float32}
+    check_labels(config.get("id2label"), None)
     classes = len(config.get("id2label") or (0, 1))
     if id2label is not None and classes not in _fitting_heads(id2label):
         names = {name: index for index, name in id2label.items()}

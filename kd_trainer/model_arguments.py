@@ -70,7 +70,9 @@ class ModelArguments:
         "decoder_pyramid_channels=64, say.",
     )
     student: str | None = help_field(
-        None, "A saved student (folder or Hub id) to go on from, instead of a new one."
+        None,
+        "A saved student to go on from, or any semantic segmentation model of transformers (folder "
+        "or Hub id), instead of a new network of smp.",
     )
 
     def __post_init__(self) -> None:

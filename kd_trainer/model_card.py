@@ -167,6 +167,7 @@ def render(facts: CardFacts) -> str:
         settings=defaultdict(lambda: None, facts.settings),
         metadata=card_data(facts).to_yaml(),
         read_by_smp=facts.is_smp and not uses_timm_loader(facts.config["encoder_name"]),
+        start=public_name(str(facts.settings.get("student") or "")),
         trust="trust_remote_code=True" if facts.is_smp else "",
         taught=facts.teacher is not None,
         loss=_loss(facts),

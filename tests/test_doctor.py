@@ -211,7 +211,7 @@ def test_every_source_without_a_split_says_how_to_train_without(kind: str, tmp_p
     else:
         (tmp_path / "annotations").mkdir()
         (tmp_path / "annotations" / "train.json").touch()
+    given = [*flags(tmp_path, tmp_path / "out"), "--eval_fraction", "0"]
     with pytest.raises(MissingSplitError) as caught:
-        given = [*flags(tmp_path, tmp_path / "out"), "--eval_fraction", "0"]
         load_splits(parse(given).data, ["validation"])
     assert caught.value.split == "validation"
