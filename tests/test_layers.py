@@ -32,7 +32,7 @@ LAYERS = (
     ),
     ("arguments", "data_arguments", "model_arguments", "model_card", "parsing", "teacher"),
     ("config", "data", "optim", "teacher_ensemble"),
-    ("evaluation",),
+    ("evaluation", "teacher_maps"),
     ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),
     ("build", "costs", "hub", "teacher_cache"),
     ("export", "measurement", "push_callback", "teacher_targets"),

@@ -56,6 +56,7 @@ _WITNESSES = {
     "dataset": ("train_content", "eval_content"),
     "unlabelled": ("train_content",),
     "teacher": ("teacher_weights",),
+    "teacher_maps": ("teacher_weights",),
     "student": ("student_tensors",),
     "encoder_weights": ("student_tensors",),  # first weights, which a checkpoint replaces
 }

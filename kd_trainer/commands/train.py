@@ -124,7 +124,8 @@ def prepare(
         write_text(run.output / RUN_CONFIG, yaml.safe_dump(run.resolved(), sort_keys=False))
         if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
             write_bad_samples(run.output, parts.bad_samples)
-    if args.teacher_targets == "cached" and parts.teacher is not None:
+    asked = parts.teacher is not None and not parts.teacher.from_samples
+    if args.teacher_targets == "cached" and parts.teacher is not None and asked:
         use_cached_targets(args, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     return parts, trainer, checkpoint
 
@@ -165,7 +166,7 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     student = load_student(run.output / "student")
     networks: dict[str, nn.Module] = {"student": student}
     files, sides = {"student": [str(run.output / "student")]}, {"student": side}
-    if teacher is not None:
+    if teacher is not None and not teacher.from_samples:
         networks["teacher"], files["teacher"] = teacher.network, run.model.teachers
         sides["teacher"] = teacher.image_size or side
     results: dict[str, Any] = {}
