@@ -236,7 +236,7 @@ def make_teacher(
     model: ModelArguments, student: Measured, *, image_size: AnySize
 ) -> Teacher | None:
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
-    if not model.has_teacher:
+    if not model.teachers:
         return None
     return ensemble_of(
         [_member(model, source, student, image_size) for source in model.teachers],

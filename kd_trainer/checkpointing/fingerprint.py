@@ -58,6 +58,7 @@ _WITNESSES = {
     **dict.fromkeys(("layout", "image_folder", "mask_folder"), ("train_content", "eval_content")),
     "unlabelled": ("train_content",),
     "teacher": ("teacher_weights",),
+    "teacher_maps": ("teacher_weights",),
     "student": ("student_tensors",),
     "encoder_weights": ("student_tensors",),  # first weights, which a checkpoint replaces
 }
