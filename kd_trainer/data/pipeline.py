@@ -24,7 +24,7 @@ from kd_trainer.data.mask_colors import color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
-from kd_trainer.data.sources import is_coco
+from kd_trainer.data.sources import is_coco, source_layout
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.mask_flags import color_members, merged_members
 
@@ -134,7 +134,7 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     if data.merge_classes is not None and not is_coco(data):
         return merged_rule(merged_members(data.merge_classes), ignored, options)
     if data.mask_values is None and not data.reduce_labels:
-        return None
+        return _rule_of_layout(data, ignored, options)
     reduced = range(1, data.num_labels + 1)
     values = reduced if data.mask_values is None else data.mask_values
     if len(values) != data.num_labels:
@@ -145,6 +145,17 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     if data.reduce_labels:
         ignored = tuple(sorted({*ignored, 0}))
     return MaskRule(tuple(values), also_ignored=ignored, **options)
+
+
+def _rule_of_layout(
+    data: DataArguments, ignored: tuple[int, ...], options: dict[str, Any]
+) -> MaskRule | None:
+    """The rule of a data set whose layout says which value is which class; None if it does not."""
+    layout = None if data.dataset == "synthetic" or is_coco(data) else source_layout(data)
+    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
+        return None
+    ignored = tuple(sorted({*ignored, *layout.ignored_values}))
+    return MaskRule(layout.mask_values, also_ignored=ignored, **options)
 
 
 def _check_counted(classes: set[int], data: DataArguments, masks: int) -> None:
