@@ -14,6 +14,7 @@ from kd_trainer.models.image_sizes import Size, as_size
 AUGMENTATIONS = ("heavy", "seed", "light", "none")
 LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
+RESIZES = ("stretch", "fit", "crop")
 
 
 @dataclass
@@ -81,6 +82,12 @@ class DataArguments:
         "Size of the network input in pixels: one number for a square, or height and width, such "
         "as 512 1024.",
     )
+    resize: str = help_field(
+        "stretch",
+        "How images get to that size: stretch; fit keeps the aspect ratio and pads at the right or "
+        "below; crop trains on random parts of the image fitted in and scaled by 0.5 to 2, and "
+        "else fits it in. A saved student fits or stretches as it was trained.",
+    )
     augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
         0.8,
@@ -105,6 +112,7 @@ class DataArguments:
         self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         self.image_size = image_size("image_size", self.image_size)
+        check_choice("resize", self.resize, RESIZES)
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()
@@ -171,6 +179,11 @@ class DataArguments:
     def input_size(self) -> Size:
         """`image_size` as (height, width)."""
         return as_size(self.image_size)
+
+    @property
+    def keep_aspect_ratio(self) -> bool:
+        """Whether images that are not augmented are fitted in instead of stretched."""
+        return self.resize != "stretch"
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -4,7 +4,6 @@ from kd_trainer.data.dataset import (
     SegmentationTransform,
     TeacherTargets,
     TransformedDataset,
-    clean_image,
     collate,
 )
 from kd_trainer.data.images import BadSample
@@ -20,7 +19,6 @@ __all__ = [
     "StreamedDataset",
     "TeacherTargets",
     "TransformedDataset",
-    "clean_image",
     "collate",
     "find_mask_rule",
     "load_splits",
