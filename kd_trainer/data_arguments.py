@@ -16,6 +16,7 @@ AUGMENTATIONS = ("heavy", "seed", "light", "none")
 LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
 MASK_KINDS = ("values", "colors", "alpha", "fractions")
+RESIZES = ("stretch", "fit", "crop")
 
 
 @dataclass
@@ -107,6 +108,12 @@ class DataArguments:
         "Size of the network input in pixels: one number for a square, or height and width, such "
         "as 512 1024.",
     )
+    resize: str = help_field(
+        "stretch",
+        "How images get to that size: stretch; fit keeps the aspect ratio and pads at the right or "
+        "below; crop trains on random parts of the image fitted in and scaled by 0.5 to 2, and "
+        "else fits it in. A saved student fits or stretches as it was trained.",
+    )
     augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
         0.8,
@@ -132,6 +139,7 @@ class DataArguments:
         self.category = self.categories or None
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         self.image_size = image_size("image_size", self.image_size)
+        check_choice("resize", self.resize, RESIZES)
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()
@@ -240,6 +248,11 @@ class DataArguments:
     def input_size(self) -> Size:
         """`image_size` as (height, width)."""
         return as_size(self.image_size)
+
+    @property
+    def keep_aspect_ratio(self) -> bool:
+        """Whether images that are not augmented are fitted in instead of stretched."""
+        return self.resize != "stretch"
 
     @property
     def id2label(self) -> dict[int, str]:

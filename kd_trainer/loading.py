@@ -53,6 +53,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
         encoder_weights=model.encoder_weights,
         id2label=data.id2label,
         image_size=plain_size(data.input_size),
+        keep_aspect_ratio=data.keep_aspect_ratio,
         semantic_loss_ignore_index=data.ignore_index,
         **student_options(model),
     )
@@ -61,13 +62,24 @@ def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
     return student
 
 
+def _check_stretched(data: DataArguments) -> None:
+    if data.keep_aspect_ratio:
+        raise ValueError(
+            f"Expected --resize stretch for a stock model of transformers as --student, got "
+            f"{data.resize}: the processor that is saved beside it cannot pad, nor remove padding. "
+            "Leave it out, or train a student of smp."
+        )
+
+
 def _go_on_from(source: str, data: DataArguments) -> nn.Module:
     """A saved model as the student of a run; a stock one gets a head for other classes."""
     config = _config_of_saved(source)
     if "_model_class" in config:
         student: Any = load_student(source, num_labels=data.num_labels)
         student.config.image_size = plain_size(data.input_size)
+        student.config.keep_aspect_ratio = data.keep_aspect_ratio
     else:
+        _check_stretched(data)
         student = load_stock_student(source, config, data.id2label, data.input_size)
     if data.class_names is not None:
         name_classes(student, data.id2label)

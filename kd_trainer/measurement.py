@@ -27,7 +27,7 @@ from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.run_folder import written_settings
-from kd_trainer.students import image_size_of
+from kd_trainer.students import image_size_of, keeps_aspect_ratio
 from kd_trainer.teacher import Teacher
 
 
@@ -148,6 +148,7 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
     settings: dict[str, Any] = {"num_labels": len(names), "class_names": names}
     if not isinstance(model, Teacher):
         settings["image_size"] = image_size_of(model)
+        settings["resize"] = "fit" if keeps_aspect_ratio(model) else "stretch"
         settings["ignore_index"] = getattr(model.config, "semantic_loss_ignore_index", 255)
     data = DataArguments(**(settings | _masks_of_run(source, chosen) | chosen))
     if data.reduce_labels is None and counts_from_one(source, data):

@@ -315,6 +315,11 @@ def image_size_of(student: nn.Module) -> Size:
     return traits_of(student).image_size
 
 
+def keeps_aspect_ratio(network: nn.Module) -> bool:
+    """Whether images are fitted into its input and padded, instead of stretched to it."""
+    return bool(getattr(getattr(network, "config", None), "keep_aspect_ratio", False))
+
+
 def channels_of(student: nn.Module) -> int:
     """Of the raw logits: 1 for two classes, but for a softmax of smp's."""
     if isinstance(student, SmpForSemanticSegmentation):

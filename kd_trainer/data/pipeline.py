@@ -244,7 +244,7 @@ def transforms(
 
     Args:
         splits: what `load_splits` gave.
-        data: image size, augmentation, and how masks are read.
+        data: image size, resize, augmentation, and how masks are read.
         seed: of the augmentation.
         every_class: as for `mask_rule`.
 
@@ -252,15 +252,17 @@ def transforms(
         (training, evaluation), with the same rule for masks.
     """
     rule = mask_rule(splits, data, every_class=every_class)
+    whole = "fit" if data.resize == "crop" else data.resize
     training, evaluation = (
         SegmentationTransform(
-            data.image_size,
+            data.input_size,
             rule,
+            resize=resize,
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
         )
-        for kind in (data.augmentation, "none")
+        for kind, resize in ((data.augmentation, data.resize), ("none", whole))
     )
     return training, evaluation
 
