@@ -32,6 +32,12 @@ class DataArguments:
     num_labels: int = help_field(
         2, "Classes with the background; 2 is a binary task with one logit."
     )
+    multi_label: bool = help_field(
+        False,
+        "Several labels a pixel: each of --num_labels classes is a mask of its own, found by a "
+        "sigmoid, and there is no background. Masks are .npy of 0 and 1, (K, H, W) or (H, W, K), "
+        "or drawn from COCO.",
+    )
     class_names: list[str] | None = help_field(
         None,
         "Names of the classes, background first (default: those of the source, where it has any).",
@@ -94,6 +100,8 @@ class DataArguments:
             )
         if self.mask_threshold is not None:
             self._check_threshold()
+        if self.multi_label:
+            self._check_multi_label()
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(
@@ -112,6 +120,23 @@ class DataArguments:
                 f"{self.brightness_contrast_probability}."
             )
 
+    def _check_multi_label(self) -> None:
+        """Refuse what says how one class a pixel is read."""
+        others = ("mask_values", "mask_threshold", "reduce_labels", "category")
+        names = [name for name in others if getattr(self, name) not in (None, False)]
+        if self.on_bad_sample == "skip":
+            names.append("on_bad_sample")
+        if names:
+            raise ValueError(
+                f"Expected no --{names[0]} with --multi_label, got {getattr(self, names[0])}: "
+                "planes of 0 and 1 are read as they are, and a bad one is an error. Leave it out."
+            )
+        if self.dataset == "synthetic":
+            raise ValueError(
+                "Expected a data set of planes with --multi_label, got synthetic, which has one "
+                "class a pixel. Leave one of them out."
+            )
+
     def _check_threshold(self) -> None:
         check_at_least("mask_threshold", self.mask_threshold or 0, 1)
         if self.num_labels != 2 or self.mask_values is not None or self.reduce_labels:
@@ -124,9 +149,11 @@ class DataArguments:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of every class; class 0 is the background."""
+        """Name of every class; class 0 is the background, unless a pixel may have several."""
         if self.class_names is not None:
             return dict(enumerate(self.class_names))
+        if self.multi_label:
+            return {i: f"class_{i}" for i in range(self.num_labels)}
         if self.num_labels == 2:
             # What nobody named has no name: a model that finds cats must not say `person`.
             drawn = "person" if self.dataset == "synthetic" else "foreground"

@@ -11,11 +11,11 @@ import yaml
 from torch import nn
 
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.evaluation import Measured, input_statistics, labels_of
+from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.files import parse_yaml
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.config_checks import nearest_hint, read_config
-from kd_trainer.models.configuration_smp import architecture_arguments
+from kd_trainer.models.configuration_smp import MULTI_LABEL, architecture_arguments
 from kd_trainer.models.modeling import (
     SmpForSemanticSegmentation,
     check_image_size,
@@ -30,7 +30,14 @@ from kd_trainer.teacher import Teacher, load_teacher
 def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSegmentation:
     """A new student, or a saved one to go on from, for the images and names of this run."""
     if model.student is not None:
-        student = load_student(model.student, num_labels=data.num_labels)
+        student = load_student(model.student, num_labels=data.num_labels, multi_label=True)
+        if student.config.multi_label != data.multi_label:
+            several = student.config.multi_label
+            raise ValueError(
+                f"Expected {'' if several else 'no '}--multi_label with {model.student}, which has "
+                f"{'several labels' if several else 'one class'} a pixel. "
+                f"{'Add it' if several else 'Leave it out'}, or take another --student."
+            )
         student.config.image_size = data.image_size
         student.config.semantic_loss_ignore_index = data.ignore_index
         if data.class_names is not None:
@@ -44,6 +51,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
         id2label=data.id2label,
         image_size=data.image_size,
         semantic_loss_ignore_index=data.ignore_index,
+        **({"problem_type": MULTI_LABEL} if data.multi_label else {}),
         **student_options(model),
     )
     check_output_size(student)
@@ -52,9 +60,14 @@ def make_student(model: ModelArguments, data: DataArguments) -> SmpForSemanticSe
 
 
 def load_student(
-    source: str | Path, *, num_labels: int | None = None
+    source: str | Path, *, num_labels: int | None = None, multi_label: bool = False
 ) -> SmpForSemanticSegmentation:
     """A saved student, from a folder (its own, or that of its run) or the Hub.
+
+    Args:
+        source: where it is.
+        num_labels: that it has to have.
+        multi_label: whether it may have several labels a pixel.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
@@ -83,6 +96,11 @@ def load_student(
         )
     student: SmpForSemanticSegmentation = SmpForSemanticSegmentation.from_pretrained(str(source))
     check_finite_weights(student, str(source))
+    if student.config.multi_label and not multi_label:
+        raise ValueError(
+            f"Expected a model of one class a pixel, got {source} of several labels a pixel, which "
+            "train.py, eval.py and predict.py take so far. Use its sigmoids from Python."
+        )
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -113,7 +131,7 @@ def load_measured(
         except OSError:
             config = {"_model_class": ""}  # `load_student` says what is missing
         if "_model_class" in config or "model_type" not in config:
-            return load_student(source, num_labels=num_labels)
+            return load_student(source, num_labels=num_labels, multi_label=True)
     return load_teacher(
         source,
         num_labels=num_labels,
@@ -140,6 +158,7 @@ def make_teacher(model: ModelArguments, student: Measured, *, image_size: int) -
         input_std=std,
         id2label=labels_of(student),
         class_map=model.class_map,
+        multi_label=is_multi_label(student),
         trust_remote_code=model.trust_remote_code,
     )
     check_finite_weights(teacher.network, f"the teacher {model.teacher}")

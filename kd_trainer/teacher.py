@@ -31,6 +31,7 @@ from kd_trainer.models.config_checks import check_statistics, is_finite_number, 
 from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MULTI_LABEL,
     SmpConfig,
     architecture_class,
     default_labels,
@@ -71,6 +72,7 @@ class Teacher(nn.Module):
         input_std: likewise.
         id2label: names of the teacher's classes.
         class_map: the network's classes of each of the student's, where it counts otherwise.
+        multi_label: each of its logits is read through a sigmoid, also where there are two.
     """
 
     scale: Tensor
@@ -88,8 +90,10 @@ class Teacher(nn.Module):
         input_std: Statistics = IMAGENET_STD,
         id2label: dict[int, str] | None = None,
         class_map: Groups | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
+        self.multi_label = multi_label
         self.network = network
         self.num_labels = num_labels
         self.image_size = image_size
@@ -155,9 +159,10 @@ class Teacher(nn.Module):
 
     def _student_classes(self, logits: Tensor) -> Tensor:
         channels = logits.shape[1]
-        if self.num_labels == 2 and channels == 2:
+        one_logit = self.num_labels == 2 and not self.multi_label
+        if one_logit and channels == 2:
             return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
-        if channels != (1 if self.num_labels == 2 else self.num_labels):
+        if channels != (1 if one_logit else self.num_labels):
             raise ValueError(
                 f"Expected a teacher of {self.num_labels} classes, got {channels} channels. "
                 "Choose a teacher of the student's classes."
@@ -198,6 +203,7 @@ def load_teacher(
     input_std: Statistics = IMAGENET_STD,
     id2label: Mapping[int, str] | None = None,
     class_map: str | None = None,
+    multi_label: bool | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> Teacher:
@@ -219,6 +225,7 @@ def load_teacher(
         id2label: names of the student's classes; a teacher with the same names in another order
             is put into this one, one of more classes is translated.
         class_map: which of its classes are which of the student's, as in `class_map.py`.
+        multi_label: whether the student has several labels a pixel; None takes what the teacher is.
         trust_remote_code: run code that comes with the teacher.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -230,6 +237,7 @@ def load_teacher(
     network, saved = _load_network(source, arch, encoder, trust_remote_code, hub)
     image_size = _input_side(network.config, image_size, source)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
+    several = _has_several(network.config, multi_label, groups, source)
     return Teacher(
         network,
         num_labels=len(names),
@@ -240,7 +248,23 @@ def load_teacher(
         input_std=input_std,
         id2label=names,
         class_map=groups,
+        multi_label=several,
     )
+
+
+def _has_several(config: Any, wanted: bool | None, groups: Groups | None, source: str) -> bool:
+    """Whether a pixel may have several of a teacher's labels, as the student's do or do not."""
+    several = getattr(config, "problem_type", None) == MULTI_LABEL
+    several |= bool(wanted) and source.endswith(SUFFIXES)  # bare weights do not say
+    merged = several and any(len(group) > 1 for group in groups or ())
+    if wanted not in (None, several) or merged:
+        kind = "several labels" if several else "one class"
+        raise ValueError(
+            f"Expected a teacher of {'several labels' if wanted else 'one class'} a pixel with the "
+            f"student's classes, got {source} of {kind}{' in classes to merge' * merged}. Its "
+            "logits mean something else: choose another teacher."
+        )
+    return several
 
 
 def _load_network(

@@ -47,7 +47,6 @@ from kd_trainer.data.streaming import seed_loader, stream_loader
 from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
     DataSetFigures,
-    EvaluationSettings,
     check_best_metric,
     classes_of,
     evaluation_rows,
@@ -56,6 +55,7 @@ from kd_trainer.evaluation import (
     labels_of,
     normalise,
     pixel_statistics,
+    settings_for,
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare
 from kd_trainer.hub import Pushed
@@ -131,17 +131,14 @@ class DistillationTrainer(Trainer):
         check_accepted(model, args, teacher, kwargs)
         weights = args.loss_weights
         self.loss_weights = weights if teacher is not None else weights.without_teacher()
-        self.loss_weights.check_channels(model.config.classes)
         self.id2label = labels_of(model)
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
-        self.settings = EvaluationSettings(
-            len(self.id2label), ignore_index, self.loss_weights, args.class_factors
-        )
+        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
         if self.own_metrics is None:  # whose figures nobody knows yet
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
             check_best_metric(args, names, sets)
-        self.figures = DataSetFigures(self.id2label, self.loss_weights)
+        self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
         self.epochs = EpochCounter(args.schedule(len(encoder_units(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
@@ -158,11 +155,12 @@ class DistillationTrainer(Trainer):
         )
         # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
         self.label_names = [*self.label_names, *LOSS_COLUMNS]
-        self.teacher = as_teacher(teacher, len(self.id2label))
+        self.teacher = as_teacher(teacher, model)
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
-        if args.panel_images > 0 and eval_dataset is not None:
+        # A panel shows one class a pixel.
+        if args.panel_images > 0 and eval_dataset is not None and not self.settings.multi_label:
             self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
 
     @property

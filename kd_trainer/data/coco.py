@@ -64,24 +64,33 @@ class CocoSplit:
     num_labels: int
     limit: int | None
     ignore_index: int
+    multi_label: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, and the hash of the data, need the file's name, not its content.
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @cached_property
-    def records(self) -> list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]]:
-        """Image entries by file name, each with (class, annotation): crowds first, then by area."""
+    def records(self) -> list[tuple[dict[str, Any], list[tuple[int, int, dict[str, Any]]]]]:
+        """Image entries by file name, each with (class, value in its mask, annotation).
+
+        Crowds come first, the others by area.
+        """
         content = read_annotations(self.annotations)
+        # Of several labels a pixel each category has a plane, and there is no background.
         classes = category_classes(
-            content["categories"], self.category, self.num_labels, self.annotations
+            content["categories"],
+            self.category,
+            self.num_labels + self.multi_label,
+            self.annotations,
         )
-        by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+        by_image: dict[Any, list[tuple[int, int, dict[str, Any]]]] = defaultdict(list)
         for entry in sorted(content["annotations"], key=_drawing_order):
             if entry["category_id"] in classes:
-                crowd = entry.get("iscrowd")
-                class_id = self.ignore_index if crowd else classes[entry["category_id"]]
-                by_image[entry["image_id"]].append((class_id, entry))
+                class_id = classes[entry["category_id"]]
+                value = 1 if self.multi_label else class_id
+                value = self.ignore_index if entry.get("iscrowd") else value
+                by_image[entry["image_id"]].append((class_id, value, entry))
         images = sorted(content["images"], key=lambda image: image["file_name"])
         return [(image, by_image[image["id"]]) for image in images[: self.limit]]
 
@@ -96,13 +105,26 @@ class CocoSplit:
         folder, files = self.images
         for row in chain.from_iterable(range(start, stop) for start, stop in ranges):
             image, annotations = self.records[row]
-            mask = draw(image, annotations, self.annotations)
+            mask = self._mask(image, annotations)
             png = cv2.imencode(".png", mask)[1].tobytes()
             name = f"{self.annotations.name}: {image['file_name']}"
             yield {
                 "image": {"path": str(folder / files[row]), "bytes": None},
                 "mask": {"path": name, "bytes": png},
             }
+
+    def _mask(
+        self, image: dict[str, Any], annotations: list[tuple[int, int, dict[str, Any]]]
+    ) -> npt.NDArray[np.uint8]:
+        """Class ids (H, W), or the planes of the classes one below another (K·H, W)."""
+        if not self.multi_label:
+            drawn = [(value, entry) for _, value, entry in annotations]
+            return draw(image, drawn, self.annotations)
+        planes = [
+            [(value, entry) for of, value, entry in annotations if of == number]
+            for number in range(1, self.num_labels + 1)
+        ]
+        return np.vstack([draw(image, plane, self.annotations) for plane in planes])
 
 
 def _drawing_order(entry: dict[str, Any]) -> tuple[bool, float, str]:
@@ -138,7 +160,14 @@ def load_coco(
     MaskRule(tuple(range(data.num_labels)), data.ignore_index)  # refuses what no byte can number
     annotations = find_annotations(path, split, other_splits)
     source = CocoSplit(
-        annotations, path, split, data.category, data.num_labels, limit, data.ignore_index
+        annotations,
+        path,
+        split,
+        data.category,
+        data.num_labels,
+        limit,
+        data.ignore_index,
+        data.multi_label,
     )
     count = len(source.records)
     if not count:

@@ -24,6 +24,7 @@ from kd_trainer.data.images import (
     read_image_bytes,
 )
 from kd_trainer.data.masks import MaskRule
+from kd_trainer.data.planes import PlaneRule
 from kd_trainer.models.image_processing import resize_image
 
 
@@ -78,7 +79,7 @@ class SegmentationTransform:
     def __init__(
         self,
         image_size: int,
-        rule: MaskRule,
+        rule: MaskRule | PlaneRule,
         *,
         augmentation: str,
         seed: int,
@@ -102,10 +103,10 @@ class SegmentationTransform:
             index: number of the row in its data set.
 
         Returns:
-            `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S) with the rule's
-            `ignore_index`, `distil_mask` bool (S, S): True where the labels count, and on a
-            image without a mask on every pixel that is not from outside of it. With `targets`
-            also `teacher_logits` float16 (K, S, S), moved as the mask is.
+            `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S), or (K, S, S) of a
+            `PlaneRule`, with the rule's `ignore_index`, `distil_mask` bool (S, S): True where the
+            labels count, and on a image without a mask on every pixel that is not from outside of
+            it. With `targets` also `teacher_logits` float16 (K, S, S), moved as the mask is.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
@@ -130,13 +131,15 @@ class SegmentationTransform:
             )
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        inside = changed_mask != OUTSIDE
+        inside = changed_mask != OUTSIDE  # (S, S, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
         # On an image with a mask the teacher is followed where the labels count, and no
         # further; on one without, everywhere.
         labelled = row.get("mask") is not None
         followed = ignored != self.rule.ignore_index if labelled else inside
+        if ignored.ndim == 3:
+            ignored, followed = planes(ignored), followed.any(axis=2)
         return {
             "pixel_values": torch.from_numpy(planes(changed)),
             "labels": torch.from_numpy(ignored),
@@ -158,6 +161,8 @@ class SegmentationTransform:
         self, row: Mapping[str, Any], shape: tuple[int, ...], index: int
     ) -> npt.NDArray[np.uint8]:
         cell = row.get("mask")
+        if isinstance(self.rule, PlaneRule):
+            return self.rule.planes(cell, index, shape)
         if cell is None:
             return np.full(shape, self.rule.ignore_index, np.uint8)
         mask = decode_mask(cell, index)
@@ -166,12 +171,15 @@ class SegmentationTransform:
 
 
 def resize_labels(labels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W) at the size (S, S) of the training; what is thinner than a pixel may go."""
+    """Class ids (H, W), or planes (H, W, K), at the size (S, S) of the training.
+
+    What is thinner than a pixel may go.
+    """
     return cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8)
 
 
 def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Channels first: (H, W, 3) to (3, H, W), four times as fast as numpy's transposed copy."""
+    """Channels first: (H, W, C) to (C, H, W), four times as fast as numpy's transposed copy."""
     height, width, channels = image.shape
     result = np.empty((channels, height, width), np.uint8)
     cv2.split(image, list(result))
@@ -201,8 +209,8 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples of equal size.
 
     Args:
-        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W), `distil_mask` (H, W), and the
-            `teacher_logits` (K, H, W) where they are cached.
+        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W) or (K, H, W), `distil_mask`
+            (H, W), and the `teacher_logits` (K, H, W) where they are cached.
 
     Returns:
         The same names with a leading batch axis; bytes stay bytes, the trainer normalises them.

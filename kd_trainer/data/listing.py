@@ -243,7 +243,7 @@ FEATURES = datasets.Features(
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # JPEG is lossy: its masks hold values that nobody wrote.
-MASK_SUFFIXES = frozenset({".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
+MASK_SUFFIXES = frozenset({".npy", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
 _MAX_SHARDS = 64
 _MIN_SHARD_ROWS = 64
 _SAMPLE = 200  # images without masks whose first bytes are read before a run

@@ -19,6 +19,7 @@ from kd_trainer.data.bad_samples import (
 from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, decode_mask, image_name, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
+from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.sources import is_coco
 from kd_trainer.data_arguments import DataArguments
 
@@ -183,7 +184,12 @@ def transforms(
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    rule = mask_rule(splits, data, every_class=every_class)
+    rule: MaskRule | PlaneRule
+    if data.multi_label:
+        rule = PlaneRule(data.num_labels, data.ignore_index)
+        check_planes([row for split in splits.values() for row in sample_rows(split)], rule)
+    else:
+        rule = mask_rule(splits, data, every_class=every_class)
     training, evaluation = (
         SegmentationTransform(
             data.image_size,

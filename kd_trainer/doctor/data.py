@@ -25,6 +25,7 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.dataset import resize_labels
 from kd_trainer.data.images import decode_mask, image_name
+from kd_trainer.data.masks import MaskRule
 from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
 
 Labels = npt.NDArray[np.uint8]
@@ -108,6 +109,7 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
     the rows that its reader will leave out.
     """
     rule, size, masks, lost = dataset.transform.rule, dataset.transform.image_size, [], 0
+    assert isinstance(rule, MaskRule)  # several labels a pixel are not looked at
     source = dataset.dataset
     source = source.select_columns("mask") if isinstance(source, datasets.Dataset) else source
     rows = iter(sample_rows(source, MASKS))
