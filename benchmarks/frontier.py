@@ -33,7 +33,7 @@ from kd_trainer.export.onnx_file import require_all
 from kd_trainer.fields import check_at_least, check_folder, help_field
 from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, network_size
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.modeling import check_image_size
 from kd_trainer.parsing import Parser
 from kd_trainer.reports.charts import Point, line_chart
 from kd_trainer.run_folder import EXPORTS_SHAPE, RESULTS_SHAPE, read_object
@@ -150,9 +150,7 @@ def frontier(models: Mapping[str, str | Path], args: FrontierArguments) -> list[
     return rows
 
 
-def calls_of(
-    folder: Path, network: SmpForSemanticSegmentation, pixels: Tensor
-) -> dict[str, Callable[[], Any]]:
+def calls_of(folder: Path, network: Any, pixels: Tensor) -> dict[str, Callable[[], Any]]:
     """What runs a model on these pixels (1, 3, H, W), by engine, on one thread.
 
     A missing fp32 export is made on the way and not kept; int8 needs images to calibrate on, so
@@ -173,7 +171,7 @@ def _timed(call: Callable[[], Any]) -> Callable[[int], float]:
     return timed(lambda _: call(), time.perf_counter)
 
 
-def _figures(folder: Path, network: SmpForSemanticSegmentation, side: int) -> dict[str, Any]:
+def _figures(folder: Path, network: Any, side: int) -> dict[str, Any]:
     """What needs no clock."""
     reached = read_object(folder / "results.json", RESULTS_SHAPE)
     exported = read_object(folder / RESULTS, EXPORTS_SHAPE).get("onnx-int8", {})

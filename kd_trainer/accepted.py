@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.students import as_student, is_student, units_of
 from kd_trainer.teacher import Teacher
 
 # Arguments of the Trainer, and why they cannot be followed.
@@ -35,15 +39,16 @@ def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, An
             f"Expected args as DistillationArguments, got {type(args).__name__}. They take "
             "everything that TrainingArguments do, and the settings of the distillation."
         )
-    if not isinstance(model, SmpForSemanticSegmentation):
+    if not isinstance(model, nn.Module):
         raise TypeError(
-            f"Expected a student of SmpForSemanticSegmentation, got {type(model).__name__}. Make "
-            "one with its create() or from_pretrained(); other networks can be teachers."
+            f"Expected a network as student, got {type(model).__name__}. Make one with "
+            "SmpForSemanticSegmentation.create() or from_pretrained(), or give any module that "
+            "answers with logits."
         )
     if teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
         raise TypeError(
             f"Expected a kd_trainer.Teacher, got {type(teacher).__name__}. Wrap it: Teacher(network"
-            f", num_labels={len(labels_of(model))}, mean=..., std=...), with the mean and std that "
+            ", num_labels=..., mean=..., std=...), with the mean and std that "
             "it was trained with."
         )
     if teacher is not None:
@@ -60,8 +65,21 @@ def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, An
             )
 
 
+def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:
+    """A student, with the user's units; says so where nothing can be freed by stages."""
+    if units is not None or not is_student(model):
+        model = as_student(model, units=units)
+    if not units_of(model) and args.process_index == 0:
+        print(
+            f"{type(model).__name__} has no units: all of it is trained from the start, at "
+            "learning_rate. Units are given as units=[...].",
+            file=sys.stderr,
+        )
+    return model
+
+
 def as_teacher(
-    teacher: Teacher | SmpForSemanticSegmentation | None, student: SmpForSemanticSegmentation
+    teacher: Teacher | SmpForSemanticSegmentation | None, student: nn.Module
 ) -> Teacher | None:
     """A teacher of the student's kind; a network of ours is wrapped, as it says how it is fed.
 

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
+from kd_trainer.models.image_sizes import as_size, plain_size
 
 _NO_RECOMPUTING = (
     "networks of smp cannot recompute their activations. To save memory, lower --batch_size and "
@@ -60,6 +61,26 @@ LAUNCHER = {
     "FSDP_ACTIVATION_CHECKPOINTING": _NO_RECOMPUTING,
 }
 _UNSET = ("", "no", "default", "false", "0")  # the launcher sets each of them, if to nothing
+
+
+FlagSize = int | str | list[int] | list[str]
+"""Type of a field that holds the size of an image; its parser wants `str` second."""
+SMALLEST_SIDE = 32
+
+
+def image_size(flag: str, value: FlagSize) -> int | list[int]:
+    """The size that a flag or a recipe names, as files hold it.
+
+    Raises:
+        ValueError: if it is none, or a side has less than `SMALLEST_SIDE` pixels.
+    """
+    try:
+        size = as_size(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("Expected", f"Expected --{flag} to be", 1)) from None
+    for side in size:
+        check_at_least(flag, side, SMALLEST_SIDE)
+    return plain_size(size)
 
 
 def check_launcher() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import set_seed
+from transformers.image_processing_backends import TorchvisionBackend
 
 from kd_trainer.arguments import BALANCED, DistillationArguments
 from kd_trainer.config import RunArguments
@@ -27,28 +28,40 @@ from kd_trainer.data import (
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.masks import MaskRule
-from kd_trainer.data.sources import is_coco
+from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce, clipped
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
-from kd_trainer.loading import make_student, make_teacher, student_options
+from kd_trainer.loading import make_student, make_teacher, network_name, student_options
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
-from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.students import (
+    channels_of,
+    check_student_size,
+    has_several_labels,
+    image_size_of,
+    processor_of,
+    set_free_units,
+    student_logits,
+)
 from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
 
 
 @dataclass
 class RunComponents:
-    """The objects of a run."""
+    """The objects of a run.
 
-    student: SmpForSemanticSegmentation
+    `held_out` names the images to evaluate on, where they are a share of those to train on.
+    """
+
+    student: nn.Module
     teacher: Teacher | None
     train_dataset: TransformedDataset | StreamedDataset
     eval_dataset: TransformedDataset | StreamedDataset | None
-    processor: SmpImageProcessor
+    processor: TorchvisionBackend
     loss_weights: LossWeights
+    held_out: tuple[str, ...] = ()
 
     @property
     def bad_samples(self) -> list[BadSample]:
@@ -78,7 +91,7 @@ def evaluation_dataset(
     return TransformedDataset(splits[name], transform, bad[name])
 
 
-def speed_up(student: SmpForSemanticSegmentation, args: DistillationArguments) -> None:
+def speed_up(student: nn.Module, args: DistillationArguments) -> None:
     """What changes the student's layers and this process, which is why no constructor does it."""
     use_fast_layers(student)
     if args.keep_freed_memory and args.device.type == "cpu":
@@ -114,14 +127,19 @@ def build_run(run: RunArguments) -> RunComponents:
         _check_multi_label(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = _load(run)
-    splits, bad = usable_splits(loaded, data, workers=workers, shared=several)
+    splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     if args.class_weights == BALANCED and isinstance(for_training.rule, MaskRule):
         balance_classes(run, splits[data.train_split], for_training.rule)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
-    check_image_size(data.image_size, student)
+    check_student_size(data.image_size, student)
     if args.sync_batchnorm:
+        if not isinstance(student, SmpForSemanticSegmentation):
+            raise ValueError(
+                "Expected a student of smp with --sync_batchnorm, got a "
+                f"{type(student).__name__}. Leave it out."
+            )
         student.synchronise_batchnorm()
     teacher = make_teacher(run.model, student, image_size=data.image_size)
     if teacher is not None:
@@ -139,6 +157,7 @@ def build_run(run: RunArguments) -> RunComponents:
         eval_dataset=eval_dataset,
         processor=_processor(student, data),
         loss_weights=weights,
+        held_out=loaded.held_out,
     )
 
 
@@ -179,17 +198,18 @@ def balance_classes(run: RunArguments, rows: Any, rule: MaskRule) -> None:
 def _names_without_background(run: RunArguments) -> list[str]:
     """Those of the teacher, if it has as many classes: value 0, the background, is none of them."""
     count = run.data.num_labels
-    named = saved_class_names(run.model.teacher) if run.model.has_teacher else None
-    if named is not None and len(named) == count:
-        return named
+    for source in run.model.teachers:
+        named = saved_class_names(source)
+        if named is not None and len(named) == count:
+            return named
     return [f"class_{index}" for index in range(count)]
 
 
-def _load(run: RunArguments) -> Any:
+def _load(run: RunArguments) -> LoadedSplits:
     """The splits of the run; says how to train where there is none to evaluate on."""
     data, evaluates = run.data, run.training.eval_strategy != "no"
     try:
-        return load_splits(data, [data.train_split, *([data.eval_split] if evaluates else [])])
+        return load_source(data, [data.train_split, *([data.eval_split] if evaluates else [])])
     except MissingSplitError as error:
         if error.split != data.eval_split:
             raise
@@ -212,11 +232,12 @@ def _reduces_labels(run: RunArguments) -> bool:
 
     A class map translates the teacher's classes: then it is the student's masks that are read.
     """
-    if not run.model.has_teacher or not counts_from_one(run.model.teacher, run.data):
+    reduced = [source for source in run.model.teachers if counts_from_one(source, run.data)]
+    if not reduced:
         return False
-    names = saved_class_names(run.model.teacher)
-    other = names is not None and len(names) != run.data.num_labels
-    if run.model.class_map is not None or other:
+    names = [saved_class_names(source) for source in reduced]
+    others = [names_ for names_ in names if names_ and len(names_) != run.data.num_labels]
+    if run.model.class_map is not None or len(others) == len(reduced):
         announce(
             "The teacher was trained with do_reduce_labels (mask value 0 counts nowhere), but its "
             "classes are translated: the masks here are read as they are. --reduce_labels true "
@@ -227,10 +248,9 @@ def _reduces_labels(run: RunArguments) -> bool:
     return True
 
 
-def _processor(student: SmpForSemanticSegmentation, data: DataArguments) -> SmpImageProcessor:
+def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
     """The student's image processor, which also says how the masks it learned from were read."""
-    options = {"do_reduce_labels": True} if data.reduce_labels else {}
-    return SmpImageProcessor.from_model_config(student.config, **options)
+    return processor_of(student, **({"do_reduce_labels": True} if data.reduce_labels else {}))
 
 
 def _check_multi_label(run: RunArguments) -> None:
@@ -283,9 +303,9 @@ def _check_together(run: RunArguments) -> None:
             )
 
 
-def _check_channels(student: SmpForSemanticSegmentation) -> None:
+def _check_channels(student: nn.Module) -> None:
     """Refuse a student of two channels beside a teacher, who answers for two classes with one."""
-    if student.config.classes == 2 and not student.config.multi_label:
+    if channels_of(student) == 2 and not has_several_labels(student):
         raise ValueError(
             "Expected a student with one logit for two classes beside a teacher, got one with two "
             "channels (a softmax) as --student. Take it as --teacher of a new student, or go on "
@@ -301,7 +321,7 @@ def image_count(dataset: TransformedDataset | StreamedDataset) -> int:
 def _check_enough(
     dataset: TransformedDataset | StreamedDataset,
     run: RunArguments,
-    student: SmpForSemanticSegmentation,
+    student: nn.Module,
 ) -> None:
     """Refuse a training set of less than one batch: a short batch is dropped.
 
@@ -387,7 +407,7 @@ def smallest_batch(images: int, args: DistillationArguments, *, streamed: bool) 
 
 
 def check_smallest_batch(
-    student: SmpForSemanticSegmentation, images: int, args: DistillationArguments, *, streamed: bool
+    student: nn.Module, images: int, args: DistillationArguments, *, streamed: bool
 ) -> None:
     """Refuse batches of one image for a network with a BatchNorm behind a pooling to one pixel.
 
@@ -402,16 +422,17 @@ def check_smallest_batch(
     else:
         got = f"a last batch of one ({images:,} images, --dataloader_drop_last false)"
         cure = "Set --dataloader_drop_last true, or another --batch_size"
+    name = network_name(student).split()[0]
     raise ValueError(
-        f"Expected batches of at least 2 images for {student.config._model_class}, a BatchNorm of "
+        f"Expected batches of at least 2 images for {name}, a BatchNorm of "
         f"which sees one value of each channel in one image, got {got}. {cure}."
     )
 
 
 @torch.no_grad()
-def _needs_two(student: SmpForSemanticSegmentation) -> bool:
+def _needs_two(student: nn.Module) -> bool:
     network = copy.deepcopy(student)
-    network.set_free_units(None)
+    set_free_units(network, None)
     network.train()
 
     def look(_: nn.Module, given: Any) -> None:
@@ -421,11 +442,10 @@ def _needs_two(student: SmpForSemanticSegmentation) -> bool:
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(look)
-    side = int(student.config.image_size)
-    pixels = torch.zeros(1, int(student.config.in_channels), side, side)
+    pixels = torch.zeros(1, 3, *image_size_of(student))
     try:
         with torch.random.fork_rng(devices=[]):
-            network(pixel_values=pixels)
+            student_logits(network, pixels)
     except _OneValueError:
         return True
     return False

@@ -25,6 +25,7 @@ from kd_trainer.evaluation import bytes_of
 from kd_trainer.optim import PartLR, parameter_groups, regroup
 from kd_trainer.reports.panels import comparison_panel, save_image
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.students import set_free_units
 
 # TensorBoard's files only grow, and its page shows ten images of a run.
 _SHOWN_PARTS = 10
@@ -168,7 +169,7 @@ class ProgressiveUnfreezing(TrainerCallback):
         if isinstance(model, FSDPModule):
             model.reshard()  # a forward pass without backward leaves other tensors in its place
         free = self.epochs.schedule.free_units(self.epochs.index)
-        model.set_free_units(free)
+        set_free_units(model, free)
         regroup(optimizer, parameter_groups(model, args, free))
         scheduler.refresh()
 

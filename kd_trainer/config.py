@@ -322,10 +322,17 @@ def _from_its_folder(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
     started = Path(*folder.parts[:-count])
     for name in _PATHS:
         path = settings.get(name)
-        if isinstance(path, str) and not Path(path).exists() and (started / path).exists():
-            settings |= {name: str(started / path)}
+        if isinstance(path, list):
+            settings |= {name: [_seen_from(started, one) for one in path]}
+        elif isinstance(path, str):
+            settings |= {name: _seen_from(started, path)}
     below = folder.is_relative_to(Path.cwd())
     return settings | {"output_dir": str(folder.relative_to(Path.cwd()) if below else folder)}
+
+
+def _seen_from(started: Path, path: str) -> str:
+    elsewhere = not Path(path).exists() and (started / path).exists()
+    return str(started / path) if elsewhere else path
 
 
 def check_given(run: RunArguments, given: Collection[str]) -> None:

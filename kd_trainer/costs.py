@@ -27,6 +27,7 @@ from tqdm import tqdm
 from kd_trainer.arguments import DistillationArguments, usable_processors
 from kd_trainer.fast_layers import give_back, logits_of
 from kd_trainer.loading import network_size
+from kd_trainer.models.image_sizes import AnySize, as_size, plain_size
 
 FINAL_CALLS = 10  # measured calls of each network at the end of a training
 _ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
@@ -49,8 +50,8 @@ class RawLogits(nn.Module):
 
 
 @torch.no_grad()
-def macs(network: nn.Module, side: int) -> int:
-    """Multiply-accumulate operations of one image of `side` x `side`.
+def macs(network: nn.Module, size: AnySize) -> int:
+    """Multiply-accumulate operations of one image of this size.
 
     Convolutions, matrix products and attention are counted, two floating-point operations each, as
     torch counts them; normalisation, activations and resizing are not.
@@ -59,30 +60,36 @@ def macs(network: nn.Module, side: int) -> int:
     was_training = network.training
     network.eval()
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, side, side, device=device))
+        network(torch.zeros(1, 3, *as_size(size), device=device))
     network.train(was_training)
     return counter.get_total_flops() // 2
 
 
-def file_mib(source: str | Path) -> float | None:
-    """Size of a weight file, or of the weight files in a folder; None if there are none here."""
+def file_mib(*sources: str | Path) -> float | None:
+    """Size of weight files, or of those in folders, together; None if one has none here."""
+    found = [weight_files(source) for source in sources]
+    return sum(f.stat().st_size for files in found for f in files) / 2**20 if all(found) else None
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """A weight file, or those in a folder."""
     path = Path(source)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return sum(f.stat().st_size for f in files) / 2**20 if files else None
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
 
 
 def costs(
-    networks: Mapping[str, nn.Module], sides: Mapping[str, int], repeats: int
+    networks: Mapping[str, nn.Module], sizes: Mapping[str, AnySize], repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Costs of each network, on the CPU, for one image.
 
     Args:
         networks: by name; they are put into eval mode and on the CPU.
-        sides: pixels of the square input of each.
+        sizes: of the input of each, in pixels.
         repeats: measured calls for each latency; 0 measures none.
 
     Returns:
-        For each name `parameters`, `never_used`, `macs`, `side` and `latency`, a list of
+        For each name `parameters`, `never_used`, `macs`, `side` (its size as files hold it) and
+        `latency`, a list of
         measurements (empty where nothing was measured).
     """
     plain = {name: RawLogits(net).cpu().eval() for name, net in networks.items()}
@@ -92,14 +99,14 @@ def costs(
         rows[name] = {
             "parameters": used,
             "never_used": never_used,
-            "macs": macs(plain[name], sides[name]),
-            "side": sides[name],
+            "macs": macs(plain[name], sizes[name]),
+            "side": plain_size(sizes[name]),
             "latency": [],
         }
     if repeats == 0:
         return rows
-    pixels = {name: noise_image(sides[name]) for name in networks}
-    models = {name: onnx_bytes(net, sides[name]) for name, net in plain.items()}
+    pixels = {name: noise_image(sizes[name]) for name in networks}
+    models = {name: onnx_bytes(net, sizes[name]) for name, net in plain.items()}
     for threads in sorted({1, usable_processors()}):
         engines: dict[str, dict[str, Call]] = {
             "torch": {n: partial(net, pixels[n]) for n, net in plain.items()},
@@ -112,13 +119,13 @@ def costs(
 
 
 def image_milliseconds(
-    networks: Mapping[str, nn.Module], sides: Mapping[str, int]
+    networks: Mapping[str, nn.Module], sizes: Mapping[str, AnySize]
 ) -> dict[str, float | int]:
     """Median time of one image in torch, each network on its own device, in turn.
 
     Args:
         networks: by name.
-        sides: pixels of the square input of each.
+        sizes: of the input of each, in pixels.
 
     Returns:
         `NAME_ms` of each, and `latency_threads`, those of the CPU that torch might use.
@@ -126,26 +133,26 @@ def image_milliseconds(
     calls: dict[str, Call] = {}
     for name, network in networks.items():
         weight = next(network.parameters())
-        pixels = noise_image(sides[name]).to(weight.device, weight.dtype)
+        pixels = noise_image(sizes[name]).to(weight.device, weight.dtype)
         calls[name] = partial(RawLogits(network).eval(), pixels)
     threads = torch.get_num_threads()
     measured = interleaved(calls, FINAL_CALLS, threads)
     return {f"{n}_ms": one.median for n, one in measured.items()} | {"latency_threads": threads}
 
 
-def noise_image(side: int) -> Tensor:
-    """A normalised image (1, 3, side, side) of noise, always the same."""
-    return torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+def noise_image(size: AnySize) -> Tensor:
+    """A normalised image (1, 3, H, W) of noise, always the same."""
+    return torch.randn(1, 3, *as_size(size), generator=torch.Generator().manual_seed(0))
 
 
-def onnx_bytes(network: nn.Module, side: int) -> bytes | None:
+def onnx_bytes(network: nn.Module, size: AnySize) -> bytes | None:
     """A network as an ONNX model of a fixed size; None if it cannot be one.
 
     Either the packages for it are not installed, or the exporter does not know an operation.
     """
     if not all(find_spec(name) for name in _ONNX_PACKAGES):
         return None
-    example = torch.zeros(1, 3, side, side)
+    example = torch.zeros(1, 3, *as_size(size))
     # What exporters warn about is no business of somebody who only wants to know the time.
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from kd_trainer.argument_checks import FlagSize, image_size
 from kd_trainer.errors import clipped
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
 from kd_trainer.metrics import check_class_names
+from kd_trainer.models.image_sizes import Size, as_size
 
 AUGMENTATIONS = ("heavy", "seed", "light", "none")
+LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
 
 
@@ -18,14 +22,34 @@ class DataArguments:
 
     dataset: str = help_field(
         "",
-        "Pair folder (<split>/images/*.jpg, <split>/masks/*.png of the same stem), COCO json, "
+        "Folder of images and masks in any usual layout, csv file of their paths, COCO json, "
         "parquet file or folder, Hub id, or `synthetic`.",
         metavar="SOURCE",
     )
     train_split: str = help_field("train", "Name of the split to train on.")
     eval_split: str = help_field("validation", "Name of the split to evaluate on.")
-    image_folder: str = help_field("images", "Folder of the images inside a split.")
-    mask_folder: str = help_field("masks", "Folder of the masks inside a split.")
+    eval_fraction: float = help_field(
+        0.1,
+        "Share of the images that is held out to evaluate on where the data has no split for it; "
+        "always the same ones. 0 holds none out.",
+    )
+    group_by: str | None = help_field(
+        None,
+        "Regular expression on the images' paths: those of the same first group (or match), such "
+        "as a patient, are held out together.",
+        metavar="PATTERN",
+    )
+    layout: str | None = help_field(
+        None,
+        "How a folder is laid out, where it can be read in several ways: folders, voc, "
+        "cityscapes, metadata, csv, coco or parquet (default: found).",
+    )
+    image_folder: str | None = help_field(
+        None,
+        "What folders of images are called; `*` stands for any text (default: found). Of a csv: "
+        "where its paths begin.",
+    )
+    mask_folder: str | None = help_field(None, "What folders of masks are called, likewise.")
     category: str | None = help_field(None, "COCO: the category that is the foreground.")
     image_column: str = help_field("image", "Column of the images (parquet, Hub).")
     mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
@@ -58,7 +82,11 @@ class DataArguments:
         None, "Folder of images without masks, used by the distillation terms only."
     )
     streaming: bool = help_field(False, "Stream the data instead of indexing it.")
-    image_size: int = help_field(640, "Side of the square network input in pixels.")
+    image_size: FlagSize = help_field(
+        640,
+        "Size of the network input in pixels: one number for a square, or height and width, such "
+        "as 512 1024.",
+    )
     augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
         0.8,
@@ -82,7 +110,10 @@ class DataArguments:
     def __post_init__(self) -> None:
         self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
-        check_at_least("image_size", self.image_size, 32)
+        self.image_size = image_size("image_size", self.image_size)
+        if self.layout is not None:
+            check_choice("layout", self.layout, LAYOUTS)
+        self._check_hold_out()
         if self.num_labels < 2:
             raise ValueError(
                 f"Expected --num_labels of at least 2 (background and foreground), got "
@@ -137,6 +168,20 @@ class DataArguments:
                 "class a pixel. Leave one of them out."
             )
 
+    def _check_hold_out(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(
+                f"Expected --eval_fraction from 0 to below 1, got {self.eval_fraction}. 0.1 is one "
+                "image in ten."
+            )
+        try:
+            re.compile(self.group_by or "")
+        except (re.error, RecursionError) as error:
+            raise ValueError(
+                f"Expected a regular expression as --group_by, got {self.group_by!r}: {error}. "
+                "'(.*)_' takes what stands in front of the last _."
+            ) from None
+
     def _check_threshold(self) -> None:
         check_at_least("mask_threshold", self.mask_threshold or 0, 1)
         if self.num_labels != 2 or self.mask_values is not None or self.reduce_labels:
@@ -146,6 +191,11 @@ class DataArguments:
                 f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got it "
                 f"with {other}. Leave one out."
             )
+
+    @property
+    def input_size(self) -> Size:
+        """`image_size` as (height, width)."""
+        return as_size(self.image_size)
 
     @property
     def id2label(self) -> dict[int, str]:

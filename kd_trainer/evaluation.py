@@ -34,29 +34,36 @@ from kd_trainer.metrics import (
     multi_label_metrics,
     plane_counts,
 )
-from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.contents import STUDENT, TEACHER
+from kd_trainer.students import (
+    channels_of,
+    has_several_labels,
+    labels_of_student,
+    statistics_of,
+    student_logits,
+)
 from kd_trainer.teacher import Teacher, state_of
 
 NAMES = tuple(term.name for term in TERMS)
 AGREEMENT = "agreement"
 
 
-Measured = SmpForSemanticSegmentation | Teacher
-"""What can be evaluated: a student, or any other network behind the interface of a teacher."""
+Measured = nn.Module
+"""What can be evaluated: a student (`kd_trainer.students`), or a network behind a `Teacher`."""
 
 
 def labels_of(model: Measured) -> dict[int, str]:
     """Name of each class of a model, background first."""
-    names = model.id2label if isinstance(model, Teacher) else model.config.id2label
-    return {int(index): str(name) for index, name in (names or {}).items()}
+    if isinstance(model, Teacher):
+        return {int(index): str(name) for index, name in model.id2label.items()}
+    return labels_of_student(model)
 
 
 def input_statistics(model: Measured) -> tuple[list[float], list[float]]:
     """Mean and std with which images are given to a model, of values 0..1."""
     if isinstance(model, Teacher):
         return model.input_mean, model.input_std
-    return list(model.config.image_mean), list(model.config.image_std)
+    return statistics_of(model)
 
 
 Statistics = tuple[Tensor, Tensor]
@@ -73,9 +80,7 @@ def pixel_statistics(model: Measured, device: torch.device | str) -> Statistics:
 
 def raw_logits(model: Measured, pixels: Tensor) -> Tensor:
     """Raw logits (B, K, H, W) for images (B, 3, H, W) that are normalised for the model."""
-    output = model(pixels)
-    logits: Tensor = output if isinstance(model, Teacher) else output["raw_logits"]
-    return logits
+    return student_logits(model, pixels)
 
 
 def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
@@ -94,7 +99,7 @@ def bytes_of(pixels: Tensor, statistics: Statistics) -> Tensor:
 
 def is_multi_label(model: Measured) -> bool:
     """Whether a pixel may have several of the model's labels."""
-    return model.multi_label if isinstance(model, Teacher) else model.config.multi_label
+    return model.multi_label if isinstance(model, Teacher) else has_several_labels(model)
 
 
 def classes_of(raw_logits: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ class EvaluationSettings:
 
 
 def settings_for(
-    model: SmpForSemanticSegmentation,
+    model: nn.Module,
     ignore_index: int,
     weights: LossWeights,
     pos_weight: float | Sequence[float] | None = None,
@@ -133,7 +138,7 @@ def settings_for(
         ValueError: if a term that has a weight teaches nothing to it.
     """
     several = is_multi_label(model)
-    weights.check_channels(1 if several else model.config.classes)
+    weights.check_channels(1 if several else channels_of(model))
     return EvaluationSettings(len(labels_of(model)), ignore_index, weights, pos_weight, several)
 
 

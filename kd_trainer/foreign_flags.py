@@ -21,7 +21,7 @@ RENAMED = {
     "num_labels": "num_classes n_classes nc",
     "student_arch": "arch architecture",
     "student_encoder": "encoder encoder_name backbone",
-    "teacher": "teacher_model teacher_path",
+    "teacher": "teacher_model teacher_path teachers",
     "student": "student_model model model_name_or_path",
     "mixed_precision": "amp precision half",
     "optim": "optimizer opt",

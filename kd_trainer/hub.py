@@ -35,15 +35,15 @@ from huggingface_hub.utils.tqdm import (
     disable_progress_bars,
     enable_progress_bars,
 )
+from torch import nn
 
 from kd_trainer.argument_checks import check_license, check_repo_id
 from kd_trainer.checkpointing.checkpoints import file_digest
 from kd_trainer.checkpointing.fingerprint import DEFAULTS
 from kd_trainer.fields import expanded
 from kd_trainer.files import MARKER, replacing_folder, write_json
+from kd_trainer.loading import load_student
 from kd_trainer.model_card import CardFacts, dataset_name, render
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
-from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.run_folder import (
     COMPARISON_SHAPE,
     EXPORTS_SHAPE,
@@ -54,6 +54,13 @@ from kd_trainer.run_folder import (
     written_settings,
 )
 from kd_trainer.sources import CONFIG, WEIGHTS, last_part, model_source, public_name, run_of
+from kd_trainer.students import (
+    channels_of,
+    image_size_of,
+    labels_of_student,
+    parameter_counts,
+    statistics_of,
+)
 
 STUDENT = (CONFIG, WEIGHTS, "preprocessor_config.json")
 # Copied only as far as they are there: smp and kd_trainer itself do without.
@@ -252,8 +259,7 @@ def _panel(run: Path, state: Path | None) -> Path | None:
 
 
 def _facts(source: Source, about: Publication) -> CardFacts:
-    student = SmpForSemanticSegmentation.from_pretrained(str(source.student))
-    check_finite_weights(student, str(source.student))
+    student: Any = load_student(source.student)
     used, never_used, _ = parameter_counts(student)
     run, settings = source.run, settings_of(source.run)
     results = about.results
@@ -263,7 +269,7 @@ def _facts(source: Source, about: Publication) -> CardFacts:
     return CardFacts(
         repo_id=about.repo_id,
         license=about.license,
-        config=student.config.to_dict(),
+        config=student.config.to_dict() | _description(student),
         parameters=(used, never_used),
         file_mib=(source.student / WEIGHTS).stat().st_size / 2**20,
         dataset=about.dataset_name or dataset_name(settings),
@@ -273,6 +279,18 @@ def _facts(source: Source, about: Publication) -> CardFacts:
         measured=_measured(_read(run, EXPORTS, EXPORTS_SHAPE), comparison),
         progress=about.progress,
     )
+
+
+def _description(student: nn.Module) -> dict[str, Any]:
+    """What a card says of any student, under the names that the configuration of smp's has."""
+    mean, std = statistics_of(student)
+    return {
+        "id2label": labels_of_student(student),
+        "classes": channels_of(student),
+        "image_size": image_size_of(student),
+        "image_mean": mean,
+        "image_std": std,
+    }
 
 
 def _read(folder: Path | None, name: str, shape: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kd_trainer.evaluation import Measured, Statistics, normalise, pixel_statistics, raw_logits
 from kd_trainer.export import OnnxStudent
 from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.image_sizes import AnySize, Size, as_size
 from kd_trainer.reports.panels import overlay
 
 Network = Callable[[Tensor], Tensor]
@@ -33,7 +34,7 @@ class Segmenter:
 
     Args:
         network: normalised floats (B, 3, H, W) to raw logits (B, K, H, W) on the same device.
-        image_size: side of the square input in pixels.
+        image_size: of the input in pixels.
         statistics: mean and std for values 0..255, each (1, 3, 1, 1), on the network's device.
         tile: cut images that are larger than the input into tiles at their own resolution,
             instead of shrinking them.
@@ -43,7 +44,7 @@ class Segmenter:
     """
 
     network: Network
-    image_size: int
+    image_size: Size
     statistics: Statistics
     tile: bool = False
     overlap: float = 0.25
@@ -58,17 +59,16 @@ class Segmenter:
         return [self._tiled(p) if self._in_tiles(p) else next(found) for p in images]
 
     def network_input(self, image: RgbImage) -> Tensor:
-        """What the network sees of a whole image: normalised floats (1, 3, side, side)."""
-        side = self.image_size
-        pixels = resize_image(_channels_first(image), side, side)[None]
+        """What the network sees of a whole image: normalised floats (1, 3, h, w)."""
+        pixels = resize_image(_channels_first(image), *self.image_size)[None]
         return normalise(pixels.to(self.statistics[0].device), self.statistics)
 
     def _in_tiles(self, image: RgbImage) -> bool:
-        return self.tile and max(image.shape[:2]) > self.image_size
+        height, width = self.image_size
+        return self.tile and (image.shape[0] > height or image.shape[1] > width)
 
     def _whole(self, images: Sequence[RgbImage]) -> Iterator[Tensor]:
-        side = self.image_size
-        inputs = [resize_image(_channels_first(p), side, side) for p in images]
+        inputs = [resize_image(_channels_first(p), *self.image_size) for p in images]
         for raw, image in zip(self._batches(inputs), images, strict=True):
             size = (image.shape[0], image.shape[1])
             yield F.interpolate(raw[None], size=size, mode="bilinear", align_corners=False)[0]
@@ -76,29 +76,28 @@ class Segmenter:
     def _tiled(self, image: RgbImage) -> Tensor:
         """Weighted mean of the tiles' logits; a tile counts most where it sees most around."""
         height, width = image.shape[:2]
-        side = self.image_size
-        padded = _channels_first(_padded(image, side))
-        corners = [
-            (top, left)
-            for top in tile_starts(padded.shape[1], side, self.overlap)
-            for left in tile_starts(padded.shape[2], side, self.overlap)
+        tall, wide = self.image_size
+        padded = _channels_first(_padded(image, self.image_size))
+        tiles = [
+            (slice(top, top + tall), slice(left, left + wide))
+            for top in tile_starts(padded.shape[1], tall, self.overlap)
+            for left in tile_starts(padded.shape[2], wide, self.overlap)
         ]
-        tiles = [padded[:, top : top + side, left : left + side] for top, left in corners]
-        ramp = torch.arange(side, device=self.statistics[0].device, dtype=torch.float32)
-        ramp = torch.minimum(ramp + 1, side - ramp)
-        weight = ramp[:, None] * ramp[None, :]
+        device = self.statistics[0].device
+        weight = _ramp(tall, device)[:, None] * _ramp(wide, device)[None, :]
         total: Tensor | None = None
         weights = weight.new_zeros(padded.shape[1:])
-        for (top, left), raw in zip(corners, self._batches(tiles), strict=True):
+        pixels = [padded[:, rows, columns] for rows, columns in tiles]
+        for (rows, columns), raw in zip(tiles, self._batches(pixels), strict=True):
             if total is None:
                 total = raw.new_zeros((raw.shape[0], *padded.shape[1:]))
-            total[:, top : top + side, left : left + side] += raw * weight
-            weights[top : top + side, left : left + side] += weight
+            total[:, rows, columns] += raw * weight
+            weights[rows, columns] += weight
         assert total is not None
         return (total / weights)[:, :height, :width]
 
     def _batches(self, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Logits (K, side, side) of each uint8 input (3, side, side), in order."""
+        """Logits (K, h, w) of each uint8 input (3, h, w), in order."""
         device = self.statistics[0].device
         for start in range(0, len(inputs), self.batch_size):
             pixels = torch.stack(list(inputs[start : start + self.batch_size])).to(device)
@@ -125,9 +124,15 @@ def tile_starts(length: int, side: int, overlap: float) -> list[int]:
     return [round(i * (length - side) / max(count - 1, 1)) for i in range(count)]
 
 
-def _padded(image: RgbImage, side: int) -> RgbImage:
-    """At least `side` pixels each way: what is missing mirrors the image's lower right edges."""
-    missing = [(0, max(0, side - length)) for length in image.shape[:2]]
+def _ramp(length: int, device: torch.device) -> Tensor:
+    """1, 2, 3 up to the middle and down to 1 again."""
+    ramp = torch.arange(length, device=device, dtype=torch.float32)
+    return torch.minimum(ramp + 1, length - ramp)
+
+
+def _padded(image: RgbImage, size: Size) -> RgbImage:
+    """At least of this size: what is missing mirrors the image's lower right edges."""
+    missing = [(0, max(0, s - n)) for s, n in zip(size, image.shape[:2], strict=True)]
     return np.pad(image, [*missing, (0, 0)], mode="symmetric") if any(map(any, missing)) else image
 
 
@@ -150,18 +155,20 @@ def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
     return np.asarray(classes.to(torch.uint8).cpu().numpy())
 
 
-def torch_segmenter(model: Measured, image_size: int, **looks: Any) -> Segmenter:
+def torch_segmenter(model: Measured, image_size: AnySize, **looks: Any) -> Segmenter:
     """A network as it is shown images, on the GPU if there is one.
 
     Args:
         model: put there, and into eval mode.
-        image_size: side of its square input in pixels.
+        image_size: of its input in pixels.
         **looks: further fields of `Segmenter`.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     placed = model.eval().to(device)
     statistics = pixel_statistics(model, device)
-    return Segmenter(lambda images: raw_logits(placed, images), image_size, statistics, **looks)
+    return Segmenter(
+        lambda images: raw_logits(placed, images), as_size(image_size), statistics, **looks
+    )
 
 
 def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:

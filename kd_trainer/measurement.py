@@ -25,10 +25,10 @@ from kd_trainer.evaluation import (
     labels_of,
 )
 from kd_trainer.losses import class_ids
-from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
+from kd_trainer.students import image_size_of
 from kd_trainer.teacher import Teacher
 
 
@@ -161,9 +161,9 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
     names = list(labels_of(model).values())
     settings: dict[str, Any] = {"num_labels": len(names), "class_names": names}
     settings["multi_label"] = is_multi_label(model)
-    if isinstance(model, SmpForSemanticSegmentation):
-        settings["image_size"] = model.config.image_size
-        settings["ignore_index"] = model.config.semantic_loss_ignore_index
+    if not isinstance(model, Teacher):
+        settings["image_size"] = image_size_of(model)
+        settings["ignore_index"] = getattr(model.config, "semantic_loss_ignore_index", 255)
     data = DataArguments(**(settings | chosen))
     if data.reduce_labels is None and counts_from_one(source, data):
         print(f"The model was {REDUCED}", file=sys.stderr)

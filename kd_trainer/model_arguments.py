@@ -4,28 +4,44 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kd_trainer.argument_checks import FlagSize, image_size
 from kd_trainer.class_map import class_map_text
 from kd_trainer.fields import check_at_least, expanded, help_field
-from kd_trainer.sources import model_source
+from kd_trainer.sources import model_source, public_name
 
 
 @dataclass
 class ModelArguments:
     """The frozen teacher and the student that learns from it."""
 
-    teacher: str = help_field(
+    teacher: str | list[str] = help_field(
         "",
         "Teacher: a folder (also that of a run), a Hub id or a checkpoint file (.pth, "
-        ".safetensors; name its architecture with --teacher_arch and --teacher_encoder). `none` "
-        "trains the student alone.",
+        ".safetensors; name its architecture with --teacher_arch and --teacher_encoder); several "
+        "teach the mean of their probabilities. `none` trains the student alone.",
         metavar="SOURCE",
+    )
+    teacher_shares: list[float] | None = help_field(
+        None,
+        "Weight of each of several teachers in the mean of their probabilities.",
+        aliases=["--teacher_weights"],
+    )
+    teacher_flip: bool = help_field(
+        False, "Ask the teacher for the mirrored image too, and take the mean of both answers."
     )
     teacher_arch: str = help_field("unet", "Architecture of a bare teacher checkpoint.")
     teacher_encoder: str = help_field(
         "timm-efficientnet-b3", "Encoder of a bare teacher checkpoint."
     )
-    teacher_image_size: int | None = help_field(
-        None, "Input side of the teacher in pixels, where it differs from the student's."
+    teacher_options: list[str] | None = help_field(
+        None,
+        "Further arguments of the architecture of a bare teacher checkpoint, as KEY=VALUE, where "
+        "its shapes do not say them.",
+    )
+    teacher_image_size: FlagSize | None = help_field(
+        None,
+        "Input size of the teacher in pixels, where it differs from the student's: one number, or "
+        "height and width.",
     )
     teacher_mean: list[float] | None = help_field(
         None, "Mean the teacher was trained with, where it differs from the student's."
@@ -58,7 +74,10 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        self.teacher = model_source(self.teacher)
+        named = [self.teacher] if isinstance(self.teacher, str) else self.teacher
+        sources = [model_source(source) for source in named]
+        self.teacher = sources[0] if len(sources) == 1 else sources
+        self._check_teachers()
         self.encoder_weights = expanded(self.encoder_weights)
         if self.class_map is not None:  # what the file says belongs to the run, not its place
             self.class_map = class_map_text(self.class_map)
@@ -69,17 +88,49 @@ class ModelArguments:
                 "Expected --teacher_mean and --teacher_std together, got only one. Give both."
             )
         if self.teacher_image_size is not None:
-            check_at_least("teacher_image_size", self.teacher_image_size, 32)
+            self.teacher_image_size = image_size("teacher_image_size", self.teacher_image_size)
         for channels in self.decoder_channels or ():
             check_at_least("decoder_channels", channels, 1)
-        for option in self.student_options or ():
-            if not all(option.partition("=")):
-                raise ValueError(
-                    f"Expected --student_options like decoder_dropout=0.1, got {option!r}. Write "
-                    "KEY=VALUE without spaces around the sign."
-                )
+        for flag in ("student_options", "teacher_options"):
+            for option in getattr(self, flag) or ():
+                if not all(option.partition("=")):
+                    raise ValueError(
+                        f"Expected --{flag} like decoder_dropout=0.1, got {option!r}. Write "
+                        "KEY=VALUE without spaces around the sign."
+                    )
+
+    def _check_teachers(self) -> None:
+        count = len(self.teachers)
+        if isinstance(self.teacher, list) and not all(map(_is_named, self.teacher)):
+            raise ValueError(
+                f"Expected the names of several teachers, got {' '.join(self.teacher)}. `none` "
+                "stands alone."
+            )
+        if self.teacher_shares is None or not count:
+            return
+        right = len(self.teacher_shares) == count and all(w > 0 for w in self.teacher_shares)
+        if not right:
+            raise ValueError(
+                f"Expected --teacher_shares above 0 for each of {count} teachers, got "
+                f"{' '.join(map(str, self.teacher_shares))}. Give one for each, in their order."
+            )
 
     @property
     def has_teacher(self) -> bool:
         """Whether a teacher is named."""
-        return self.teacher.lower() not in ("", "none")
+        return bool(self.teachers)
+
+    @property
+    def teachers(self) -> list[str]:
+        """All of them, as `load_teacher` takes each; empty without one."""
+        named = [self.teacher] if isinstance(self.teacher, str) else self.teacher
+        return [source for source in named if _is_named(source)]
+
+    @property
+    def teacher_name(self) -> str:
+        """What the teacher is called in public: `A + B` for several."""
+        return " + ".join(map(public_name, self.teachers))
+
+
+def _is_named(source: str) -> bool:
+    return source.lower() not in ("", "none")

@@ -43,7 +43,8 @@ class CardFacts:
     Args:
         repo_id: OWNER/NAME.
         license: as the Hub writes it; the user's choice.
-        config: the student's config.json.
+        config: the student's config.json, with `image_size`, `image_mean`, `image_std`, `classes`
+            (channels of the raw logits) and `id2label` of any kind of student.
         parameters: (used, never used by any output).
         file_mib: size of the weights.
         dataset: what was trained on, by a name or by its id on the Hub.
@@ -69,6 +70,11 @@ class CardFacts:
     progress: str | None = None
 
     @property
+    def is_smp(self) -> bool:
+        """Whether it is a network of smp, else a stock model of transformers."""
+        return "_model_class" in self.config
+
+    @property
     def labels(self) -> list[str]:
         """Names of the classes, background first."""
         names = {int(index): str(name) for index, name in self.config["id2label"].items()}
@@ -85,7 +91,8 @@ class CardFacts:
         source = self.results.get("teacher", self.settings.get("teacher", ""))
         if source is None or str(source).lower() == "none":
             return None
-        return public_name(str(source))
+        names = source if isinstance(source, list) else [str(source)]
+        return " + ".join(map(public_name, names))
 
 
 def dataset_name(settings: dict[str, Any]) -> str:
@@ -116,7 +123,10 @@ def card_data(facts: CardFacts) -> ModelCardData:
         license=facts.license,
         library_name="transformers",
         pipeline_tag=TASK,
-        tags=["semantic-segmentation", "knowledge-distillation", "segmentation-models-pytorch"],
+        tags=[
+            *("semantic-segmentation", "knowledge-distillation"),
+            *(["segmentation-models-pytorch"] if facts.is_smp else []),
+        ],
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         metrics=[result.metric_type for result in results] or None,
         eval_results=results or None,
@@ -161,7 +171,8 @@ def render(facts: CardFacts) -> str:
         results=defaultdict(lambda: None, facts.results),
         settings=defaultdict(lambda: None, facts.settings),
         metadata=card_data(facts).to_yaml(),
-        read_by_smp=not uses_timm_loader(facts.config["encoder_name"]),
+        read_by_smp=facts.is_smp and not uses_timm_loader(facts.config["encoder_name"]),
+        trust="trust_remote_code=True" if facts.is_smp else "",
         taught=facts.teacher is not None,
         loss=_loss(facts),
         softened=any(term.softened and facts.settings.get(term.flag) for term in TERMS),

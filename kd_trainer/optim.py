@@ -14,21 +14,21 @@ import torch
 from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.students import never_used, units_of
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 DECODER = "decoder"
 
 
-def unit_parameters(model: SmpForSemanticSegmentation) -> dict[str, NamedParameters]:
+def unit_parameters(model: nn.Module) -> dict[str, NamedParameters]:
     """Every parameter that can be trained, by part: `decoder` first, then `unit_6` ... `unit_0`.
 
     Parameters that no forward pass uses are left out: they never get a gradient.
     """
-    units = list(enumerate(encoder_units(model)))
+    units = list(enumerate(units_of(model)))
     parts = {f"unit_{i}": list(unit.parameters()) for i, unit in reversed(units)}
-    elsewhere = {name for own in parts.values() for name, _ in own} | model.never_used_parameters()
+    elsewhere = {name for own in parts.values() for name, _ in own} | never_used(model)
     rest = [(name, p) for name, p in model.named_parameters() if name not in elsewhere]
     return {DECODER: rest, **parts}
 
@@ -39,7 +39,7 @@ def base_rate(part: str, args: DistillationArguments) -> float:
 
 
 def parameter_groups(
-    model: SmpForSemanticSegmentation, args: DistillationArguments, free_units: int
+    model: nn.Module, args: DistillationArguments, free_units: int
 ) -> list[dict[str, Any]]:
     """Groups for AdamW of the free parts: two for each, with and without weight decay.
 

@@ -200,7 +200,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         ValueError: if it cannot be one; names the field and the wanted type.
     """
     options = _options(hint)
-    if value == "" and options == (str,):
+    if value == "" and str in options and type(None) not in options:
         return ""  # as good as not given, and what a configuration written without it says
     if value == ["null"] and type(None) in options:
         return None  # the one way to take back a list that a recipe gives
@@ -208,6 +208,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if type(None) in options:
             return None
         raise ValueError(f"Expected a value for --{name}, got none.")
+    if isinstance(value, str) and options == (list[str], str):
+        return expanded(value)  # one word, as a path may hold a space; several come as a list
     for option in options:
         try:
             return expanded(_convert_to(value, option))

@@ -13,11 +13,12 @@ from typing import Any
 
 from kd_trainer.config import RUN_CONFIG, load_recipe
 from kd_trainer.data import BadSample
-from kd_trainer.errors import clipped
+from kd_trainer.errors import clipped, printable
 from kd_trainer.files import check_regular, read_json, write_text
 from kd_trainer.losses import TERMS
 
 BAD_SAMPLES = "bad_samples.txt"
+HELD_OUT = "held_out.txt"
 _MOST = 1e100  # of a figure: sums and logarithms of such numbers exist
 
 # A shape is float, str, [shape of each], or {key: shape}, where `name_*` stands for all keys that
@@ -59,7 +60,7 @@ NOTE_SHAPE = {"starts": float, "updates": float, "left_out": float, "teacher_wei
 
 # What a training writes into its output folder, or reads there when it goes on.
 _OF_A_RUN = re.compile(
-    r"config\.yaml|.*results\.json|trainer_state\.json|report\.html|bad_samples\.txt|"
+    r"config\.yaml|.*results\.json|trainer_state\.json|report\.html|bad_samples\.txt|held_out\.txt|"
     r"student|panels|runs|hub|\.?checkpoint-.*|\.training"
 )
 
@@ -181,6 +182,11 @@ def write_bad_samples(folder: Path, bad: Sequence[BadSample]) -> int:
     lines = ["split\trow\tfile\treason", *(sample.line() for sample in bad)]
     write_text(folder / BAD_SAMPLES, "\n".join(lines) + "\n")
     return len(bad)
+
+
+def write_held_out(folder: Path, names: Sequence[str]) -> None:
+    """Write `held_out.txt`: the images that were held out of the training, one a line."""
+    write_text(folder / HELD_OUT, "".join(f"{printable(name)}\n" for name in names))
 
 
 def check_no_links(folder: Path) -> None:

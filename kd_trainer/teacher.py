@@ -24,27 +24,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.class_map import Groups, merge_logits, translate
+from kd_trainer.class_map import Groups, merge_logits, several_labels, translate
 from kd_trainer.errors import announce, is_own, printable
 from kd_trainer.fast_layers import folded, logits_of
 from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
 from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    MULTI_LABEL,
-    SmpConfig,
-    architecture_class,
     default_labels,
 )
+from kd_trainer.models.image_sizes import AnySize, as_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.models.weights import (
     SUFFIXES,
     load_pretrained,
-    load_strictly,
-    read_weights,
-    unused_state_keys,
 )
 from kd_trainer.sources import model_source, not_here, public_name
+from kd_trainer.teacher_files import network_from_file
 from kd_trainer.universal import (
     MODEL_TYPES,
     fixed_side,
@@ -65,7 +61,7 @@ class Teacher(nn.Module):
         network: (B, 3, h, w) to a tensor of logits, an output with `raw_logits` or `logits`, or
             that of a universal model.
         num_labels: of the student, background included; 2 gives one logit.
-        image_size: side that the network wants; None takes the images as they come.
+        image_size: that the network wants; None takes the images as they come.
         mean: per channel in 0..1, that the network was trained with.
         std: likewise.
         input_mean: with which the images arrive (the student's).
@@ -83,7 +79,7 @@ class Teacher(nn.Module):
         network: nn.Module,
         *,
         num_labels: int,
-        image_size: int | None = None,
+        image_size: AnySize | None = None,
         mean: Statistics = IMAGENET_MEAN,
         std: Statistics = IMAGENET_STD,
         input_mean: Statistics = IMAGENET_MEAN,
@@ -96,7 +92,7 @@ class Teacher(nn.Module):
         self.multi_label = multi_label
         self.network = network
         self.num_labels = num_labels
-        self.image_size = image_size
+        self.image_size = None if image_size is None else as_size(image_size)
         self.id2label = id2label or default_labels(num_labels)
         self.class_map = class_map
         self.mask_size = mask_size(getattr(network, "config", None))
@@ -143,8 +139,9 @@ class Teacher(nn.Module):
         if not self.same_statistics:
             images = images * self.scale + self.shift
         if self.image_size is not None:
-            side = self.image_size
-            images = _resize(images, (side, side), antialias=side < max(height, width))
+            wanted_height, wanted_width = self.image_size
+            shrinks = wanted_height < height or wanted_width < width
+            images = _resize(images, self.image_size, antialias=shrinks)
         output = self.network(images.to(next(self.network.parameters()).dtype))
         if is_universal(output):
             return self._student_classes(
@@ -186,8 +183,7 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
-_PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
-_HEAD = "segmentation_head.0.weight"
+_FLIPPED = "do_flip_channel_order"
 
 
 def load_teacher(
@@ -196,7 +192,8 @@ def load_teacher(
     num_labels: int | None,
     arch: str | None = None,
     encoder: str | None = None,
-    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    image_size: AnySize | None = None,
     mean: Statistics | None = None,
     std: Statistics | None = None,
     input_mean: Statistics = IMAGENET_MEAN,
@@ -216,9 +213,9 @@ def load_teacher(
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
         encoder: smp encoder of a bare state dict.
-        image_size: input side the teacher wants; None takes the student's.
-        mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
-            else ImageNet's.
+        options: further arguments of its architecture, where its shapes do not say them.
+        image_size: of the input that the teacher wants; None takes the student's.
+        mean: None takes that of its preprocessor_config.json, else config.json, else ImageNet's.
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
@@ -234,58 +231,41 @@ def load_teacher(
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
     source = model_source(source)
-    network, saved = _load_network(source, arch, encoder, trust_remote_code, hub)
-    image_size = _input_side(network.config, image_size, source)
+    described = (arch, encoder, options or {})
+    network, saved = _load_network(source, described, trust_remote_code, hub)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
-    several = _has_several(network.config, multi_label, groups, source)
     return Teacher(
         network,
         num_labels=len(names),
-        image_size=image_size,
+        image_size=_input_side(network.config, image_size, source),
         mean=mean or saved[0],
         std=std or saved[1],
         input_mean=input_mean,
         input_std=input_std,
         id2label=names,
         class_map=groups,
-        multi_label=several,
+        multi_label=several_labels(network.config, multi_label, groups, source),
     )
-
-
-def _has_several(config: Any, wanted: bool | None, groups: Groups | None, source: str) -> bool:
-    """Whether a pixel may have several of a teacher's labels, as the student's do or do not."""
-    several = getattr(config, "problem_type", None) == MULTI_LABEL
-    several |= bool(wanted) and source.endswith(SUFFIXES)  # bare weights do not say
-    merged = several and any(len(group) > 1 for group in groups or ())
-    if wanted not in (None, several) or merged:
-        kind = "several labels" if several else "one class"
-        raise ValueError(
-            f"Expected a teacher of {'several labels' if wanted else 'one class'} a pixel with the "
-            f"student's classes, got {source} of {kind}{' in classes to merge' * merged}. Its "
-            "logits mean something else: choose another teacher."
-        )
-    return several
 
 
 def _load_network(
     source: str,
-    arch: str | None,
-    encoder: str | None,
+    described: tuple[str | None, str | None, Mapping[str, Any]],
     trust_remote_code: bool,
     hub: dict[str, Any],
 ) -> tuple[Any, tuple[Statistics, Statistics]]:
     """A network with a `config`, and the mean and std of its input."""
     if source.endswith(SUFFIXES):
-        return _from_state_dict(source, arch, encoder), (IMAGENET_MEAN, IMAGENET_STD)
+        return _from_file(source, *described), (IMAGENET_MEAN, IMAGENET_STD)
     config = _read_config(source, hub)
     network = _from_folder(source, config, trust_remote_code, hub)
-    return network, _statistics(source, config, hub)
+    return network, saved_statistics(source, config, **hub)
 
 
-def _input_side(config: Any, image_size: int | None, source: str) -> int | None:
+def _input_side(config: Any, image_size: AnySize | None, source: str) -> AnySize | None:
     """The input side of a network: what is asked for, or the only one that it takes."""
     side = fixed_side(config)
-    if side is not None and image_size not in (None, side):
+    if side is not None and image_size is not None and as_size(image_size) != (side, side):
         raise ValueError(
             f"Expected --teacher_image_size {side} for {source}, got {image_size}: a "
             f"{config.model_type} takes that size only. Leave it out."
@@ -312,7 +292,9 @@ def _classes(
     return labels if groups is None and len(labels) == num_labels else names, groups
 
 
-def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
+def _from_file(
+    source: str, arch: str | None, encoder: str | None, options: Mapping[str, Any]
+) -> SmpForSemanticSegmentation:
     if elsewhere := not_here(source):
         raise FileNotFoundError(f"Expected a weight file, got {source!r}.{elsewhere}")
     if arch is None or encoder is None:
@@ -320,27 +302,7 @@ def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
             f"Expected the architecture and encoder of {source!r}, got arch={arch} and "
             f"encoder={encoder}. A bare state dict does not name them: give both."
         )
-    state = {_strip(name): value for name, value in read_weights(source).items()}
-    if _HEAD not in state:
-        raise ValueError(
-            f"Expected the weights of an smp model in {source!r}, got no {_HEAD!r} among its "
-            f"{len(state)} names. Save the whole model's state_dict."
-        )
-    channels = state[_HEAD].shape[0]
-    config = SmpConfig(
-        _model_class=architecture_class(arch).__name__, encoder_name=encoder, classes=channels
-    )
-    model = SmpForSemanticSegmentation(config)
-    optional = unused_state_keys(model, model.never_used_parameters())
-    load_strictly(model, state, source=source, optional=optional)
-    return model
-
-
-def _strip(name: str) -> str:
-    """Remove what wrappers put before a name, however often they are nested."""
-    while name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
+    return network_from_file(source, arch, encoder, options)
 
 
 def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:
@@ -367,10 +329,29 @@ def _from_folder(
 ) -> Any:
     if "_model_class" in config:
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
+    model, _ = load_stock(source, config, trust_remote_code=trust_remote_code, **hub)
+    take_rgb(model, source, **hub)
+    return model
+
+
+def load_stock(
+    source: str, config: dict[str, Any], *, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A saved model of `AutoModelForSemanticSegmentation`, and what was found of its weights.
+
+    Args:
+        source: folder or Hub id.
+        config: what its config.json holds.
+        trust_remote_code: run code that comes with it.
+        **options: of `load_pretrained`.
+
+    Raises:
+        ValueError: if it is no such model, contradicts itself, or would fetch code.
+    """
     if trust_remote_code:
         _announce_code(source, config)
     else:
-        _check_sources(config, source)
+        check_sources(config, source)
     # Of a config.json that contradicts itself, each model complains with an error of its own; those
     # of code that the user trusts are the user's to see.
     wrong = ValueError if trust_remote_code else Exception
@@ -378,8 +359,8 @@ def _from_folder(
         kind: Any = AutoModelForSemanticSegmentation
         if config.get("model_type") in MODEL_TYPES:
             kind = AutoModelForUniversalSegmentation
-        model, _ = load_pretrained(
-            kind.from_pretrained, source, trust_remote_code=trust_remote_code, **hub
+        return load_pretrained(
+            kind.from_pretrained, source, trust_remote_code=trust_remote_code, **options
         )
     except wrong as error:
         if is_own(error):
@@ -392,19 +373,18 @@ def _from_folder(
             ) from error
         raise ValueError(
             f"Expected a semantic segmentation model in {source!r}, got model_type "
-            f"{config.get('model_type')!r}. {_other_teacher(config, trust_remote_code, error)}"
+            f"{config.get('model_type')!r}. {_other_kind(config, trust_remote_code, error)}"
         ) from error
-    return model
 
 
 _KNOWN_TYPES = {*MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, *MODEL_TYPES}
 
 
-def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
+def _other_kind(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
     """What to do about a model that AutoModelForSemanticSegmentation does not know."""
     if not config.get("auto_map"):
         return (
-            "That kind of model is not supported as a teacher: choose one that "
+            "That kind of model is not supported: choose one that "
             f"AutoModelForSemanticSegmentation loads, a {', '.join(MODEL_TYPES)}, or one of smp."
         )
     if trust_remote_code:
@@ -415,7 +395,7 @@ def _other_teacher(config: dict[str, Any], trust_remote_code: bool, error: Excep
     )
 
 
-def _check_sources(config: dict[str, Any], source: str) -> None:
+def check_sources(config: dict[str, Any], source: str) -> None:
     """Refuse what makes transformers fetch code, or timm read another place than the model's own.
 
     Raises:
@@ -457,7 +437,7 @@ def reduces_labels(source: str, **hub: Any) -> bool:
     if source.endswith(SUFFIXES):
         return False
     try:
-        settings = _preprocessing(source, hub)
+        settings = saved_preprocessing(source, **hub)
     except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
         return False
     return bool(settings.get("do_reduce_labels"))
@@ -476,7 +456,7 @@ def saved_class_names(source: str, **hub: Any) -> list[str] | None:
     return None if names and any(name.startswith("LABEL_") for name in names) else names
 
 
-def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
+def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:
     """The preprocessor_config.json of a model; empty without one."""
     may_be_missing = {"_raise_exceptions_for_missing_entries": False, **hub}
     if cached_file(source, IMAGE_PROCESSOR_NAME, **may_be_missing) is None:
@@ -492,30 +472,45 @@ def _preprocessing(source: str, hub: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _statistics(
-    source: str, config: dict[str, Any], hub: dict[str, Any]
+def saved_statistics(
+    source: str, config: dict[str, Any], **hub: Any
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that the teacher's own preprocessing applies to values in 0..1."""
-    settings = _preprocessing(source, hub) or config
+    """Mean and std that a saved model's own preprocessing applies to values in 0..1.
+
+    Raises:
+        ValueError: if no image can be normalised with them.
+    """
+    settings = saved_preprocessing(source, **hub) or config
     mean, std = (
         usual if settings.get(name) is None else settings[name]
         for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
     # transformers takes one number for all channels too.
     mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
-    if settings.get("do_normalize") is False:
+    # MobileViT's processor does not normalise, and does not say so.
+    if settings.get("do_normalize", _FLIPPED not in settings) is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    check_statistics(mean, std, f"the preprocessing of the teacher {source}")
+    check_statistics(mean, std, f"the preprocessing of {source}")
     factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
         factor = 1.0
     if not (is_finite_number(factor) and factor > 0):
         raise ValueError(
-            "Expected rescale_factor as a finite number above 0 in the preprocessing of the "
-            f"teacher {source}, got {str(factor)[:80]}. Give that which it was trained with."
+            "Expected rescale_factor as a finite number above 0 in the preprocessing of "
+            f"{source}, got {str(factor)[:80]}. Give that which it was trained with."
         )
     brightest = 255 * factor
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
+
+
+def take_rgb(network: nn.Module, source: str, **hub: Any) -> None:
+    """Let a network whose own preprocessing turns images into BGR (MobileViT) take RGB.
+
+    Its first convolution is turned instead, once and exactly: everybody else gives RGB.
+    """
+    if saved_preprocessing(source, **hub).get(_FLIPPED):
+        first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
+        first.weight.data = first.weight.data.flip(1).contiguous()
 
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -40,7 +40,9 @@ from transformers import PreTrainedConfig
 
 from kd_trainer.checkpointing.fingerprint import tensors_digest
 from kd_trainer.files import nearest_existing, writing
+from kd_trainer.models.image_sizes import AnySize, plain_size
 from kd_trainer.teacher import Teacher
+from kd_trainer.teacher_ensemble import TeacherEnsemble
 
 Half = npt.NDArray[np.float16]
 
@@ -63,12 +65,14 @@ _WRITE_SECONDS = 0.25  # of work in one transaction, which costs some 10 ms
 _PROBED = 8  # images whose compressed size is measured before the rest is begun
 
 
-def cache_key(teacher: Teacher, *, image_size: int, precision: str, folded: bool) -> dict[str, Any]:
+def cache_key(
+    teacher: Teacher, *, image_size: AnySize, precision: str, folded: bool
+) -> dict[str, Any]:
     """Everything that decides a teacher's logits for given file bytes, as plain values.
 
     Args:
         teacher: the frozen network behind the student's input and classes.
-        image_size: side of the images and of the logits in pixels.
+        image_size: of the images and of the logits in pixels.
         precision: in which the network runs: no, bf16 or fp16.
         folded: whether its BatchNorms are multiplied into its convolutions, which rounds otherwise.
     """
@@ -81,8 +85,8 @@ def cache_key(teacher: Teacher, *, image_size: int, precision: str, folded: bool
         "network": hashlib.sha256(_architecture(network).encode()).hexdigest()[:16],
         "precision": precision,
         "folded": folded,
-        "image_size": image_size,
-        "teacher_image_size": teacher.image_size,
+        "image_size": plain_size(image_size),
+        "teacher_image_size": teacher.image_size and plain_size(teacher.image_size),
         "num_labels": teacher.num_labels,
         "class_order": teacher.class_map,  # what is kept is merged, and so much smaller
         "input_mean": teacher.input_mean,
@@ -94,12 +98,20 @@ def cache_key(teacher: Teacher, *, image_size: int, precision: str, folded: bool
 
 def _architecture(network: nn.Module) -> str:
     """How a network computes, as text: equal weights in another network give other logits."""
+    if isinstance(network, TeacherEnsemble):
+        members = [_member(teacher) for teacher in network.teachers]
+        return "\n".join([network.extra_repr(), *members])
     config = getattr(network, "config", None)
     settings = {}
     if isinstance(config, PreTrainedConfig):
         settings = json.loads(config.to_json_string(use_diff=False))
     kept = {name: value for name, value in settings.items() if name not in _OF_THE_COPY}
     return f"{network!r}\n{json.dumps(kept, sort_keys=True)}"
+
+
+def _member(teacher: Teacher) -> str:
+    settings = (teacher.image_size, teacher.num_labels, teacher.class_map)
+    return f"{_architecture(teacher.network)}\n{settings}"
 
 
 def cache_file(root: Path, key: Mapping[str, Any]) -> Path:

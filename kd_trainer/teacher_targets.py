@@ -83,7 +83,7 @@ def use_cached_targets(
     run_on_all_ranks(args, fill)
     teacher.to("cpu")
     classes = 1 if teacher.num_labels == 2 else teacher.num_labels
-    cache = TeacherCache(file, (classes, images.size, images.size))
+    cache = TeacherCache(file, (classes, *images.size))
     for dataset in images.datasets:
         dataset.transform.targets = cache
     if args.process_index == 0:
@@ -118,7 +118,7 @@ class _Images:
         return image_digest(self._file(row)[0]["bytes"])
 
     def read(self, row: int) -> tuple[bytes, Tensor]:
-        """Digest of the file and uint8 (3, S, S) of an image."""
+        """Digest of the file and uint8 (3, H, W) of an image."""
         image, index = self._file(row)
         return image_digest(image["bytes"]), clean_image(image, index, self.size)
 

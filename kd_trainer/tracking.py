@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.fast_layers import compiled_graphs
 from kd_trainer.losses import LossTerms, LossWeights
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
 from kd_trainer.optim import base_rate, unit_parameters
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.students import free_units, parameter_counts
 
 
 def schedule_logs(
-    model: SmpForSemanticSegmentation,
+    model: nn.Module,
     schedule: TrainingSchedule,
     args: DistillationArguments,
     step: int,
@@ -38,7 +38,7 @@ def schedule_logs(
     return {
         **({"compiled_graphs": float(compiled_graphs())} if compiled else {}),
         "temperature": schedule.temperature(step),
-        "free_units": float(model.free_units),
+        "free_units": float(free_units(model)),
         "trainable_parameters": float(trainable),
         **rates,
     }

@@ -1,50 +1,32 @@
 """`DistillationTrainer`: a transformers Trainer whose loss asks a frozen teacher.
 
-Read from top to bottom: the loss, the optimizer, the epochs, the evaluation, the log, the
-checkpoints, the Hub. Where it overrides a private method of the Trainer, a comment says what would
-go wrong without.
+Read from top to bottom: the loss, the optimizer, the epochs, the evaluation, the log, the Hub; what
+is about checkpoints stands in `resumable`. Where it overrides a private method of the Trainer, a
+comment says what would go wrong without.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput, has_length
+from transformers.trainer_utils import has_length
 
-from kd_trainer.accepted import as_teacher, check_accepted
+from kd_trainer.accepted import accepted_student, as_teacher, check_accepted
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import (
     EpochCounter,
     EvaluationPanels,
     ProgressiveUnfreezing,
-    ResumeCallback,
     steps_of,
 )
-from kd_trainer.checkpointing.fingerprint import fingerprint_of
-from kd_trainer.checkpointing.resume import (
-    best_checkpoint,
-    check_resumable,
-    loading_safely,
-    newest_checkpoint,
-    no_stock_rotation,
-    progress_file,
-    read_progress,
-    save_checkpoint,
-    without_warnings,
-)
-from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.console import ConsoleLines, ConsoleProgress
-from kd_trainer.data import BadSample, StreamedDataset, collate
+from kd_trainer.data import collate
 from kd_trainer.data.streaming import seed_loader, stream_loader
-from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
     DataSetFigures,
     check_best_metric,
@@ -57,15 +39,19 @@ from kd_trainer.evaluation import (
     pixel_statistics,
     settings_for,
 )
-from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare
 from kd_trainer.hub import Pushed
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
-from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import PartLR, parameter_groups, regroup
-from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
+from kd_trainer.processes import run_on_all_ranks
 from kd_trainer.push_callback import PushCallback, check_only_message, check_push, push_student
+from kd_trainer.resumable import ResumableTrainer
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.students import (
+    hold_frozen,
+    raw_logits_of,
+    student_logits,
+    units_of,
+)
 from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.tracking import TermSums, schedule_logs
 
@@ -74,11 +60,12 @@ DICE_IMAGES = "dice_images"
 LOSS_COLUMNS = ("distil_mask", "teacher_logits")
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
-        model: the student.
+        model: the student: a model of smp or transformers, or any module that answers normalised
+            images (B, 3, H, W) with logits, see `students.as_student`.
         args: the run's arguments.
         teacher: frozen network whose logits the student follows; None trains without one, and the
             weights of the terms that need one are then 0. A student is wrapped.
@@ -90,35 +77,20 @@ class DistillationTrainer(Trainer):
         callbacks: more callbacks, after ours.
         kwargs: anything else `transformers.Trainer` takes, but for what `accepted` refuses.
             `compute_metrics` adds its figures to ours; it gets the rows of `evaluation_rows`.
+            `units` of a module are freed one after the other, the last of them first.
 
     Attributes:
         teacher: a plain attribute: inside the student it would be saved, trained and counted.
-        facts: what is compared on resume beside the arguments, the networks and the number of
-            images: set by who knows more, such as the content of the data.
-        peers: the processes of the training, by rank.
-        stop: a request to stop, looked at after each step; None without one.
     """
 
     # The loss is a mean per micro-batch: the Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
 
-    model: SmpForSemanticSegmentation
-    args: DistillationArguments
-    teacher: Teacher | None
-    facts: Mapping[str, Any] = {}
-    peers: Sequence[Peer] = ()
-    stop: StopRequest | None = None
     _inference: TeacherInference | None = None
-    _took_model = _has_trained = False
-    _earlier_seconds = 0.0  # of training, before this process
-    _began = 0.0
-    _resumed: Path | None = None
-    _checked: Path | None = None
-    _fingerprint: dict[str, Any] | None = None
 
     def __init__(
         self,
-        model: SmpForSemanticSegmentation,
+        model: nn.Module,
         args: DistillationArguments,
         *,
         teacher: Teacher | None = None,
@@ -129,6 +101,7 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_accepted(model, args, teacher, kwargs)
+        model = accepted_student(model, kwargs.pop("units", None), args)
         weights = args.loss_weights
         self.loss_weights = weights if teacher is not None else weights.without_teacher()
         self.id2label = labels_of(model)
@@ -140,7 +113,7 @@ class DistillationTrainer(Trainer):
             check_best_metric(args, names, sets)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
-        self.epochs = EpochCounter(args.schedule(len(encoder_units(model)), args.num_train_epochs))
+        self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
         ours = [self.epochs, ProgressiveUnfreezing(self.epochs)]
         super().__init__(
@@ -180,11 +153,14 @@ class DistillationTrainer(Trainer):
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         inputs = self._normalised(inputs)
         teacher = self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
-        outputs = model(pixel_values=inputs["pixel_values"])
+        hold_frozen(self.model)
+        labels = inputs["labels"]
+        outputs = model(inputs["pixel_values"])
+        logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
         terms = distillation_terms(
-            outputs["raw_logits"],
+            logits,
             teacher,
-            inputs["labels"],
+            labels,
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
             distil_mask=inputs.get("distil_mask"),
@@ -193,8 +169,8 @@ class DistillationTrainer(Trainer):
             dice_images=inputs.get(DICE_IMAGES),
         )
         loss = weighted_sum(terms, self.loss_weights)
-        self.tracked.add(terms, outputs["raw_logits"])
-        return (loss, dict(outputs)) if return_outputs else loss
+        self.tracked.add(terms, logits)
+        return (loss, {"logits": logits}) if return_outputs else loss
 
     def teacher_logits(self, inputs: Batch) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
@@ -306,30 +282,6 @@ class DistillationTrainer(Trainer):
         self.epochs.start(args, self.state, steps=values[1])
         return (max(values[0], args.max_steps), *values[1:])
 
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any
-    ) -> tuple[int, int]:
-        """Start in the counted epoch, after the batches of it that were trained on.
-
-        The Trainer divides by the length of an epoch: after a short one a resumed run would start
-        in an earlier one. It also warns of a best checkpoint that moved, which `restore` finds.
-        """
-        with without_warnings():
-            index, _ = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
-        batches = 0
-        if self._resumed is not None:
-            saved = self._saved_progress()["position"]
-            index, first_step = saved["epoch"], saved["first_step"]
-            self.epochs.go_on(index, first_step)
-            if not self.args.ignore_data_skip:
-                steps = self.state.global_step - first_step
-                batches = steps * self.args.gradient_accumulation_steps
-            if isinstance(self.train_dataset, StreamedDataset):
-                self.train_dataset.restore([BadSample(**bad) for bad in saved["bad_samples"]])
-        if 0 < self.args.max_steps <= self.state.global_step:
-            index = epochs  # nothing is left to do
-        return index, batches
-
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override] # all have names
         """With the length that the loader has now.
 
@@ -400,7 +352,7 @@ class DistillationTrainer(Trainer):
         """Raw logits of student and teacher for a batch on the device."""
         inputs = self._normalised(inputs)
         with self.accelerator.autocast():
-            student = model(pixel_values=inputs["pixel_values"])["raw_logits"]
+            student = student_logits(model, inputs["pixel_values"])
             return student.float(), self.teacher_logits(inputs)
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -431,147 +383,6 @@ class DistillationTrainer(Trainer):
                 max(self.state.global_step - 1, 0),  # the step that is logged, not the next
             )
         super().log(logs, start_time)
-
-    def check_finite(self) -> None:
-        """Raise FloatingPointError if a loss term since the last log, or a weight, went bad."""
-        self.tracked.check_finite(self.state.global_step)
-        check_finite_weights(self.model, f"after step {self.state.global_step}")
-
-    # ---- The checkpoints ----
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train as the Trainer does; a checkpoint is checked first.
-
-        Raises:
-            FileNotFoundError: if there is no checkpoint to go on from.
-            ValueError: if it is damaged, or that of another run.
-            Stopped: after a request to stop, once a checkpoint is saved.
-        """
-        if not self._has_trained:  # an evaluation before it would pass for DDP's preparation
-            reset_accelerate_prepare(self.model)
-            self.model_wrapped, self._took_model, self._has_trained = self.model, True, True
-        if self.args.torch_compile:
-            allow_recompiles(self.schedule.unfreezing.units)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(newest_checkpoint(self.args).folder)
-        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
-        if self._resumed is not None:
-            self.check_resume(self._resumed)
-        else:
-            self._fingerprint = self.fingerprint()
-        resuming = ResumeCallback(self)
-        self.add_callback(resuming)
-        try:
-            with naming_dead_processes(self), loading_safely(self._resumed):
-                resumed = str(self._resumed) if self._resumed else None
-                return super().train(resumed, trial, ignore_keys_for_eval)
-        except Stopped:
-            self.callback_handler.on_train_end(self.args, self.state, self.control)  # boards, bars
-            raise
-        finally:
-            self.remove_callback(resuming)
-
-    def _take_model(self) -> None:
-        """Forget, once, that another Trainer of this process has trained the same student."""
-        if not self._took_model:
-            reset_accelerate_prepare(self.model)
-            self._took_model = True
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What makes this run the one it is, as plain values."""
-        student = self.accelerator.unwrap_model(self.model)
-        data = {"train": self.train_dataset, "eval": self.eval_dataset}
-        return fingerprint_of(self.args, student, self.teacher, data, self.facts)
-
-    def check_resume(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that this run cannot go on from: see `check_resumable`."""
-        if self._checked == checkpoint:
-            return
-        self._fingerprint = self.fingerprint()
-        check_resumable(checkpoint, self._fingerprint, self.args)
-        self._checked = checkpoint
-
-    def restore(self) -> None:
-        """Set what the Trainer starts at zero, private fields too, to what it was at the save."""
-        self.peers = processes_of_run()
-        self._began, self._earlier_seconds = time.monotonic(), 0.0
-        if self._resumed is None:
-            return
-        # Steps between logs and evaluations are the old run's in the file; a new logging counts.
-        self.state.compute_steps(self.args, self.state.max_steps)
-        best = best_checkpoint(self._resumed)
-        self.state.best_model_checkpoint = None if best is None else str(best)
-        self.args.eval_on_start = False  # the log of it is in the checkpoint
-        saved = self._saved_progress()
-        self._earlier_seconds = saved["seconds"]
-        self._tr_loss = saved["loss"].to(self.args.device)
-        self._total_loss_scalar = saved["total_loss"]
-        self._globalstep_last_logged = saved["last_logged"]
-        self._initial_global_step = 0  # so that means and speeds are those of the whole run
-        self.tracked.restore(saved["terms"], self.args.device)
-
-    def _save_progress(self, folder: Path) -> None:
-        """What this process has summed up, and where in its epochs the run is."""
-        progress = {
-            "seconds": self._seconds(),
-            "loss": self._tr_loss,
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-            "terms": self.tracked.saved(),
-            "position": self.epochs.position(self.state, self.control, self.train_dataset),
-            "free_units": self.model.free_units,
-        }
-        torch.save(progress, progress_file(folder, self.args))
-
-    def _saved_progress(self) -> dict[str, Any]:
-        return read_progress(self._resumed, self.args) if self._resumed else {}
-
-    def _seconds(self) -> float:
-        """Seconds of training so far: the clock on the wall may be set meanwhile."""
-        return self._earlier_seconds + time.monotonic() - self._began
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, declare it complete, and only then let older ones go.
-
-        The Trainer writes in place and deletes before it is done: a kill would leave half a
-        checkpoint, or none. Nothing non-finite is ever kept.
-        """
-        run_on_all_ranks(self.args, self.check_finite)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-
-        def write() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._save_progress(folder)  # first: without it a folder is no half save of ours
-            with no_stock_rotation(self.args):
-                super(DistillationTrainer, self)._save_checkpoint(model, trial)
-
-        save_checkpoint(
-            folder,
-            write,
-            self.args,
-            run=lambda: self._fingerprint or self.fingerprint(),
-            best=lambda: self.state.best_model_checkpoint,
-        )
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """With `save_strategy best` this alone decides on a save: a stop needs one in any case."""
-        best = super()._determine_best_metric(metrics, trial)
-        return best or (self.stop is not None and self.stop.agreed)
-
-    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
-        """Count the seconds of the parts before as well, by a clock that nobody can set.
-
-        The Trainer knows those of this process alone, and with a limit of 1 it would delete the
-        newest checkpoint here.
-        """
-        with no_stock_rotation(self.args):
-            start = time.time() - self._seconds()  # which is subtracted from time.time()
-            return super()._finalize_training(trial, num_train_samples, start)
 
     # ---- The Hub ----
 

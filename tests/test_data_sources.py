@@ -85,9 +85,7 @@ def break_pairs(root, what):
         shutil.rmtree(images)
         (images / "deeper").mkdir(parents=True)
     elif what == "folder":
-        found.rename(root / "train" / "mask")
-    elif what == "split":
-        (root / "validation").rename(root / "valid")
+        found.rename(root / "train" / "parts")
     elif what == "flat":
         shutil.move(images, root / "images")
         shutil.rmtree(root / "train")
@@ -110,8 +108,7 @@ def break_pairs(root, what):
         ("twice", ValueError, r"one file for each name, got person3.jpg and person3.png"),
         ("lossy", ValueError, r"person3.jpg is no mask: JPEG changes values"),
         ("empty", ValueError, r"got an empty split"),
-        ("folder", FileNotFoundError, r"images, mask in .*Did you mean 'mask'\? .*--mask_folder"),
-        ("split", FileNotFoundError, r"folders train, valid\. Did you mean 'valid'\? .*eval_split"),
+        ("folder", FileNotFoundError, r"images, parts in .* Name the folder with --mask_folder"),
         (
             "flat",
             FileNotFoundError,

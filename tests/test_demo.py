@@ -12,7 +12,8 @@ from kd_trainer.config import build, load_recipe
 from kd_trainer.data import TransformedDataset, load_splits, transforms
 from kd_trainer.doctor.teacher import Predictions
 from kd_trainer.files import write_marker
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.students import parameter_counts
 
 GOOD = {
     "teacher_miou": 0.85,

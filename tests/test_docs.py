@@ -16,6 +16,7 @@ from test_layers import LAYERS
 from benchmarks import frontier
 from benchmarks.main import PARTS, benchmark_parser, parse_benchmark
 from kd_trainer.arguments import DistillationArguments
+from kd_trainer.commands import data as data_command
 from kd_trainer.commands import evaluate, predict, push, report
 from kd_trainer.commands import export as export_main
 from kd_trainer.commands import web_demo as web_demo
@@ -31,8 +32,9 @@ from kd_trainer.console import markdown_table
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.doctor.plan import timeline
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.parsing import Parser, convert, hints_of
+from kd_trainer.students import parameter_counts
 
 ROOT = Path(__file__).parents[1]
 TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
@@ -42,6 +44,7 @@ README = TEXTS["README.md"]
 PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
 # Flags on these pages that belong to accelerate and tensorboard.
 FOREIGN = {"--config_file", "--logdir", "--quiet", "--max", "--nproc_per_node"}  # --max-restarts
+FOREIGN |= {"--activation_checkpointing"}  # of newer versions of transformers
 # Left empty as a default, and then set from the recipe's name, the launcher and the task.
 DERIVED = ("output_dir", "mixed_precision", "label_names", "greater_is_better")
 LOADING = ("dataloader_num_workers", "dataloader_persistent_workers")
@@ -77,6 +80,7 @@ def parsers():
         "eval.py": evaluate.evaluate_main,
         "predict.py": predict.predict_main,
         "export.py": export_main.export_main,
+        "data.py": data_command.data_main,
         "report.py": report.report_main,
         "push.py": push.push_main,
         "demo.py": web_demo.web_demo_main,

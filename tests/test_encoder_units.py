@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from kd_trainer.models.encoder_units import encoder_units, find_never_used
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, parameter_counts
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.students import parameter_counts
 
 SMALL = {"decoder_channels": (16, 16, 8, 8, 8), "image_size": 64}
 

@@ -645,7 +645,7 @@ def test_script_exports_a_run_as_a_user_calls_it(flags, folder, used, monkeypatc
 
 ODD_METADATA = {
     "size_multiple": ["0", "-8", "x", "9" * 5000, "²", "7", None],
-    "image_size": ["0", "1e9", "999999999", "", None],
+    "image_size": ["0", "1e9", "999999999", "", "64x", "64x64x64", "64x-64", None],
     "class_names": ["{", "[]", "3", '["a"]', "[1, 2]", "[" * 100_000, None],
     "image_mean": ["[NaN, 0, 0]", "[0, 0]", "null", '["0", "0", "0"]', "[true, 0, 0]", None],
     "image_std": ["[0, 1, 1]", "[NaN, 1, 1]", "[1e999, 1, 1]", "[-1, 1, 1]", "5", None],
@@ -659,7 +659,7 @@ ODD_METADATA = {
 def test_odd_metadata_is_one_line_that_names_the_entry(name, student):
     """A size_multiple of 0 ended in a ZeroDivisionError, a std of 0 in a mask of NaN."""
     good = metadata_of(student, with_preprocessing=False, precision="fp32")
-    assert read_metadata(good, "x.onnx").image_size == student.config.image_size
+    assert read_metadata(good, "x.onnx").image_size == (student.config.image_size,) * 2
     for value in ODD_METADATA[name]:
         told = {k: v for k, v in good.items() if k != name}
         told |= {} if value is None else {name: value}

@@ -30,7 +30,7 @@ def edges(images: torch.Tensor) -> torch.Tensor:
 
 
 def segmenter(network=pointwise, **options) -> Segmenter:
-    return Segmenter(network, SIDE, STATISTICS, **options)
+    return Segmenter(network, (SIDE, SIDE), STATISTICS, **options)
 
 
 def channels_first(image: np.ndarray) -> torch.Tensor:

@@ -22,7 +22,7 @@ from kd_trainer.inference import Segmenter, onnx_network
 from kd_trainer.loading import load_student
 from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.teacher import _statistics
+from kd_trainer.teacher import saved_statistics
 
 FRAMES, RATE = 7, 12.0
 
@@ -154,7 +154,7 @@ def test_statistics_that_normalise_nothing_are_refused(name: str, value: float, 
     for make in (
         lambda: SmpConfig(**odd),
         lambda: SmpImageProcessor.from_pretrained(str(tmp_path)),
-        lambda: _statistics(str(tmp_path), {}, {}),
+        lambda: saved_statistics(str(tmp_path), {}),
     ):
         with pytest.raises(ValueError, match=f"Expected {name} of three finite numbers"):
             make()

@@ -242,15 +242,15 @@ def test_the_teacher_sees_its_own_size_and_the_students_classes(folders: Path, t
     teacher.config.id2label = {0: "background", 1: "class_2", 2: "class_1"}
     teacher.save_pretrained(tmp_path / "teacher")
     models = models_of(folders, "student3", str(tmp_path / "teacher"))
-    assert models["teacher"].segmenter.image_size == 2 * SIDE
-    assert models["student"].segmenter.image_size == SIDE
+    assert models["teacher"].segmenter.image_size == (2 * SIDE, 2 * SIDE)
+    assert models["student"].segmenter.image_size == (SIDE, SIDE)
     picture, _ = read_upload(folders / "p.png")
     turned = examine(models, picture, 0.5).masks["teacher"]
     alone = load_models(str(tmp_path / "teacher"), ModelArguments(), WebDemoArguments())
     wanted = np.array([0, 2, 1], np.uint8)[examine(alone, picture, 0.5).masks["student"]]
     assert (turned == wanted).all()
     sized = models_of(folders, "student3", "teacher3", teacher_image_size=96)
-    assert sized["teacher"].segmenter.image_size == 96
+    assert sized["teacher"].segmenter.image_size == (96, 96)
 
 
 def test_a_teacher_with_weights_that_are_not_finite_is_refused(folders: Path, tmp_path: Path):

@@ -54,6 +54,7 @@ _OF_SAVES = frozenset({"save_strategy", "save_steps"})
 # Where something lies does not matter while what was read there is the same.
 _WITNESSES = {
     "dataset": ("train_content", "eval_content"),
+    **dict.fromkeys(("layout", "image_folder", "mask_folder"), ("train_content", "eval_content")),
     "unlabelled": ("train_content",),
     "teacher": ("teacher_weights",),
     "student": ("student_tensors",),

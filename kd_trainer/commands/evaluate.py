@@ -18,9 +18,10 @@ from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_measured, make_teacher
 from kd_trainer.measurement import Evaluation, data_arguments_of, evaluate_model
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import write_bad_samples
+from kd_trainer.students import check_student_size
+from kd_trainer.teacher import Teacher
 
 
 @dataclass
@@ -84,8 +85,8 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
         trust_remote_code=teacher.trust_remote_code,
     )
     data = data_arguments_of(model, source, settings_of(DataArguments, flags))
-    if isinstance(model, SmpForSemanticSegmentation):
-        check_image_size(data.image_size, model)
+    if not isinstance(model, Teacher):
+        check_student_size(data.image_size, model)
     dataset = evaluation_dataset(data, batch_size=args.batch_size, workers=args.workers)
     evaluation = evaluate_model(
         model,

@@ -14,6 +14,7 @@ COMPARISON_GO_ON = "Go on with the same command: finished runs are not repeated.
 # Sub-command -> module, function and what it does. Imported when called: help comes at once.
 COMMANDS = {
     "train": ("main", "train_main", "distil a teacher into a student, or train without one"),
+    "data": ("data", "data_main", "how a data set is read, and a picture of it"),
     "doctor": ("doctor", "doctor_main", "say what is wrong with a training before it starts"),
     "compare": ("compare", "compare_main", "whether distillation helps, over several seeds"),
     "eval": ("evaluate", "evaluate_main", "measure a saved student, and a teacher beside it"),
@@ -34,8 +35,9 @@ def usage() -> str:
             "",
             *lines,
             "",
-            f"{CONSOLE} COMMAND --help shows the flags of one. With several GPUs:",
-            "accelerate launch -m kd_trainer.commands.main train ...",
+            f"{CONSOLE} COMMAND --help shows the flags of one. `python -m kd_trainer COMMAND` is "
+            "the same.",
+            "With several GPUs: accelerate launch -m kd_trainer train ...",
         ]
     )
 

@@ -39,6 +39,7 @@ from kd_trainer.inference import (
 )
 from kd_trainer.loading import load_student
 from kd_trainer.parsing import Parser
+from kd_trainer.students import has_several_labels, image_size_of
 
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
@@ -137,9 +138,8 @@ def load_segmenter(args: PredictArguments) -> Loaded:
         exported = load_onnx(args.model)
         return Loaded(onnx_segmenter(exported, **options), len(exported.class_names))
     student = load_student(args.model, multi_label=True)
-    size = student.config.image_size
-    segmenter = torch_segmenter(student, size, **options)
-    return Loaded(segmenter, len(labels_of(student)), student.config.multi_label)
+    segmenter = torch_segmenter(student, image_size_of(student), **options)
+    return Loaded(segmenter, len(labels_of(student)), has_several_labels(student))
 
 
 def predict(args: PredictArguments, sources: Sequence[str]) -> float:

@@ -24,7 +24,7 @@ from kd_trainer.loading import load_student, make_teacher, network_name, network
 from kd_trainer.measurement import Evaluation, evaluate_model
 from kd_trainer.metrics import SegmentationCounts
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
+from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.parsing import settings_of
 from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.page import report_html
@@ -39,6 +39,7 @@ from kd_trainer.run_folder import (
     written_figures,
 )
 from kd_trainer.sources import run_of
+from kd_trainer.students import check_student_size
 from kd_trainer.teacher import Teacher
 
 LIBRARIES = ("torch", "transformers", "segmentation-models-pytorch")
@@ -107,7 +108,7 @@ def build_report(
     if dataset is None:
         missing = "No evaluation data, so there are neither images nor a reliability diagram."
     else:
-        check_image_size(data.image_size, student)
+        check_student_size(data.image_size, student)
         model = ModelArguments(**settings_of(ModelArguments, settings | changed))
         if loaded is not None:
             teacher, missing = loaded.teacher, ""
@@ -158,7 +159,7 @@ def _dataset(
 
 
 def _teacher(
-    model: ModelArguments, student: SmpForSemanticSegmentation, image_size: int, *, strict: bool
+    model: ModelArguments, student: nn.Module, image_size: AnySize, *, strict: bool
 ) -> tuple[Teacher | None, str]:
     """The teacher, and a note where the run's own is gone; that of one asked for is an error."""
     try:
@@ -168,14 +169,12 @@ def _teacher(
             raise
         reason = " ".join(str(error).split())
         return None, (
-            f"The teacher {model.teacher} could not be loaded, so no image and no reliability "
+            f"The teacher {model.teacher_name} could not be loaded, so no image and no reliability "
             f"shows it. Name its present place with --teacher. The reason: {reason}"
         )
 
 
-def _contents(
-    folder: Path, settings: dict[str, Any], student: SmpForSemanticSegmentation
-) -> Contents:
+def _contents(folder: Path, settings: dict[str, Any], student: nn.Module) -> Contents:
     """All that is there without a look at an image."""
     results = read_object(folder / "results.json", RESULTS_SHAPE)
     logs = log_history(folder)
@@ -244,10 +243,10 @@ def _with_images(
 
 
 def _measured_on(data: DataArguments, images: int) -> str:
-    side = data.image_size
+    height, width = data.input_size
     return (
         f"Measured in fp32 on the {images:,} images of the split {data.eval_split} of "
-        f"{data.dataset}, at {side} x {side} pixels."
+        f"{data.dataset}, at {height} x {width} pixels."
     )
 
 

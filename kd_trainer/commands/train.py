@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from torch import nn
+from transformers.image_processing_backends import TorchvisionBackend
 from transformers.trainer import TRAINER_STATE_NAME
 
 from kd_trainer import hub
@@ -39,10 +40,9 @@ from kd_trainer.files import (
 from kd_trainer.hub import check_access
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.measurement import evaluate_model
-from kd_trainer.models.image_processing import SmpImageProcessor
+from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
-from kd_trainer.run_folder import check_no_links, write_bad_samples
-from kd_trainer.sources import public_name
+from kd_trainer.run_folder import check_no_links, write_bad_samples, write_held_out
 from kd_trainer.teacher_targets import use_cached_targets
 from kd_trainer.trainer import DistillationTrainer
 
@@ -125,6 +125,8 @@ def prepare(
         write_text(run.output / RUN_CONFIG, yaml.safe_dump(run.resolved(), sort_keys=False))
         if run.data.on_bad_sample == "skip":  # a stream's list is written at the end, again
             write_bad_samples(run.output, parts.bad_samples)
+        if parts.held_out:
+            write_held_out(run.output, parts.held_out)
     if args.teacher_targets == "cached" and parts.teacher is not None:
         use_cached_targets(args, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     return parts, trainer, checkpoint
@@ -133,7 +135,7 @@ def prepare(
 def fit(
     trainer: DistillationTrainer,
     checkpoint: Path | None,
-    processor: SmpImageProcessor,
+    processor: TorchvisionBackend,
     *,
     stops: bool,
 ) -> dict[str, float]:
@@ -162,39 +164,39 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
 
     Also what they were measured with, which the report shows.
     """
-    args, side, teacher = run.training, run.data.image_size, parts.teacher
+    args, size, teacher = run.training, run.data.input_size, parts.teacher
     student = load_student(run.output / "student", multi_label=run.data.multi_label)
     networks: dict[str, nn.Module] = {"student": student}
-    files, sides = {"student": str(run.output / "student")}, {"student": side}
+    files, sizes = {"student": [str(run.output / "student")]}, {"student": size}
     if teacher is not None:
-        networks["teacher"], files["teacher"] = teacher.network, run.model.teacher
-        sides["teacher"] = teacher.image_size or side
+        networks["teacher"], files["teacher"] = teacher.network, run.model.teachers
+        sizes["teacher"] = teacher.image_size or size
     results: dict[str, Any] = {}
     images, evaluation = parts.eval_dataset, None
     if images is not None:
-        size = args.per_device_eval_batch_size
+        batch_size = args.per_device_eval_batch_size
         if isinstance(images, StreamedDataset):  # of which this process has only its share
-            images = evaluation_dataset(run.data, batch_size=size)
+            images = evaluation_dataset(run.data, batch_size=batch_size)
         evaluation = evaluate_model(
             student,
             images,
             teacher=teacher,
-            batch_size=size,
+            batch_size=batch_size,
             ignore_index=run.data.ignore_index,
             device=args.device,
         )
         results = evaluation.results()
     for name, network in networks.items():
         results[f"{name}_parameters"] = network_size(network)[0]
-        results[f"{name}_file_mib"] = file_mib(files[name])
+        results[f"{name}_file_mib"] = file_mib(*files[name])
     results |= {
         "peak_memory_mib": peak_memory_mib(),
         "train_images": _train_images(parts.train_dataset),
-        "image_size": side,
+        "image_size": plain_size(size),
         "mixed_precision": args.mixed_precision,
         "device": str(args.device),
-        "teacher": None if teacher is None else public_name(run.model.teacher),
-        **image_milliseconds(networks, sides),
+        "teacher": None if teacher is None else run.model.teacher_name,
+        **image_milliseconds(networks, sizes),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     return results, Loaded(teacher, images, evaluation)

@@ -12,9 +12,15 @@ import numpy.typing as npt
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.evaluation import AGREEMENT, Evaluator, RowCounter, agreement_of, figures_of
+from kd_trainer.evaluation import (
+    AGREEMENT,
+    Evaluator,
+    Measured,
+    RowCounter,
+    agreement_of,
+    figures_of,
+)
 from kd_trainer.files import replacing_file
-from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.teacher import Teacher
 
@@ -68,7 +74,7 @@ def load_counts(path: Path) -> ImageCounts:
 
 
 def count_images(
-    student: SmpForSemanticSegmentation,
+    student: Measured,
     teacher: Teacher | None,
     dataset: TransformedDataset | StreamedDataset,
     args: DistillationArguments,

@@ -21,7 +21,9 @@ from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, make_teacher, network_name
 from kd_trainer.metrics import Mean, bootstrap_difference, gap_closed, mean_of
 from kd_trainer.model_arguments import ModelArguments
+from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.parsing import settings_of
+from kd_trainer.students import image_size_of
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")
 
@@ -164,21 +166,21 @@ def measured_costs(
         return result
     student = load_student(folder)
     networks: dict[str, nn.Module] = {"student": student}
-    sides, files = {"student": student.config.image_size}, {"student": str(folder)}
+    sizes: dict[str, AnySize] = {"student": image_size_of(student)}
+    files = {"student": [str(folder)]}
     distilled = next((run for run in runs if run.kind == "distilled"), None)
     if distilled is not None:
         model = settings_of(ModelArguments, distilled.config)
         model["trust_remote_code"] = trust_remote_code
         with suppress(FileNotFoundError):  # a machine that does not have it
-            teacher = make_teacher(
-                ModelArguments(**model), student, image_size=int(distilled.config["image_size"])
-            )
+            settings = ModelArguments(**model)
+            teacher = make_teacher(settings, student, image_size=distilled.config["image_size"])
             assert teacher is not None
-            networks["teacher"], files["teacher"] = teacher.network, str(model["teacher"])
-            sides["teacher"] = teacher.image_size or sides["student"]
+            networks["teacher"], files["teacher"] = teacher.network, settings.teachers
+            sizes["teacher"] = teacher.image_size or sizes["student"]
     if repeats:
         result["load"] = os.getloadavg()[0]
-    for name, measured in costs(networks, sides, repeats).items():
-        of_files = {"network": network_name(networks[name]), "file_mib": file_mib(files[name])}
+    for name, measured in costs(networks, sizes, repeats).items():
+        of_files = {"network": network_name(networks[name]), "file_mib": file_mib(*files[name])}
         result[name] = of_files | measured
     return result

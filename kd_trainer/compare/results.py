@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig
 
 from kd_trainer.checkpointing.fingerprint import DEFAULTS, WITHOUT_EFFECT, Difference, differences
 from kd_trainer.compare.budget import KINDS
@@ -23,7 +24,6 @@ from kd_trainer.compare.runs import (
     written_results,
 )
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.run_folder import written_settings
 
 FILES = ("results.json", "config.yaml", NOTE, COUNTS)
@@ -64,7 +64,7 @@ class FinishedRun:
         """Names of the classes: of the student while it is here, else as the settings have them."""
         student = self.folder / "student"
         if (student / "config.json").is_file():
-            labels = SmpConfig.from_pretrained(student).id2label or {}
+            labels = AutoConfig.from_pretrained(student).id2label or {}
             return {int(index): str(name) for index, name in labels.items()}
         names = {key: self.config.get(key) for key in ("num_labels", "class_names")}
         return DataArguments(**{k: v for k, v in names.items() if v is not None}).id2label

@@ -6,6 +6,7 @@ import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +18,30 @@ from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.compare.budget import Budget, baseline_settings
 from kd_trainer.compare.image_counts import count_images
 from kd_trainer.config import RunArguments, build
-from kd_trainer.costs import reset_peak_memory
+from kd_trainer.costs import reset_peak_memory, weight_files
 from kd_trainer.files import write_json
 from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
+from kd_trainer.model_arguments import ModelArguments
+from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import NOTE_SHAPE, RESULTS_SHAPE, read_object, written_settings
 
 COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
-    | {"temperature_per", "teacher_targets", *(t.flag for t in TERMS if t.needs_teacher)}
+    | {"temperature_per", "teacher_targets", "teacher_shares", "teacher_flip", "class_map"}
+    | {*(t.flag for t in TERMS if t.needs_teacher)}
 )
 
 
-def weights_digest(source: str) -> str | None:
-    """SHA-256 of the weights of a teacher here; None for one on the Hub."""
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if not files:
+def weights_digest(*sources: str) -> str | None:
+    """SHA-256 of the weights of the teachers here; None if one is on the Hub."""
+    found = [weight_files(source) for source in sources]
+    if not all(found):
         return None
     digest = hashlib.sha256()
-    for file in files:
+    for file in chain(*found):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -152,7 +155,7 @@ class PlannedRun:
             "memory_is_its_own": memory_is_its_own,
             "updates": self.budget.steps,
             "left_out": self.budget.left_out if self.kind == "baseline" else 0,
-            "teacher": self.reference.model.teacher,
+            "teacher": self.reference.model.teacher_name,
             "teacher_weights": self.teacher_weights,
         }
         write_json(self.folder / NOTE, note)
@@ -162,7 +165,7 @@ def plan_runs(
     settings: dict[str, Any], budget: Budget, *, seeds: list[int], kinds: list[str], folder: Path
 ) -> list[PlannedRun]:
     """All runs, baseline before distilled, seed by seed, each checked against its folder."""
-    weights = weights_digest(str(settings["teacher"]))
+    weights = weights_digest(*ModelArguments(**settings_of(ModelArguments, settings)).teachers)
     planned = []
     for seed in seeds:
         for kind in kinds:

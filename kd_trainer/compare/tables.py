@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_trainer.console import markdown_table, number
 from kd_trainer.costs import duration
+from kd_trainer.models.image_sizes import size_text
 
 UNKNOWN = "not measured"
 _METRICS = {
@@ -104,7 +105,7 @@ def _costs(costs: dict[str, Any]) -> str:
                 number(one.get("parameters"), ",.0f", UNKNOWN),
                 number(None if multiplications is None else multiplications / 1e9, ",.2f", UNKNOWN),
                 number(one.get("file_mib"), ",.1f", UNKNOWN),
-                str(one.get("side", UNKNOWN)),
+                size_text(one["side"]) if "side" in one else UNKNOWN,
             ]
         )
     header = ["", "network", "parameters", "GMAC", "file MiB", "side"]

@@ -19,6 +19,8 @@ import numpy.typing as npt
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # importing it would ask a server for its version
 import albumentations as A
 
+from kd_trainer.models.image_sizes import AnySize, Size, as_size
+
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.int16]
 Logits = npt.NDArray[np.float32]
@@ -112,8 +114,10 @@ def _disc(radius: int, cell: float) -> npt.NDArray[np.float32]:
     return np.asarray(cover * (area / cell**2 / cover.sum()), np.float32)
 
 
-def _heavy(image_size: int, brightness_contrast_probability: float) -> list[Any]:
-    flare = max(1, round(0.3 * image_size))  # the library's 400 pixels would cover a small image
+def _heavy(image_size: Size, brightness_contrast_probability: float) -> list[Any]:
+    flare = max(
+        1, round(0.3 * min(image_size))
+    )  # the library's 400 pixels would cover a small image
     return [
         A.HorizontalFlip(p=0.5),
         A.OneOf(
@@ -212,7 +216,7 @@ class Augmentation:
     Args:
         kind: `heavy` (the groups of the recipe's code), `seed` (the recipe's short list), `light`
             (flip, small affine, mild colour) or `none`.
-        image_size: side of the square image in pixels.
+        image_size: of the image in pixels.
         seed: first of the three numbers that decide a draw, >= 0.
         brightness_contrast_probability: of the brightness, CLAHE and gamma group of `heavy`,
             and of brightness and contrast in `seed`.
@@ -222,7 +226,7 @@ class Augmentation:
     """
 
     def __init__(
-        self, kind: str, *, image_size: int, seed: int, brightness_contrast_probability: float
+        self, kind: str, *, image_size: AnySize, seed: int, brightness_contrast_probability: float
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"Expected augmentation {', '.join(KINDS)}, got {kind!r}.")
@@ -231,7 +235,7 @@ class Augmentation:
         self.kind = kind
         self.seed = seed
         transforms = {
-            "heavy": lambda: _heavy(image_size, brightness_contrast_probability),
+            "heavy": lambda: _heavy(as_size(image_size), brightness_contrast_probability),
             "seed": lambda: _seed(brightness_contrast_probability),
             "light": _light,
             "none": list,

@@ -26,6 +26,7 @@ from kd_trainer.data.images import (
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.planes import PlaneRule
 from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.image_sizes import AnySize, Size, as_size
 
 
 @cache
@@ -44,14 +45,14 @@ class TeacherTargets(Protocol):
     """Where the teacher's logits of an image are found by the bytes of its file."""
 
     def logits(self, data: bytes, name: str) -> npt.NDArray[np.float16]:
-        """float16 (K, S, S) for the file `data`, which messages call `name`."""
+        """float16 (K, H, W) for the file `data`, which messages call `name`."""
         ...
 
 
-def clean_image(cell: EncodedImage, index: int, size: int) -> Tensor:
-    """An image as every network sees it before any augmentation, uint8 (3, size, size)."""
+def clean_image(cell: EncodedImage, index: int, size: Size) -> Tensor:
+    """An image as every network sees it before any augmentation, uint8 (3, *size)."""
     image = torch.from_numpy(decode_image(cell, index))
-    return resize_image(image.permute(2, 0, 1), size, size)
+    return resize_image(image.permute(2, 0, 1), *size)
 
 
 class SegmentationTransform:
@@ -61,7 +62,7 @@ class SegmentationTransform:
     and the mask through nearest neighbour; then one random draw changes both.
 
     Args:
-        image_size: side of the square sample in pixels.
+        image_size: of the sample in pixels.
         rule: how mask values are read.
         augmentation: `heavy`, `light` or `none`.
         seed: first of the three numbers (seed, epoch, index) that decide a draw.
@@ -78,18 +79,18 @@ class SegmentationTransform:
 
     def __init__(
         self,
-        image_size: int,
+        image_size: AnySize,
         rule: MaskRule | PlaneRule,
         *,
         augmentation: str,
         seed: int,
         brightness_contrast_probability: float,
     ) -> None:
-        self.image_size = image_size
+        self.image_size = as_size(image_size)
         self.rule = rule
         self.augment = Augmentation(
             augmentation,
-            image_size=image_size,
+            image_size=self.image_size,
             seed=seed,
             brightness_contrast_probability=brightness_contrast_probability,
         )
@@ -103,10 +104,10 @@ class SegmentationTransform:
             index: number of the row in its data set.
 
         Returns:
-            `pixel_values` uint8 (3, S, S) RGB, `labels` uint8 (S, S), or (K, S, S) of a
-            `PlaneRule`, with the rule's `ignore_index`, `distil_mask` bool (S, S): True where the
+            `pixel_values` uint8 (3, H, W) RGB, `labels` uint8 (H, W), or (K, H, W) of a
+            `PlaneRule`, with the rule's `ignore_index`, `distil_mask` bool (H, W): True where the
             labels count, and on a image without a mask on every pixel that is not from outside of
-            it. With `targets` also `teacher_logits` float16 (K, S, S), moved as the mask is.
+            it. With `targets` also `teacher_logits` float16 (K, H, W), moved as the mask is.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
@@ -117,9 +118,8 @@ class SegmentationTransform:
         cell, logits = self._with_targets(row["image"], index)
         image = decode_image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
-        size = self.image_size
-        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), size, size)
-        mask = resize_labels(labels, size)
+        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *self.image_size)
+        mask = resize_labels(labels, self.image_size)
         clean = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
         if logits is None:
             changed, changed_mask = self.augment(*clean, epoch=epoch, index=index)
@@ -170,12 +170,13 @@ class SegmentationTransform:
         return self.rule.labels(mask, image_name(cell, index))
 
 
-def resize_labels(labels: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W), or planes (H, W, K), at the size (S, S) of the training.
+def resize_labels(labels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.uint8]:
+    """Class ids (H, W), or planes (H, W, K), at the size of the training.
 
     What is thinner than a pixel may go.
     """
-    return cv2.resize(labels, (size, size), interpolation=cv2.INTER_NEAREST_EXACT).astype(np.uint8)
+    resized = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+    return resized.astype(np.uint8)
 
 
 def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""What the sources share: columns, pair folders, lists of files, paths that stay inside the data.
+"""What the sources share: columns, names of splits, lists of files, paths inside the data.
 
 A data set of a stranger may name any file of this machine, or any address, as an image. Whoever
 trains on it and publishes a report, or a panel, would publish that image.
@@ -139,111 +139,13 @@ def _inner_cell(cell: Any, roots: Sequence[str], name: str) -> Row | None:
     return {"bytes": None, "path": inside(path, roots, name)} if path else None
 
 
-def load_pair_folder(
-    root: Path, split: str, *, image_folder: str, mask_folder: str
-) -> datasets.Dataset:
-    """Pair the images and masks of one split by their stems; reads no file.
-
-    Args:
-        root: the folder that holds the splits.
-        split: name of the split's folder.
-        image_folder: name of the folder of images inside it.
-        mask_folder: name of the folder of masks beside that.
-
-    Returns:
-        Rows sorted by file name, with the columns `image` and `mask`.
-
-    Raises:
-        FileNotFoundError: if one of the folders is missing; says which there are.
-        ValueError: if the split is empty, a stem occurs twice, or a partner is missing.
-    """
-    folder = root / split
-    _check_folders(root, split, image_folder, mask_folder)
-    images = _by_stem(list_images(folder / image_folder), folder / image_folder)
-    masks = _by_stem(list_images(folder / mask_folder, MASK_SUFFIXES), folder / mask_folder)
-    if not images:
-        raise ValueError(
-            f"Expected images in {folder / image_folder}, got an empty split. Files directly "
-            "in that folder count (jpg, png, webp, bmp, tif, gif), deeper ones do not."
-        )
-    _check_pairs(images, masks, folder / mask_folder)
-    return path_dataset(list(images.values()), [masks[stem] for stem in images])
-
-
-def _check_folders(root: Path, split: str, image_folder: str, mask_folder: str) -> None:
-    folder = root / split
-    layout = f"{split}/{image_folder}/NAME.jpg and {split}/{mask_folder}/NAME.png"
-    if not folder.is_dir():
-        folders = subfolders(root)
-        raise MissingSplitError(
-            split,
-            f"Expected {layout} in {root}, got {_content(root, folders)}."
-            f"{did_you_mean(split, folders)} Name the splits with --train_split and --eval_split.",
-        )
-    for name, flag in ((image_folder, "image_folder"), (mask_folder, "mask_folder")):
-        if not (folder / name).is_dir():
-            folders = subfolders(folder)
-            raise FileNotFoundError(
-                f"Expected {layout} in {root}, got {_content(folder, folders)} in {folder}."
-                f"{did_you_mean(name, folders)} Name the folder with --{flag}."
-            )
-
-
-def _content(folder: Path, folders: list[str]) -> str:
-    if folders:
-        return f"the folders {', '.join(folders[:8])}" + (" ..." if len(folders) > 8 else "")
-    files = [p.name for p in sorted(folder.iterdir())]
-    return f"only the files {show_names(files)}" if files else "an empty folder"
-
-
-def _by_stem(files: list[Path], folder: Path) -> dict[str, Path]:
-    by_stem: dict[str, Path] = {}
-    for file in files:
-        # A Mac writes é as two characters, others as one: to the eye it is the same name.
-        stem = unicodedata.normalize("NFC", file.stem)
-        if stem in by_stem:
-            raise ValueError(
-                f"Expected one file for each name, got {by_stem[stem].name} and {file.name} in "
-                f"{folder}. Remove one, or rename it and give it a mask of its own name."
-            )
-        by_stem[stem] = file
-    return by_stem
-
-
-def _other_side(names: dict[str, Path], partners: dict[str, Path], label: str) -> str:
-    """A name of the other side, without a partner if there is one: it shows how names differ."""
-    alone = [file.name for stem, file in names.items() if stem not in partners]
-    shown = alone or [file.name for file in names.values()]
-    return f" ({label if alone else 'there is'}: {shown[0]})" if shown else ""
-
-
-def _check_pairs(images: dict[str, Path], masks: dict[str, Path], mask_folder: Path) -> None:
-    bare = [file.name for stem, file in images.items() if stem not in masks]
-    if bare:
-        lossy = [p.name for p in list_images(mask_folder, {".jpg", ".jpeg"})]
-        hint = f" {lossy[0]} is no mask: JPEG changes values, store PNG." if lossy else ""
-        raise ValueError(
-            f"Expected a mask of the same stem for each image, got none in {mask_folder} for "
-            f"{len(bare)} of {len(images)}: {show_names(bare)}"
-            f"{_other_side(masks, images, 'masks without an image')}.{hint} Add the masks, or "
-            "move the images to a folder of their own and pass it as --unlabelled."
-        )
-    orphans = [file.name for stem, file in masks.items() if stem not in images]
-    if orphans:
-        raise ValueError(
-            f"Expected an image of the same stem for each mask, got none for {len(orphans)} of "
-            f"{len(masks)} in {mask_folder}: {show_names(orphans)}"
-            f"{_other_side(images, masks, 'the images')}. Add the images or remove the "
-            "masks."
-        )
-
-
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)}
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 # JPEG is lossy: its masks hold values that nobody wrote.
-MASK_SUFFIXES = frozenset({".npy", ".png", ".bmp", ".tif", ".tiff", ".gif", ".webp"})
+LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg"})
+MASK_SUFFIXES = (IMAGE_SUFFIXES - LOSSY_SUFFIXES) | {".npy"}
 _MAX_SHARDS = 64
 _MIN_SHARD_ROWS = 64
 _SAMPLE = 200  # images without masks whose first bytes are read before a run
@@ -263,6 +165,29 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def subfolders(folder: Path) -> list[str]:
     """Names of the visible folders in `folder`, sorted."""
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+_SPLITS = (
+    ("train", "training", "train2017", "train2014"),
+    ("validation", "val", "valid", "val2017", "val2014", "dev", "test", "testing"),
+)
+"""What splits are called, the usual name first; `test` is measured on where nothing else is."""
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """What a split may be called in a data set, itself first.
+
+    >>> split_names("validation")[:4]
+    ('validation', 'val', 'valid', 'val2017')
+    >>> split_names("test")
+    ('test', 'testing')
+    >>> split_names("fold3")
+    ('fold3',)
+    """
+    if split in ("test", "testing"):  # whoever asks for it wants no other
+        return split, "testing" if split == "test" else "test"
+    names = next((names for names in _SPLITS if split in names), ())
+    return split, *(name for name in names if name != split)
 
 
 class MissingSplitError(FileNotFoundError, ValueError):

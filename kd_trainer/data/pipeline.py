@@ -20,7 +20,7 @@ from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, decode_mask, image_name, image_shape
 from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
 from kd_trainer.data.planes import PlaneRule, check_planes
-from kd_trainer.data.sources import is_coco
+from kd_trainer.data.sources import is_coco, source_layout
 from kd_trainer.data_arguments import DataArguments
 
 SAMPLE = 200
@@ -54,6 +54,8 @@ def mask_rule(
     masks = [row["mask"] for row in rows]
     if data.mask_threshold is not None:
         rule = MaskRule((0, 1), data.ignore_index, threshold=data.mask_threshold)
+    elif (rule_of_layout := _rule_of_layout(data)) is not None:
+        rule = rule_of_layout
     elif data.mask_values is None and not data.reduce_labels:
         return find_mask_rule(
             masks,
@@ -78,6 +80,16 @@ def mask_rule(
             "Choose a value between theirs."
         )
     return rule
+
+
+def _rule_of_layout(data: DataArguments) -> MaskRule | None:
+    """The rule of a data set whose layout says which value is which class; None if it does not."""
+    if data.mask_values is not None or data.reduce_labels or data.dataset == "synthetic":
+        return None
+    layout = source_layout(data)
+    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
+        return None
+    return MaskRule(layout.mask_values, data.ignore_index, also_ignored=layout.ignored_values)
 
 
 def _named_rule(data: DataArguments) -> MaskRule:

@@ -1,9 +1,10 @@
-"""Data sets with an image column and a mask column: parquet files and the Hub."""
+"""Every source as rows with an image and a mask: folders, tables, parquet files, the Hub."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,22 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 
 from kd_trainer.data.coco import coco_class_names, file_for_split, is_coco_folder, load_coco
+from kd_trainer.data.folder_layouts import Layout
+from kd_trainer.data.hold_out import Division, divide
+from kd_trainer.data.layouts import MASKS, find_layout, find_pairs, in_pair_folder, say, split_of
 from kd_trainer.data.listing import (
     MissingSplitError,
     confined,
     did_you_mean,
     is_address_inside,
-    load_pair_folder,
     missing_path,
+    path_dataset,
     show_names,
     stream_shards,
     unlabelled_dataset,
 )
+from kd_trainer.data.pairing import example, stem_of
+from kd_trainer.data.path_tables import TABLE_SUFFIXES
 from kd_trainer.data.streaming import stream_lengths, with_lengths
 from kd_trainer.data.synthetic import synthetic_splits
 from kd_trainer.data_arguments import DataArguments
@@ -212,26 +218,46 @@ SYNTHETIC_SEED = 0
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
+@dataclass(frozen=True)
+class LoadedSplits:
+    """What `load_splits` gives, and what is known about it.
+
+    Attributes:
+        splits: the splits by name.
+        held_out: the images that were held out to evaluate on; empty where there is a split.
+    """
+
+    splits: datasets.DatasetDict | datasets.IterableDatasetDict
+    held_out: tuple[str, ...] = ()
+
+
 def load_splits(
     data: DataArguments, splits: Sequence[str] | None = None
 ) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     """Load the splits of a data set; images and masks are listed or stored, not decoded.
 
     Args:
-        data: `dataset` is a pair folder, a COCO folder or json, a parquet file or folder, a folder
-            of `save_to_disk`, a Hub id, or `synthetic`; further fields say which part of it.
+        data: `dataset` is a folder of images and masks, a csv file of their paths, a COCO folder or
+            json, a parquet file or folder, a folder of `save_to_disk`, a Hub id, or `synthetic`;
+            further fields say which part of it.
         splits: names of the splits; by default `data.train_split` and `data.eval_split`. The
             unlabelled images come after the rows of the split to train on.
 
     Returns:
         The splits by name, with exactly the columns `image` and `mask`, both
         `datasets.Image(decode=False)`; `mask` is None for unlabelled images. With
-        `data.streaming` an IterableDatasetDict.
+        `data.streaming` an IterableDatasetDict. Where the data has no `validation`, that is a share
+        of the other split, and the other one the rest of it if both are asked for.
 
     Raises:
         FileNotFoundError: if a folder or file is missing; names the nearest one.
         ValueError: if files do not pair, a split is empty, or a column or category is unknown.
     """
+    return load_source(data, splits).splits
+
+
+def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> LoadedSplits:
+    """`load_splits`, and the names of the images that it has held out."""
     names = tuple(splits) if splits is not None else (data.train_split, data.eval_split)
     if len(set(names)) != len(names):
         raise ValueError(
@@ -242,15 +268,80 @@ def load_splits(
         limit = getattr(data, flag)
         if limit is not None and limit < 1:
             raise ValueError(f"Expected --{flag} of at least 1, got {limit}.")
-    loaded = {name: _load_split(data, name) for name in names}
-    return (datasets.IterableDatasetDict if data.streaming else datasets.DatasetDict)(loaded)
-
-
-def _load_split(data: DataArguments, split: str) -> Any:
     # An evaluation of the split that was trained on is an evaluation: its limit comes last.
     limits = {data.train_split: data.max_train_samples, data.eval_split: data.max_eval_samples}
-    limit = limits.get(split)
-    rows, lengths = _labelled(data, split, limit)
+    layout = find_layout(data) if _is_laid_out(data, names) else None
+    loaded: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    divided: dict[str, datasets.Dataset] = {}
+    held_out: tuple[str, ...] = ()
+    for name in names:
+        try:
+            rows, lengths = _labelled(data, name, limits.get(name), layout)
+        except MissingSplitError as error:
+            division, other = _hold_out(data, name, layout, error)
+            divided = {name: division.chosen, other: division.rest}
+            held_out = division.names
+            continue
+        counts[name] = len(rows) if layout is not None else 0
+        loaded[name] = _finished(data, name, limits.get(name), rows, lengths)
+    for name in set(names) & divided.keys():
+        loaded[name] = _finished(data, name, limits.get(name), divided[name], None)
+    if layout is not None:
+        _say_layout(data, layout, {n: count for n, count in counts.items() if n not in divided})
+    if divided:
+        _say_held_out(data, divided)
+    kind = datasets.IterableDatasetDict if data.streaming else datasets.DatasetDict
+    return LoadedSplits(kind({name: loaded[name] for name in names}), held_out)
+
+
+def _hold_out(
+    data: DataArguments, name: str, layout: Layout | None, missing: MissingSplitError
+) -> tuple[Division, str]:
+    """The other split in two, for the missing one and for itself, and its name.
+
+    Raises:
+        MissingSplitError: if the other one is missing too, or this one was asked for by a name
+            that is no default.
+        ValueError: if the data is streamed.
+    """
+    other = data.train_split if name == data.eval_split else data.eval_split
+    if not data.eval_fraction or name != DataArguments.eval_split or other == name:
+        raise missing
+    try:
+        rows, _ = _labelled(data, other, None, layout)
+    except MissingSplitError:
+        raise missing from None
+    if not isinstance(rows, datasets.Dataset):
+        raise ValueError(
+            f"Expected a split to evaluate on in {data.dataset} with --streaming, got none, and no "
+            "images can be held out of a stream. Leave --streaming out, or name a split with "
+            "--eval_split."
+        )
+    return divide(rows, Path(data.dataset), data.eval_fraction, data.group_by), other
+
+
+def _say_layout(data: DataArguments, layout: Layout, counts: Mapping[str, int]) -> None:
+    sizes = [f"{count:,} images of {split_of(layout, n, data)}" for n, count in counts.items()]
+    say(
+        f"{data.dataset} ({layout.name}): {'; '.join([layout.description, *sizes])}.",
+        "Otherwise: --layout, --image_folder, --mask_folder, --train_split, --eval_split.",
+    )
+
+
+def _say_held_out(data: DataArguments, divided: Mapping[str, datasets.Dataset]) -> None:
+    (missing, chosen), (other, rest) = divided.items()
+    say(
+        f"{data.dataset} has no split {missing!r}: {len(chosen):,} of {len(chosen) + len(rest):,} "
+        f"images of {other} are held out to evaluate on, always the same ones. Otherwise: "
+        "--eval_split, --eval_fraction, --group_by."
+    )
+
+
+def _finished(
+    data: DataArguments, split: str, limit: int | None, rows: Any, lengths: list[int] | None
+) -> Any:
+    """The rows of a split with its limit, as a stream if wanted, and the unlabelled ones."""
     if isinstance(rows, datasets.Dataset):
         rows = _first(rows, limit, f"split {split!r} of {data.dataset}")
         if data.streaming:
@@ -267,7 +358,9 @@ def _load_split(data: DataArguments, split: str) -> Any:
     return with_lengths(rows, lengths) if data.streaming and lengths else rows
 
 
-def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, list[int] | None]:
+def _labelled(
+    data: DataArguments, split: str, limit: int | None, layout: Layout | None
+) -> tuple[Any, list[int] | None]:
     """The rows of the source, a Dataset or a stream, and the shard lengths where known."""
     others = tuple(s for s in (data.train_split, data.eval_split) if s != split)
     if data.dataset == "synthetic":
@@ -282,29 +375,63 @@ def _labelled(data: DataArguments, split: str, limit: int | None) -> tuple[Any, 
     if is_coco(data):
         return load_coco(path, split, data, other_splits=others, limit=limit)
     _check_no_category(data)
-    if path.suffix == ".parquet" or (not _is_pair_folder(data, path) and has_parquet(path)):
+    if _is_parquet(data, path):
         files = parquet_files(path, split, others)
         rows, lengths = load_parquet(files, streaming=data.streaming)
         root = path.parent if path.is_file() else path
         return two_columns(rows, name=str(path), places=[root], **columns), lengths
-    if path.is_file():
+    if path.is_file() and path.suffix.lower() not in TABLE_SUFFIXES:
         raise ValueError(
-            f"Expected a folder, a COCO json or a parquet file as --dataset, got {path}."
+            "Expected a folder, a COCO json or a parquet file as --dataset (or a csv file), got "
+            f"{path}."
         )
-    if (path / "dataset_dict.json").is_file():
+    if _is_saved(path):
         rows = _first(_from_disk(path, split), limit, f"split {split!r} of {path}")
         shard_lengths: list[int] | None = None
         if data.streaming:  # before the paths are looked at, as a stream reads them in its own way
             rows, shard_lengths = _stream(rows)
         return two_columns(rows, name=str(path), places=[path], **columns), shard_lengths
-    folders = {"image_folder": data.image_folder, "mask_folder": data.mask_folder}
-    return load_pair_folder(path, split, **folders), None
+    pairs = find_pairs(data, split, layout)
+    if layout is None and stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
+        text = f"{path}: masks have other names than their images, as {example(pairs)}."
+        say(text, about=f"names in {path}")
+    return path_dataset(*zip(*pairs, strict=True)), None
+
+
+def _is_parquet(data: DataArguments, path: Path) -> bool:
+    if data.layout is not None:
+        return data.layout == "parquet"
+    return path.suffix == ".parquet" or (not _is_pair_folder(data, path) and has_parquet(path))
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file()
+
+
+def _is_laid_out(data: DataArguments, names: Sequence[str]) -> bool:
+    """Whether the data are files on this disk in another layout than that of a pair folder."""
+    path = Path(data.dataset)
+    if path.is_file():
+        return path.suffix.lower() in TABLE_SUFFIXES
+    if not data.dataset or not path.is_dir() or is_coco(data):
+        return False
+    others = _is_parquet(data, path) or _is_saved(path)
+    return not others and not all(in_pair_folder(data, name) for name in names)
+
+
+def source_layout(data: DataArguments) -> Layout | None:
+    """The layout of a local folder or csv file; None for other sources and for pair folders."""
+    laid_out = _is_laid_out(data, (data.train_split, data.eval_split))
+    return find_layout(data) if laid_out else None
 
 
 def source_class_names(data: DataArguments) -> list[str] | None:
     """Names of the classes that the data itself has, background first; None if it has none."""
-    if not data.dataset or not is_coco(data):
+    if not data.dataset:
         return None
+    if not is_coco(data):
+        layout = source_layout(data)
+        return None if layout is None or layout.class_names is None else [*layout.class_names]
     if data.category is not None:
         return ["background", data.category]
     path = Path(data.dataset)
@@ -317,6 +444,8 @@ def is_coco(data: DataArguments) -> bool:
     path = Path(data.dataset)
     if path.suffix == ".json":
         return path.exists()
+    if data.layout is not None:
+        return data.layout == "coco" and path.is_dir()
     splits = (data.train_split, data.eval_split)
     return path.is_dir() and not _is_pair_folder(data, path) and is_coco_folder(path, splits)
 
@@ -324,7 +453,7 @@ def is_coco(data: DataArguments) -> bool:
 def _is_pair_folder(data: DataArguments, path: Path) -> bool:
     """Whether a split has a folder of masks; stray files of another kind then count for nothing."""
     splits = (data.train_split, data.eval_split)
-    return any((path / split / data.mask_folder).is_dir() for split in splits)
+    return any((path / split / (data.mask_folder or MASKS)).is_dir() for split in splits)
 
 
 def _check_no_category(data: DataArguments) -> None:
@@ -337,7 +466,7 @@ def _check_no_category(data: DataArguments) -> None:
 
 def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
     drawn = synthetic_splits(
-        data.synthetic_train, data.synthetic_eval, size=data.image_size, seed=SYNTHETIC_SEED
+        data.synthetic_train, data.synthetic_eval, size=data.input_size, seed=SYNTHETIC_SEED
     )
     if split not in drawn:
         raise MissingSplitError(

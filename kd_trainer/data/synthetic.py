@@ -16,6 +16,8 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 
+from kd_trainer.models.image_sizes import AnySize, as_size, size_text
+
 Image = NDArray[np.uint8]
 Field = NDArray[np.float32]
 Colour = tuple[int, int, int]
@@ -37,13 +39,15 @@ CLOTHES = ("plain", "plain", "stripes", "checks", "dots", "noise")
 WALLS = ("gradient", "noise", "stripes", "bricks", "blobs", "checks")
 
 
-def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> datasets.DatasetDict:
+def synthetic_splits(
+    train: int, evaluation: int, *, size: AnySize, seed: int
+) -> datasets.DatasetDict:
     """Draw the splits `train` and `validation`.
 
     Args:
         train: number of images to train on.
         evaluation: number of images held out.
-        size: side of the images in pixels, at least 32.
+        size: of the images in pixels, at least 32 a side.
         seed: first of the three numbers that decide an image.
 
     Returns:
@@ -52,8 +56,10 @@ def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> da
     Raises:
         ValueError: if a number is out of range.
     """
-    if size < SMALLEST:
-        raise ValueError(f"Expected size >= {SMALLEST} pixels, got {size}. Draw larger images.")
+    if min(as_size(size)) < SMALLEST:
+        raise ValueError(
+            f"Expected size >= {SMALLEST} pixels, got {size_text(size)}. Draw larger images."
+        )
     if train < 1 or evaluation < 1:
         raise ValueError(
             f"Expected at least one image a split, got {train} to train on and {evaluation} "
@@ -63,7 +69,7 @@ def synthetic_splits(train: int, evaluation: int, *, size: int, seed: int) -> da
     return datasets.DatasetDict({name: _split(name, count, size, seed) for name, count in counts})
 
 
-def _split(name: str, count: int, size: int, seed: int) -> datasets.Dataset:
+def _split(name: str, count: int, size: AnySize, seed: int) -> datasets.Dataset:
     columns: dict[str, list[Any]] = {"image": [], "mask": []}
     for index in range(count):
         image, mask = synthetic_pair(name, index, size=size, seed=seed)
@@ -79,18 +85,36 @@ def _png(pixels: Image) -> dict[str, bytes | None]:
     return {"bytes": encoded.tobytes(), "path": None}
 
 
-def synthetic_pair(split: str, index: int, *, size: int, seed: int) -> tuple[Image, Image]:
-    """Draw one image.
+def synthetic_pair(split: str, index: int, *, size: AnySize, seed: int) -> tuple[Image, Image]:
+    """Draw one image: a square, of which an oblong shows the part with most of the people.
 
     Args:
         split: "train" or "validation".
         index: number of the image in its split, from 0.
-        size: side in pixels.
+        size: in pixels.
         seed: seed of the whole set.
 
     Returns:
-        Image (size, size, 3) in RGB and mask (size, size) with 0 and 255, both uint8.
+        Image (H, W, 3) in RGB and mask (H, W) with 0 and 255, both uint8.
     """
+    height, width = as_size(size)
+    image, mask = _square(split, index, max(height, width), seed)
+    rows, columns = (
+        _fullest(mask.sum(axis=1 - axis, dtype=np.int64), length)
+        for axis, length in enumerate((height, width))
+    )
+    return image[rows, columns], mask[rows, columns]
+
+
+def _fullest(counts: NDArray[np.int64], length: int) -> slice:
+    """The `length` neighbours among counts whose sum is the largest, the first of several."""
+    sums = np.convolve(counts, np.ones(length, np.int64), mode="valid")
+    start = int(sums.argmax())
+    return slice(start, start + length)
+
+
+def _square(split: str, index: int, size: int, seed: int) -> tuple[Image, Image]:
+    """Image (size, size, 3) and mask (size, size) of `synthetic_pair`."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, SPLITS.index(split), index]))
     side = size * SUPERSAMPLING
     drawing = Drawing(_backdrop(rng, side), np.zeros((side, side), np.uint8))

@@ -63,8 +63,10 @@ from kd_trainer.doctor.teacher import (
 from kd_trainer.evaluation import EvaluatedBatch, Evaluator, classes_of, labels_of
 from kd_trainer.fast_layers import keep_freed_memory, logits_of, use_fast_layers
 from kd_trainer.models.config_checks import read_config
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.contents import STUDENT, TEACHER
+from kd_trainer.students import channels_of, has_new_head, units_of
+from kd_trainer.teacher_ensemble import TeacherEnsemble
 
 Sample = dict[str, Tensor]
 
@@ -137,7 +139,7 @@ class Preflight:
         self.run, self.parts, self.limits = run, parts, limits
         self.names = labels_of(parts.student)
         self.device = run.training.device
-        self.student: SmpForSemanticSegmentation = copy.deepcopy(parts.student)
+        self.student = copy.deepcopy(parts.student)
         self.masks: dict[str, SplitMasks] = {}
         self.samples: list[Sample] = []
         self.splits: list[str] = []  # that the samples are of
@@ -188,7 +190,11 @@ class Preflight:
         """The network that has seen such images: the teacher or a saved student, if any."""
         if self.parts.teacher is not None:
             return TEACHER
-        return STUDENT if self.run.model.student is not None else None
+        return STUDENT if self._knows_classes() else None
+
+    def _knows_classes(self) -> bool:
+        """Whether the student was trained before, with these classes."""
+        return self.run.model.student is not None and not has_new_head(self.parts.student)
 
     def _networks(self) -> Iterator[Finding]:
         if not self.samples:
@@ -213,7 +219,7 @@ class Preflight:
             yield self._in_each_split(position_finding, predictions)
         if reference == TEACHER and self.judged:
             yield quality_finding(predictions)
-            if self.run.model.student is not None:
+            if self._knows_classes():
                 yield student_finding(predictions.miou, self._predictions(STUDENT).miou)
 
     def _ask_networks(self) -> None:
@@ -251,22 +257,25 @@ class Preflight:
         return worst(findings)
 
     def _sizes(self) -> Iterator[Finding]:
-        teacher, folder = self.parts.teacher, Path(self.run.model.teacher)
+        teacher = self.parts.teacher
         assert teacher is not None
-        network, file = teacher.network, folder / "config.json"
+        network, folder = teacher.network, Path(self.run.model.teachers[0])
+        file = folder / "config.json"
         if not isinstance(network, SmpForSemanticSegmentation) or not file.is_file():
             return  # a bare state dict does not say what it was trained with
         # A folder of smp's own does not say so either.
         if "image_size" in read_config(folder):
             used = teacher.image_size or self.run.data.image_size
-            yield input_size_finding(int(network.config.image_size), used)
+            yield input_size_finding(network.config.image_size, used)
 
     def _normalisation(self) -> Iterator[Finding]:
-        if self.parts.teacher is not None and self.judged:
+        teacher = self.parts.teacher
+        # The input of several is that of the student, and each has its own statistics behind it.
+        if teacher is None or isinstance(teacher.network, TeacherEnsemble):
+            return
+        if self.judged:
             now, seconds = self._predictions(TEACHER), self.limits.normalisation
-            yield normalisation_finding(
-                try_conventions(self.parts.teacher, self.samples, now, seconds)
-            )
+            yield normalisation_finding(try_conventions(teacher, self.samples, now, seconds))
 
     def _shared(self) -> Iterator[Finding]:
         training, evaluation = self.parts.train_dataset, self.parts.eval_dataset
@@ -280,7 +289,7 @@ class Preflight:
 
     def _loss(self) -> Iterator[Finding]:
         parts, loss = self.parts, loss_of(self.run, self.parts)
-        channels = int(parts.student.config.classes)
+        channels = channels_of(parts.student)
         yield degenerate_finding(channels, loss, teacher=parts.teacher is not None)
         if not self.samples or not any(parts.loss_weights.effective().values()):
             return
@@ -293,7 +302,7 @@ class Preflight:
         yield parameter_finding(gradients)
 
     def _plan(self) -> Iterator[Finding]:
-        args, units = self.run.training, len(encoder_units(self.parts.student))
+        args, units = self.run.training, len(units_of(self.parts.student))
         steps = steps_per_epoch(image_count(self.parts.train_dataset), args)
         yield plan_finding(args.schedule(units, length_in_epochs(args, steps), steps))
 

@@ -22,7 +22,7 @@ from kd_trainer.losses import (
     weighted_sum,
 )
 from kd_trainer.losses.terms import ALL_TERMS
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.students import never_used, set_free_units, student_logits, units_of
 from kd_trainer.tracking import TermSums
 
 Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], LossTerms]
@@ -36,7 +36,7 @@ _ALMOST_ALL = 0.9
 def loss_of(run: RunArguments, parts: RunComponents) -> Loss:
     """The loss terms as at the first step of a run."""
     args = run.training
-    schedule = args.schedule(len(encoder_units(parts.student)), args.num_train_epochs)
+    schedule = args.schedule(len(units_of(parts.student)), args.num_train_epochs)
 
     def loss(student: Tensor, teacher: Tensor | None, batch: Mapping[str, Tensor]) -> LossTerms:
         on_device = {
@@ -120,7 +120,7 @@ class Gradients:
 
 
 def first_gradients(
-    student: SmpForSemanticSegmentation,
+    student: nn.Module,
     samples: Sequence[dict[str, Tensor]],
     teacher_logits: Sequence[Tensor],
     loss: Loss,
@@ -135,23 +135,23 @@ def first_gradients(
         loss: its terms.
         parts: the weights of the loss.
     """
-    student.set_free_units(None)
+    set_free_units(student, None)
     student.train()
     for module in student.modules():
         if isinstance(module, nn.SyncBatchNorm):
             module.eval()  # it would wait for the other processes, which do not look
     # A single image is taken twice.
     batch = collate([*samples, *samples][:GRADIENT_IMAGES])
-    statistics = pixel_statistics(student, student.device)
-    pixels = normalise(batch["pixel_values"].to(student.device), statistics)
-    logits = student(pixel_values=pixels)["raw_logits"]
+    device = next(student.parameters()).device
+    pixels = normalise(batch["pixel_values"].to(device), pixel_statistics(student, device))
+    logits = student_logits(student, pixels)
     guide = [*teacher_logits, *teacher_logits][:GRADIENT_IMAGES]
     terms = loss(logits, torch.cat(guide) if guide else None, batch)
     tracked = TermSums(parts.loss_weights)
     tracked.add(terms, logits)
     weighted_sum(terms, parts.loss_weights).backward()
-    never_used = student.never_used_parameters()
-    used = {n: p for n, p in student.named_parameters() if n not in never_used}
+    idle = never_used(student)
+    used = {n: p for n, p in student.named_parameters() if n not in idle}
     gradients = {name: p.grad for name, p in used.items() if p.grad is not None}
     return Gradients(
         terms={name: float(value) for name, value in tracked.sums.items()},

@@ -18,13 +18,14 @@ from kd_trainer.doctor.finding import Grade
 from kd_trainer.doctor.resources import plan_finding
 from kd_trainer.errors import printable
 from kd_trainer.loading import network_name, network_size
-from kd_trainer.models.modeling import SmpForSemanticSegmentation, encoder_units
+from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.optim import DECODER, unit_parameters
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.students import units_of
 
 
 def timeline(
-    model: SmpForSemanticSegmentation, args: DistillationArguments, epochs: float
+    model: nn.Module, args: DistillationArguments, epochs: float
 ) -> list[dict[str, float]]:
     """One row an epoch: temperature, free units, trainable parameters and learning rates.
 
@@ -94,11 +95,19 @@ def sizes_table(parts: RunComponents) -> str:
     return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
 
 
+def _units_line(student: nn.Module) -> str:
+    """The units of a stock model by name, in the order in which they are freed."""
+    if isinstance(student, SmpForSemanticSegmentation):
+        return ""
+    names = ", ".join(unit.name for unit in reversed(units_of(student)))
+    return f"\n\nUnits of the student, as they are freed: {names}"
+
+
 def _timeline(parts: RunComponents, args: DistillationArguments, steps: int) -> str:
     epochs = length_in_epochs(args, steps)
     rows = timeline(parts.student, args, epochs)
     table = timeline_table(rows, temperature=parts.teacher is not None)
-    schedule = args.schedule(len(encoder_units(parts.student)), epochs, steps)
+    schedule = args.schedule(len(units_of(parts.student)), epochs, steps)
     lines = [table, *warmup_line(schedule, args.learning_rate)]
     finding = plan_finding(schedule)
     if finding.grade != Grade.OK:
@@ -130,7 +139,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
         "train": f"{train:,} images ({steps:,} steps an epoch)",
         "evaluation": f"{evaluation:,} images",
         "classes": printable(", ".join(run.data.id2label.values())),
-        "input": f"{run.data.image_size} x {run.data.image_size}",
+        "input": "{} x {}".format(*run.data.input_size),
     }
     weights = parts.loss_weights.effective()
     loss = " + ".join(f"{value:g}·{name}" for name, value in weights.items() if value)
@@ -138,7 +147,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
         [
             "# Plan: " + str(args.output_dir),
             "## Data\n" + "\n".join(f"- {k}: {v}" for k, v in data.items()),
-            "## Networks\n" + sizes_table(parts),
+            "## Networks\n" + sizes_table(parts) + _units_line(parts.student),
             f"## Loss\ntotal = {loss}",
             "## Timeline\n" + _timeline(parts, args, steps),
             "## Configuration\n" + yaml.safe_dump(run.resolved(), sort_keys=False).strip(),

@@ -15,6 +15,7 @@ from torch import Tensor
 from kd_trainer.doctor.finding import Finding, fault, note, ok, several
 from kd_trainer.losses import TERMS
 from kd_trainer.metrics import image_counts, miou
+from kd_trainer.models.image_sizes import AnySize, as_size, size_text
 
 Counts = npt.NDArray[np.int64]
 
@@ -189,17 +190,18 @@ def student_finding(teacher: float, student: float) -> Finding:
 _FAR = 2.0  # times the size
 
 
-def input_size_finding(trained: int, used: int) -> Finding:
+def input_size_finding(trained: AnySize, used: AnySize) -> Finding:
     """Whether the teacher sees images of about the size that it was trained with, in pixels."""
-    check = "teacher size"
-    if max(trained, used) > _FAR * min(trained, used):
-        larger = ", or a larger --image_size" if trained > used else ""
+    check, made_for, gets = "teacher size", size_text(trained), size_text(used)
+    sides = list(zip(as_size(trained), as_size(used), strict=True))
+    if any(max(pair) > _FAR * min(pair) for pair in sides):
+        larger = ", or a larger --image_size" if any(one > two for one, two in sides) else ""
         return note(
             check,
-            f"the teacher was made for {trained} px and gets {used} px",
-            f"Try --teacher_image_size {trained}{larger}.",
+            f"the teacher was made for {made_for} px and gets {gets} px",
+            f"Try --teacher_image_size {made_for}{larger}.",
         )
-    return ok(check, f"made for {trained} px, gets {used} px")
+    return ok(check, f"made for {made_for} px, gets {gets} px")
 
 
 _NOT_FOUND = 0.05  # of IoU: a class that a network does not find at all
@@ -330,24 +332,27 @@ def _elsewhere(predictions: Predictions) -> Iterator[tuple[Predictions, dict[str
 
     Moved ones are compared on the same inner pixels of truth, so that none has an easier border.
     """
-    thin = max(1, predictions.labels.shape[-1] // _SIDE)
+    thin = max(1, max(predictions.labels.shape[-2:]) // _SIDE)
     classes, labels = predictions.classes[:, ::thin, ::thin], predictions.labels[:, ::thin, ::thin]
     now = replace(predictions, classes=classes, labels=labels)
-    yield now, {name: replace(now, classes=turn(classes)) for name, turn in _TURNED.items()}
-    side = labels.shape[-1]
+    turned = {name: turn(classes) for name, turn in _TURNED.items()}
+    fitting = {name: maps for name, maps in turned.items() if maps.shape == labels.shape}
+    yield now, {name: replace(now, classes=maps) for name, maps in fitting.items()}
+    vertical, horizontal = (_shifted(side) for side in labels.shape[-2:])
+    inner = labels[:, vertical[0.0], horizontal[0.0]]
+    moved = {
+        _direction(down, right): replace(now, classes=classes[:, rows, columns], labels=inner)
+        for down, rows in vertical.items()
+        for right, columns in horizontal.items()
+    }
+    yield moved.pop(""), moved
+
+
+def _shifted(side: int) -> dict[float, slice]:
+    """The inner pixels of a side, by the share of it that they are moved by."""
     step = max(1, round(side / _PARTS))
     rim = min(_STEPS * step, (side - 1) // 4 // step * step)
-    inner = labels[:, rim : side - rim, rim : side - rim]
-    moved = {}
-    for down in range(-rim, rim + 1, step):
-        for right in range(-rim, rim + 1, step):
-            rows, columns = (
-                slice(rim - down, side - rim - down),
-                slice(rim - right, side - rim - right),
-            )
-            window = replace(now, classes=classes[:, rows, columns], labels=inner)
-            moved[_direction(down / side, right / side)] = window
-    yield moved.pop(""), moved
+    return {by / side: slice(rim - by, side - rim - by) for by in range(-rim, rim + 1, step)}
 
 
 def _direction(down: float, right: float) -> str:

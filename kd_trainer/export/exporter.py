@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import segmentation_models_pytorch as smp
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from kd_trainer.build import evaluation_dataset
@@ -39,9 +39,11 @@ from kd_trainer.fields import check_at_least, check_choice, help_field
 from kd_trainer.files import check_replaceable, replacing_file, replacing_folder, write_json
 from kd_trainer.models.configuration_smp import build_network
 from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.image_sizes import Size, plain_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 from kd_trainer.sources import public_name
+from kd_trainer.students import size_multiple
 
 FILES = {
     "onnx": "student.onnx",
@@ -142,7 +144,7 @@ class Exporter:
 
     def __init__(
         self,
-        student: SmpForSemanticSegmentation,
+        student: nn.Module,
         args: ExportArguments,
         samples: Sequence[Sample],
         work: Path,
@@ -166,7 +168,7 @@ class Exporter:
 
     def write(self) -> None:
         """Write every format but int8."""
-        if self.args.format == "smp":
+        if isinstance(self.student, SmpForSemanticSegmentation) and self.args.format == "smp":
             write_smp(self.student, self.path)
         elif self.args.format == "torch-export":
             write_program(self._program(prune=True), self.path, self.metadata)
@@ -366,8 +368,8 @@ def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
     return [(row["pixel_values"], row["labels"]) for row in rows]
 
 
-def from_images(sources: Sequence[str], size: int, count: int) -> list[Sample]:
-    """Images uint8 (3, size, size) of files, folders and globs; their masks are unknown.
+def from_images(sources: Sequence[str], size: Size, count: int) -> list[Sample]:
+    """Images uint8 (3, *size) of files, folders and globs; their masks are unknown.
 
     Raises:
         FileNotFoundError: if a source names no image.
@@ -382,7 +384,7 @@ def from_images(sources: Sequence[str], size: int, count: int) -> list[Sample]:
     chosen = [paths[i] for i in spread(len(paths), count)]
     images = (decode_image({"path": str(p), "bytes": None}, 0) for p in chosen)
     tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in images)
-    return [(resize_image(tensor, size, size), None) for tensor in tensors]
+    return [(resize_image(tensor, *size), None) for tensor in tensors]
 
 
 def batches_of(samples: Sequence[Sample], batch_size: int) -> list[CheckBatch]:
@@ -397,15 +399,15 @@ def batches_of(samples: Sequence[Sample], batch_size: int) -> list[CheckBatch]:
     return batches
 
 
-def at_another_size(samples: Sequence[Sample], size: int, multiple: int) -> list[CheckBatch]:
+def at_another_size(samples: Sequence[Sample], size: Size, multiple: int) -> list[CheckBatch]:
     """One batch of another number, height and width than any other, without masks."""
     images = [image for image, _ in samples[:3]]
-    height, width = size + multiple, size + 2 * multiple
+    height, width = size[0] + multiple, size[1] + 2 * multiple
     return [(torch.stack([resize_image(p, height, width) for p in images]), None)]
 
 
 def export_student(
-    student: SmpForSemanticSegmentation, args: ExportArguments, data: DataArguments
+    student: nn.Module, args: ExportArguments, data: DataArguments
 ) -> dict[str, Any]:
     """Export a student, check it, and only then put the file and the figures into the folder.
 
@@ -426,6 +428,11 @@ def export_student(
     student.cpu().eval()
     target = output / args.file_name
     if args.format == "smp":
+        if not isinstance(student, SmpForSemanticSegmentation):
+            raise ValueError(
+                f"Expected a student of smp for --format smp, got a {type(student).__name__}. Its "
+                "folder is read by transformers as it is; choose onnx or torch-export."
+            )
         check_replaceable(target, "output")
     samples = samples_of(args, data, data.eval_split, args.check_images)
     with tempfile.TemporaryDirectory(prefix="kd_trainer-export-") as work:
@@ -451,7 +458,7 @@ def _put(made: Path, target: Path) -> None:
 def samples_of(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
     """Images to check or to calibrate with, from `--images` or of a split."""
     if args.images:
-        return from_images(args.images, data.image_size, count)
+        return from_images(args.images, data.input_size, count)
     return from_dataset(data, split, count)
 
 
@@ -468,8 +475,8 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
         parity = exporter.compare(batches_of(exporter.samples, args.batch_size))
         check(args, parity, "on the images")
     if args.format != "smp" and not args.fixed_size:
-        multiple = int(student.encoder.output_stride)  # type: ignore[arg-type]
-        batches = at_another_size(exporter.samples, data.image_size, multiple)
+        multiple = size_multiple(student)
+        batches = at_another_size(exporter.samples, data.input_size, multiple)
         other = exporter.compare(batches, "another size")
         if args.format != "onnx-int8":  # whose ranges are those of the size it is meant for
             check(args, other, "at another size")
@@ -482,7 +489,7 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
         "file": args.file_name,
         "mib": sum(f.stat().st_size for f in files if f.is_file()) / 2**20,
         "output": "probabilities" if args.with_preprocessing else "logits",
-        "image_size": data.image_size,
+        "image_size": plain_size(data.input_size),
         "fixed_size": args.fixed_size,
         **_figures(parity),
         **more,

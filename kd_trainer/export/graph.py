@@ -20,8 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from kd_trainer.loading import network_name
 from kd_trainer.models.config_checks import check_statistics
+from kd_trainer.models.image_sizes import Size, as_size, size_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.students import (
+    channels_of,
+    image_size_of,
+    labels_of_student,
+    size_multiple,
+    statistics_of,
+    student_logits,
+)
 
 RAW_INPUT, IMAGE_INPUT = "pixel_values", "image"
 RAW_OUTPUT, PROBABILITY_OUTPUT = "logits", "probabilities"
@@ -42,17 +52,18 @@ class ExportGraph(nn.Module):
             binary model, whose probability is that of the foreground.
     """
 
-    def __init__(self, student: SmpForSemanticSegmentation, *, with_preprocessing: bool) -> None:
+    def __init__(self, student: nn.Module, *, with_preprocessing: bool) -> None:
         super().__init__()
-        self.encoder = student.encoder
-        self.decoder = student.decoder
-        self.segmentation_head = student.segmentation_head
-        self.spreads_features = student.config._model_class == "DPT"
+        self.is_smp = isinstance(student, SmpForSemanticSegmentation)
+        if isinstance(student, SmpForSemanticSegmentation):  # weights keep smp's own names
+            self.encoder = student.encoder
+            self.decoder = student.decoder
+            self.segmentation_head = student.segmentation_head
+            self.spreads_features = student.config._model_class == "DPT"
+        else:
+            self.student = student
         self.with_preprocessing = with_preprocessing
-        for name, values in (
-            ("mean", student.config.image_mean),
-            ("std", student.config.image_std),
-        ):
+        for name, values in zip(("mean", "std"), statistics_of(student), strict=True):
             in_bytes = torch.tensor(list(values)).view(1, 3, 1, 1) * 255
             self.register_buffer(name, in_bytes, persistent=False)
         self.mean: Tensor
@@ -62,33 +73,39 @@ class ExportGraph(nn.Module):
         """Segment a batch, see the class."""
         if self.with_preprocessing:
             pixels = (pixels.permute(0, 3, 1, 2).to(self.mean.dtype) - self.mean) / self.std
-        features = self.encoder(pixels)
-        decoded = self.decoder(*features) if self.spreads_features else self.decoder(features)
-        raw: Tensor = self.segmentation_head(decoded)
+        raw = self._logits(pixels)
         if not self.with_preprocessing:
             return raw
         return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)
 
+    def _logits(self, pixels: Tensor) -> Tensor:
+        if not self.is_smp:
+            return student_logits(self.student, pixels)
+        features = self.encoder(pixels)
+        decoded = self.decoder(*features) if self.spreads_features else self.decoder(features)
+        raw: Tensor = self.segmentation_head(decoded)
+        return raw
+
 
 def example_input(
-    student: SmpForSemanticSegmentation, *, with_preprocessing: bool, fixed_size: bool = False
+    student: nn.Module, *, with_preprocessing: bool, fixed_size: bool = False
 ) -> Tensor:
     """A batch of unequal height and width, unless they are fixed: equal ones become one symbol.
 
     No feature map of it is one pixel high: a trace takes a 1 for a constant.
     """
-    height = width = student.config.image_size
+    height, width = image_size_of(student)
     if not fixed_size:
-        stride = int(student.encoder.output_stride)  # type: ignore[arg-type]
-        height = max(height, 2 * stride)
-        width = height + stride
+        stride = size_multiple(student)
+        height, width = max(height, 2 * stride), max(width, 2 * stride)
+        width += stride if width == height else 0
     if with_preprocessing:
         return torch.zeros(2, height, width, 3, dtype=torch.uint8)
     return torch.zeros(2, 3, height, width)
 
 
 def export_program(
-    student: SmpForSemanticSegmentation,
+    student: nn.Module,
     *,
     with_preprocessing: bool = False,
     prune: bool = True,
@@ -121,7 +138,7 @@ def export_program(
             return torch.export.export(pruned, (example,), dynamic_shapes=dynamic)
     except Exception as error:  # whatever tracing raises, the cure is the same
         reason = " ".join(str(error).split())[:300]
-        name = f"{student.config._model_class} {student.config.encoder_name}"
+        name = network_name(student)
         wanted = "" if fixed_size else " with dynamic sizes"
         cure = "--format smp, or train another encoder" if fixed_size else "--fixed_size"
         raise ValueError(
@@ -145,7 +162,7 @@ def _without_unused(program: ExportedProgram) -> nn.Module:
 
 
 def metadata_of(
-    student: SmpForSemanticSegmentation,
+    student: nn.Module,
     *,
     with_preprocessing: bool,
     precision: str,
@@ -153,12 +170,14 @@ def metadata_of(
 ) -> dict[str, str]:
     """What a consumer of the exported file needs to know, as text by name.
 
-    `class_names`, `image_mean` and `image_std` are JSON lists, `image_size` and `size_multiple`
-    whole numbers in pixels, `fixed_size` is `true` if only `image_size` is taken.
+    `class_names`, `image_mean` and `image_std` are JSON lists, `size_multiple` a whole number
+    of pixels, `image_size` one too (HEIGHTxWIDTH where it is no square), `fixed_size` is `true` if
+    only `image_size` is taken.
     """
-    config = student.config
-    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
-    binary = config.classes == 1
+    names = [name for _, name in sorted(labels_of_student(student).items())]
+    binary = channels_of(student) == 1
+    mean, std = statistics_of(student)
+    architecture, _, encoder = network_name(student).partition(" ")
     function = "sigmoid" if binary else "softmax"
     outside = "float32 (batch, 3, height, width), RGB, (value / 255 - image_mean) / image_std"
     inside = "uint8 (batch, height, width, 3), RGB"
@@ -167,14 +186,14 @@ def metadata_of(
     channels = f"one channel: {names[1]}" if binary else "a channel for each of class_names"
     return {
         "kd_trainer_metadata": str(METADATA_VERSION),
-        "architecture": config._model_class,
-        "encoder": config.encoder_name,
+        "architecture": architecture,
+        "encoder": encoder,
         "class_names": json.dumps(names, ensure_ascii=False),
-        "image_size": str(config.image_size),
-        "size_multiple": str(int(student.encoder.output_stride)),  # type: ignore[arg-type]
+        "image_size": size_text(image_size_of(student)),
+        "size_multiple": str(size_multiple(student)),
         "fixed_size": "true" if fixed_size else "false",
-        "image_mean": json.dumps(list(config.image_mean)),
-        "image_std": json.dumps(list(config.image_std)),
+        "image_mean": json.dumps(mean),
+        "image_std": json.dumps(std),
         "preprocessing": "inside" if with_preprocessing else "outside",
         "precision": precision,
         "input": inside if with_preprocessing else outside,
@@ -188,7 +207,7 @@ class Metadata:
 
     text: dict[str, str]
     class_names: list[str]
-    image_size: int
+    image_size: Size
     size_multiple: int
     image_mean: list[float]
     image_std: list[float]
@@ -209,10 +228,10 @@ def read_metadata(text: Mapping[str, str], path: str | Path) -> Metadata:
     for name in _TEXTS:
         if name not in text:
             raise _odd(name, "text", text, path)
-    size = _whole("image_size", text, path)
+    size = _size(text, path)
     multiple = _whole("size_multiple", text, path)
-    if size % multiple:
-        raise _odd("size_multiple", f"a divisor of image_size {size}", text, path)
+    if any(side % multiple for side in size):
+        raise _odd("size_multiple", f"a divisor of image_size {size_text(size)}", text, path)
     names = _parsed("class_names", text)
     several = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
     if not (several and all(isinstance(name, str) for name in names)):
@@ -233,11 +252,22 @@ def _parsed(name: str, text: Mapping[str, str]) -> Any:
 
 def _whole(name: str, text: Mapping[str, str], path: str | Path) -> int:
     value = text.get(name, "")
-    if not (value.isascii() and value.isdigit() and len(value) <= 9):
-        raise _odd(name, "a whole number", text, path)
-    if not 1 <= int(value) <= LARGEST_SIDE:
-        raise _odd(name, f"1 to {LARGEST_SIDE:,}", text, path)
+    if not _is_side(value):
+        raise _odd(name, f"a whole number from 1 to {LARGEST_SIDE:,}", text, path)
     return int(value)
+
+
+def _size(text: Mapping[str, str], path: str | Path) -> Size:
+    sides = text.get("image_size", "").split("x")
+    if len(sides) > 2 or not all(map(_is_side, sides)):
+        wanted = f"one or two (512x1024) whole numbers from 1 to {LARGEST_SIDE:,}"
+        raise _odd("image_size", wanted, text, path)
+    return as_size([int(side) for side in sides])
+
+
+def _is_side(value: str) -> bool:
+    digits = value.isascii() and value.isdigit() and len(value) <= 9
+    return digits and 1 <= int(value) <= LARGEST_SIDE
 
 
 def _odd(name: str, wanted: str, text: Mapping[str, str], path: str | Path) -> ValueError:

@@ -24,6 +24,7 @@ from kd_trainer.export.graph import (
     read_metadata,
 )
 from kd_trainer.fields import expanded
+from kd_trainer.models.image_sizes import size_text
 
 OLDEST_OPSET = 18  # what torch's exporter writes
 # Seconds an image: far more than a student takes, so that only a graph without an end meets it.
@@ -185,7 +186,7 @@ class OnnxStudent:
 
     Attributes:
         class_names: name of each class, background first.
-        image_size: side in pixels of the square input the model is meant for.
+        image_size: (height, width) in pixels of the input the model is meant for.
         size_multiple: height and width have to be multiples of it.
         fixed_size: whether height and width have to be `image_size`.
         image_mean: of each channel, of values in 0..1.
@@ -252,19 +253,19 @@ class OnnxStudent:
             raise ValueError(
                 f"Expected {self.metadata['input']}, got {pixels.dtype} {pixels.shape}. Convert it."
             )
-        for side in pixels.shape[rows : rows + 2]:
-            if self.fixed_size and side != self.image_size:
-                raise ValueError(
-                    f"Expected height and width of {self.image_size}, the one size of this file, "
-                    f"got {side}. Resize the image, or export without --fixed_size."
-                )
+        size = height, width = pixels.shape[rows : rows + 2]
+        if self.fixed_size and size != self.image_size:
+            raise ValueError(
+                f"Expected height and width of {size_text(self.image_size)}, the one size of this "
+                f"file, got {height}x{width}. Resize the image, or export without --fixed_size."
+            )
+        for side in size:
             if side < 1 or side % self.size_multiple:
                 raise ValueError(
                     f"Expected height and width divisible by {self.size_multiple}, got {side}. "
-                    f"Resize to {self.image_size}x{self.image_size}, for which it was trained."
+                    f"Resize to {size_text(self.image_size)}, for which it was trained."
                 )
         output = self._run(np.ascontiguousarray(pixels))
-        height, width = pixels.shape[rows : rows + 2]
         channels = 1 if len(self.class_names) == 2 else len(self.class_names)
         shapes = {(len(pixels), k, height, width) for k in (channels, len(self.class_names))}
         if getattr(output, "shape", None) not in shapes:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kd_trainer.evaluation import classes_of, figures_of, labels_of
 from kd_trainer.metrics import image_counts
-from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.students import processor_of, student_logits
 
 # uint8 images (B, 3, H, W) and, where they are known, class ids (B, H, W).
 CheckBatch = tuple[Tensor, Tensor | None]
@@ -62,10 +61,10 @@ class Reference:
         probabilities: give what a graph with preprocessing gives.
     """
 
-    def __init__(self, student: SmpForSemanticSegmentation, *, probabilities: bool) -> None:
+    def __init__(self, student: nn.Module, *, probabilities: bool) -> None:
         self.student = student
         self.probabilities = probabilities
-        self.processor = SmpImageProcessor.from_model_config(student.config)
+        self.processor = processor_of(student)
 
     def prepare(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) as normalised floats of the same size."""
@@ -80,7 +79,7 @@ class Reference:
     @torch.no_grad()
     def output(self, pixels: Tensor) -> Tensor:
         """The same of normalised floats (B, 3, H, W)."""
-        raw: Tensor = self.student(pixel_values=pixels)["raw_logits"]
+        raw = student_logits(self.student, pixels)
         if not self.probabilities:
             return raw
         return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)

@@ -33,6 +33,7 @@ from .config_checks import (
     refuse,
     shortened,
 )
+from .image_sizes import plain_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -107,7 +108,8 @@ class SmpConfig(PreTrainedConfig):
             2 a two-class softmax, otherwise equal to `num_labels`. With the `problem_type`
             multi_label_classification they are sigmoids, one a label, without a background.
         encoder_kwargs: further arguments of a `tu-*` encoder, passed to timm.
-        image_size: side in pixels of the square input the model is meant for.
+        image_size: of the input the model is meant for, in pixels: the side of a square, or
+            [height, width].
         image_mean: per channel, of values in 0..1.
         image_std: per channel, of values in 0..1.
         semantic_loss_ignore_index: label of pixels that the loss leaves out.
@@ -124,7 +126,7 @@ class SmpConfig(PreTrainedConfig):
     encoder_name: str = "timm-efficientnet-b0"
     classes: int = 1
     encoder_kwargs: dict[str, Any] | None = None
-    image_size: int = 640
+    image_size: int | list[int] | tuple[int, ...] = 640
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     semantic_loss_ignore_index: int = 255
@@ -163,7 +165,11 @@ class SmpConfig(PreTrainedConfig):
     def _check_own(self) -> None:
         """Types and ranges of the fields of this class."""
         check_whole("classes", self.classes, 1, MOST)
-        check_whole("image_size", self.image_size, 1, LARGEST_SIDE)
+        sides: Any = self.image_size
+        several = isinstance(sides, list | tuple) and len(sides) in (1, 2)
+        for side in sides if several else [sides]:
+            check_whole("image_size", side, 1, LARGEST_SIDE)
+        self.image_size = plain_size(self.image_size)
         check_whole("semantic_loss_ignore_index", self.semantic_loss_ignore_index, -(2**31), 2**31)
         if not isinstance(self.encoder_kwargs, dict | None):
             refuse("encoder_kwargs", "arguments by name", self.encoder_kwargs)

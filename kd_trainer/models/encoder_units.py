@@ -7,12 +7,14 @@ import copy
 import itertools
 import re
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+from .image_sizes import AnySize, as_size, size_text
 
 # Containers whose children are the stages or blocks, and the names under which stages are known.
 _CONTAINERS = ("blocks", "_blocks", "stages", "layers", "features")
@@ -43,7 +45,9 @@ class EncoderUnit:
         return self.named
 
 
-def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -> frozenset[str]:
+def find_never_used(
+    network: nn.Module, image_size: AnySize, in_channels: int = 3, device: str = "meta"
+) -> frozenset[str]:
     """Names of the parameters that no output depends on, so that they never get a gradient.
 
     Walks the autograd graph of one forward pass of a copy on the meta device: no arithmetic, no
@@ -51,24 +55,26 @@ def find_never_used(network: nn.Module, image_size: int, in_channels: int = 3) -
     that DistributedDataParallel asks, so the answer is the one it needs.
 
     Args:
-        network: called with (1, in_channels, image_size, image_size); returns tensors.
-        image_size: side in pixels that the network accepts.
+        network: called with (1, in_channels, height, width); returns tensors.
+        image_size: that the network accepts, in pixels, as `as_size` reads it.
         in_channels: of the input.
+        device: another than meta for networks that read values of their maps.
 
     Raises:
         ValueError: if the network refuses that size.
     """
-    twin = copy.deepcopy(network).to("meta").eval().requires_grad_(True)
+    twin = copy.deepcopy(network).to(device).eval().requires_grad_(True)
     dtype = next(twin.parameters()).dtype
-    probe = torch.empty(1, in_channels, image_size, image_size, dtype=dtype, device="meta")
+    probe = torch.empty(1, in_channels, *as_size(image_size), dtype=dtype, device=device)
     try:
         with torch.enable_grad():
             outputs = twin(probe)
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"Expected an image size that {type(network).__name__} accepts, got {image_size}. "
-            f"Choose another size, or change the option named here: {reason}"
+            f"Expected an image size that {type(network).__name__} accepts, got "
+            f"{size_text(image_size)}. Choose another size, or change the option named here: "
+            f"{reason}"
         ) from error
     reached = _reached_parameters(_tensors(outputs))
     return frozenset(n for n, p in twin.named_parameters() if id(p) not in reached)
@@ -129,6 +135,29 @@ def encoder_units(model: nn.Module) -> list[EncoderUnit]:
             modules = tuple(module for _, module in group.members)
             units.append(EncoderUnit(path + group.name, modules, named))
     return units
+
+
+def free_deepest(
+    model: nn.Module, units: Sequence[EncoderUnit], never_used: Iterable[str], count: int
+) -> tuple[nn.Module, ...]:
+    """Let the `count` deepest units get gradients, and the others and what is never used none.
+
+    Returns:
+        The modules of the frozen units, which are to stay in eval mode.
+
+    Raises:
+        ValueError: if there are not so many units.
+    """
+    if not 0 <= count <= len(units):
+        raise ValueError(
+            f"Expected 0 to {len(units)} free units, got {count}. The encoder has {len(units)}."
+        )
+    for depth, unit in enumerate(reversed(units)):
+        for _, parameter in unit.parameters():
+            parameter.requires_grad_(depth < count)
+    for name in never_used:
+        model.get_parameter(name).requires_grad_(False)
+    return tuple(module for unit in units[: len(units) - count] for module in unit.modules)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from .configuration_smp import (
     IMAGENET_STD,
     SmpConfig,
 )
+from .image_sizes import as_size
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
@@ -83,8 +84,9 @@ class SmpImageProcessor(TorchvisionBackend):
     @classmethod
     def from_model_config(cls, config: SmpConfig, **options: Any) -> "SmpImageProcessor":
         """The processor that feeds a model of this configuration; `options` are saved with it."""
+        height, width = as_size(config.image_size)
         return cls(
-            size={"height": config.image_size, "width": config.image_size},
+            size={"height": height, "width": width},
             image_mean=list(config.image_mean),
             image_std=list(config.image_std),
             **options,

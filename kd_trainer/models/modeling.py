@@ -32,7 +32,8 @@ from .configuration_smp import (
     default_labels,
     uses_timm_loader,
 )
-from .encoder_units import EncoderUnit, encoder_units, find_never_used
+from .encoder_units import EncoderUnit, encoder_units, find_never_used, free_deepest
+from .image_sizes import AnySize, as_size
 from .weights import fill_encoder, load_pretrained
 
 
@@ -208,18 +209,7 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         """
         units = encoder_units(self)
         free = len(units) if count is None else count
-        if not 0 <= free <= len(units):
-            raise ValueError(
-                f"Expected 0 to {len(units)} free units, got {free}. "
-                f"{self.config.encoder_name} has {len(units)} units."
-            )
-        for depth, unit in enumerate(reversed(units)):
-            for _, parameter in unit.parameters():
-                parameter.requires_grad_(depth < free)
-        for name in self._never_used:
-            self.get_parameter(name).requires_grad_(False)
-        frozen = units[: len(units) - free]
-        self._frozen = tuple(module for unit in frozen for module in unit.modules)
+        self._frozen = free_deepest(self, units, self._never_used, free)
         self._free_units = free
         self.train(self.training)
 
@@ -240,32 +230,24 @@ class SmpForSemanticSegmentation(PreTrainedModel):
         return self
 
 
-def check_image_size(size: int | tuple[int, int], model: nn.Module) -> None:
+def check_image_size(size: AnySize, model: nn.Module) -> None:
     """Refuse an image size that the encoder cannot halve as often as it does.
 
     Args:
-        size: side of a square, or (height, width), in pixels.
+        size: as `as_size` reads it, in pixels.
         model: a segmentation model with an smp encoder.
 
     Raises:
         ValueError: if a side is not a positive multiple of the encoder's output stride.
     """
     stride = int(model.encoder.output_stride)  # type: ignore[union-attr, arg-type]
-    for side in (size,) if isinstance(size, int) else size:
+    for side in as_size(size):
         if side < stride or side % stride:
             lower = max(side // stride, 1) * stride
             raise ValueError(
                 f"Expected an image size divisible by {stride}, got {side}. "
                 f"Use {lower} or {lower + stride}."
             )
-
-
-def parameter_counts(model: SmpForSemanticSegmentation) -> tuple[int, int, int]:
-    """Number of parameters (used, never used, trainable at this moment)."""
-    never_used = model.never_used_parameters()
-    used = sum(p.numel() for n, p in model.named_parameters() if n not in never_used)
-    dead = sum(p.numel() for n, p in model.named_parameters() if n in never_used)
-    return used, dead, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[SmpConfig.model_type] = "SmpForSemanticSegmentation"
@@ -281,5 +263,4 @@ __all__ = [
     "SmpOutput",
     "check_image_size",
     "encoder_units",
-    "parameter_counts",
 ]

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from .configuration_smp import SmpConfig, build_network, uses_timm_loader
 
 _SHOWN = 5  # keys listed in a message
-_CONTAINERS = ("state_dict", "model_state_dict", "model")
+_CONTAINERS = (
+    *("state_dict", "model_state_dict", "model", "model_state", "net", "network", "module"),
+    *("weights", "model_weights"),
+)
 # What a classification checkpoint carries beyond the encoder.
 _CLASSIFIERS = ("classifier.", "fc.", "_fc.", "head.", "last_linear.")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -41,20 +44,36 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a readable file of tensors.
     """
+    return state_in(read_content(path), path)
+
+
+def read_content(path: str | Path) -> Any:
+    """All that a weight file holds; arguments and errors as of `read_weights`."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"Expected a weight file, got {str(path)!r}. Check the path.")
     try:
         if file.suffix == ".safetensors":
-            content: Any = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise ValueError(
             f"Expected a file of tensors only, got {str(path)!r}, which cannot be read as one. "
             "Save the model's state_dict, best with safetensors, or copy the file again if it was "
             "cut off."
         ) from error
+
+
+def state_in(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The state dict in what a file holds, unwrapped from its containers.
+
+    Args:
+        content: as `read_content` gives it.
+        path: where it was read, for the message.
+
+    Raises:
+        ValueError: if there is none in it.
+    """
     state = _unwrap(content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(
@@ -119,7 +138,8 @@ def load_pretrained(
         load: the `from_pretrained` of a class of transformers.
         source: a folder or a Hub id.
         *args: further ones of `load`.
-        **options: of `load`; `ignore_mismatched_sizes` lets other shapes pass.
+        **options: of `load`; `ignore_mismatched_sizes` lets other shapes pass, `new_head` leaves
+            it to the caller what may be missing, extra or misshapen.
 
     Returns:
         (model, loading info).
@@ -128,7 +148,7 @@ def load_pretrained(
         FileNotFoundError: if there are no weights.
         ValueError: if they cannot be read; or lists names that are missing, extra or misshapen.
     """
-    any_shape = options.pop("ignore_mismatched_sizes", False)
+    any_shape, new_head = (options.pop(n, False) for n in ("ignore_mismatched_sizes", "new_head"))
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with _without_report():
@@ -146,6 +166,8 @@ def load_pretrained(
             f"Expected the weights of {str(source)!r}, got: {_first_line(error)} Check that "
             "model.safetensors lies beside config.json, or that the Hub can be reached."
         ) from error
+    if new_head:
+        return model, info
     other = [] if any_shape else sorted(info["mismatched_keys"])
     shapes = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in other]
     missing, extra = (

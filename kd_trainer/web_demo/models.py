@@ -16,12 +16,13 @@ from transformers.utils.hub import cached_file
 
 from kd_trainer.costs import Latency, file_mib, interleaved
 from kd_trainer.data.input_files import read_image
-from kd_trainer.evaluation import labels_of
+from kd_trainer.evaluation import Measured, labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
-from kd_trainer.loading import load_student, network_name, network_size
+from kd_trainer.loading import load_student, network_name, network_size, teacher_options
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights
 from kd_trainer.reports.contents import STUDENT, TEACHER
@@ -33,6 +34,7 @@ from kd_trainer.reports.panels import (
     overlay,
 )
 from kd_trainer.sources import model_source
+from kd_trainer.students import check_student_size, image_size_of
 from kd_trainer.teacher import Teacher, load_teacher
 
 # Longer side of what is shown and predicted. More than any screen shows, and the logits of nine
@@ -109,9 +111,9 @@ def load_demo_student(source: str) -> DemoModel:
         return _tried(_from_onnx(source), source, "its saved image size")
     source = model_source(source)
     student = load_student(source)
-    side = student.config.image_size
-    check_image_size(side, student)
-    model = _described(student, torch_segmenter(student, side), source, labels_of(student))
+    size = image_size_of(student)
+    check_student_size(size, student)
+    model = _described(student, torch_segmenter(student, size), source, labels_of(student))
     return _tried(model, source, "its saved image size")
 
 
@@ -126,7 +128,12 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
     """
     if not model.has_teacher:
         return None
-    source = model.teacher
+    if len(model.teachers) > 1:
+        raise ValueError(
+            f"Expected one --teacher to show, got {len(model.teachers)}. Name the one to compare "
+            "the student with."
+        )
+    source = model.teachers[0]
     if source.endswith(".onnx"):
         exported = _from_onnx(source)
         if exported.class_names != student.class_names:
@@ -141,6 +148,7 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
         num_labels=len(labels),
         arch=model.teacher_arch,
         encoder=model.teacher_encoder,
+        options=teacher_options(model),
         mean=model.teacher_mean,
         std=model.teacher_std,
         id2label=labels,
@@ -148,10 +156,10 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
         trust_remote_code=model.trust_remote_code,
     )
     check_finite_weights(teacher.network, source)
-    side = model.teacher_image_size or _saved_side(source) or student.segmenter.image_size
+    size = model.teacher_image_size or _saved_size(source) or student.segmenter.image_size
     if isinstance(teacher.network, SmpForSemanticSegmentation):
-        check_image_size(side, teacher.network)
-    shown = _described(teacher, torch_segmenter(teacher, side), source, labels)
+        check_image_size(size, teacher.network)
+    shown = _described(teacher, torch_segmenter(teacher, size), source, labels)
     return _tried(shown, source, "--teacher_image_size")
 
 
@@ -170,7 +178,7 @@ def _from_onnx(source: str) -> DemoModel:
 
 
 def _described(
-    model: SmpForSemanticSegmentation | Teacher,
+    model: Measured,
     segmenter: Segmenter,
     source: str,
     labels: dict[int, str],
@@ -194,7 +202,7 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _saved_side(source: str) -> int | None:
+def _saved_size(source: str) -> AnySize | None:
     """The image size that one of our own models was saved with."""
     if source.endswith(SUFFIXES):
         return None
@@ -213,13 +221,13 @@ def _cached_mib(source: str) -> float | None:
 
 def _tried(model: DemoModel, source: str, size_from: str) -> DemoModel:
     """The model, after one call: the first is slow, and one that fails would fail on the page."""
-    side = model.segmenter.image_size
+    size = model.segmenter.image_size
     try:
-        model.segmenter.logits([np.zeros((side, side, 3), np.uint8)])
+        model.segmenter.logits([np.zeros((*size, 3), np.uint8)])
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"Expected a model that takes images of {side} x {side} pixels, got {source}: "
+            f"Expected a model that takes images of {size[0]} x {size[1]} pixels, got {source}: "
             f"{reason} Change {size_from}."
         ) from error
     return model

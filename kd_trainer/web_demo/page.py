@@ -9,6 +9,7 @@ from typing import Any
 
 from kd_trainer.costs import Latency
 from kd_trainer.errors import require
+from kd_trainer.models.image_sizes import size_text
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.page import legend, rgb, table, text
 from kd_trainer.reports.panels import ONLY_STUDENT, ONLY_TEACHER, OTHER_CLASS, class_colours
@@ -238,11 +239,12 @@ def figures_table(models: Models, latencies: Mapping[str, Latency] | None) -> st
     if latencies is not None:
         times = {role: latencies[role].median for role in models}
         times_of += f", the median of {latencies[STUDENT].repeats} calls"
-    rows = [
+    sizes = [size_text(model.segmenter.image_size) for model in models.values()]
+    rows: list[list[object]] = [
         _figures("milliseconds", times, ",.1f"),
         _figures("million parameters", _of(models, _millions), ",.2f"),
         _figures("weight file, MiB", _of(models, lambda model: model.file_mib), ",.1f"),
-        _figures("side of the input", _of(models, lambda m: m.segmenter.image_size), "d"),
+        ["size of the input", *sizes, *([None] if TEACHER in models else [])],
     ]
     places = {role: model.runs_on for role, model in models.items()}
     same = len(set(places.values())) == 1

@@ -1,0 +1,176 @@
+"""Layouts of well-known data sets, which many others follow: Pascal VOC and Cityscapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from kd_trainer.data.folder_layouts import Layout
+from kd_trainer.data.listing import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    is_inside,
+    list_images,
+    show_names,
+    subfolders,
+)
+from kd_trainer.data.pairing import Pair
+from kd_trainer.errors import clipped
+from kd_trainer.files import read_regular
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat"),
+    *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
+    *("sheep", "sofa", "train", "tvmonitor"),
+)
+_LISTS = "ImageSets/Segmentation"
+
+CITYSCAPES_CLASSES = {
+    **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole"},
+    **{19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky"},
+    **{24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train"},
+    **{32: "motorcycle", 33: "bicycle"},
+}
+"""Name of each class that is evaluated, by its value in `labelIds`; their order is the train id.
+
+Source: cityscapesScripts, helpers/labels.py.
+"""
+_CITYSCAPES_IDS = 34  # 0..33; the licence plate, -1, is never drawn
+_DEEPEST = 3  # levels of folders, the first included, in which a data set is looked for
+_KINDS = ("labelTrainIds", "labelIds")
+
+
+def places(root: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The folder itself, or those up to two below it, that hold all folders of these names."""
+    level = [root]
+    for _ in range(_DEEPEST):
+        found = [place for place in level if all((place / name).is_dir() for name in names)]
+        if found:
+            yield from found
+            return
+        level = [place / name for place in level for name in folders_in(place)]
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the visible folders in a folder, sorted; asks the disk for no file by itself."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
+
+
+def read_voc(root: Path) -> Layout | None:
+    """Pascal VOC: images and masks of all splits in two folders, and a list of names a split.
+
+    Raises:
+        ValueError: if there are several; names them.
+    """
+    found = [
+        place
+        for place in places(root, ("JPEGImages", "SegmentationClass"))
+        if any((place / _LISTS).glob("*.txt"))
+    ]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(
+            f"Expected one VOC data set in {root}, got {show_names([p.name for p in found])}. Name "
+            "the folder of one as --dataset."
+        )
+    lists = {path.stem: path for path in sorted((found[0] / _LISTS).glob("*.txt"))}
+    return Layout(
+        "voc",
+        f"images in JPEGImages, masks in SegmentationClass, splits in {_LISTS}",
+        {split: partial(_voc_pairs, found[0], path) for split, path in lists.items()},
+        class_names=VOC_CLASSES,
+    )
+
+
+def _voc_pairs(place: Path, names: Path) -> list[Pair]:
+    """The pairs of a list of names.
+
+    Raises:
+        ValueError: if a name leads out of the folder, or is there twice; if the list is empty.
+        FileNotFoundError: if an image or a mask is missing.
+    """
+    text = read_regular(names.resolve()).decode("utf-8-sig", errors="replace")
+    stems = [line.strip() for line in text.splitlines() if line.strip()]
+    if not stems:
+        raise ValueError(f"Expected a name in each line of {names}, got an empty split.")
+    if len({*stems}) < len(stems):
+        twice = next(stem for stem in stems if stems.count(stem) > 1)
+        raise ValueError(f"Expected each name once in {names}, got {clipped(twice)} twice.")
+    for stem in stems:
+        if not is_inside(stem) or not stem.isprintable():
+            raise ValueError(
+                f"Expected names of images without a folder in {names}, got {clipped(stem)!a}."
+            )
+    sides = (
+        ("JPEGImages", (".jpg", *sorted(IMAGE_SUFFIXES))),
+        ("SegmentationClass", (".png", *sorted(MASK_SUFFIXES))),
+    )
+    images, masks = ([_file(place / side, s, ends) for s in stems] for side, ends in sides)
+    for side, files in zip(("JPEGImages", "SegmentationClass"), (images, masks), strict=True):
+        missing = [stem for stem, file in zip(stems, files, strict=True) if file is None]
+        if missing:
+            raise FileNotFoundError(
+                f"Expected a file for each name of {names} in {place / side}, got none for "
+                f"{len(missing)} of {len(stems)}: {show_names(missing)}. Add the files or remove "
+                "the lines."
+            )
+    return [(i, m) for i, m in zip(images, masks, strict=True) if i is not None and m is not None]
+
+
+def _file(folder: Path, stem: str, endings: Sequence[str]) -> Path | None:
+    return next((f for end in endings if (f := folder / f"{stem}{end}").is_file()), None)
+
+
+def read_cityscapes(root: Path) -> Layout | None:
+    """Cityscapes: a folder a city, several masks an image, of which the train ids are taken.
+
+    Where only `labelIds` lie there, the official table says which class they mean.
+    """
+    place = next(places(root, ("leftImg8bit", "gtFine")), None)
+    if place is None:
+        return None
+    images, masks = place / "leftImg8bit", place / "gtFine"
+    splits = sorted(p.name for p in images.iterdir() if (masks / p.name).is_dir())
+    kind = next((k for k in _KINDS if next(masks.glob(f"*/*/*_gtFine_{k}.png"), None)), None)
+    if kind is None or not splits:
+        return None
+    by_id = kind == "labelIds"
+    ignored = tuple(i for i in range(_CITYSCAPES_IDS) if i not in CITYSCAPES_CLASSES)
+    table = ", read by the official table" if by_id else ""
+    return Layout(
+        "cityscapes",
+        f"images in leftImg8bit/SPLIT/CITY, masks in gtFine/SPLIT/CITY (*_{kind}.png{table}); "
+        f"{len(CITYSCAPES_CLASSES)} classes",
+        {split: partial(_city_pairs, images / split, masks / split, kind) for split in splits},
+        class_names=tuple(CITYSCAPES_CLASSES.values()),
+        mask_values=tuple(CITYSCAPES_CLASSES) if by_id else None,
+        ignored_values=ignored if by_id else (),
+    )
+
+
+def _city_pairs(images: Path, masks: Path, kind: str) -> list[Pair]:
+    """The images of all cities of a split with their masks.
+
+    Raises:
+        ValueError: if there are none.
+        FileNotFoundError: if a mask is missing.
+    """
+    ending = "_leftImg8bit.png"
+    listed = (file for city in subfolders(images) for file in list_images(images / city))
+    files = [file for file in listed if file.name.endswith(ending)]
+    if not files:
+        raise ValueError(f"Expected CITY/NAME{ending} in {images}, got an empty split.")
+    named = [
+        masks / f.parent.name / f"{f.name.removesuffix(ending)}_gtFine_{kind}.png" for f in files
+    ]
+    missing = [mask.name for mask in named if not mask.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"Expected a mask for each image in {masks}, got none for {len(missing)} of "
+            f"{len(files)}: {show_names(missing)}. Add the files, or remove the images."
+        )
+    return list(zip(files, named, strict=True))
