@@ -17,9 +17,11 @@ from kd_trainer.arguments import BALANCED, DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
     BadSample,
+    MaskRule,
     SegmentationTransform,
     StreamedDataset,
     TransformedDataset,
+    learned,
     load_splits,
     source_class_names,
     transforms,
@@ -27,7 +29,7 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
-from kd_trainer.data.masks import MaskRule
+from kd_trainer.data.planes import PlaneRule
 from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce, clipped
@@ -78,6 +80,7 @@ def evaluation_dataset(
     loaded = load_splits(data, [name])
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
+    _announce_rule(transform.rule)
     if data.streaming:
         return StreamedDataset(
             splits[name],
@@ -108,6 +111,12 @@ REDUCED = (
 )
 
 
+def _announce_rule(rule: MaskRule | PlaneRule) -> None:
+    """Say how masks are read, in one line, where somebody could want it otherwise."""
+    if isinstance(rule, MaskRule) and rule.note:
+        announce(rule.note)
+
+
 def build_run(run: RunArguments) -> RunComponents:
     """Everything a training needs, checked; `run` learns the class names of its source."""
     if not run.data.dataset:
@@ -129,8 +138,11 @@ def build_run(run: RunArguments) -> RunComponents:
     loaded = _load(run)
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
-    if args.class_weights == BALANCED and isinstance(for_training.rule, MaskRule):
-        balance_classes(run, splits[data.train_split], for_training.rule)
+    if isinstance(for_training.rule, MaskRule):
+        data = run.data = learned(for_training.rule, data)
+        _announce_rule(for_training.rule)
+        if args.class_weights == BALANCED:
+            balance_classes(run, splits[data.train_split], for_training.rule)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_student_size(data.image_size, student)
@@ -221,8 +233,12 @@ def _load(run: RunArguments) -> LoadedSplits:
 
 def counts_from_one(source: str, data: DataArguments) -> bool:
     """Whether masks are read as those of a saved model were, from value 1 on."""
-    own_values = data.mask_values or data.mask_threshold or data.category
-    if own_values or data.dataset == "synthetic" or (data.dataset and is_coco(data)):
+    classes = (data.mask_values, data.mask_colors, data.merge_classes, data.mask_kind)
+    if (
+        any((*classes, data.mask_threshold, data.category))
+        or data.dataset == "synthetic"
+        or (data.dataset and is_coco(data))
+    ):
         return False
     return reduces_labels(source)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from kd_trainer.losses import class_ids
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
+from kd_trainer.run_folder import written_settings
 from kd_trainer.students import image_size_of
 from kd_trainer.teacher import Teacher
 
@@ -164,8 +166,26 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
     if not isinstance(model, Teacher):
         settings["image_size"] = image_size_of(model)
         settings["ignore_index"] = getattr(model.config, "semantic_loss_ignore_index", 255)
-    data = DataArguments(**(settings | chosen))
+    data = DataArguments(**(settings | _masks_of_run(source, chosen) | chosen))
     if data.reduce_labels is None and counts_from_one(source, data):
         print(f"The model was {REDUCED}", file=sys.stderr)
         data = replace(data, reduce_labels=True)
     return data
+
+
+_MASK_SETTINGS = (
+    *("mask_kind", "mask_values", "mask_colors", "mask_threshold"),
+    *("merge_classes", "ignore_values"),
+)
+
+
+def _masks_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """How the run of a model read the masks of the same data set; empty for another."""
+    student = Path(source)
+    run = next((f for f in (student, student.parent) if (f / "config.yaml").is_file()), None)
+    if run is None or chosen.keys() & {*_MASK_SETTINGS, "reduce_labels"}:
+        return {}
+    settings = written_settings(run)
+    if settings.get("dataset") != chosen.get("dataset"):
+        return {}
+    return {name: settings[name] for name in _MASK_SETTINGS if settings.get(name) is not None}

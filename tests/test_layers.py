@@ -25,6 +25,7 @@ LAYERS = (
         "class_map",
         "console",
         "foreign_flags",
+        "mask_flags",
         "reports",
         "sources",
         "teacher_files",

@@ -19,7 +19,6 @@ from kd_trainer.data.images import (
     BadSampleError,
     EncodedImage,
     decode_image,
-    decode_mask,
     image_name,
     read_image_bytes,
 )
@@ -165,7 +164,7 @@ class SegmentationTransform:
             return self.rule.planes(cell, index, shape)
         if cell is None:
             return np.full(shape, self.rule.ignore_index, np.uint8)
-        mask = decode_mask(cell, index)
+        mask = self.rule.decode(cell, index)
         check_same_size(row, index, mask=mask.shape, image=shape)
         return self.rule.labels(mask, image_name(cell, index))
 

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.data.listing import IMAGE_SUFFIXES, MASK_SUFFIXES, list_images
+from kd_trainer.data.listing import IMAGE_SUFFIXES, list_images, list_masks
 from kd_trainer.data.pairing import (
     IMAGE_WORDS,
     MASK_WORDS,
@@ -384,8 +384,8 @@ def pairs_in(image_folder: Path, mask_folder: Path) -> list[Pair]:
     images = list_images(image_folder)
     if image_folder == mask_folder:
         images, masks = divide_files(images)
-    else:  # JPEG changes values, so such files are masks where there are no others
-        masks = list_images(mask_folder, MASK_SUFFIXES) or list_images(mask_folder)
+    else:
+        masks = list_masks(mask_folder)
     if not images:
         raise ValueError(
             f"Expected images in {image_folder}, got an empty split. Files directly in that folder "

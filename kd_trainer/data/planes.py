@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_trainer.data.arrays import is_npy, read_npy
 from kd_trainer.data.images import (
     BadSampleError,
     EncodedImage,
-    decode_mask,
     image_name,
     image_shape,
     read_image_bytes,
 )
+from kd_trainer.data.mask_files import decode_mask, raw_array
 from kd_trainer.data.masks import present_values, show_values
 
 Planes = npt.NDArray[np.uint8]
@@ -63,8 +62,8 @@ class PlaneRule:
             return np.full((*shape, count), self.ignore_index, np.uint8)
         name = image_name(cell, index)
         data = read_image_bytes(cell, name)
-        if is_npy(data):
-            planes = read_npy(data, name)
+        planes = raw_array(data, name)
+        if planes is not None:
             if planes.shape == (*shape, count) != (count, *shape):
                 planes = np.moveaxis(planes, 2, 0)
         else:

@@ -429,11 +429,13 @@ def source_class_names(data: DataArguments) -> list[str] | None:
     """Names of the classes that the data itself has, background first; None if it has none."""
     if not data.dataset:
         return None
+    if data.merge_classes is not None:
+        return None  # which has names of its own
     if not is_coco(data):
         layout = source_layout(data)
         return None if layout is None or layout.class_names is None else [*layout.class_names]
-    if data.category is not None:
-        return ["background", data.category]
+    if data.foreground is not None:
+        return ["background", data.foreground]
     path = Path(data.dataset)
     names = coco_class_names(path, data.train_split, (data.eval_split,))
     return names[1:] if data.multi_label else names
@@ -459,8 +461,8 @@ def _is_pair_folder(data: DataArguments, path: Path) -> bool:
 def _check_no_category(data: DataArguments) -> None:
     if data.category is not None:
         raise ValueError(
-            f"Expected COCO annotations with --category {data.category}, got {data.dataset}, whose "
-            "masks say what the foreground is. Leave --category out."
+            f"Expected COCO annotations with --category {' '.join(data.categories)}, got "
+            f"{data.dataset}, whose masks say what the foreground is. Leave --category out."
         )
 
 

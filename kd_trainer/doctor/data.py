@@ -24,7 +24,7 @@ from kd_trainer.data import (
     sample_rows,
 )
 from kd_trainer.data.dataset import resize_labels
-from kd_trainer.data.images import decode_mask, image_name
+from kd_trainer.data.images import image_name
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
 
@@ -117,7 +117,7 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
         masks.append(MaskStatistics())
         with suppress(*((ValueError, OSError) if skip_bad else ())):
             mask = row["mask"]
-            labels = rule.labels(decode_mask(mask, number), image_name(mask, number))
+            labels = rule.labels(rule.decode(mask, number), image_name(mask, number))
             small = MaskStatistics.of(resize_labels(labels, size), rule.ignore_index)
             masks[-1] = small
             lost += not small.marked and MaskStatistics.of(labels, rule.ignore_index).marked
