@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.evaluation import input_statistics, labels_of
+from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import as_student, is_student, units_of
 from kd_trainer.teacher import Teacher
@@ -98,11 +98,32 @@ def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) 
 
 
 def as_teacher(
-    teacher: Teacher | SmpForSemanticSegmentation | None, num_labels: int
+    teacher: Teacher | SmpForSemanticSegmentation | None, student: nn.Module
 ) -> Teacher | None:
-    """A teacher; a network of ours is wrapped, as it says how it is fed."""
+    """A teacher of the student's kind; a network of ours is wrapped, as it says how it is fed.
+
+    Raises:
+        ValueError: if one of both has several labels a pixel, and the other one.
+    """
+    if teacher is not None and is_multi_label(teacher) != is_multi_label(student):
+        raise ValueError(
+            f"Expected a teacher of the student's kind, got {kind_of(teacher)} beside a student of "
+            f"{kind_of(student)}. Their logits mean different things: choose another teacher."
+        )
     if teacher is None or isinstance(teacher, Teacher):
         return teacher
     mean, std = input_statistics(teacher)
     labels = labels_of(teacher)
-    return Teacher(teacher, num_labels=num_labels, mean=mean, std=std, id2label=labels)
+    return Teacher(
+        teacher,
+        num_labels=len(labels_of(student)),
+        mean=mean,
+        std=std,
+        id2label=labels,
+        multi_label=is_multi_label(teacher),
+    )
+
+
+def kind_of(model: Measured) -> str:
+    """What the logits of a model mean, in words."""
+    return "several labels a pixel (sigmoids)" if is_multi_label(model) else "one class a pixel"

@@ -29,9 +29,10 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
+from kd_trainer.data.planes import PlaneRule
 from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.errors import announce
+from kd_trainer.errors import announce, clipped
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.loading import make_student, make_teacher, network_name, student_options
 from kd_trainer.losses import LossWeights
@@ -40,6 +41,7 @@ from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import (
     channels_of,
     check_student_size,
+    has_several_labels,
     image_size_of,
     processor_of,
     set_free_units,
@@ -113,9 +115,9 @@ REDUCED = (
 )
 
 
-def _announce_rule(rule: MaskRule) -> None:
+def _announce_rule(rule: MaskRule | PlaneRule) -> None:
     """Say how masks are read, in one line, where somebody could want it otherwise."""
-    if rule.note:
+    if isinstance(rule, MaskRule) and rule.note:
         announce(rule.note)
 
 
@@ -130,20 +132,23 @@ def build_run(run: RunArguments) -> RunComponents:
     if run.model.teacher_maps is not None:  # they are read as cached targets are
         args.teacher_targets = "cached"
     _check_together(run)
-    channels = 1 if data.num_labels == 2 else data.num_labels
+    channels = 1 if data.num_labels == 2 or data.multi_label else data.num_labels
     if args.class_weights != BALANCED:
         check_pos_weight(args.class_factors, channels)
     weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
     weights.check_channels(channels)
     data = learn_from_sources(run)
+    if data.multi_label:
+        _check_multi_label(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = _load(run)
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
-    data = run.data = learned(for_training.rule, data)
-    _announce_rule(for_training.rule)
-    if args.class_weights == BALANCED:
-        balance_classes(run, splits[data.train_split], for_training.rule)
+    if isinstance(for_training.rule, MaskRule):
+        data = run.data = learned(for_training.rule, data)
+        _announce_rule(for_training.rule)
+        if args.class_weights == BALANCED:
+            balance_classes(run, splits[data.train_split], for_training.rule)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_student_size(data.image_size, student)
@@ -273,6 +278,27 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
     return processor_of(student, **({"do_reduce_labels": True} if data.reduce_labels else {}))
 
 
+def _check_multi_label(run: RunArguments) -> None:
+    """Refuse what knows one class a pixel only, and say what is left out."""
+    args = run.training
+    asked = {
+        "class_weights": args.class_weights is not None,
+        "pos_weight": args.pos_weight is not None,
+        "teacher_targets": args.teacher_targets == "cached",
+        "push_to_hub": args.push_to_hub,
+    }
+    if wrong := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --multi_label, got it: that "
+            "knows one class a pixel only, so far. Leave it out."
+        )
+    announce(
+        "Several labels a pixel: a sigmoid for each of "
+        f"{clipped(', '.join(run.data.id2label.values()), 200)}, no background. There are no "
+        "preflight, panels and report for them yet."
+    )
+
+
 def _check_together(run: RunArguments) -> None:
     """Refuse settings of model, data and training that do not go together."""
     if run.model.student is None:
@@ -304,7 +330,7 @@ def _check_together(run: RunArguments) -> None:
 
 def _check_channels(student: nn.Module) -> None:
     """Refuse a student of two channels beside a teacher, who answers for two classes with one."""
-    if channels_of(student) == 2:
+    if channels_of(student) == 2 and not has_several_labels(student):
         raise ValueError(
             "Expected a student with one logit for two classes beside a teacher, got one with two "
             "channels (a softmax) as --student. Take it as --teacher of a new student, or go on "

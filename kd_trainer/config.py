@@ -33,7 +33,7 @@ ALIASES = {
 
 # Flags of the data and of a teacher that only a training needs: saved models bring their own.
 ONLY_TRAINING = frozenset(
-    {"train_split", "unlabelled", "augmentation", "brightness_contrast_probability"}
+    {"train_split", "unlabelled", "multi_label", "augmentation", "brightness_contrast_probability"}
     | {"synthetic_train", "max_train_samples", "student", "student_arch", "student_encoder"}
     | {"encoder_weights", "decoder_channels", "student_options"}
 )

@@ -61,6 +61,12 @@ class DataArguments:
     num_labels: int = help_field(
         2, "Classes with the background; 2 is a binary task with one logit."
     )
+    multi_label: bool = help_field(
+        False,
+        "Several labels a pixel: each of --num_labels classes is a mask of its own, found by a "
+        "sigmoid, and there is no background. Masks are .npy of 0 and 1, (K, H, W) or (H, W, K), "
+        "or drawn from COCO.",
+    )
     class_names: list[str] | None = help_field(
         None,
         "Names of the classes, background first (default: those of the source, where it has any).",
@@ -154,6 +160,8 @@ class DataArguments:
                 f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
             )
         self._check_masks()
+        if self.multi_label:
+            self._check_multi_label()
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(
@@ -170,6 +178,24 @@ class DataArguments:
             raise ValueError(
                 "Expected --brightness_contrast_probability between 0 and 1, got "
                 f"{self.brightness_contrast_probability}."
+            )
+
+    def _check_multi_label(self) -> None:
+        """Refuse what says how one class a pixel is read."""
+        others = ("mask_values", "mask_colors", "mask_kind", "mask_threshold", "merge_classes")
+        every = (*others, "reduce_labels", "category")
+        names = [name for name in every if getattr(self, name) not in (None, False)]
+        if self.on_bad_sample == "skip":
+            names.append("on_bad_sample")
+        if names:
+            raise ValueError(
+                f"Expected no --{names[0]} with --multi_label, got {getattr(self, names[0])}: "
+                "planes of 0 and 1 are read as they are, and a bad one is an error. Leave it out."
+            )
+        if self.dataset == "synthetic":
+            raise ValueError(
+                "Expected a data set of planes with --multi_label, got synthetic, which has one "
+                "class a pixel. Leave one of them out."
             )
 
     def _check_hold_out(self) -> None:
@@ -256,9 +282,11 @@ class DataArguments:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of every class; class 0 is the background."""
+        """Name of every class; class 0 is the background, unless a pixel may have several."""
         if self.class_names is not None:
             return dict(enumerate(self.class_names))
+        if self.multi_label:
+            return {i: f"class_{i}" for i in range(self.num_labels)}
         members = self.class_members
         if members is not None and members.names is not None:
             return dict(enumerate(members.names))

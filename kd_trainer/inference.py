@@ -208,6 +208,17 @@ def onnx_network(exported: OnnxStudent) -> Network:
     return logits
 
 
+def planes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
+    """Of a model with several labels a pixel: uint8 (K, H, W), 1 from `threshold` on."""
+    return np.asarray((logits.sigmoid() >= threshold).to(torch.uint8).cpu().numpy())
+
+
+def strongest(logits: Tensor, planes: np.ndarray) -> np.ndarray:
+    """The likeliest of the labels that a pixel has, from 1 on, and 0 where it has none, (H, W)."""
+    likeliest = logits.argmax(dim=0).cpu().numpy().astype(np.uint8) + 1
+    return np.where(planes.any(axis=0), likeliest, 0).astype(np.uint8)
+
+
 def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
     """One kind of output for an image.
 

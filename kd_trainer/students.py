@@ -327,6 +327,11 @@ def channels_of(student: nn.Module) -> int:
     return traits_of(student).channels
 
 
+def has_several_labels(student: nn.Module) -> bool:
+    """Whether a pixel may have several of its labels; no stock model is one."""
+    return isinstance(student, SmpForSemanticSegmentation) and student.config.multi_label
+
+
 def statistics_of(student: nn.Module) -> tuple[list[float], list[float]]:
     """Mean and std with which its images are normalised, of values 0..1."""
     if isinstance(student, SmpForSemanticSegmentation):

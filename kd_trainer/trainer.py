@@ -31,7 +31,6 @@ from kd_trainer.data import collate
 from kd_trainer.data.streaming import seed_loader, stream_loader
 from kd_trainer.evaluation import (
     DataSetFigures,
-    EvaluationSettings,
     check_best_metric,
     classes_of,
     evaluation_rows,
@@ -40,6 +39,7 @@ from kd_trainer.evaluation import (
     labels_of,
     normalise,
     pixel_statistics,
+    settings_for,
 )
 from kd_trainer.fast_layers import use_safe_layers
 from kd_trainer.hub import Pushed
@@ -50,7 +50,6 @@ from kd_trainer.push_callback import PushCallback, check_only_message, check_pus
 from kd_trainer.resumable import ResumableTrainer
 from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.students import (
-    channels_of,
     hold_frozen,
     raw_logits_of,
     student_logits,
@@ -135,11 +134,12 @@ class DistillationTrainer(ResumableTrainer):
         self.model_init = model_init  # the Trainer takes this or a model, and asks it in `train`
         # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
         self.label_names = list(dict.fromkeys([*self.label_names, *COLUMNS]))
-        self.teacher = as_teacher(teacher, len(self.id2label))
+        self.teacher = as_teacher(teacher, model)
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
-        if args.panel_images > 0 and eval_dataset is not None:
+        # A panel shows one class a pixel.
+        if args.panel_images > 0 and eval_dataset is not None and not self.settings.multi_label:
             self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
 
     def _follow(
@@ -148,11 +148,8 @@ class DistillationTrainer(ResumableTrainer):
         """Set what is derived from the arguments, which a search changes for each trial."""
         weights = args.loss_weights
         self.loss_weights = weights if teacher is not None else weights.without_teacher()
-        self.loss_weights.check_channels(channels_of(model))
-        self.settings = EvaluationSettings(
-            len(self.id2label), ignore_index, self.loss_weights, args.class_factors
-        )
-        self.figures = DataSetFigures(self.id2label, self.loss_weights)
+        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
+        self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -24,6 +24,7 @@ from kd_trainer.data.mask_colors import color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
+from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.sources import is_coco, source_layout
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.mask_flags import color_members, merged_members
@@ -251,7 +252,12 @@ def transforms(
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    rule = mask_rule(splits, data, every_class=every_class)
+    rule: MaskRule | PlaneRule
+    if data.multi_label:
+        rule = PlaneRule(data.num_labels, data.ignore_index)
+        check_planes([row for split in splits.values() for row in sample_rows(split)], rule)
+    else:
+        rule = mask_rule(splits, data, every_class=every_class)
     whole = "fit" if data.resize == "crop" else data.resize
     training, evaluation = (
         SegmentationTransform(

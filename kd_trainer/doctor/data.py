@@ -25,6 +25,7 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.dataset import resize_labels
 from kd_trainer.data.images import image_name
+from kd_trainer.data.masks import MaskRule
 from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
 
 Labels = npt.NDArray[np.uint8]
@@ -109,6 +110,7 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
     """
     transform, masks, lost = dataset.transform, [], 0
     rule = transform.rule
+    assert isinstance(rule, MaskRule)  # several labels a pixel are not looked at
     source = dataset.dataset
     source = source.select_columns("mask") if isinstance(source, datasets.Dataset) else source
     rows = iter(sample_rows(source, MASKS))
