@@ -24,6 +24,7 @@ from kd_trainer.data.mask_colors import color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
+from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.sources import is_coco, source_layout
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.mask_flags import color_members, merged_members
@@ -244,23 +245,30 @@ def transforms(
 
     Args:
         splits: what `load_splits` gave.
-        data: image size, augmentation, and how masks are read.
+        data: image size, resize, augmentation, and how masks are read.
         seed: of the augmentation.
         every_class: as for `mask_rule`.
 
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    rule = mask_rule(splits, data, every_class=every_class)
+    rule: MaskRule | PlaneRule
+    if data.multi_label:
+        rule = PlaneRule(data.num_labels, data.ignore_index)
+        check_planes([row for split in splits.values() for row in sample_rows(split)], rule)
+    else:
+        rule = mask_rule(splits, data, every_class=every_class)
+    whole = "fit" if data.resize == "crop" else data.resize
     training, evaluation = (
         SegmentationTransform(
-            data.image_size,
+            data.input_size,
             rule,
+            resize=resize,
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
         )
-        for kind in (data.augmentation, "none")
+        for kind, resize in ((data.augmentation, data.resize), ("none", whole))
     )
     return training, evaluation
 

@@ -447,7 +447,8 @@ def source_class_names(data: DataArguments) -> list[str] | None:
     if data.foreground is not None:
         return ["background", data.foreground]
     path = Path(data.dataset)
-    return coco_class_names(path, data.train_split, (data.eval_split,))
+    names = coco_class_names(path, data.train_split, (data.eval_split,))
+    return names[1:] if data.multi_label else names
 
 
 def is_coco(data: DataArguments) -> bool:
