@@ -43,6 +43,9 @@ def draw(root, *names, value=255):
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            np.save(path, pixels)
+            continue
         assert cv2.imwrite(str(path), pixels)
     return root
 
@@ -85,6 +88,8 @@ LAYOUTS = {
     "beside, ending": ("{s}/{n}.jpg", "{s}/{n}.png"),
     "upper case": ("Images/{s}/{n}.JPG", "Masks/{s}/{n}.PNG"),
     "other formats": ("{s}/images/{n}.webp", "{s}/masks/{n}.bmp"),
+    "arrays": ("images/{s}/{n}.png", "masks/{s}/{n}.npy"),
+    "arrays beside": ("{s}/{n}.png", "{s}/{n}.npy"),
     "JPEG masks": ("{s}/images/{n}.png", "{s}/masks/{n}.jpeg"),
 }
 
@@ -172,6 +177,16 @@ def test_two_readings_are_listed_and_a_flag_chooses(tmp_path):
         paths(root)
     assert paths(root, mask_folder="labels")[0][1] == "labels/train/t00.png"
     assert paths(root, mask_folder="masks")[0][1] == "masks/train/t00.png"
+
+
+def test_doubt_about_other_folders_stops_no_split_that_is_clear(tmp_path):
+    root = both(tmp_path, *LAYOUTS["split first"], splits=("train", "val"), count=2)
+    draw(root, "images/a.png", "masks/a.png", "labels/a.png", "features/train/a.npy")
+    both(root, "images/{s}/{n}.jpg", "masks/{s}/{n}.png", splits=("test",), count=2)
+    draw(root, "labels/test/t00.png", "labels/test/t01.png")
+    assert len(paths(root, "validation")) == 2
+    with pytest.raises(ValueError, match=r"one folder of masks .*labels/test, masks/test"):
+        paths(root, "test", eval_split="test")
 
 
 def test_folders_of_any_name_are_chosen_by_flags(tmp_path):
