@@ -28,6 +28,7 @@ from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import load_source, source_class_names
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.files import FolderLock
+from kd_trainer.measurement import settings_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -574,8 +575,8 @@ def test_the_package_is_the_console_command():
     assert ended.stderr.endswith("Did you mean train?\n")
 
 
-def test_a_run_leaves_the_names_that_it_held_out(tmp_path):
-    """Nobody could say afterwards which images the figures are of."""
+def test_a_run_leaves_the_names_that_it_held_out_and_its_student_is_measured_on_these(tmp_path):
+    """Nobody could say afterwards which images the figures are of, and others were trained on."""
     root = both(tmp_path / "set", "images/{n}.png", "masks/{n}.png", splits=("train",), count=6)
     settings = {"dataset": str(root), "teacher": "none", "image_size": 32, "use_cpu": True}
     settings |= {"student_encoder": "resnet18", "encoder_weights": "none", "no_preflight": True}
@@ -590,4 +591,6 @@ def test_a_run_leaves_the_names_that_it_held_out(tmp_path):
     evaluated = [row["image"]["path"] for row in parts.eval_dataset.dataset]
     assert [str(root / name) for name in names] == evaluated
     assert len(names) == 2
-    assert "eval_fraction: 0.34" in (tmp_path / "run" / "config.yaml").read_text()
+    of_run = settings_of_run(str(tmp_path / "run" / "student"), {"dataset": str(root)})
+    again = load_splits(DataArguments(dataset=str(root), **of_run), ["validation"])["validation"]
+    assert [row["image"]["path"] for row in again] == evaluated
