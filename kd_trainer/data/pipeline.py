@@ -24,9 +24,9 @@ from kd_trainer.data.mask_colors import color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
-from kd_trainer.data.sources import is_coco
+from kd_trainer.data.sources import is_coco, names_of_values, source_layout
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.mask_flags import color_members, merged_members
+from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
@@ -132,9 +132,12 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     if data.mask_threshold is not None:
         return MaskRule((0, 1), threshold=data.mask_threshold, also_ignored=ignored, **options)
     if data.merge_classes is not None and not is_coco(data):
-        return merged_rule(merged_members(data.merge_classes), ignored, options)
+        members = merged_members(data.merge_classes)
+        if any(isinstance(m, str) and m != REST for one in members.members for m in one):
+            members = numbered(members, names_of_values(data) or ())
+        return merged_rule(members, ignored, options)
     if data.mask_values is None and not data.reduce_labels:
-        return None
+        return _rule_of_layout(data, ignored)
     reduced = range(1, data.num_labels + 1)
     values = reduced if data.mask_values is None else data.mask_values
     if len(values) != data.num_labels:
@@ -145,6 +148,17 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     if data.reduce_labels:
         ignored = tuple(sorted({*ignored, 0}))
     return MaskRule(tuple(values), also_ignored=ignored, **options)
+
+
+def _rule_of_layout(data: DataArguments, ignored: tuple[int, ...]) -> MaskRule | None:
+    """The rule of a data set whose layout says which value is which class; None if it does not."""
+    if not data.dataset or data.dataset == "synthetic":
+        return None
+    layout = source_layout(data)
+    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
+        return None
+    ignored = (*layout.ignored_values, *ignored)
+    return MaskRule(layout.mask_values, data.ignore_index, also_ignored=ignored)
 
 
 def _check_counted(classes: set[int], data: DataArguments, masks: int) -> None:
