@@ -16,6 +16,7 @@ AUGMENTATIONS = ("heavy", "seed", "light", "none")
 LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
 MASK_KINDS = ("values", "colors", "alpha", "fractions")
+RESIZES = ("stretch", "fit", "crop")
 
 
 @dataclass
@@ -62,6 +63,12 @@ class DataArguments:
     mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
     num_labels: int = help_field(
         2, "Classes with the background; 2 is a binary task with one logit."
+    )
+    multi_label: bool = help_field(
+        False,
+        "Several labels a pixel: each of --num_labels classes is a mask of its own, found by a "
+        "sigmoid, and there is no background. Masks are .npy of 0 and 1, (K, H, W) or (H, W, K), "
+        "or drawn from COCO.",
     )
     class_names: list[str] | None = help_field(
         None,
@@ -110,6 +117,12 @@ class DataArguments:
         "Size of the network input in pixels: one number for a square, or height and width, such "
         "as 512 1024.",
     )
+    resize: str = help_field(
+        "stretch",
+        "How images get to that size: stretch; fit keeps the aspect ratio and pads at the right or "
+        "below; crop trains on random parts of the image fitted in and scaled by 0.5 to 2, and "
+        "else fits it in. A saved student fits or stretches as it was trained.",
+    )
     augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
         0.8,
@@ -135,6 +148,7 @@ class DataArguments:
         self.category = self.categories or None
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         self.image_size = image_size("image_size", self.image_size)
+        check_choice("resize", self.resize, RESIZES)
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()
@@ -149,6 +163,8 @@ class DataArguments:
                 f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
             )
         self._check_masks()
+        if self.multi_label:
+            self._check_multi_label()
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(
@@ -165,6 +181,24 @@ class DataArguments:
             raise ValueError(
                 "Expected --brightness_contrast_probability between 0 and 1, got "
                 f"{self.brightness_contrast_probability}."
+            )
+
+    def _check_multi_label(self) -> None:
+        """Refuse what says how one class a pixel is read."""
+        others = ("mask_values", "mask_colors", "mask_kind", "mask_threshold", "merge_classes")
+        every = (*others, "reduce_labels", "category")
+        names = [name for name in every if getattr(self, name) not in (None, False)]
+        if self.on_bad_sample == "skip":
+            names.append("on_bad_sample")
+        if names:
+            raise ValueError(
+                f"Expected no --{names[0]} with --multi_label, got {getattr(self, names[0])}: "
+                "planes of 0 and 1 are read as they are, and a bad one is an error. Leave it out."
+            )
+        if self.dataset == "synthetic":
+            raise ValueError(
+                "Expected a data set of planes with --multi_label, got synthetic, which has one "
+                "class a pixel. Leave one of them out."
             )
 
     def _check_hold_out(self) -> None:
@@ -245,10 +279,17 @@ class DataArguments:
         return as_size(self.image_size)
 
     @property
+    def keep_aspect_ratio(self) -> bool:
+        """Whether images that are not augmented are fitted in instead of stretched."""
+        return self.resize != "stretch"
+
+    @property
     def id2label(self) -> dict[int, str]:
-        """Name of every class; class 0 is the background."""
+        """Name of every class; class 0 is the background, unless a pixel may have several."""
         if self.class_names is not None:
             return dict(enumerate(self.class_names))
+        if self.multi_label:
+            return {i: f"class_{i}" for i in range(self.num_labels)}
         members = self.class_members
         if members is not None and members.names is not None:
             return dict(enumerate(members.names))

@@ -13,11 +13,11 @@ import yaml
 from torch import nn
 
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.evaluation import Measured, input_statistics, labels_of
+from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.files import parse_yaml
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.config_checks import LARGEST_SIDE, nearest_hint, read_config
-from kd_trainer.models.configuration_smp import architecture_arguments
+from kd_trainer.models.config_checks import LARGEST_SIDE, check_labels, nearest_hint, read_config
+from kd_trainer.models.configuration_smp import MULTI_LABEL, architecture_arguments
 from kd_trainer.models.image_sizes import AnySize, Size, as_size, plain_size, size_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights
@@ -53,7 +53,9 @@ def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
         encoder_weights=model.encoder_weights,
         id2label=data.id2label,
         image_size=plain_size(data.input_size),
+        keep_aspect_ratio=data.keep_aspect_ratio,
         semantic_loss_ignore_index=data.ignore_index,
+        **({"problem_type": MULTI_LABEL} if data.multi_label else {}),
         **student_options(model),
     )
     check_output_size(student)
@@ -61,22 +63,47 @@ def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
     return student
 
 
+def _check_stretched(data: DataArguments) -> None:
+    if data.keep_aspect_ratio:
+        raise ValueError(
+            f"Expected --resize stretch for a stock model of transformers as --student, got "
+            f"{data.resize}: the processor that is saved beside it cannot pad, nor remove padding. "
+            "Leave it out, or train a student of smp."
+        )
+
+
 def _go_on_from(source: str, data: DataArguments) -> nn.Module:
     """A saved model as the student of a run; a stock one gets a head for other classes."""
     config = _config_of_saved(source)
     if "_model_class" in config:
-        student: Any = load_student(source, num_labels=data.num_labels)
+        student: Any = load_student(source, num_labels=data.num_labels, multi_label=True)
         student.config.image_size = plain_size(data.input_size)
+        student.config.keep_aspect_ratio = data.keep_aspect_ratio
     else:
+        _check_stretched(data)
         student = load_stock_student(source, config, data.id2label, data.input_size)
+    if is_multi_label(student) != data.multi_label:
+        several = is_multi_label(student)
+        raise ValueError(
+            f"Expected {'' if several else 'no '}--multi_label with {source}, which has "
+            f"{'several labels' if several else 'one class'} a pixel. "
+            f"{'Add it' if several else 'Leave it out'}, or take another --student."
+        )
     if data.class_names is not None:
         name_classes(student, data.id2label)
     student.config.semantic_loss_ignore_index = data.ignore_index
     return student
 
 
-def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Module:
+def load_student(
+    source: str | Path, *, num_labels: int | None = None, multi_label: bool = False
+) -> nn.Module:
     """A saved student, from a folder (its own, or that of its run) or the Hub.
+
+    Args:
+        source: where it is.
+        num_labels: that it has to have.
+        multi_label: whether it may have several labels a pixel.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
@@ -90,6 +117,11 @@ def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Mod
         check_finite_weights(student, source)
     else:
         student = load_stock_student(source, config)
+    if is_multi_label(student) and not multi_label:
+        raise ValueError(
+            f"Expected a model of one class a pixel, got {source} of several labels a pixel, which "
+            "train.py, eval.py and predict.py take so far. Use its sigmoids from Python."
+        )
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -142,6 +174,7 @@ def load_stock_student(
         ValueError: if it is no such model, or weights of its encoder are missing or misshapen.
     """
     options: dict[str, Any] = {"dtype": torch.float32}
+    check_labels(config.get("id2label"), None)
     classes = len(config.get("id2label") or (0, 1))
     if id2label is not None and classes not in _fitting_heads(id2label):
         names = {name: index for index, name in id2label.items()}
@@ -221,7 +254,7 @@ def load_measured(
         except OSError:
             config = {"_model_class": ""}  # `load_student` says what is missing
         if not (trust_remote_code and config.get("auto_map")):
-            return load_student(source, num_labels=num_labels)
+            return load_student(source, num_labels=num_labels, multi_label=True)
     return load_teacher(
         source,
         num_labels=num_labels,
@@ -235,7 +268,7 @@ def make_teacher(
     model: ModelArguments, student: Measured, *, image_size: AnySize
 ) -> Teacher | None:
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
-    if not model.has_teacher:
+    if not model.teachers:
         return None
     return ensemble_of(
         [_member(model, source, student, image_size) for source in model.teachers],
@@ -261,6 +294,7 @@ def _member(model: ModelArguments, source: str, student: Measured, image_size: A
         input_std=std,
         id2label=labels_of(student),
         class_map=model.class_map,
+        multi_label=is_multi_label(student),
         trust_remote_code=model.trust_remote_code,
     )
     check_finite_weights(teacher.network, f"the teacher {source}")

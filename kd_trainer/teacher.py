@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.class_map import Groups, merge_logits, translate
+from kd_trainer.class_map import Groups, merge_logits, several_labels, translate
 from kd_trainer.errors import announce, is_own, printable
 from kd_trainer.fast_layers import folded, logits_of
 from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
@@ -68,10 +68,13 @@ class Teacher(nn.Module):
         input_std: likewise.
         id2label: names of the teacher's classes.
         class_map: the network's classes of each of the student's, where it counts otherwise.
+        multi_label: each of its logits is read through a sigmoid, also where there are two.
     """
 
     scale: Tensor
     shift: Tensor
+    from_samples = False
+    """Whether its logits come with the samples: no network is asked."""
 
     def __init__(
         self,
@@ -85,8 +88,10 @@ class Teacher(nn.Module):
         input_std: Statistics = IMAGENET_STD,
         id2label: dict[int, str] | None = None,
         class_map: Groups | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
+        self.multi_label = multi_label
         self.network = network
         self.num_labels = num_labels
         self.image_size = None if image_size is None else as_size(image_size)
@@ -153,9 +158,10 @@ class Teacher(nn.Module):
 
     def _student_classes(self, logits: Tensor) -> Tensor:
         channels = logits.shape[1]
-        if self.num_labels == 2 and channels == 2:
+        one_logit = self.num_labels == 2 and not self.multi_label
+        if one_logit and channels == 2:
             return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
-        if channels != (1 if self.num_labels == 2 else self.num_labels):
+        if channels != (1 if one_logit else self.num_labels):
             raise ValueError(
                 f"Expected a teacher of {self.num_labels} classes, got {channels} channels. "
                 "Choose a teacher of the student's classes."
@@ -196,6 +202,7 @@ def load_teacher(
     input_std: Statistics = IMAGENET_STD,
     id2label: Mapping[int, str] | None = None,
     class_map: str | None = None,
+    multi_label: bool | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> Teacher:
@@ -210,14 +217,14 @@ def load_teacher(
         encoder: smp encoder of a bare state dict.
         options: further arguments of its architecture, where its shapes do not say them.
         image_size: of the input that the teacher wants; None takes the student's.
-        mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
-            else ImageNet's.
+        mean: None takes that of its preprocessor_config.json, else config.json, else ImageNet's.
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
         id2label: names of the student's classes; a teacher with the same names in another order
             is put into this one, one of more classes is translated.
         class_map: which of its classes are which of the student's, as in `class_map.py`.
+        multi_label: whether the student has several labels a pixel; None takes what the teacher is.
         trust_remote_code: run code that comes with the teacher.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -228,18 +235,18 @@ def load_teacher(
     source = model_source(source)
     described = (arch, encoder, options or {})
     network, saved = _load_network(source, described, trust_remote_code, hub)
-    image_size = _input_side(network.config, image_size, source)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
     return Teacher(
         network,
         num_labels=len(names),
-        image_size=image_size,
+        image_size=_input_side(network.config, image_size, source),
         mean=mean or saved[0],
         std=std or saved[1],
         input_mean=input_mean,
         input_std=input_std,
         id2label=names,
         class_map=groups,
+        multi_label=several_labels(network.config, multi_label, groups, source),
     )
 
 

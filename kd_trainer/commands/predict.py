@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.data.input_files import (
@@ -27,10 +28,18 @@ from kd_trainer.data.input_files import (
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
-from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
+from kd_trainer.inference import (
+    Segmenter,
+    classes_at,
+    onnx_segmenter,
+    planes_at,
+    render,
+    strongest,
+    torch_segmenter,
+)
 from kd_trainer.loading import load_student
 from kd_trainer.parsing import Parser
-from kd_trainer.students import image_size_of
+from kd_trainer.students import has_several_labels, image_size_of
 
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
@@ -45,8 +54,9 @@ class PredictArguments:
     output_dir: str = help_field("runs/predictions", "Gets one folder for each kind of output.")
     outputs: list[str] = help_field(
         ["masks", "overlays"],
-        "What to write: masks (0/255 of a binary model, else class ids), overlays (the image "
-        "with its classes tinted), cutouts (the foreground on nothing).",
+        "What to write: masks (0/255 of a binary model, else class ids; with several labels a "
+        "pixel a .npy of 0 and 1, (K, H, W)), overlays (the image with its classes tinted), "
+        "cutouts (the foreground on nothing).",
     )
     threshold: float = help_field(
         THRESHOLD, "Probability from which a pixel of a binary model is kept."
@@ -85,8 +95,39 @@ def check_threshold(threshold: float, num_labels: int = 2) -> None:
         )
 
 
-def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
-    """The model as `args` show images to it (a student on the GPU if there is one), its labels.
+@dataclass(frozen=True)
+class Masks:
+    """What was found in an image.
+
+    Attributes:
+        classes: one of each pixel, uint8 (H, W); of several labels the likeliest, from 1 on.
+        num_labels: of `classes`, with the background.
+        planes: of several labels a pixel, uint8 (K, H, W); None of one.
+    """
+
+    classes: np.ndarray
+    num_labels: int
+    planes: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it is shown images, and what its logits mean."""
+
+    segmenter: Segmenter
+    num_labels: int
+    multi_label: bool = False
+
+    def masks(self, logits: Tensor, threshold: float) -> Masks:
+        """Of an image's logits (K, H, W)."""
+        if not self.multi_label:
+            return Masks(classes_at(logits, threshold), self.num_labels)
+        planes = planes_at(logits, threshold)
+        return Masks(strongest(logits, planes), self.num_labels + 1, planes)
+
+
+def load_segmenter(args: PredictArguments) -> Loaded:
+    """The model as `args` show images to it, a student on the GPU if there is one.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -95,9 +136,10 @@ def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
     options = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
     if args.model.endswith(".onnx"):
         exported = load_onnx(args.model)
-        return onnx_segmenter(exported, **options), len(exported.class_names)
-    student = load_student(args.model)
-    return torch_segmenter(student, image_size_of(student), **options), len(labels_of(student))
+        return Loaded(onnx_segmenter(exported, **options), len(exported.class_names))
+    student = load_student(args.model, multi_label=True)
+    segmenter = torch_segmenter(student, image_size_of(student), **options)
+    return Loaded(segmenter, len(labels_of(student)), has_several_labels(student))
 
 
 def predict(args: PredictArguments, sources: Sequence[str]) -> float:
@@ -117,23 +159,20 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     _check_targets(args, names)
     images = [path for path in files if not is_video(path)]
     videos = [path for path in files if is_video(path)]
-    segmenter, num_labels = load_segmenter(args)
-    check_threshold(args.threshold, num_labels)
+    model = load_segmenter(args)
+    check_threshold(args.threshold, 2 if model.multi_label else model.num_labels)
     total = len(images) + sum(map(frame_count, videos))
     start, done = time.perf_counter(), len(images)
     cut_off: list[CutOffError] = []
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
         pixels = (np.asarray(read_image(path)) for path in images)
-        segmented = _segmented(segmenter, pixels, args, bar)
-        for path, (image, mask) in zip(images, segmented, strict=True):
+        segmented = _segmented(model, pixels, args, bar)
+        for path, (image, masks) in zip(images, segmented, strict=True):
             for output in args.outputs:
-                file = folder / output / f"{names[path]}{OUTPUTS[output]}"
-                _write(render(output, image, mask, num_labels), file)
+                _write(output, image, masks, folder / output / names[path])
         for path in videos:
-            frames = _segmented(segmenter, _whole_or_noted(path, cut_off), args, bar)
-            done += _write_video(
-                frames, args, names[path], rate=frame_rate(path), num_labels=num_labels
-            )
+            frames = _segmented(model, _whole_or_noted(path, cut_off), args, bar)
+            done += _write_video(frames, args, names[path], rate=frame_rate(path))
     if cut_off:
         others = f" {len(cut_off) - 1} further videos likewise." if len(cut_off) > 1 else ""
         raise ValueError(f"{cut_off[0]}{others} What was found of it is written.")
@@ -151,8 +190,10 @@ def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
         return
     for path, name in names.items():
         for output in args.outputs:
-            target = folder / output / (name if is_video(path) else f"{name}{OUTPUTS[output]}")
-            if target.exists():
+            suffixes = {OUTPUTS[output], *((".npy",) if output == "masks" else ())}
+            files = [name] if is_video(path) else [f"{name}{suffix}" for suffix in suffixes]
+            target = next((t for f in files if (t := folder / output / f).exists()), None)
+            if target is not None:
                 raise ValueError(
                     f"Expected an --output_dir apart from the images, got {args.output_dir}, "
                     f"where {target.relative_to(folder)} would be written over. Name another one."
@@ -168,40 +209,39 @@ def _whole_or_noted(path: Path, cut_off: list[CutOffError]) -> Iterator[np.ndarr
 
 
 def _segmented(
-    segmenter: Segmenter, images: Iterable[np.ndarray], args: PredictArguments, bar: tqdm
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each image with its classes; only one batch is in memory at a time."""
+    model: Loaded, images: Iterable[np.ndarray], args: PredictArguments, bar: tqdm
+) -> Iterator[tuple[np.ndarray, Masks]]:
+    """Each image with what was found in it; only one batch is in memory at a time."""
     waiting = iter(images)
     while batch := list(itertools.islice(waiting, args.batch_size)):
-        for image, logits in zip(batch, segmenter.logits(batch), strict=True):
-            yield image, classes_at(logits, args.threshold)
+        for image, logits in zip(batch, model.segmenter.logits(batch), strict=True):
+            yield image, model.masks(logits, args.threshold)
             bar.update()
 
 
 def _write_video(
-    frames: Iterable[tuple[np.ndarray, np.ndarray]],
-    args: PredictArguments,
-    name: str,
-    *,
-    rate: float,
-    num_labels: int,
+    frames: Iterable[tuple[np.ndarray, Masks]], args: PredictArguments, name: str, *, rate: float
 ) -> int:
     """Write the outputs of a video; returns the number of its frames."""
     number, folder = 0, Path(args.output_dir)
     with closing(VideoFile(folder / "overlays" / f"{name}.mp4", rate)) as video:
-        for number, (image, mask) in enumerate(frames, start=1):
+        for number, (image, masks) in enumerate(frames, start=1):
             for output in args.outputs:
-                rendered = render(output, image, mask, num_labels)
                 if output == "overlays":
-                    video.add(rendered)
+                    video.add(render(output, image, masks.classes, masks.num_labels))
                 else:
-                    _write(rendered, folder / output / name / f"{number:06d}{OUTPUTS[output]}")
+                    _write(output, image, masks, folder / output / name / f"{number:06d}")
     return number
 
 
-def _write(image: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+def _write(output: str, image: np.ndarray, masks: Masks, stem: Path) -> None:
+    """One kind of output; `stem` is the place of the file without its suffix."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if output == "masks" and masks.planes is not None:
+        np.save(f"{stem}.npy", masks.planes)
+        return
+    rendered = render(output, image, masks.classes, masks.num_labels)
+    Image.fromarray(rendered).save(f"{stem}{OUTPUTS[output]}")
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:

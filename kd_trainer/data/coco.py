@@ -13,6 +13,8 @@ from typing import Any
 
 import cv2
 import datasets
+import numpy as np
+import numpy.typing as npt
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
@@ -66,26 +68,32 @@ class CocoSplit:
     limit: int | None
     ignore_index: int
     merged: ClassMembers | None = None
+    multi_label: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker that is spawned, and the hash of the data, need the file's name, not its content.
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @cached_property
-    def records(self) -> list[tuple[dict[str, Any], list[tuple[int, dict[str, Any]]]]]:
-        """Image entries by file name, each with (class, annotation): crowds first, then by area."""
+    def records(self) -> list[tuple[dict[str, Any], list[tuple[int, int, dict[str, Any]]]]]:
+        """Image entries by file name, each with (class, value in its mask, annotation).
+
+        Crowds come first, the others by area.
+        """
         content = read_annotations(self.annotations)
-        by_image: dict[Any, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
-        for class_id, entry in self._drawn(content):
-            by_image[entry["image_id"]].append((class_id, entry))
+        by_image: dict[Any, list[tuple[int, int, dict[str, Any]]]] = defaultdict(list)
+        for class_id, value, entry in self._drawn(content):
+            by_image[entry["image_id"]].append((class_id, value, entry))
         images = sorted(content["images"], key=lambda image: image["file_name"])
         return [(image, by_image[image["id"]]) for image in images[: self.limit]]
 
-    def _drawn(self, content: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    def _drawn(self, content: dict[str, Any]) -> list[tuple[int, int, dict[str, Any]]]:
         """The annotations with an outline that belong to a class; says how many have none."""
         categories = without_root(content)
+        # Of several labels a pixel each category has a plane, and there is no background.
+        count = self.num_labels + self.multi_label
         classes = (
-            category_classes(categories, self.categories, self.num_labels, self.annotations)
+            category_classes(categories, self.categories, count, self.annotations)
             if self.merged is None
             else merged_classes(categories, self.merged, self.ignore_index, self.annotations)
         )
@@ -102,10 +110,12 @@ class CocoSplit:
                 f"{boxes:,} of {len(entries):,} objects of {self.annotations} are boxes without an "
                 "outline and are left out: what they show counts as background."
             )
-        return [
-            (self.ignore_index if entry.get("iscrowd") else classes[entry["category_id"]], entry)
-            for entry in sorted(outlined, key=_drawing_order)
-        ]
+        drawn = []
+        for entry in sorted(outlined, key=_drawing_order):
+            class_id = classes[entry["category_id"]]
+            value = 1 if self.multi_label else class_id
+            drawn.append((class_id, self.ignore_index if entry.get("iscrowd") else value, entry))
+        return drawn
 
     @cached_property
     def images(self) -> tuple[Path, list[str]]:
@@ -118,13 +128,26 @@ class CocoSplit:
         folder, files = self.images
         for row in chain.from_iterable(range(start, stop) for start, stop in ranges):
             image, annotations = self.records[row]
-            mask = draw(image, annotations, self.annotations)
+            mask = self._mask(image, annotations)
             png = cv2.imencode(".png", mask)[1].tobytes()
             name = f"{self.annotations.name}: {image['file_name']}"
             yield {
                 "image": {"path": str(folder / files[row]), "bytes": None},
                 "mask": {"path": name, "bytes": png},
             }
+
+    def _mask(
+        self, image: dict[str, Any], annotations: list[tuple[int, int, dict[str, Any]]]
+    ) -> npt.NDArray[np.uint8]:
+        """Class ids (H, W), or the planes of the classes one below another (K·H, W)."""
+        if not self.multi_label:
+            drawn = [(value, entry) for _, value, entry in annotations]
+            return draw(image, drawn, self.annotations)
+        planes = [
+            [(value, entry) for of, value, entry in annotations if of == number]
+            for number in range(1, self.num_labels + 1)
+        ]
+        return np.vstack([draw(image, plane, self.annotations) for plane in planes])
 
 
 def _drawing_order(entry: dict[str, Any]) -> tuple[bool, float, str]:
@@ -171,6 +194,7 @@ def load_coco(
         limit,
         data.ignore_index,
         None if data.merge_classes is None else merged_members(data.merge_classes),
+        data.multi_label,
     )
     count = len(source.records)
     if not count:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -23,8 +24,11 @@ from kd_trainer.data.images import (
     read_image_bytes,
 )
 from kd_trainer.data.masks import MaskRule
-from kd_trainer.models.image_processing import resize_image
+from kd_trainer.data.planes import PlaneRule
+from kd_trainer.models.image_processing import PADDING, fitted_size, resize_image, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
+
+Pixel = TypeVar("Pixel", bound=np.generic)
 
 
 @cache
@@ -47,21 +51,22 @@ class TeacherTargets(Protocol):
         ...
 
 
-def clean_image(cell: EncodedImage, index: int, size: Size) -> Tensor:
-    """An image as every network sees it before any augmentation, uint8 (3, *size)."""
-    image = torch.from_numpy(decode_image(cell, index))
-    return resize_image(image.permute(2, 0, 1), *size)
+SCALES = (0.5, 2.0)
+"""Between which `crop` scales an image that fits the input: the usual range (DeepLab, mmseg)."""
 
 
 class SegmentationTransform:
     """Turns a row with an `image` and a `mask` into a sample.
 
     The image goes through `resize_image`, the same resize as in evaluation and deployment,
-    and the mask through nearest neighbour; then one random draw changes both.
+    and the mask through nearest neighbour; then one random draw changes both. What is missing at
+    the right or below is padded last, so that augmentation never moves or colours the padding.
 
     Args:
         image_size: of the sample in pixels.
         rule: how mask values are read.
+        resize: `stretch`, `fit` (keep the aspect ratio, pad) or `crop` (of the fitted image, scaled
+            by a random factor, a random part of the input's size).
         augmentation: `heavy`, `light` or `none`.
         seed: first of the three numbers (seed, epoch, index) that decide a draw.
         brightness_contrast_probability: of that group in `heavy`.
@@ -78,14 +83,16 @@ class SegmentationTransform:
     def __init__(
         self,
         image_size: AnySize,
-        rule: MaskRule,
+        rule: MaskRule | PlaneRule,
         *,
+        resize: str = "stretch",
         augmentation: str,
         seed: int,
         brightness_contrast_probability: float,
     ) -> None:
         self.image_size = as_size(image_size)
         self.rule = rule
+        self.resize = resize
         self.augment = Augmentation(
             augmentation,
             image_size=self.image_size,
@@ -102,10 +109,10 @@ class SegmentationTransform:
             index: number of the row in its data set.
 
         Returns:
-            `pixel_values` uint8 (3, H, W) RGB, `labels` uint8 (H, W) with the rule's
-            `ignore_index`, `distil_mask` bool (H, W): True where the labels count, and on a
-            image without a mask on every pixel that is not from outside of it. With `targets`
-            also `teacher_logits` float16 (K, H, W), moved as the mask is.
+            `pixel_values` uint8 (3, H, W) RGB, `labels` uint8 (H, W), or (K, H, W) of a
+            `PlaneRule`, with the rule's `ignore_index`, `distil_mask` bool (H, W): True where the
+            labels count, and on a image without a mask on every pixel that is not from outside of
+            it. With `targets` also `teacher_logits` float16 (K, H, W), moved as the mask is.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
@@ -116,32 +123,66 @@ class SegmentationTransform:
         cell, logits = self._with_targets(row["image"], index)
         image = decode_image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
-        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *self.image_size)
-        mask = resize_labels(labels, self.image_size)
-        clean = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
+        view = self._view(image.shape[:2], epoch=epoch, index=index)
+        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *view.size)
+        mask = view.part(resize_labels(labels, view.size))
+        clean = view.part(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
         if logits is None:
             changed, changed_mask = self.augment(*clean, epoch=epoch, index=index)
         else:
             # torch converts half precision ten times as fast as numpy.
             maps = torch.from_numpy(logits).float().permute(1, 2, 0).contiguous().numpy()
+            maps = view.part(resized_maps(maps, self.content_size(image.shape[:2]), view.size))
             changed, changed_mask, maps = self.augment.with_logits(
                 *clean, maps, epoch=epoch, index=index
             )
+            maps = padded(maps, self.image_size, [0] * maps.shape[-1])
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        inside = changed_mask != OUTSIDE
+        changed = padded(changed, self.image_size, PADDING)
+        changed_mask = padded(changed_mask, self.image_size, OUTSIDE)
+        inside = changed_mask != OUTSIDE  # (H, W, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
         # On an image with a mask the teacher is followed where the labels count, and no
         # further; on one without, everywhere.
         labelled = row.get("mask") is not None
         followed = ignored != self.rule.ignore_index if labelled else inside
+        if ignored.ndim == 3:
+            ignored, followed = planes(ignored), followed.any(axis=2)
         return {
             "pixel_values": torch.from_numpy(planes(changed)),
             "labels": torch.from_numpy(ignored),
             "distil_mask": torch.from_numpy(followed),
             **targets,
         }
+
+    def clean_image(self, cell: EncodedImage, index: int) -> Tensor:
+        """An image as every network sees it before any augmentation, uint8 (3, H, W)."""
+        image = torch.from_numpy(decode_image(cell, index)).permute(2, 0, 1)
+        return to_input(image, self.image_size, keep_aspect_ratio=self.resize != "stretch")
+
+    def content_size(self, shape: tuple[int, ...]) -> Size:
+        """(height, width) of an image of this shape in the input, without the padding."""
+        if self.resize == "stretch":
+            return self.image_size
+        return fitted_size((shape[0], shape[1]), self.image_size)
+
+    def _view(self, shape: tuple[int, ...], *, epoch: int, index: int) -> View:
+        """The part of an image of this shape that a sample shows; a function of the numbers."""
+        fitted = self.content_size(shape)
+        if self.resize != "crop":
+            return View(fitted, 0, 0, fitted)
+        # The 1 makes it another stream than that of the augmentation, of the first three numbers.
+        draw = np.random.default_rng([self.augment.seed, epoch, index, 1])
+        factor = draw.uniform(*SCALES)
+        height, width = (max(1, round(side * factor)) for side in fitted)
+        wanted = min(height, self.image_size[0]), min(width, self.image_size[1])
+        top, left = (
+            int(draw.integers(0, side - part + 1))
+            for side, part in zip((height, width), wanted, strict=True)
+        )
+        return View((height, width), top, left, wanted)
 
     def _with_targets(
         self, cell: EncodedImage, index: int
@@ -157,6 +198,8 @@ class SegmentationTransform:
         self, row: Mapping[str, Any], shape: tuple[int, ...], index: int
     ) -> npt.NDArray[np.uint8]:
         cell = row.get("mask")
+        if isinstance(self.rule, PlaneRule):
+            return self.rule.planes(cell, index, shape)
         if cell is None:
             return np.full(shape, self.rule.ignore_index, np.uint8)
         mask = self.rule.decode(cell, index)
@@ -165,13 +208,64 @@ class SegmentationTransform:
 
 
 def resize_labels(labels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W) at the size of the training; what is thinner than a pixel may go."""
+    """Class ids (H, W), or planes (H, W, K), at the size of the training.
+
+    What is thinner than a pixel may go.
+    """
     resized = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return resized.astype(np.uint8)
 
 
+@dataclass(frozen=True)
+class View:
+    """What a sample shows of an image: a part of it at another size.
+
+    Attributes:
+        size: (height, width) that the whole image is brought to.
+        top: where the part begins.
+        left: likewise.
+        shape: (height, width) of the part.
+    """
+
+    size: Size
+    top: int
+    left: int
+    shape: Size
+
+    def part(self, maps: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
+        """That part of an array (H, W, ...) of the whole."""
+        height, width = self.shape
+        rows, columns = slice(self.top, self.top + height), slice(self.left, self.left + width)
+        return np.ascontiguousarray(maps[rows, columns])
+
+
+def resized_maps(
+    maps: npt.NDArray[np.float32], content: Size, size: Size
+) -> npt.NDArray[np.float32]:
+    """Logits (H, W, K) of a clean input without those of its padding, at another size, linearly."""
+    maps = maps[: content[0], : content[1]]
+    if content == size:
+        return maps
+    bands = [  # cv2 takes at most four channels at a time
+        cv2.resize(band, size[::-1], interpolation=cv2.INTER_LINEAR)
+        for band in np.moveaxis(maps, -1, 0)
+    ]
+    return np.stack(bands, axis=-1).astype(np.float32)
+
+
+def padded(maps: npt.NDArray[Pixel], size: Size, value: Any) -> npt.NDArray[Pixel]:
+    """An array (H, W, ...) with `value` at the right and below, up to `size`."""
+    height, width = maps.shape[:2]
+    if (height, width) == size:
+        return maps
+    result = np.empty((*size, *maps.shape[2:]), maps.dtype)
+    result[:] = value
+    result[:height, :width] = maps
+    return result
+
+
 def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Channels first: (H, W, 3) to (3, H, W), four times as fast as numpy's transposed copy."""
+    """Channels first: (H, W, C) to (C, H, W), four times as fast as numpy's transposed copy."""
     height, width, channels = image.shape
     result = np.empty((channels, height, width), np.uint8)
     cv2.split(image, list(result))
@@ -201,8 +295,8 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples of equal size.
 
     Args:
-        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W), `distil_mask` (H, W), and the
-            `teacher_logits` (K, H, W) where they are cached.
+        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W) or (K, H, W), `distil_mask`
+            (H, W), and the `teacher_logits` (K, H, W) where they are cached.
 
     Returns:
         The same names with a leading batch axis; bytes stay bytes, the trainer normalises them.

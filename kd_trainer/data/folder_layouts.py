@@ -13,7 +13,6 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -26,9 +25,7 @@ from kd_trainer.data.pairing import (
     MASK_WORDS,
     Pair,
     divide_files,
-    example,
     pair_files,
-    stem_of,
 )
 
 MOST_ENTRIES = 5_000_000
@@ -351,16 +348,8 @@ def _both_in_one(
 
 def _described(images: Folder, masks: Folder) -> str:
     if images is masks:
-        files = divide_files(list_images(images.path))
-        return (
-            f"images and masks in {images.pattern}, as {files[0][0].name} with {files[1][0].name}"
-        )
-    naming = ""
-    with suppress(ValueError):  # what does not pair is said when it is loaded
-        pairs = pairs_in(images.path, masks.path)
-        if stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
-            naming = f", as {example(pairs)}"
-    return f"images in {images.pattern}, masks in {masks.pattern}{naming}"
+        return f"images and masks in {images.pattern}"
+    return f"images in {images.pattern}, masks in {masks.pattern}"
 
 
 def _raise(fault: ValueError) -> list[Pair]:

@@ -285,12 +285,25 @@ def _sides(shape: tuple[int, ...], name: str) -> tuple[tuple[int, int], int | No
     return (sides[0], sides[1]), axis
 
 
+def raw_array(data: bytes, name: str) -> npt.NDArray[Any] | None:
+    """The numbers of a `.npy` file as they are, of any shape; None if the bytes are none.
+
+    Raises:
+        BadSampleError: if it holds objects, or other than its head says.
+    """
+    if not data.startswith(_NUMPY):
+        return None
+    shape, fortran, dtype, start = _head(data, name)
+    values = np.frombuffer(data, dtype, offset=start)
+    return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
+
+
 def _array(data: bytes, name: str) -> npt.NDArray[Any]:
     """The numbers (H, W) of an array; of one with a channel for each class the class."""
-    shape, fortran, dtype, start = _head(data, name)
+    shape = _head(data, name)[0]
     _, axis = _sides(shape, name)
-    values = np.frombuffer(data, dtype, offset=start)
-    values = values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
+    values = raw_array(data, name)
+    assert values is not None
     if axis is None or shape[axis] == 1:
         values = values if axis is None else values.squeeze(axis)
         return np.ascontiguousarray(_whole(values, name))

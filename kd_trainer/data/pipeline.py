@@ -24,6 +24,7 @@ from kd_trainer.data.mask_colors import color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
+from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.sources import is_coco, names_of_values, source_layout
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
@@ -137,7 +138,7 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
             members = numbered(members, names_of_values(data) or ())
         return merged_rule(members, ignored, options)
     if data.mask_values is None and not data.reduce_labels:
-        return _rule_of_layout(data, ignored)
+        return _rule_of_layout(data, ignored, options)
     reduced = range(1, data.num_labels + 1)
     values = reduced if data.mask_values is None else data.mask_values
     if len(values) != data.num_labels:
@@ -150,15 +151,15 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     return MaskRule(tuple(values), also_ignored=ignored, **options)
 
 
-def _rule_of_layout(data: DataArguments, ignored: tuple[int, ...]) -> MaskRule | None:
+def _rule_of_layout(
+    data: DataArguments, ignored: tuple[int, ...], options: dict[str, Any]
+) -> MaskRule | None:
     """The rule of a data set whose layout says which value is which class; None if it does not."""
-    if not data.dataset or data.dataset == "synthetic":
-        return None
-    layout = source_layout(data)
+    layout = None if data.dataset == "synthetic" or is_coco(data) else source_layout(data)
     if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
         return None
-    ignored = (*layout.ignored_values, *ignored)
-    return MaskRule(layout.mask_values, data.ignore_index, also_ignored=ignored)
+    ignored = tuple(sorted({*ignored, *layout.ignored_values}))
+    return MaskRule(layout.mask_values, also_ignored=ignored, **options)
 
 
 def _check_counted(classes: set[int], data: DataArguments, masks: int) -> None:
@@ -247,23 +248,30 @@ def transforms(
 
     Args:
         splits: what `load_splits` gave.
-        data: image size, augmentation, and how masks are read.
+        data: image size, resize, augmentation, and how masks are read.
         seed: of the augmentation.
         every_class: as for `mask_rule`.
 
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    rule = mask_rule(splits, data, every_class=every_class)
+    rule: MaskRule | PlaneRule
+    if data.multi_label:
+        rule = PlaneRule(data.num_labels, data.ignore_index)
+        check_planes([row for split in splits.values() for row in sample_rows(split)], rule)
+    else:
+        rule = mask_rule(splits, data, every_class=every_class)
+    whole = "fit" if data.resize == "crop" else data.resize
     training, evaluation = (
         SegmentationTransform(
-            data.image_size,
+            data.input_size,
             rule,
+            resize=resize,
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
         )
-        for kind in (data.augmentation, "none")
+        for kind, resize in ((data.augmentation, data.resize), ("none", whole))
     )
     return training, evaluation
 

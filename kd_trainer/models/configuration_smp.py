@@ -37,6 +37,8 @@ from .image_sizes import plain_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MULTI_LABEL = "multi_label_classification"
+"""The `problem_type` of a model with several labels a pixel, K sigmoids."""
 DEFAULT_LABELS = {0: "background", 1: "foreground"}
 # Without a place: timm takes `local-dir:FOLDER` and `hf-hub:OWNER/NAME` as names too.
 _ENCODER = re.compile(r"[\w.+-]{1,100}", re.ASCII)
@@ -103,10 +105,13 @@ class SmpConfig(PreTrainedConfig):
         _model_class: class name of the smp architecture, `Unet` for instance.
         encoder_name: as `smp.create_model` takes it.
         classes: output channels. 1 is a binary model (background and one class, `num_labels` 2),
-            2 a two-class softmax, otherwise equal to `num_labels`.
+            2 a two-class softmax, otherwise equal to `num_labels`. With the `problem_type`
+            multi_label_classification they are sigmoids, one a label, without a background.
         encoder_kwargs: further arguments of a `tu-*` encoder, passed to timm.
         image_size: of the input the model is meant for, in pixels: the side of a square, or
             [height, width].
+        keep_aspect_ratio: whether images are shrunk or enlarged as a whole until they fit into it,
+            and padded at the right or below, instead of being stretched to it.
         image_mean: per channel, of values in 0..1.
         image_std: per channel, of values in 0..1.
         semantic_loss_ignore_index: label of pixels that the loss leaves out.
@@ -124,6 +129,7 @@ class SmpConfig(PreTrainedConfig):
     classes: int = 1
     encoder_kwargs: dict[str, Any] | None = None
     image_size: int | list[int] | tuple[int, ...] = 640
+    keep_aspect_ratio: bool = False
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     semantic_loss_ignore_index: int = 255
@@ -167,6 +173,8 @@ class SmpConfig(PreTrainedConfig):
         for side in sides if several else [sides]:
             check_whole("image_size", side, 1, LARGEST_SIDE)
         self.image_size = plain_size(self.image_size)
+        if not isinstance(self.keep_aspect_ratio, bool):
+            refuse("keep_aspect_ratio", "true or false", self.keep_aspect_ratio)
         check_whole("semantic_loss_ignore_index", self.semantic_loss_ignore_index, -(2**31), 2**31)
         if not isinstance(self.encoder_kwargs, dict | None):
             refuse("encoder_kwargs", "arguments by name", self.encoder_kwargs)
@@ -177,13 +185,24 @@ class SmpConfig(PreTrainedConfig):
 
     def _check_labels(self, num_labels: int | None) -> None:
         count = len(self.id2label or {})
-        if num_labels not in (None, count) or self.classes not in (
-            (1, 2) if count == 2 else (count,)
-        ):
+        fitting = (1, 2) if count == 2 and not self.multi_label else (count,)
+        if num_labels not in (None, count) or self.classes not in fitting:
             raise ValueError(
                 f"Expected as many output channels as labels (or 1 for two labels), got "
                 f"classes={self.classes} and labels {shortened(self.id2label)}. Make them agree."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All entries of config.json; the aspect ratio only where it is kept."""
+        entries: dict[str, Any] = super().to_dict()
+        if not self.keep_aspect_ratio:
+            entries.pop("keep_aspect_ratio", None)
+        return entries
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a pixel may have several labels: each logit is then read through a sigmoid."""
+        return bool(self.problem_type == MULTI_LABEL)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
