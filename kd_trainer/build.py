@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from kd_trainer.data import (
     source_class_names,
     transforms,
     usable_splits,
+    with_label_count,
 )
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
@@ -109,6 +111,11 @@ def _bad_share(data: DataArguments) -> float | None:
     return data.max_bad_share if data.on_bad_sample == "skip" else None
 
 
+FOUND = (
+    *("num_labels", "class_names", "reduce_labels", "class_weights"),
+    *("mask_kind", "mask_values", "mask_colors", "mask_threshold"),
+)
+"""Settings that a run finds in the data where they are not given."""
 REDUCED = (
     "trained with do_reduce_labels: mask value 0 counts nowhere, and value i is class i - 1. "
     "--reduce_labels false reads the values as class ids."
@@ -132,16 +139,16 @@ def build_run(run: RunArguments) -> RunComponents:
     if run.model.teacher_maps is not None:  # they are read as cached targets are
         args.teacher_targets = "cached"
     _check_together(run)
-    channels = 1 if data.num_labels == 2 or data.multi_label else data.num_labels
+    loaded = _load(run)
+    data = learn_from_sources(run, loaded.splits)
+    channels = 1 if data.label_count == 2 or data.multi_label else data.label_count
     if args.class_weights != BALANCED:
         check_pos_weight(args.class_factors, channels)
     weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
     weights.check_channels(channels)
-    data = learn_from_sources(run)
     if data.multi_label:
         _check_multi_label(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
-    loaded = _load(run)
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     if isinstance(for_training.rule, MaskRule):
@@ -182,19 +189,32 @@ def build_run(run: RunArguments) -> RunComponents:
     )
 
 
-def learn_from_sources(run: RunArguments) -> DataArguments:
-    """The settings of the data with what teacher and annotations say of it, which `run` takes over.
+def learn_from_sources(run: RunArguments, splits: Mapping[str, Any]) -> DataArguments:
+    """The settings with what data, annotations and teacher say of it, which `run` takes over.
 
     So the configuration that is written has them too.
     """
-    if run.data.reduce_labels is None and _reduces_labels(run):
-        run.data = replace(run.data, reduce_labels=True)
+    given = run.data.num_labels
+    run.data = with_label_count(splits, run.data)
+    if run.data.reduce_labels is None and (count := _reduced_labels(run, found=given is None)):
+        run.data = replace(run.data, reduce_labels=True, num_labels=count)
+    if given is None:
+        announce(_found_labels(run.data))
     names = source_class_names(run.data) if run.data.class_names is None else None
     if run.data.reduce_labels and names is None and run.data.class_names is None:
         names = _names_without_background(run)
     if names is not None and len(names) == run.data.num_labels:  # others are refused when loaded
         run.data = replace(run.data, class_names=names)
     return run.data
+
+
+def _found_labels(data: DataArguments) -> str:
+    count, names = data.label_count, source_class_names(data)
+    if count == 2 and not names:
+        return "Classes: background and foreground. --num_labels overrules."
+    named = f": {clipped(', '.join(names), 100)}" if names else ""
+    cure = " --category makes one of them the foreground." if is_coco(data) and count > 2 else ""
+    return f"Classes: {count}{named}. --num_labels overrules.{cure}"
 
 
 def balance_classes(run: RunArguments, rows: Any, rule: MaskRule) -> None:
@@ -218,7 +238,7 @@ def balance_classes(run: RunArguments, rows: Any, rule: MaskRule) -> None:
 
 def _names_without_background(run: RunArguments) -> list[str]:
     """Those of the teacher, if it has as many classes: value 0, the background, is none of them."""
-    count = run.data.num_labels
+    count = run.data.label_count
     for source in run.model.teachers:
         named = saved_class_names(source)
         if named is not None and len(named) == count:
@@ -252,25 +272,30 @@ def counts_from_one(source: str, data: DataArguments) -> bool:
     return reduces_labels(source)
 
 
-def _reduces_labels(run: RunArguments) -> bool:
-    """Whether the masks are read as the teacher's were; says so if they are.
+def _reduced_labels(run: RunArguments, *, found: bool) -> int | None:
+    """The number of classes, if the masks are read as a teacher's that leaves value 0 out.
 
     A class map translates the teacher's classes: then it is the student's masks that are read.
+
+    Args:
+        run: its settings, with the number of labels.
+        found: whether that number is one of values in masks, of which 0 would be no class.
     """
     reduced = [source for source in run.model.teachers if counts_from_one(source, run.data)]
     if not reduced:
-        return False
-    names = [saved_class_names(source) for source in reduced]
-    others = [names_ for names_ in names if names_ and len(names_) != run.data.num_labels]
-    if run.model.class_map is not None or len(others) == len(reduced):
+        return None
+    count = run.data.label_count
+    sizes = [len(saved_class_names(source) or range(count)) for source in reduced]
+    alike = [size for size in sizes if size in (count, count - found)]
+    if run.model.class_map is not None or not alike:
         announce(
             "The teacher was trained with do_reduce_labels (mask value 0 counts nowhere), but its "
             "classes are translated: the masks here are read as they are. --reduce_labels true "
             "reads them as its own were."
         )
-        return False
+        return None
     announce(f"The teacher was {REDUCED}")
-    return True
+    return alike[0]
 
 
 def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:

@@ -61,8 +61,10 @@ class DataArguments:
     )
     image_column: str = help_field("image", "Column of the images (parquet, Hub).")
     mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
-    num_labels: int = help_field(
-        2, "Classes with the background; 2 is a binary task with one logit."
+    num_labels: int | None = help_field(
+        None,
+        "Classes with the background; 2 is a binary task with one logit (default: found in the "
+        "data).",
     )
     multi_label: bool = help_field(
         False,
@@ -152,12 +154,14 @@ class DataArguments:
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()
-        if self.num_labels < 2:
+        if self.num_labels is None:
+            self.num_labels = self._implied_labels()
+        elif self.num_labels < 2:
             raise ValueError(
                 f"Expected --num_labels of at least 2 (background and foreground), got "
                 f"{self.num_labels}. A binary task has 2 labels and one logit."
             )
-        if self.class_names is not None and len(self.class_names) != self.num_labels:
+        if self.class_names is not None and len(self.class_names) != self.label_count:
             raise ValueError(
                 f"Expected {self.num_labels} --class_names (one per label, background first), got "
                 f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
@@ -176,12 +180,21 @@ class DataArguments:
                 f"Expected --on_bad_sample skip with --max_bad_share {self.max_bad_share:g}, got "
                 "error, with which no bad sample is let through. Add it, or leave the share out."
             )
-        check_class_names(list(self.id2label.values()))
+        if self.num_labels is not None:
+            check_class_names(list(self.id2label.values()))
         if not 0 <= self.brightness_contrast_probability <= 1:
             raise ValueError(
                 "Expected --brightness_contrast_probability between 0 and 1, got "
                 f"{self.brightness_contrast_probability}."
             )
+
+    def _implied_labels(self) -> int | None:
+        """The classes that other settings name; None where the data has to be looked at."""
+        if self.dataset == "synthetic" or self.category or self.mask_threshold is not None:
+            return 2
+        members = self.class_members
+        named = self.class_names or self.mask_values or (members and members.members)
+        return len(named) if named else None
 
     def _check_multi_label(self) -> None:
         """Refuse what says how one class a pixel is read."""
@@ -236,7 +249,7 @@ class DataArguments:
             )
         if self.mask_threshold is not None:
             check_at_least("mask_threshold", self.mask_threshold, 1)
-            if self.num_labels != 2:
+            if self.label_count != 2:
                 raise ValueError(
                     f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got "
                     f"it with --num_labels {self.num_labels}. Leave one out."
@@ -247,7 +260,7 @@ class DataArguments:
                 "out."
             )
         members = self.class_members
-        if members is not None and len(members.members) != self.num_labels:
+        if members is not None and len(members.members) != self.label_count:
             raise ValueError(
                 f"Expected {self.num_labels} classes (--num_labels) in {given[0]}, got "
                 f"{len(members.members)}. Set --num_labels {len(members.members)}, or name all."
@@ -274,6 +287,20 @@ class DataArguments:
         return None if self.merge_classes is None else merged_members(self.merge_classes)
 
     @property
+    def label_count(self) -> int:
+        """`num_labels` where it is known.
+
+        Raises:
+            ValueError: where it is not: the data has not been looked at.
+        """
+        if self.num_labels is None:
+            raise ValueError(
+                "Expected --num_labels (classes with the background), got none, and nothing here "
+                "looks at the masks for it. Give it."
+            )
+        return self.num_labels
+
+    @property
     def input_size(self) -> Size:
         """`image_size` as (height, width)."""
         return as_size(self.image_size)
@@ -289,15 +316,15 @@ class DataArguments:
         if self.class_names is not None:
             return dict(enumerate(self.class_names))
         if self.multi_label:
-            return {i: f"class_{i}" for i in range(self.num_labels)}
+            return {i: f"class_{i}" for i in range(self.label_count)}
         members = self.class_members
         if members is not None and members.names is not None:
             return dict(enumerate(members.names))
-        if self.num_labels == 2:
+        if self.label_count == 2:
             # What nobody named has no name: a model that finds cats must not say `person`.
             drawn = "person" if self.dataset == "synthetic" else "foreground"
             return {0: "background", 1: self.foreground or drawn}
-        return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}
+        return {0: "background"} | {i: f"class_{i}" for i in range(1, self.label_count)}
 
     @property
     def foreground(self) -> str | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from kd_trainer.config import parser_of_saved
 from kd_trainer.console import markdown_table
-from kd_trainer.data import MaskRule, mask_rule, sample_rows, source_class_names
+from kd_trainer.data import MaskRule, mask_rule, sample_rows, source_class_names, with_label_count
 from kd_trainer.data.folder_layouts import Layout
 from kd_trainer.data.images import BadSampleError, decode_image, image_name
 from kd_trainer.data.layouts import in_pair_folder, split_of
@@ -90,6 +90,7 @@ def data_main(arguments: Sequence[str] | None = None) -> None:
     fault: ValueError | None = None
     rule: MaskRule | None = None
     try:
+        data = with_label_count(loaded.splits, data)
         rule = mask_rule(loaded.splits, data)
     except ValueError as error:
         fault = error
@@ -163,7 +164,9 @@ def _file(cell: Mapping[str, Any], index: int) -> str:
 
 
 def names_of(data: DataArguments) -> dict[int, str]:
-    """Names of the classes as a training would have them."""
+    """Names of the classes as a training would have them; none where nobody knows how many."""
+    if data.num_labels is None:
+        return {}
     names = source_class_names(data) if data.class_names is None else None
     fits = names is not None and len(names) == data.num_labels
     return dict(enumerate(names)) if names is not None and fits else data.id2label

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from kd_trainer.build import build_run, learn_from_sources
+from kd_trainer.arguments import BALANCED
+from kd_trainer.build import FOUND, build_run
 from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, step_of
 from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.compare.budget import Budget, baseline_settings
@@ -99,9 +100,10 @@ class PlannedRun:
         """
         if not (self.folder / "config.yaml").is_file():
             return
-        learn_from_sources(self.run)  # as the run did before it wrote its settings
         before = written_settings(self.folder)
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
+        left_open = (None, [BALANCED])  # which the run has found out by itself, and written down
+        now |= {n: before.get(n) for n in FOUND if now.get(n) in left_open}
         unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
         others = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
         note, steps = written_note(self.folder), self.budget.steps

@@ -9,7 +9,14 @@ from kd_trainer.data.dataset import (
 from kd_trainer.data.images import BadSample
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule
-from kd_trainer.data.pipeline import learned, mask_rule, sample_rows, transforms, usable_splits
+from kd_trainer.data.pipeline import (
+    learned,
+    mask_rule,
+    sample_rows,
+    transforms,
+    usable_splits,
+    with_label_count,
+)
 from kd_trainer.data.sources import load_splits, source_class_names
 from kd_trainer.data.streaming import StreamedDataset
 
@@ -29,4 +36,5 @@ __all__ = [
     "source_class_names",
     "transforms",
     "usable_splits",
+    "with_label_count",
 ]

@@ -68,8 +68,8 @@ def readable_values(data: DataArguments) -> Readable:
     if data.mask_values is not None:
         return Readable(frozenset({*data.mask_values, *ignored}), kind)
     if data.reduce_labels:
-        return Readable(frozenset({*range(data.num_labels + 1), *ignored}), kind)
-    ids = range(data.num_labels) if data.num_labels > 2 else (0, 1, 255)
+        return Readable(frozenset({*range(data.label_count + 1), *ignored}), kind)
+    ids = range(data.label_count) if data.label_count > 2 else (0, 1, 255)
     return Readable(frozenset({*ids, *ignored}), kind)
 
 

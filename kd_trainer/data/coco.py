@@ -181,7 +181,7 @@ def load_coco(
         FileNotFoundError: if annotations or images are missing.
         ValueError: if the json, its categories or segmentations cannot be used.
     """
-    MaskRule(tuple(range(data.num_labels)), data.ignore_index)  # refuses what no byte can number
+    MaskRule(tuple(range(data.label_count)), data.ignore_index)  # refuses what no byte can number
     annotations, name = find_annotations(path, split, other_splits)
     if name != split:
         announce(f"Split {split}: {annotations}. --train_split and --eval_split name others.")
@@ -190,7 +190,7 @@ def load_coco(
         path,
         name,
         tuple(data.categories),
-        data.num_labels,
+        data.label_count,
         limit,
         data.ignore_index,
         None if data.merge_classes is None else merged_members(data.merge_classes),

@@ -62,6 +62,31 @@ def color_flags(rule: MaskRule) -> list[str]:
     return [*flags, *(f"{IGNORED}={show_color(color)}" for color in rule.also_ignored)]
 
 
+def color_count(pixels: Mapping[int, int], seen: Mapping[int, str]) -> int:
+    """Classes that the colours of a sample stand for: one each, or those of Pascal VOC.
+
+    Raises:
+        ValueError: if there are too many for a mask.
+    """
+    if len(pixels) > MOST_COLORS:
+        raise _too_many(seen)
+    return len(_VOC_NAMES) if _is_of_voc(pixels, len(_VOC_NAMES)) else len(pixels)
+
+
+def _is_of_voc(pixels: Mapping[int, int], num_labels: int) -> bool:
+    """Whether more than a background and a foreground have the colours of Pascal VOC."""
+    voc = {voc_color(number) for number in range(max(num_labels, len(_VOC_NAMES)))}
+    return len(pixels) > 2 and {*pixels} <= {*voc, _VOC_BORDER}
+
+
+def _too_many(seen: Mapping[int, str]) -> ValueError:
+    return ValueError(
+        f"Expected masks of at most {MOST_COLORS} colours, got more, as in photographs (last in "
+        f"{list(seen.values())[-1]}). JPEG and resizing mix colours: store PNG, in the size it was "
+        "drawn in. For cut-out photographs set --mask_kind alpha."
+    )
+
+
 def color_rule(
     pixels: Mapping[int, int], seen: Mapping[int, str], num_labels: int, ignore_index: int
 ) -> MaskRule:
@@ -80,13 +105,9 @@ def color_rule(
         ValueError: if there are not as many colours as labels; lists them.
     """
     if len(pixels) > MOST_COLORS:
-        raise ValueError(
-            f"Expected masks of at most {MOST_COLORS} colours, got more, as in photographs (last "
-            f"in {list(seen.values())[-1]}). JPEG and resizing mix colours: store PNG, in the size "
-            "it was drawn in. For cut-out photographs set --mask_kind alpha."
-        )
+        raise _too_many(seen)
     voc = [voc_color(number) for number in range(max(num_labels, len(_VOC_NAMES)))]
-    of_voc = len(pixels) > 2 and {*pixels} <= {*voc, _VOC_BORDER}
+    of_voc = _is_of_voc(pixels, num_labels)
     ignored = {_VOC_BORDER} & {*pixels} if of_voc else set()
     order = tuple(sorted({*pixels} - ignored))  # of which black is the first
     if of_voc and num_labels > 2 and {*order} <= {*voc[:num_labels]}:

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_trainer.data.images import BadSampleError, EncodedImage, image_name
-from kd_trainer.data.mask_colors import MOST_COLORS, color_rule
+from kd_trainer.data.mask_colors import MOST_COLORS, color_count, color_rule
 from kd_trainer.data.mask_files import MaskFile, OtherKindError, read_mask
 from kd_trainer.data.masks import MaskRule, show_values, value_counts
 
@@ -227,6 +227,48 @@ def find_mask_rule(
     if survey.kind != "values":
         rule = replace(rule, note=_KINDS[survey.kind].format(rule.note).strip())
     return replace(rule, kind=survey.kind, also_ignored=tuple(ignored))
+
+
+def count_labels(
+    masks: Iterable[EncodedImage | None],
+    *,
+    ignore_index: int,
+    reduced: bool = False,
+    ignored: Sequence[int] = (),
+    kind: str | None = None,
+    skip_bad: bool = False,
+) -> int:
+    """The number of classes that some masks of a data set show.
+
+    Two, if they can be read as masks of one foreground; else they are ids, of which the sample
+    shows at least every second one, or a colour for each class.
+
+    Args:
+        masks: cells of the column `mask`; None is skipped.
+        ignore_index: value of pixels that count nowhere.
+        reduced: whether value i is class i - 1.
+        ignored: further values of pixels that count nowhere.
+        kind: what the numbers of the files are; None finds it.
+        skip_bad: leave out what cannot be read.
+
+    Raises:
+        ValueError: if they show neither.
+    """
+    survey = survey_masks(masks, ignore_index, kind, skip_bad=skip_bad)
+    if survey.kind == "colors":
+        return color_count(survey.pixels, survey.seen)
+    survey = survey.without(ignored)
+    try:
+        if not reduced:
+            _binary_rule(survey, ignore_index)
+            return 2
+    except ValueError:
+        ids = {*survey.seen} - {ignore_index, 255}
+        highest = max(ids, default=0)
+        if len(ids) < 3 or survey.lossy or survey.kind != "values" or highest >= 2 * len(ids):
+            raise
+        return highest if ids == {*range(1, highest + 1)} else highest + 1
+    return max({*survey.seen} - {ignore_index, 255}, default=2)
 
 
 _KINDS = {

@@ -22,10 +22,10 @@ from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_shape
 from kd_trainer.data.mask_colors import color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
-from kd_trainer.data.mask_survey import find_mask_rule
+from kd_trainer.data.mask_survey import count_labels, find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
 from kd_trainer.data.planes import PlaneRule, check_planes
-from kd_trainer.data.sources import is_coco, names_of_values, source_layout
+from kd_trainer.data.sources import is_coco, known_label_count, names_of_values, source_layout
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
 
@@ -50,6 +50,7 @@ def mask_rule(
     Raises:
         ValueError: if the masks looked at do not fit the rule, or fit none.
     """
+    data = with_label_count(splits, data)
     rows = [row for split in splits.values() for row in sample_rows(split)]
     if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
         data = _learned_despite_bad(rows, data, every_class=every_class)
@@ -78,6 +79,31 @@ def mask_rule(
     return rule
 
 
+def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArguments:
+    """The settings with the number of classes that the data has, where nobody has named it.
+
+    Raises:
+        ValueError: if the masks do not say it.
+    """
+    if data.num_labels is not None:
+        return data
+    count = known_label_count(data)
+    if count is None and data.multi_label:
+        count = data.label_count  # an error: planes are not looked at to count them
+    if count is not None:
+        return replace(data, num_labels=count)
+    masks = [row["mask"] for split in splits.values() for row in sample_rows(split)]
+    found = count_labels(
+        masks,
+        ignore_index=data.ignore_index,
+        reduced=bool(data.reduce_labels),
+        ignored=data.ignore_values or (),
+        kind=data.mask_kind,
+        skip_bad=data.on_bad_sample == "skip",
+    )
+    return replace(data, num_labels=found)
+
+
 def learned(rule: MaskRule, data: DataArguments) -> DataArguments:
     """The settings with a rule that was found, where it is not one of those without a name.
 
@@ -92,7 +118,7 @@ def learned(rule: MaskRule, data: DataArguments) -> DataArguments:
         settings["mask_threshold"] = rule.threshold
     else:
         settings["mask_values"] = list(rule.values)
-        if rule.values[0] and data.num_labels > 2 and data.class_names is None:
+        if rule.values[0] and data.label_count > 2 and data.class_names is None:
             settings["class_names"] = [f"class_{value}" for value in rule.values]
     return replace(data, **settings)
 
@@ -102,7 +128,7 @@ def _find_rule(
 ) -> MaskRule:
     return find_mask_rule(
         masks,
-        num_labels=data.num_labels,
+        num_labels=data.label_count,
         ignore_index=data.ignore_index,
         every_class=every_class,
         class_ids=is_coco(data),
@@ -139,11 +165,11 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
         return merged_rule(members, ignored, options)
     if data.mask_values is None and not data.reduce_labels:
         return _rule_of_layout(data, ignored, options)
-    reduced = range(1, data.num_labels + 1)
+    reduced = range(1, data.label_count + 1)
     values = reduced if data.mask_values is None else data.mask_values
-    if len(values) != data.num_labels:
+    if len(values) != data.label_count:
         raise ValueError(
-            f"Expected {data.num_labels} --mask_values (--num_labels, background first), got "
+            f"Expected {data.label_count} --mask_values (--num_labels, background first), got "
             f"{len(values)}: {' '.join(map(str, values))}."
         )
     if data.reduce_labels:
@@ -156,7 +182,7 @@ def _rule_of_layout(
 ) -> MaskRule | None:
     """The rule of a data set whose layout says which value is which class; None if it does not."""
     layout = None if data.dataset == "synthetic" or is_coco(data) else source_layout(data)
-    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
+    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.label_count:
         return None
     ignored = tuple(sorted({*ignored, *layout.ignored_values}))
     return MaskRule(layout.mask_values, also_ignored=ignored, **options)
@@ -200,6 +226,7 @@ def usable_splits(
     bad: dict[str, list[BadSample]] = {name: [] for name in splits}
     if data.on_bad_sample == "error" or data.streaming:
         return dict(splits), bad
+    data = with_label_count(splits, data)
     sample = [row for split in splits.values() for row in sample_rows(split)]
     data = _learned_despite_bad(sample, data, every_class=every_class)
     readable = readable_values(data)
@@ -256,8 +283,9 @@ def transforms(
         (training, evaluation), with the same rule for masks.
     """
     rule: MaskRule | PlaneRule
+    data = with_label_count(splits, data)
     if data.multi_label:
-        rule = PlaneRule(data.num_labels, data.ignore_index)
+        rule = PlaneRule(data.label_count, data.ignore_index)
         check_planes([row for split in splits.values() for row in sample_rows(split)], rule)
     else:
         rule = mask_rule(splits, data, every_class=every_class)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,8 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
         limit = getattr(data, flag)
         if limit is not None and limit < 1:
             raise ValueError(f"Expected --{flag} of at least 1, got {limit}.")
+    if data.num_labels is None and is_coco(data):  # whose masks are drawn for so many
+        data = replace(data, num_labels=known_label_count(data))
     # An evaluation of the split that was trained on is an evaluation: its limit comes last.
     limits = {data.train_split: data.max_train_samples, data.eval_split: data.max_eval_samples}
     layout = find_layout(data) if _is_laid_out(data, names) else None
@@ -472,13 +474,24 @@ def source_class_names(data: DataArguments) -> list[str] | None:
     if not is_coco(data):
         names = names_of_values(data)
         # Value 0, which counts nowhere, has a name too.
-        longer = names is not None and len(names) == data.num_labels + 1
+        longer = names is not None and len(names) == data.label_count + 1
         return names[1:] if names and longer and data.reduce_labels else names
     if data.foreground is not None:
         return ["background", data.foreground]
     path = Path(data.dataset)
     names = coco_class_names(path, data.train_split, (data.eval_split,))
     return names[1:] if data.multi_label else names
+
+
+def known_label_count(data: DataArguments) -> int | None:
+    """Classes that settings or source name; None where only the masks can say."""
+    if data.num_labels is not None or not data.dataset:
+        return data.num_labels
+    if is_coco(data):
+        names = coco_class_names(Path(data.dataset), data.train_split, (data.eval_split,))
+        return len(names) - data.multi_label
+    named = names_of_values(data)
+    return None if named is None else len(named) - bool(data.reduce_labels)
 
 
 def names_of_values(data: DataArguments) -> list[str] | None:
