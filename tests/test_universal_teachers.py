@@ -168,7 +168,7 @@ def test_a_network_of_one_input_size_gets_that_size(tmp_path):
     """EoMT's positions are a table: images of the student's size would not fit it."""
     louder(eomt()).save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path), num_labels=None)
-    assert teacher.image_size == SIDE
+    assert teacher.image_size == (SIDE, SIDE)
     assert teacher(torch.randn(1, 3, 96, 96)).shape == (1, 7, 96, 96)
     with pytest.raises(ValueError, match=f"Expected --teacher_image_size {SIDE}"):
         load_teacher(str(tmp_path), num_labels=None, image_size=128)
