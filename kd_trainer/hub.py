@@ -70,6 +70,7 @@ CODE = (
     "configuration_smp.py",
     "config_checks.py",
     "encoder_units.py",
+    "image_sizes.py",
     "weights.py",
 )
 RESULTS = {"results.json": RESULTS_SHAPE, "all_results.json": {}, "trainer_state.json": STATE_SHAPE}
