@@ -44,6 +44,7 @@ from kd_trainer.fields import expanded
 from kd_trainer.files import MARKER, replacing_folder, write_json
 from kd_trainer.loading import load_student
 from kd_trainer.model_card import CardFacts, dataset_name, render
+from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.run_folder import (
     COMPARISON_SHAPE,
     EXPORTS_SHAPE,
@@ -71,6 +72,7 @@ CODE = (
     "configuration_smp.py",
     "config_checks.py",
     "encoder_units.py",
+    "image_sizes.py",
     "weights.py",
 )
 RESULTS = {"results.json": RESULTS_SHAPE, "all_results.json": {}, "trainer_state.json": STATE_SHAPE}
@@ -288,7 +290,7 @@ def _description(student: nn.Module) -> dict[str, Any]:
     return {
         "id2label": labels_of_student(student),
         "classes": channels_of(student),
-        "image_size": image_size_of(student),
+        "image_size": plain_size(image_size_of(student)),
         "keep_aspect_ratio": keeps_aspect_ratio(student),
         "image_mean": mean,
         "image_std": std,

@@ -43,6 +43,7 @@ STUDENT_FILES = {
     "configuration_smp.py",
     "config_checks.py",
     "encoder_units.py",
+    "image_sizes.py",
     "weights.py",
 }
 

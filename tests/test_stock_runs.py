@@ -168,6 +168,7 @@ def test_the_preflight_does_not_judge_a_head_that_was_never_trained(
     assert "student" not in capsys.readouterr().out.split("Preflight")[-1]
 
 
+@pytest.mark.slow
 def test_onnx_is_checked_against_torch(run: Run, tmp_path: Path):
     """The resize and the difference of two logits have to be in the file."""
     pytest.importorskip("onnxruntime")
