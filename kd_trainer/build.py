@@ -72,11 +72,15 @@ class RunComponents:
 def evaluation_dataset(
     data: DataArguments, *, batch_size: int, workers: int = 0
 ) -> TransformedDataset | StreamedDataset:
-    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out."""
+    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out.
+
+    Its samples are as large as `--eval_size` says.
+    """
     name = data.eval_split
     loaded = load_splits(data, [name])
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
+    transform.eval_size = data.eval_size
     if data.streaming:
         return StreamedDataset(
             splits[name],

@@ -27,7 +27,14 @@ from kd_trainer.data.input_files import (
 from kd_trainer.evaluation import labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
-from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
+from kd_trainer.inference import (
+    Segmenter,
+    classes_at,
+    onnx_segmenter,
+    render,
+    soft_map,
+    torch_segmenter,
+)
 from kd_trainer.loading import load_student
 from kd_trainer.parsing import Parser
 from kd_trainer.students import image_size_of
@@ -35,6 +42,7 @@ from kd_trainer.students import image_size_of
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "cutouts": ".png"}
+SOFT, SOFT_SUFFIXES = "soft", (".png", ".npy")  # of a binary model, of several classes
 
 
 @dataclass
@@ -47,6 +55,12 @@ class PredictArguments:
         ["masks", "overlays"],
         "What to write: masks (0/255 of a binary model, else class ids), overlays (the image "
         "with its classes tinted), cutouts (the foreground on nothing).",
+    )
+    soft: bool = help_field(
+        False,
+        "Also write the probabilities, into the folder soft: of a binary model those of the "
+        "foreground as a grey PNG of 16 bits, else float16 (classes, height, width) as .npy. A "
+        "training reads them with --teacher_maps.",
     )
     threshold: float = help_field(
         THRESHOLD, "Probability from which a pixel of a binary model is kept."
@@ -124,16 +138,14 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     cut_off: list[CutOffError] = []
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
         pixels = (np.asarray(read_image(path)) for path in images)
-        segmented = _segmented(segmenter, pixels, args, bar)
-        for path, (image, mask) in zip(images, segmented, strict=True):
-            for output in args.outputs:
-                file = folder / output / f"{names[path]}{OUTPUTS[output]}"
-                _write(render(output, image, mask, num_labels), file)
+        segmented = _segmented(segmenter, pixels, args, bar, num_labels=num_labels)
+        for path, made in zip(images, segmented, strict=True):
+            for output, array in made.items():
+                _write(array, folder / output, names[path], output)
         for path in videos:
-            frames = _segmented(segmenter, _whole_or_noted(path, cut_off), args, bar)
-            done += _write_video(
-                frames, args, names[path], rate=frame_rate(path), num_labels=num_labels
-            )
+            whole = _whole_or_noted(path, cut_off)
+            frames = _segmented(segmenter, whole, args, bar, num_labels=num_labels)
+            done += _write_video(frames, folder, names[path], rate=frame_rate(path))
     if cut_off:
         others = f" {len(cut_off) - 1} further videos likewise." if len(cut_off) > 1 else ""
         raise ValueError(f"{cut_off[0]}{others} What was found of it is written.")
@@ -150,13 +162,19 @@ def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
     if not any(folder in path.resolve().parents for path in names):
         return
     for path, name in names.items():
-        for output in args.outputs:
-            target = folder / output / (name if is_video(path) else f"{name}{OUTPUTS[output]}")
+        for output, suffix in _suffixes(args):
+            target = folder / output / (name if is_video(path) else f"{name}{suffix}")
             if target.exists():
                 raise ValueError(
                     f"Expected an --output_dir apart from the images, got {args.output_dir}, "
                     f"where {target.relative_to(folder)} would be written over. Name another one."
                 )
+
+
+def _suffixes(args: PredictArguments) -> list[tuple[str, str]]:
+    """Kinds of outputs and what their files may end with."""
+    soft = [(SOFT, suffix) for suffix in SOFT_SUFFIXES] if args.soft else []
+    return [*((output, OUTPUTS[output]) for output in args.outputs), *soft]
 
 
 def _whole_or_noted(path: Path, cut_off: list[CutOffError]) -> Iterator[np.ndarray]:
@@ -168,40 +186,46 @@ def _whole_or_noted(path: Path, cut_off: list[CutOffError]) -> Iterator[np.ndarr
 
 
 def _segmented(
-    segmenter: Segmenter, images: Iterable[np.ndarray], args: PredictArguments, bar: tqdm
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each image with its classes; only one batch is in memory at a time."""
+    segmenter: Segmenter,
+    images: Iterable[np.ndarray],
+    args: PredictArguments,
+    bar: tqdm,
+    *,
+    num_labels: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """What is written of each image, by its kind; only one batch is in memory at a time."""
     waiting = iter(images)
     while batch := list(itertools.islice(waiting, args.batch_size)):
         for image, logits in zip(batch, segmenter.logits(batch), strict=True):
-            yield image, classes_at(logits, args.threshold)
+            mask = classes_at(logits, args.threshold)
+            made = {output: render(output, image, mask, num_labels) for output in args.outputs}
+            yield made | ({SOFT: soft_map(logits)} if args.soft else {})
             bar.update()
 
 
 def _write_video(
-    frames: Iterable[tuple[np.ndarray, np.ndarray]],
-    args: PredictArguments,
-    name: str,
-    *,
-    rate: float,
-    num_labels: int,
+    frames: Iterable[dict[str, np.ndarray]], folder: Path, name: str, *, rate: float
 ) -> int:
     """Write the outputs of a video; returns the number of its frames."""
-    number, folder = 0, Path(args.output_dir)
+    number = 0
     with closing(VideoFile(folder / "overlays" / f"{name}.mp4", rate)) as video:
-        for number, (image, mask) in enumerate(frames, start=1):
-            for output in args.outputs:
-                rendered = render(output, image, mask, num_labels)
+        for number, made in enumerate(frames, start=1):
+            for output, array in made.items():
                 if output == "overlays":
-                    video.add(rendered)
+                    video.add(array)
                 else:
-                    _write(rendered, folder / output / name / f"{number:06d}{OUTPUTS[output]}")
+                    _write(array, folder / output / name, f"{number:06d}", output)
     return number
 
 
-def _write(image: np.ndarray, path: Path) -> None:
+def _write(array: np.ndarray, folder: Path, name: str, output: str) -> None:
+    suffix = SOFT_SUFFIXES[array.dtype == np.float16] if output == SOFT else OUTPUTS[output]
+    path = folder / f"{name}{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    if suffix == ".npy":
+        np.save(path, array)
+    else:
+        Image.fromarray(array).save(path)
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:

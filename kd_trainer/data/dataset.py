@@ -73,12 +73,15 @@ class SegmentationTransform:
 
     Attributes:
         targets: the teacher's logits of the clean images; None leaves them out of the samples.
+        eval_size: of `DataArguments`; with another than `input` image and mask stay as large as
+            they are, for an evaluation image by image.
 
     Raises:
         ValueError: if `augmentation` is unknown or `seed` negative.
     """
 
     targets: TeacherTargets | None = None
+    eval_size: str = "input"
 
     def __init__(
         self,
@@ -139,8 +142,9 @@ class SegmentationTransform:
             maps = padded(maps, self.image_size, [0] * maps.shape[-1])
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        changed = padded(changed, self.image_size, PADDING)
-        changed_mask = padded(changed_mask, self.image_size, OUTSIDE)
+        if self.eval_size == "input":
+            changed = padded(changed, self.image_size, PADDING)
+            changed_mask = padded(changed_mask, self.image_size, OUTSIDE)
         inside = changed_mask != OUTSIDE
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
@@ -168,6 +172,9 @@ class SegmentationTransform:
 
     def _view(self, shape: tuple[int, ...], *, epoch: int, index: int) -> View:
         """The part of an image of this shape that a sample shows; a function of the numbers."""
+        if self.eval_size != "input":
+            own = shape[0], shape[1]
+            return View(own, 0, 0, own)
         fitted = self.content_size(shape)
         if self.resize != "crop":
             return View(fitted, 0, 0, fitted)
