@@ -24,7 +24,8 @@ from kd_trainer.costs import torch_threads
 from kd_trainer.data import StreamedDataset, TransformedDataset, load_splits, transforms
 from kd_trainer.data.augmentation import Augmentation, SoftFog
 from kd_trainer.data.dataset import SegmentationTransform
-from kd_trainer.data.images import decode_image, decode_mask
+from kd_trainer.data.images import decode_image
+from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data.synthetic import synthetic_pair
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.fields import check_at_least, help_field

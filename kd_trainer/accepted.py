@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.evaluation import input_statistics, labels_of
+from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import as_student, is_student, units_of
 from kd_trainer.teacher import Teacher
@@ -22,13 +23,17 @@ _REFUSED = {
     "the class as optimizer_cls_and_kwargs",
     "preprocess_logits_for_metrics": "an evaluation keeps counts of each image, and no logits. "
     "Leave it out",
-    "model_init": "a student is made before the trainer. Give it as model",
 }
 _OF_THE_GROUPS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
-def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, Any]) -> None:
+def check_accepted(
+    model: Any, model_init: Any, args: Any, teacher: Any, options: Mapping[str, Any]
+) -> DistillationArguments:
     """Refuse networks, arguments and options that the trainer could only ignore or trip over.
+
+    Returns:
+        The arguments.
 
     Raises:
         TypeError: for a student, teacher or arguments of another kind.
@@ -39,7 +44,15 @@ def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, An
             f"Expected args as DistillationArguments, got {type(args).__name__}. They take "
             "everything that TrainingArguments do, and the settings of the distillation."
         )
-    if not isinstance(model, nn.Module):
+    if (model is None) == (model_init is None):
+        given = "neither" if model is None else "both"
+        raise TypeError(f"Expected a student as model, or a function as model_init, got {given}.")
+    if model_init is not None and options.get("units") is not None:
+        raise ValueError(
+            "Expected no units with model_init, whose networks are others each time, got some. "
+            "Give them inside of it: return as_student(network, units=[...])."
+        )
+    if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
             f"Expected a network as student, got {type(model).__name__}. Make one with "
             "SmpForSemanticSegmentation.create() or from_pretrained(), or give any module that "
@@ -63,12 +76,18 @@ def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, An
                 f"Expected {name} as {setting} of the arguments, got it in "
                 "optimizer_cls_and_kwargs. Each group has its own."
             )
+    return args
 
 
 def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:
     """A student, with the user's units; says so where nothing can be freed by stages."""
     if units is not None or not is_student(model):
         model = as_student(model, units=units)
+    if args.push_to_hub and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Expected a student of smp or transformers for a push, got a {type(model).__name__}: "
+            "nobody could load it by its id. Leave push_to_hub out."
+        )
     if not units_of(model) and args.process_index == 0:
         print(
             f"{type(model).__name__} has no units: all of it is trained from the start, at "
@@ -79,11 +98,32 @@ def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) 
 
 
 def as_teacher(
-    teacher: Teacher | SmpForSemanticSegmentation | None, num_labels: int
+    teacher: Teacher | SmpForSemanticSegmentation | None, student: nn.Module
 ) -> Teacher | None:
-    """A teacher; a network of ours is wrapped, as it says how it is fed."""
+    """A teacher of the student's kind; a network of ours is wrapped, as it says how it is fed.
+
+    Raises:
+        ValueError: if one of both has several labels a pixel, and the other one.
+    """
+    if teacher is not None and is_multi_label(teacher) != is_multi_label(student):
+        raise ValueError(
+            f"Expected a teacher of the student's kind, got {kind_of(teacher)} beside a student of "
+            f"{kind_of(student)}. Their logits mean different things: choose another teacher."
+        )
     if teacher is None or isinstance(teacher, Teacher):
         return teacher
     mean, std = input_statistics(teacher)
     labels = labels_of(teacher)
-    return Teacher(teacher, num_labels=num_labels, mean=mean, std=std, id2label=labels)
+    return Teacher(
+        teacher,
+        num_labels=len(labels_of(student)),
+        mean=mean,
+        std=std,
+        id2label=labels,
+        multi_label=is_multi_label(teacher),
+    )
+
+
+def kind_of(model: Measured) -> str:
+    """What the logits of a model mean, in words."""
+    return "several labels a pixel (sigmoids)" if is_multi_label(model) else "one class a pixel"

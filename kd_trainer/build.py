@@ -17,9 +17,11 @@ from kd_trainer.arguments import BALANCED, DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
     BadSample,
+    MaskRule,
     SegmentationTransform,
     StreamedDataset,
     TransformedDataset,
+    learned,
     load_splits,
     source_class_names,
     transforms,
@@ -27,10 +29,10 @@ from kd_trainer.data import (
 )
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
-from kd_trainer.data.masks import MaskRule
+from kd_trainer.data.planes import PlaneRule
 from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.errors import announce
+from kd_trainer.errors import announce, clipped
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.loading import make_student, make_teacher, network_name, student_options
 from kd_trainer.losses import LossWeights
@@ -39,12 +41,14 @@ from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import (
     channels_of,
     check_student_size,
+    has_several_labels,
     image_size_of,
     processor_of,
     set_free_units,
     student_logits,
 )
 from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
+from kd_trainer.teacher_maps import use_teacher_maps
 
 
 @dataclass
@@ -70,17 +74,19 @@ class RunComponents:
 
 
 def evaluation_dataset(
-    data: DataArguments, *, batch_size: int, workers: int = 0
+    data: DataArguments, *, batch_size: int, workers: int = 0, apart_from: str | None = None
 ) -> TransformedDataset | StreamedDataset:
     """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out.
 
+    Where the split `apart_from` is held out of this one, without its images too.
     Its samples are as large as `--eval_size` says.
     """
     name = data.eval_split
-    loaded = load_splits(data, [name])
+    loaded = {name: load_splits(data, [name, *([apart_from] if apart_from else [])])[name]}
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
     transform.eval_size = data.eval_size
+    _announce_rule(transform.rule)
     if data.streaming:
         return StreamedDataset(
             splits[name],
@@ -111,6 +117,12 @@ REDUCED = (
 )
 
 
+def _announce_rule(rule: MaskRule | PlaneRule) -> None:
+    """Say how masks are read, in one line, where somebody could want it otherwise."""
+    if isinstance(rule, MaskRule) and rule.note:
+        announce(rule.note)
+
+
 def build_run(run: RunArguments) -> RunComponents:
     """Everything a training needs, checked; `run` learns the class names of its source."""
     if not run.data.dataset:
@@ -119,19 +131,26 @@ def build_run(run: RunArguments) -> RunComponents:
             "none."
         )
     args, data = run.training, run.data
+    if run.model.teacher_maps is not None:  # they are read as cached targets are
+        args.teacher_targets = "cached"
     _check_together(run)
-    channels = 1 if data.num_labels == 2 else data.num_labels
+    channels = 1 if data.num_labels == 2 or data.multi_label else data.num_labels
     if args.class_weights != BALANCED:
         check_pos_weight(args.class_factors, channels)
     weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
     weights.check_channels(channels)
     data = learn_from_sources(run)
+    if data.multi_label:
+        _check_multi_label(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     loaded = _load(run)
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
-    if args.class_weights == BALANCED:
-        balance_classes(run, splits[data.train_split], for_training.rule)
+    if isinstance(for_training.rule, MaskRule):
+        data = run.data = learned(for_training.rule, data)
+        _announce_rule(for_training.rule)
+        if args.class_weights == BALANCED:
+            balance_classes(run, splits[data.train_split], for_training.rule)
     set_seed(args.seed)  # the student's random weights
     student = make_student(run.model, data)
     check_student_size(data.image_size, student)
@@ -143,7 +162,7 @@ def build_run(run: RunArguments) -> RunComponents:
             )
         student.synchronise_batchnorm()
     teacher = make_teacher(run.model, student, image_size=data.image_size)
-    if teacher is not None:
+    if run.model.has_teacher:
         _check_channels(student)
     train, evaluation = data.train_split, data.eval_split
     train_dataset = _training_dataset(splits[train], for_training, run, bad[train])
@@ -151,6 +170,9 @@ def build_run(run: RunArguments) -> RunComponents:
     if evaluation in splits:
         eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
     _check_enough(train_dataset, run, student)
+    if run.model.teacher_maps is not None:
+        datasets, names = (train_dataset, eval_dataset), list(data.id2label.values())
+        teacher = use_teacher_maps(run.model.teacher_maps, datasets, names)
     return RunComponents(
         student=student,
         teacher=teacher,
@@ -222,8 +244,12 @@ def _load(run: RunArguments) -> LoadedSplits:
 
 def counts_from_one(source: str, data: DataArguments) -> bool:
     """Whether masks are read as those of a saved model were, from value 1 on."""
-    own_values = data.mask_values or data.mask_threshold or data.category
-    if own_values or data.dataset == "synthetic" or (data.dataset and is_coco(data)):
+    classes = (data.mask_values, data.mask_colors, data.merge_classes, data.mask_kind)
+    if (
+        any((*classes, data.mask_threshold, data.category))
+        or data.dataset == "synthetic"
+        or (data.dataset and is_coco(data))
+    ):
         return False
     return reduces_labels(source)
 
@@ -254,11 +280,32 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
     return processor_of(student, **({"do_reduce_labels": True} if data.reduce_labels else {}))
 
 
+def _check_multi_label(run: RunArguments) -> None:
+    """Refuse what knows one class a pixel only, and say what is left out."""
+    args = run.training
+    asked = {
+        "class_weights": args.class_weights is not None,
+        "pos_weight": args.pos_weight is not None,
+        "teacher_targets": args.teacher_targets == "cached",
+        "push_to_hub": args.push_to_hub,
+    }
+    if wrong := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(
+            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --multi_label, got it: that "
+            "knows one class a pixel only, so far. Leave it out."
+        )
+    announce(
+        "Several labels a pixel: a sigmoid for each of "
+        f"{clipped(', '.join(run.data.id2label.values()), 200)}, no background. There are no "
+        "preflight, panels and report for them yet."
+    )
+
+
 def _check_together(run: RunArguments) -> None:
     """Refuse settings of model, data and training that do not go together."""
     if run.model.student is None:
         student_options(run.model)
-    if not run.model.teacher:
+    if not run.model.teacher and not run.model.has_teacher:
         raise ValueError(
             "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
             "train the student alone with --teacher none."
@@ -285,7 +332,7 @@ def _check_together(run: RunArguments) -> None:
 
 def _check_channels(student: nn.Module) -> None:
     """Refuse a student of two channels beside a teacher, who answers for two classes with one."""
-    if channels_of(student) == 2:
+    if channels_of(student) == 2 and not has_several_labels(student):
         raise ValueError(
             "Expected a student with one logit for two classes beside a teacher, got one with two "
             "channels (a softmax) as --student. Take it as --teacher of a new student, or go on "

@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kd_trainer.fields import closest, expanded
 from kd_trainer.files import read_yaml
+from kd_trainer.models.configuration_smp import MULTI_LABEL
+from kd_trainer.models.weights import SUFFIXES
 
 Groups = tuple[tuple[int, ...], ...]
 """The teacher's classes of each of the student's, by id."""
@@ -300,3 +302,28 @@ def _listed(names: Iterable[str], most: int = _SHOWN) -> str:
     shown = [str(name).strip() for name in names]
     more = ", ..." if len(shown) > most else ""
     return ", ".join(shown[:most]) + more
+
+
+def several_labels(config: Any, wanted: bool | None, groups: Groups | None, source: str) -> bool:
+    """Whether a pixel may have several of a teacher's labels, as the student's do or do not.
+
+    Args:
+        config: of the teacher's network.
+        wanted: what the student's are; None takes the teacher as it is.
+        groups: of the classes that would be merged, as only those of a softmax can be.
+        source: of the teacher.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    several = getattr(config, "problem_type", None) == MULTI_LABEL
+    several |= bool(wanted) and source.endswith(SUFFIXES)  # bare weights do not say
+    merged = several and any(len(group) > 1 for group in groups or ())
+    if wanted not in (None, several) or merged:
+        kind = "several labels" if several else "one class"
+        raise ValueError(
+            f"Expected a teacher of {'several labels' if wanted else 'one class'} a pixel with the "
+            f"student's classes, got {source} of {kind}{' in classes to merge' * merged}. Its "
+            "logits mean something else: choose another teacher."
+        )
+    return several

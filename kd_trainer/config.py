@@ -33,7 +33,7 @@ ALIASES = {
 
 # Flags of the data and of a teacher that only a training needs: saved models bring their own.
 ONLY_TRAINING = frozenset(
-    {"train_split", "unlabelled", "augmentation", "brightness_contrast_probability"}
+    {"train_split", "unlabelled", "multi_label", "augmentation", "brightness_contrast_probability"}
     | {"synthetic_train", "max_train_samples", "student", "student_arch", "student_encoder"}
     | {"encoder_weights", "decoder_channels", "student_options"}
 )
@@ -60,7 +60,10 @@ _DERIVED = frozenset(
 RUN_CONFIG = "config.yaml"
 """Name of the file in which a run's folder holds its settings."""
 # Settings that may name a file or a folder.
-_PATHS = ("dataset", "unlabelled", "teacher", "student", "encoder_weights", "teacher_cache")
+_PATHS = (
+    *("dataset", "unlabelled", "teacher", "teacher_maps", "student", "encoder_weights"),
+    "teacher_cache",
+)
 
 # What a saved student has decided already.
 _OF_A_NEW_STUDENT = (

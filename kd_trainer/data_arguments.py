@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from kd_trainer.argument_checks import FlagSize, image_size
 from kd_trainer.errors import clipped
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field
+from kd_trainer.mask_flags import ClassMembers, color_members, merged_members
 from kd_trainer.metrics import check_class_names
 from kd_trainer.models.image_sizes import Size, as_size
 
 AUGMENTATIONS = ("heavy", "seed", "light", "none")
 LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
+MASK_KINDS = ("values", "colors", "alpha", "fractions")
 RESIZES = ("stretch", "fit", "crop")
 EVAL_SIZES = ("input", "native", "windows")
 
@@ -52,18 +54,46 @@ class DataArguments:
         "where its paths begin.",
     )
     mask_folder: str | None = help_field(None, "What folders of masks are called, likewise.")
-    category: str | None = help_field(None, "COCO: the category that is the foreground.")
+    category: list[str] | str | None = help_field(
+        None, "COCO: the category that is the foreground; several make one foreground."
+    )
     image_column: str = help_field("image", "Column of the images (parquet, Hub).")
     mask_column: str = help_field("mask", "Column of the masks (parquet, Hub).")
     num_labels: int = help_field(
         2, "Classes with the background; 2 is a binary task with one logit."
     )
+    multi_label: bool = help_field(
+        False,
+        "Several labels a pixel: each of --num_labels classes is a mask of its own, found by a "
+        "sigmoid, and there is no background. Masks are .npy of 0 and 1, (K, H, W) or (H, W, K), "
+        "or drawn from COCO.",
+    )
     class_names: list[str] | None = help_field(
         None,
         "Names of the classes, background first (default: those of the source, where it has any).",
     )
+    mask_kind: str | None = help_field(
+        None,
+        "What the mask files hold: values (grey levels, class ids), colors, alpha (how opaque a "
+        "pixel is) or fractions (0.0 to 1.0) (default: found in the files).",
+    )
     mask_values: list[int] | None = help_field(
         None, "Values in the mask files, in class order (0/1, 0/255 and class ids are found)."
+    )
+    mask_colors: list[str] | None = help_field(
+        None,
+        "Colours in the mask files, in class order: 0,0,0 255,0,0 or with names background=0,0,0 "
+        "person=#ff0000. One name twice is one class; ignore=... counts nowhere.",
+        metavar="COLOR",
+    )
+    merge_classes: list[str] | None = help_field(
+        None,
+        "New classes in order, each of values (or names, where the data has some) that are "
+        "merged: background=rest person=11,12-14. ignore=... counts nowhere.",
+        metavar="NAME=VALUES",
+    )
+    ignore_values: list[int] | None = help_field(
+        None, "Further mask values whose pixels count nowhere."
     )
     reduce_labels: bool | None = help_field(
         None,
@@ -73,7 +103,9 @@ class DataArguments:
     mask_threshold: int | None = help_field(
         None, "Binary masks: values from this one on are foreground, all below background."
     )
-    ignore_index: int = help_field(255, "Mask value whose pixels count nowhere.")
+    ignore_index: int = help_field(
+        255, "Mask value whose pixels count nowhere. 0 is the same as --reduce_labels."
+    )
     unlabelled: str | None = help_field(
         None, "Folder of images without masks, used by the distillation terms only."
     )
@@ -118,6 +150,7 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         self.dataset, self.unlabelled = expanded(self.dataset), expanded(self.unlabelled)
+        self.category = self.categories or None
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         self.image_size = image_size("image_size", self.image_size)
         check_choice("resize", self.resize, RESIZES)
@@ -135,13 +168,9 @@ class DataArguments:
                 f"Expected {self.num_labels} --class_names (one per label, background first), got "
                 f"{len(self.class_names)}: {clipped(' '.join(self.class_names), 200)}."
             )
-        if self.reduce_labels and self.mask_values is not None:
-            raise ValueError(
-                "Expected either --reduce_labels or --mask_values, got both, which say two things "
-                "of the values in the masks. Leave one out."
-            )
-        if self.mask_threshold is not None:
-            self._check_threshold()
+        self._check_masks()
+        if self.multi_label:
+            self._check_multi_label()
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(
@@ -160,6 +189,24 @@ class DataArguments:
                 f"{self.brightness_contrast_probability}."
             )
 
+    def _check_multi_label(self) -> None:
+        """Refuse what says how one class a pixel is read."""
+        others = ("mask_values", "mask_colors", "mask_kind", "mask_threshold", "merge_classes")
+        every = (*others, "reduce_labels", "category")
+        names = [name for name in every if getattr(self, name) not in (None, False)]
+        if self.on_bad_sample == "skip":
+            names.append("on_bad_sample")
+        if names:
+            raise ValueError(
+                f"Expected no --{names[0]} with --multi_label, got {getattr(self, names[0])}: "
+                "planes of 0 and 1 are read as they are, and a bad one is an error. Leave it out."
+            )
+        if self.dataset == "synthetic":
+            raise ValueError(
+                "Expected a data set of planes with --multi_label, got synthetic, which has one "
+                "class a pixel. Leave one of them out."
+            )
+
     def _check_hold_out(self) -> None:
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(
@@ -174,15 +221,63 @@ class DataArguments:
                 "'(.*)_' takes what stands in front of the last _."
             ) from None
 
-    def _check_threshold(self) -> None:
-        check_at_least("mask_threshold", self.mask_threshold or 0, 1)
-        if self.num_labels != 2 or self.mask_values is not None or self.reduce_labels:
-            other = "--mask_values" if self.mask_values is not None else "--reduce_labels"
-            other = other if self.num_labels == 2 else f"--num_labels {self.num_labels}"
+    def _check_masks(self) -> None:
+        """Refuse flags that say two things of the masks; 0 as `ignore_index` is reduced labels."""
+        if self.ignore_index == 0:
+            self._ignore_zero()
+        if self.mask_kind is not None:
+            check_choice("mask_kind", self.mask_kind, MASK_KINDS)
+        flags = {
+            "--reduce_labels": bool(self.reduce_labels),
+            "--mask_values": self.mask_values is not None,
+            "--mask_colors": self.mask_colors is not None,
+            "--merge_classes": self.merge_classes is not None,
+            "--mask_threshold": self.mask_threshold is not None,
+        }
+        given = [flag for flag, is_given in flags.items() if is_given]
+        if len(given) > 1:
             raise ValueError(
-                f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got it "
-                f"with {other}. Leave one out."
+                f"Expected either {given[0]} or {given[1]}, got both, which say two things of the "
+                "masks. Leave one out."
             )
+        if self.mask_threshold is not None:
+            check_at_least("mask_threshold", self.mask_threshold, 1)
+            if self.num_labels != 2:
+                raise ValueError(
+                    f"Expected --mask_threshold {self.mask_threshold} for a binary task alone, got "
+                    f"it with --num_labels {self.num_labels}. Leave one out."
+                )
+        if self.mask_colors is not None and self.mask_kind not in (None, "colors"):
+            raise ValueError(
+                f"Expected --mask_kind colors with --mask_colors, got {self.mask_kind}. Leave one "
+                "out."
+            )
+        members = self.class_members
+        if members is not None and len(members.members) != self.num_labels:
+            raise ValueError(
+                f"Expected {self.num_labels} classes (--num_labels) in {given[0]}, got "
+                f"{len(members.members)}. Set --num_labels {len(members.members)}, or name all."
+            )
+
+    def _ignore_zero(self) -> None:
+        """Value 0 counts nowhere; which number the labels have for that is nobody's concern."""
+        if self.reduce_labels is False:
+            raise ValueError(
+                "Expected --ignore_index above 0 with --reduce_labels false, got 0. Leave one out."
+            )
+        self.ignore_index = type(self).ignore_index
+        named = (self.mask_values, self.mask_colors, self.merge_classes, self.mask_threshold)
+        if all(flag is None for flag in named):
+            self.reduce_labels = True
+        else:
+            self.ignore_values = sorted({0, *(self.ignore_values or ())})
+
+    @property
+    def class_members(self) -> ClassMembers | None:
+        """What `mask_colors` or `merge_classes` make each class of; None without either."""
+        if self.mask_colors is not None:
+            return color_members(self.mask_colors)
+        return None if self.merge_classes is None else merged_members(self.merge_classes)
 
     @property
     def input_size(self) -> Size:
@@ -196,11 +291,26 @@ class DataArguments:
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Name of every class; class 0 is the background."""
+        """Name of every class; class 0 is the background, unless a pixel may have several."""
         if self.class_names is not None:
             return dict(enumerate(self.class_names))
+        if self.multi_label:
+            return {i: f"class_{i}" for i in range(self.num_labels)}
+        members = self.class_members
+        if members is not None and members.names is not None:
+            return dict(enumerate(members.names))
         if self.num_labels == 2:
             # What nobody named has no name: a model that finds cats must not say `person`.
             drawn = "person" if self.dataset == "synthetic" else "foreground"
-            return {0: "background", 1: self.category or drawn}
+            return {0: "background", 1: self.foreground or drawn}
         return {0: "background"} | {i: f"class_{i}" for i in range(1, self.num_labels)}
+
+    @property
+    def foreground(self) -> str | None:
+        """Name of the foreground that `--category` makes of one or several; None without it."""
+        return None if self.category is None else "+".join(self.categories)
+
+    @property
+    def categories(self) -> list[str]:
+        """What `--category` names; empty without it."""
+        return [self.category] if isinstance(self.category, str) else list(self.category or ())

@@ -28,9 +28,20 @@ from kd_trainer.losses import (
     distillation_terms,
     weighted_sum,
 )
-from kd_trainer.metrics import SegmentationCounts, image_counts
+from kd_trainer.metrics import (
+    SegmentationCounts,
+    image_counts,
+    multi_label_metrics,
+    plane_counts,
+)
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.students import labels_of_student, statistics_of, student_logits
+from kd_trainer.students import (
+    channels_of,
+    has_several_labels,
+    labels_of_student,
+    statistics_of,
+    student_logits,
+)
 from kd_trainer.teacher import Teacher, state_of
 
 NAMES = tuple(term.name for term in TERMS)
@@ -86,6 +97,11 @@ def bytes_of(pixels: Tensor, statistics: Statistics) -> Tensor:
     return (pixels.float() * std + mean).round().clamp(0, 255).byte()
 
 
+def is_multi_label(model: Measured) -> bool:
+    """Whether a pixel may have several of the model's labels."""
+    return model.multi_label if isinstance(model, Teacher) else has_several_labels(model)
+
+
 def classes_of(raw_logits: Tensor) -> Tensor:
     """Class of each pixel, (B, H, W) int64, from raw logits (B, K, H, W).
 
@@ -98,16 +114,38 @@ def classes_of(raw_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What an evaluation needs to know beside the logits."""
+    """What an evaluation needs to know beside the logits.
+
+    With `multi_label` labels are (B, K, H, W), and counts those of `plane_counts`.
+    """
 
     num_labels: int
     ignore_index: int
     weights: LossWeights
     pos_weight: float | Sequence[float] | None = None
+    multi_label: bool = False
+
+
+def settings_for(
+    model: nn.Module,
+    ignore_index: int,
+    weights: LossWeights,
+    pos_weight: float | Sequence[float] | None = None,
+) -> EvaluationSettings:
+    """Those of a student.
+
+    Raises:
+        ValueError: if a term that has a weight teaches nothing to it.
+    """
+    several = is_multi_label(model)
+    weights.check_channels(1 if several else channels_of(model))
+    return EvaluationSettings(len(labels_of(model)), ignore_index, weights, pos_weight, several)
 
 
 def student_rows(raw_logits: Tensor, labels: Tensor, settings: EvaluationSettings) -> Tensor:
     """Counts of a prediction against the labels, int64 (B, C), one row an image."""
+    if settings.multi_label:
+        return plane_counts(raw_logits > 0, labels, ignore_index=settings.ignore_index)
     return image_counts(
         classes_of(raw_logits),
         class_ids(labels),
@@ -120,6 +158,10 @@ def agreement_rows(
     student: Tensor, teacher: Tensor, labels: Tensor, settings: EvaluationSettings
 ) -> Tensor:
     """Counts of the student's classes against the teacher's on the valid pixels, int64 (B, C)."""
+    if settings.multi_label:
+        planes = torch.where(labels == settings.ignore_index, labels, (teacher > 0).to(labels))
+        options: dict[str, Any] = {"ignore_index": settings.ignore_index, "boundary": False}
+        return plane_counts(student > 0, planes, **options)
     teacher_classes = classes_of(teacher)
     teacher_classes[class_ids(labels) == settings.ignore_index] = settings.ignore_index
     return image_counts(
@@ -225,12 +267,16 @@ class Evaluator:
         self.statistics = pixel_statistics(self.student, self.device)
         self.id2label = labels_of(self.student)
         # Only counts are asked for: the weights of the losses play no part.
-        weights = LossWeights()
-        self.settings = EvaluationSettings(len(self.id2label), self.ignore_index, weights)
+        several = is_multi_label(self.student)
+        self.settings = EvaluationSettings(
+            len(self.id2label), self.ignore_index, LossWeights(), multi_label=several
+        )
 
     @torch.no_grad()
-    def logits(self, pixels: Tensor) -> dict[str, Tensor]:
+    def logits(self, pixels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
         """Raw logits (B, K, H, W) of each network for uint8 images (B, 3, H, W).
+
+        `targets` are the teacher's where they come with the samples.
 
         Raises:
             FloatingPointError: if the student's are not finite: its classes would be a guess.
@@ -243,7 +289,11 @@ class Evaluator:
                 "broken: take another checkpoint."
             )
         logits = {STUDENT: student}
-        return logits if self.teacher is None else logits | {TEACHER: self.teacher(inputs)}
+        if self.teacher is None:
+            return logits
+        if self.teacher.from_samples and targets is not None:
+            return logits | {TEACHER: targets.to(self.device).float()}
+        return logits | {TEACHER: self.teacher(inputs)}
 
     def run(
         self,
@@ -269,9 +319,8 @@ class Evaluator:
         total = len(loader) if batches is None else batches
         steps = tqdm(islice(loader, batches), title, total, unit="batch", leave=False, disable=None)
         for batch in steps:
-            shown = EvaluatedBatch(
-                self.logits(batch["pixel_values"]), batch["labels"].to(self.device)
-            )
+            logits = self.logits(batch["pixel_values"], batch.get("teacher_logits"))
+            shown = EvaluatedBatch(logits, batch["labels"].to(self.device))
             for count in counters:
                 count(shown)
 
@@ -307,13 +356,17 @@ class RowCounter:
         return {who: np.concatenate(parts) for who, parts in self.parts.items()}
 
 
-def figures_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
+def figures_of(
+    rows: np.ndarray, id2label: dict[int, str], *, multi_label: bool = False
+) -> dict[str, float]:
     """Metrics of a data set from its rows of counts (N, C)."""
+    if multi_label:
+        return multi_label_metrics(rows, id2label)
     return SegmentationCounts.zero(len(id2label)).add(rows).metrics(id2label)
 
 
 def figure_names(id2label: dict[int, str], weights: LossWeights, *, teacher: bool) -> list[str]:
-    """Names of the figures that each evaluation of a training gives."""
+    """Names of the figures that each evaluation of a training gives, whatever the kind of task."""
     factors = weights.effective()
     terms = [term.evaluated_as for term in TERMS if factors[term.name] > 0]
     return [
@@ -347,9 +400,11 @@ def check_best_metric(
         )
 
 
-def agreement_of(rows: np.ndarray, id2label: dict[int, str]) -> dict[str, float]:
+def agreement_of(
+    rows: np.ndarray, id2label: dict[int, str], *, multi_label: bool = False
+) -> dict[str, float]:
     """Share of valid pixels on which student and teacher agree, and their mutual mIoU."""
-    figures = figures_of(rows, id2label)
+    figures = figures_of(rows, id2label, multi_label=multi_label)
     return {"agreement": figures["pixel_accuracy"], "agreement_miou": figures["miou"]}
 
 
@@ -388,12 +443,13 @@ class DataSetFigures:
 
     Args:
         id2label: the classes, background first.
-        weights: those of the loss.
+        settings: of the evaluation.
     """
 
-    def __init__(self, id2label: dict[int, str], weights: LossWeights) -> None:
+    def __init__(self, id2label: dict[int, str], settings: EvaluationSettings) -> None:
         self.id2label = id2label
-        self.weights = weights
+        self.weights = settings.weights
+        self.options = {"multi_label": settings.multi_label}
         self._of_teacher: dict[str, float] = {}
         self._measured: tuple[object, object] | None = None
 
@@ -409,11 +465,12 @@ class DataSetFigures:
     ) -> dict[str, float]:
         """Figures from the rows of `evaluation_rows`, of all processes."""
         student, terms, *rest = (np.asarray(rows) for rows in predictions)
-        figures = figures_of(student, self.id2label) | terms_of(terms, student, self.weights)
+        figures = figures_of(student, self.id2label, **self.options)
+        figures |= terms_of(terms, student, self.weights)
         if teacher is None:
             return figures
         if len(rest) == 2:
-            self._of_teacher = figures_of(rest[1], self.id2label)
+            self._of_teacher = figures_of(rest[1], self.id2label, **self.options)
             self._measured = (loader.dataset, state_of(teacher))
-        figures |= agreement_of(rest[0], self.id2label)
+        figures |= agreement_of(rest[0], self.id2label, **self.options)
         return figures | {f"teacher_{name}": value for name, value in self._of_teacher.items()}

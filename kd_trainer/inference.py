@@ -172,16 +172,19 @@ def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
     return np.asarray(classes.to(torch.uint8).cpu().numpy())
 
 
-def soft_map(logits: Tensor) -> np.ndarray:
+def soft_map(logits: Tensor, *, multi_label: bool = False) -> np.ndarray:
     """Probabilities of an image, as `--teacher_maps` reads them.
 
     Args:
         logits: raw logits (K, H, W).
+        multi_label: whether a pixel may have several of the labels.
 
     Returns:
-        For K up to 2 that of the foreground, uint16 (H, W) from 0 to 65535, else those of all
-        classes, float16 (K, H, W).
+        For K up to 2 that of the foreground, uint16 (H, W) from 0 to 65535, else (and of several
+        labels a pixel) those of all classes, float16 (K, H, W).
     """
+    if multi_label:
+        return np.asarray(logits.float().sigmoid().half().cpu().numpy())
     if len(logits) > 2:
         return np.asarray(logits.float().softmax(dim=0).half().cpu().numpy())
     foreground = logits[0] if len(logits) == 1 else logits[1] - logits[0]
@@ -221,15 +224,18 @@ class NativeEvaluator(Evaluator):
     one_by_one: ClassVar[bool] = True
 
     @torch.no_grad()
-    def logits(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Raw logits (1, K, H, W) of each network for one uint8 image (1, 3, H, W)."""
+    def logits(self, pixels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """Raw logits (1, K, H, W) of each network for one uint8 image (1, 3, H, W).
+
+        `targets` are the teacher's where they come with the samples.
+        """
         image = pixels[0].permute(1, 2, 0).cpu().numpy()
-        networks = {STUDENT: self.student, TEACHER: self.teacher}
-        return {
-            who: self._segmenter(network).logits([image])[0][None]
-            for who, network in networks.items()
-            if network is not None
-        }
+        found = {STUDENT: self._segmenter(self.student).logits([image])[0][None]}
+        if self.teacher is None:
+            return found
+        if self.teacher.from_samples and targets is not None:
+            return found | {TEACHER: targets.to(self.device).float()}
+        return found | {TEACHER: self._segmenter(self.teacher).logits([image])[0][None]}
 
     def _segmenter(self, network: Measured) -> Segmenter:
         return Segmenter(
@@ -291,6 +297,17 @@ def onnx_network(exported: OnnxStudent) -> Network:
         return raw.float()
 
     return logits
+
+
+def planes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
+    """Of a model with several labels a pixel: uint8 (K, H, W), 1 from `threshold` on."""
+    return np.asarray((logits.sigmoid() >= threshold).to(torch.uint8).cpu().numpy())
+
+
+def strongest(logits: Tensor, planes: np.ndarray) -> np.ndarray:
+    """The likeliest of the labels that a pixel has, from 1 on, and 0 where it has none, (H, W)."""
+    likeliest = logits.argmax(dim=0).cpu().numpy().astype(np.uint8) + 1
+    return np.where(planes.any(axis=0), likeliest, 0).astype(np.uint8)
 
 
 def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:

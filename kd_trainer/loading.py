@@ -13,11 +13,11 @@ import yaml
 from torch import nn
 
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.evaluation import Measured, input_statistics, labels_of
+from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.files import parse_yaml
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.config_checks import LARGEST_SIDE, nearest_hint, read_config
-from kd_trainer.models.configuration_smp import architecture_arguments
+from kd_trainer.models.config_checks import LARGEST_SIDE, check_labels, nearest_hint, read_config
+from kd_trainer.models.configuration_smp import MULTI_LABEL, architecture_arguments
 from kd_trainer.models.image_sizes import AnySize, Size, as_size, plain_size, size_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights
@@ -55,6 +55,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
         image_size=plain_size(data.input_size),
         keep_aspect_ratio=data.keep_aspect_ratio,
         semantic_loss_ignore_index=data.ignore_index,
+        **({"problem_type": MULTI_LABEL} if data.multi_label else {}),
         **student_options(model),
     )
     check_output_size(student)
@@ -75,20 +76,34 @@ def _go_on_from(source: str, data: DataArguments) -> nn.Module:
     """A saved model as the student of a run; a stock one gets a head for other classes."""
     config = _config_of_saved(source)
     if "_model_class" in config:
-        student: Any = load_student(source, num_labels=data.num_labels)
+        student: Any = load_student(source, num_labels=data.num_labels, multi_label=True)
         student.config.image_size = plain_size(data.input_size)
         student.config.keep_aspect_ratio = data.keep_aspect_ratio
     else:
         _check_stretched(data)
         student = load_stock_student(source, config, data.id2label, data.input_size)
+    if is_multi_label(student) != data.multi_label:
+        several = is_multi_label(student)
+        raise ValueError(
+            f"Expected {'' if several else 'no '}--multi_label with {source}, which has "
+            f"{'several labels' if several else 'one class'} a pixel. "
+            f"{'Add it' if several else 'Leave it out'}, or take another --student."
+        )
     if data.class_names is not None:
         name_classes(student, data.id2label)
     student.config.semantic_loss_ignore_index = data.ignore_index
     return student
 
 
-def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Module:
+def load_student(
+    source: str | Path, *, num_labels: int | None = None, multi_label: bool = False
+) -> nn.Module:
     """A saved student, from a folder (its own, or that of its run) or the Hub.
+
+    Args:
+        source: where it is.
+        num_labels: that it has to have.
+        multi_label: whether it may have several labels a pixel.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
@@ -102,6 +117,11 @@ def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Mod
         check_finite_weights(student, source)
     else:
         student = load_stock_student(source, config)
+    if is_multi_label(student) and not multi_label:
+        raise ValueError(
+            f"Expected a model of one class a pixel, got {source} of several labels a pixel, which "
+            "train.py, eval.py and predict.py take so far. Use its sigmoids from Python."
+        )
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -154,6 +174,7 @@ def load_stock_student(
         ValueError: if it is no such model, or weights of its encoder are missing or misshapen.
     """
     options: dict[str, Any] = {"dtype": torch.float32}
+    check_labels(config.get("id2label"), None)
     classes = len(config.get("id2label") or (0, 1))
     if id2label is not None and classes not in _fitting_heads(id2label):
         names = {name: index for index, name in id2label.items()}
@@ -233,7 +254,7 @@ def load_measured(
         except OSError:
             config = {"_model_class": ""}  # `load_student` says what is missing
         if not (trust_remote_code and config.get("auto_map")):
-            return load_student(source, num_labels=num_labels)
+            return load_student(source, num_labels=num_labels, multi_label=True)
     return load_teacher(
         source,
         num_labels=num_labels,
@@ -247,7 +268,7 @@ def make_teacher(
     model: ModelArguments, student: Measured, *, image_size: AnySize
 ) -> Teacher | None:
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
-    if not model.has_teacher:
+    if not model.teachers:
         return None
     return ensemble_of(
         [_member(model, source, student, image_size) for source in model.teachers],
@@ -265,6 +286,7 @@ def _member(model: ModelArguments, source: str, student: Measured, image_size: A
         num_labels=len(labels_of(student)),
         arch=model.teacher_arch,
         encoder=model.teacher_encoder,
+        options=teacher_options(model),
         image_size=model.teacher_image_size if told else None,
         mean=model.teacher_mean if told else None,
         std=model.teacher_std if told else None,
@@ -272,6 +294,7 @@ def _member(model: ModelArguments, source: str, student: Measured, image_size: A
         input_std=std,
         id2label=labels_of(student),
         class_map=model.class_map,
+        multi_label=is_multi_label(student),
         trust_remote_code=model.trust_remote_code,
     )
     check_finite_weights(teacher.network, f"the teacher {source}")
@@ -306,6 +329,14 @@ _DECIDED = {
     "activation": "A student gives logits: leave it out",
     "aux_params": "Only the segmentation head is trained here: leave it out",
 }
+_DECIDED_FOR_TEACHER = {
+    "encoder_name": "Use --teacher_encoder",
+    "encoder_weights": "They are those of the file: leave it out",
+    "classes": "It follows from the file",
+    "in_channels": "It follows from the file",
+    "activation": "A teacher gives logits: leave it out",
+    "aux_params": "Only the segmentation head is asked: leave it out",
+}
 
 
 def student_options(model: ModelArguments) -> dict[str, Any]:
@@ -321,32 +352,43 @@ def student_options(model: ModelArguments) -> dict[str, Any]:
         ValueError: if the architecture has no such argument (names the nearest), its value is of
             another type, it is given twice, or another setting decides it.
     """
-    defaults = architecture_arguments(model.student_arch)
-    given: dict[str, Any] = {}
-    for text in model.student_options or ():
-        name, _, value = text.partition("=")
-        if name in given:
-            raise ValueError(f"Expected {name} once in --student_options, got it twice.")
-        _check_name(name, model.student_arch, defaults)
-        given[name] = _converted(name, value, defaults[name])
+    given = _options("student_options", model.student_options, model.student_arch, _DECIDED)
     if model.decoder_channels is not None:
         if "decoder_channels" in given:
             raise ValueError(
                 "Expected the decoder's channels once, got --decoder_channels and "
                 "--student_options decoder_channels. Leave one of them out."
             )
+        defaults = architecture_arguments(model.student_arch)
         given["decoder_channels"] = _channels(model, defaults)
     return given
 
 
-def _check_name(name: str, arch: str, defaults: dict[str, Any]) -> None:
-    if name in _DECIDED:
-        raise ValueError(f"Expected no {name} in --student_options, got one. {_DECIDED[name]}.")
-    if name not in defaults:
-        hint = nearest_hint(name, [known for known in defaults if known not in _DECIDED])
-        raise ValueError(
-            f"Expected an argument of {arch} in --student_options, got {name!r}. {hint}"
-        )
+def teacher_options(model: ModelArguments) -> dict[str, Any]:
+    """Likewise of a bare state dict, where its shapes do not say it."""
+    texts, arch = model.teacher_options, model.teacher_arch
+    return _options("teacher_options", texts, arch, _DECIDED_FOR_TEACHER)
+
+
+def _options(
+    flag: str, texts: list[str] | None, arch: str, decided: dict[str, str]
+) -> dict[str, Any]:
+    """Arguments of an architecture from KEY=VALUE, as the types of their defaults."""
+    if not texts:
+        return {}
+    defaults = architecture_arguments(arch)
+    given: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name in given:
+            raise ValueError(f"Expected {name} once in --{flag}, got it twice.")
+        if name in decided:
+            raise ValueError(f"Expected no {name} in --{flag}, got one. {decided[name]}.")
+        if name not in defaults:
+            hint = nearest_hint(name, [known for known in defaults if known not in decided])
+            raise ValueError(f"Expected an argument of {arch} in --{flag}, got {name!r}. {hint}")
+        given[name] = _converted(f"{flag} {name}", value, defaults[name])
+    return given
 
 
 def _converted(name: str, text: str, default: Any) -> Any:
@@ -356,12 +398,10 @@ def _converted(name: str, text: str, default: Any) -> Any:
             return parse_yaml(text)
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(
-                f"Expected a plain value as {name} in --student_options, got {text[:80]!r}: "
+                f"Expected a plain value as --{name}, got {text[:80]!r}: "
                 f"{' '.join(str(error).split())}. Write a number, a word, true or false."
             ) from None
-    value = convert(
-        f"student_options {name}", text, list[int] if isinstance(default, list) else type(default)
-    )
+    value = convert(name, text, list[int] if isinstance(default, list) else type(default))
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,10 @@ from kd_trainer.evaluation import (
     Evaluator,
     Measured,
     RowCounter,
+    agreement_of,
     classes_of,
+    figures_of,
+    is_multi_label,
     labels_of,
 )
 from kd_trainer.inference import evaluator_for
@@ -26,6 +30,7 @@ from kd_trainer.losses import class_ids
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
+from kd_trainer.run_folder import written_settings
 from kd_trainer.students import image_size_of, keeps_aspect_ratio
 from kd_trainer.teacher import Teacher
 
@@ -88,6 +93,9 @@ def evaluate_model(
     evaluator = evaluator_for(dataset, student, teacher, ignore_index, device)
     rows, reliability = RowCounter(evaluator.settings), ReliabilityCounter(ignore_index)
     metrics = MetricCounter(evaluator)
+    if evaluator.settings.multi_label:
+        evaluator.run(dataset, rows, batch_size=batch_size, workers=workers)
+        return _multi_label(rows.rows(), evaluator.id2label)
     counters = (rows, reliability, metrics)
     evaluator.run(dataset, *counters, batch_size=batch_size, workers=workers)
     counted = rows.rows()  # there are images
@@ -98,6 +106,16 @@ def evaluate_model(
         agreement = {"agreement": same["pixel_accuracy"], "agreement_miou": same["miou"]}
     of_teacher = figures.get(TEACHER, {})
     return Evaluation(figures[STUDENT], of_teacher, agreement, counted, reliability.counts)
+
+
+def _multi_label(rows: dict[str, np.ndarray], id2label: dict[int, str]) -> Evaluation:
+    """From counts alone: `evaluate.Metric` and reliability are of one class a pixel."""
+    figures = {
+        who: figures_of(rows[who], id2label, multi_label=True) if who in rows else {}
+        for who in (STUDENT, TEACHER)
+    }
+    same = agreement_of(rows[AGREEMENT], id2label, multi_label=True) if AGREEMENT in rows else {}
+    return Evaluation(figures[STUDENT], figures[TEACHER], same, rows, reliability={})
 
 
 class MetricCounter:
@@ -146,12 +164,31 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
     """Settings of the data that a model saved at `source` is for, but for those that are chosen."""
     names = list(labels_of(model).values())
     settings: dict[str, Any] = {"num_labels": len(names), "class_names": names}
+    settings["multi_label"] = is_multi_label(model)
     if not isinstance(model, Teacher):
         settings["image_size"] = image_size_of(model)
         settings["resize"] = "fit" if keeps_aspect_ratio(model) else "stretch"
         settings["ignore_index"] = getattr(model.config, "semantic_loss_ignore_index", 255)
-    data = DataArguments(**(settings | chosen))
+    data = DataArguments(**(settings | _masks_of_run(source, chosen) | chosen))
     if data.reduce_labels is None and counts_from_one(source, data):
         print(f"The model was {REDUCED}", file=sys.stderr)
         data = replace(data, reduce_labels=True)
     return data
+
+
+_MASK_SETTINGS = (
+    *("mask_kind", "mask_values", "mask_colors", "mask_threshold"),
+    *("merge_classes", "ignore_values"),
+)
+
+
+def _masks_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """How the run of a model read the masks of the same data set; empty for another."""
+    student = Path(source)
+    run = next((f for f in (student, student.parent) if (f / "config.yaml").is_file()), None)
+    if run is None or chosen.keys() & {*_MASK_SETTINGS, "reduce_labels"}:
+        return {}
+    settings = written_settings(run)
+    if settings.get("dataset") != chosen.get("dataset"):
+        return {}
+    return {name: settings[name] for name in _MASK_SETTINGS if settings.get(name) is not None}

@@ -215,6 +215,58 @@ class SegmentationCounts:
         return values
 
 
+def plane_counts(
+    prediction: Tensor, labels: Tensor, *, ignore_index: int = 255, boundary: bool = True
+) -> Tensor:
+    """Counts of each image with several labels a pixel, as those of K binary tasks.
+
+    Args:
+        prediction: bool (B, K, H, W).
+        labels: integer (B, K, H, W), 0, 1 or `ignore_index`.
+        ignore_index: label of what does not count.
+        boundary: as for `image_counts`.
+
+    Returns:
+        int64 (B, K·8): the row of `image_counts` for each class in turn.
+    """
+    maps = prediction.flatten(0, 1), labels.flatten(0, 1)
+    counts = image_counts(*maps, 2, ignore_index=ignore_index, boundary=boundary)
+    return counts.view(len(prediction), -1)
+
+
+def multi_label_metrics(rows: npt.ArrayLike, id2label: Mapping[int, str]) -> dict[str, float]:
+    """Ratios of the counts of a data set with several labels a pixel.
+
+    There is no background: all means go over the classes that occur in truth or prediction, and
+    the IoU of a class is that of its foreground.
+
+    Args:
+        rows: of `plane_counts`, integers (N, K·8).
+        id2label: name of every class id.
+
+    Returns:
+        What `SegmentationCounts.metrics` names; `iou_foreground` is `miou`, and `pixel_accuracy`
+        the mean of the classes' own.
+    """
+    check_class_names([id2label.get(index) for index in range(len(id2label))])
+    table = np.asarray(rows).reshape(-1, len(id2label), 8)
+    classes = [
+        SegmentationCounts.zero(2).add(table[:, index]).metrics({0: "background", 1: "foreground"})
+        for index in range(len(id2label))
+    ]
+    names = {"miou": "iou_foreground"} | {
+        name: name for name in ("dice", "iou_foreground", "precision", "recall", "pixel_accuracy")
+    }
+    values = {name: _mean(np.array([one[of] for one in classes])) for name, of in names.items()}
+    ious = _iou(table[..., :4].reshape(*table.shape[:2], 2, 2))[..., 1]
+    values["mean_image_iou"] = _mean(np.array([_mean(image) for image in ious]))
+    values["boundary_iou"] = _mean(np.array([one["boundary_iou"] for one in classes]))
+    for index, one in enumerate(classes):
+        values[f"iou_{id2label[index]}"] = one["iou_foreground"]
+        values[f"dice_{id2label[index]}"] = one["dice"]
+    return values
+
+
 def check_class_names(names: Sequence[str | None]) -> None:
     """Refuse names under which two figures would be one.
 

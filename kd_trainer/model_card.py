@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from kd_trainer.errors import printable
 from kd_trainer.losses import TERMS
-from kd_trainer.models.configuration_smp import uses_timm_loader
+from kd_trainer.models.configuration_smp import MULTI_LABEL, uses_timm_loader
 from kd_trainer.models.image_sizes import as_size
 from kd_trainer.sources import is_hub_id, public_name
 
@@ -162,6 +162,11 @@ _TEMPLATES.filters["code"] = code
 
 def render(facts: CardFacts) -> str:
     """The whole README.md."""
+    if facts.config.get("problem_type") == MULTI_LABEL:
+        raise ValueError(
+            "Expected a student of one class a pixel to publish, got one of several labels "
+            "(--multi_label), whose card cannot be written yet. Upload its folder yourself."
+        )
     height, width = as_size(facts.config["image_size"])
     card = _TEMPLATES.get_template("model_card.md").render(
         facts=facts,
@@ -169,6 +174,7 @@ def render(facts: CardFacts) -> str:
         settings=defaultdict(lambda: None, facts.settings),
         metadata=card_data(facts).to_yaml(),
         read_by_smp=facts.is_smp and not uses_timm_loader(facts.config["encoder_name"]),
+        start=public_name(str(facts.settings.get("student") or "")),
         trust="trust_remote_code=True" if facts.is_smp else "",
         height=height,
         width=width,

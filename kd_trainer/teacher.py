@@ -24,15 +24,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
-from kd_trainer.class_map import Groups, merge_logits, translate
+from kd_trainer.class_map import Groups, merge_logits, several_labels, translate
 from kd_trainer.errors import announce, is_own, printable
 from kd_trainer.fast_layers import folded, logits_of
 from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
 from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    SmpConfig,
-    architecture_class,
     default_labels,
 )
 from kd_trainer.models.image_sizes import AnySize, as_size
@@ -40,11 +38,9 @@ from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.models.weights import (
     SUFFIXES,
     load_pretrained,
-    load_strictly,
-    read_weights,
-    unused_state_keys,
 )
 from kd_trainer.sources import model_source, not_here, public_name
+from kd_trainer.teacher_files import network_from_file
 from kd_trainer.universal import (
     MODEL_TYPES,
     fixed_side,
@@ -72,10 +68,13 @@ class Teacher(nn.Module):
         input_std: likewise.
         id2label: names of the teacher's classes.
         class_map: the network's classes of each of the student's, where it counts otherwise.
+        multi_label: each of its logits is read through a sigmoid, also where there are two.
     """
 
     scale: Tensor
     shift: Tensor
+    from_samples = False
+    """Whether its logits come with the samples: no network is asked."""
 
     def __init__(
         self,
@@ -89,8 +88,10 @@ class Teacher(nn.Module):
         input_std: Statistics = IMAGENET_STD,
         id2label: dict[int, str] | None = None,
         class_map: Groups | None = None,
+        multi_label: bool = False,
     ) -> None:
         super().__init__()
+        self.multi_label = multi_label
         self.network = network
         self.num_labels = num_labels
         self.image_size = None if image_size is None else as_size(image_size)
@@ -157,9 +158,10 @@ class Teacher(nn.Module):
 
     def _student_classes(self, logits: Tensor) -> Tensor:
         channels = logits.shape[1]
-        if self.num_labels == 2 and channels == 2:
+        one_logit = self.num_labels == 2 and not self.multi_label
+        if one_logit and channels == 2:
             return logits[:, 1:] - logits[:, :1]  # sigmoid of it is the softmax's second class
-        if channels != (1 if self.num_labels == 2 else self.num_labels):
+        if channels != (1 if one_logit else self.num_labels):
             raise ValueError(
                 f"Expected a teacher of {self.num_labels} classes, got {channels} channels. "
                 "Choose a teacher of the student's classes."
@@ -183,9 +185,7 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
-_PREFIXES = ("model.", "unet.", "module.", "_orig_mod.")
 _FLIPPED = "do_flip_channel_order"
-_HEAD = "segmentation_head.0.weight"
 
 
 def load_teacher(
@@ -194,6 +194,7 @@ def load_teacher(
     num_labels: int | None,
     arch: str | None = None,
     encoder: str | None = None,
+    options: Mapping[str, Any] | None = None,
     image_size: AnySize | None = None,
     mean: Statistics | None = None,
     std: Statistics | None = None,
@@ -201,6 +202,7 @@ def load_teacher(
     input_std: Statistics = IMAGENET_STD,
     id2label: Mapping[int, str] | None = None,
     class_map: str | None = None,
+    multi_label: bool | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> Teacher:
@@ -213,15 +215,16 @@ def load_teacher(
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
         encoder: smp encoder of a bare state dict.
+        options: further arguments of its architecture, where its shapes do not say them.
         image_size: of the input that the teacher wants; None takes the student's.
-        mean: None takes that of the teacher's preprocessor_config.json, else of its config.json,
-            else ImageNet's.
+        mean: None takes that of its preprocessor_config.json, else config.json, else ImageNet's.
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
         id2label: names of the student's classes; a teacher with the same names in another order
             is put into this one, one of more classes is translated.
         class_map: which of its classes are which of the student's, as in `class_map.py`.
+        multi_label: whether the student has several labels a pixel; None takes what the teacher is.
         trust_remote_code: run code that comes with the teacher.
         **hub: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -230,32 +233,32 @@ def load_teacher(
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
     source = model_source(source)
-    network, saved = _load_network(source, arch, encoder, trust_remote_code, hub)
-    image_size = _input_side(network.config, image_size, source)
+    described = (arch, encoder, options or {})
+    network, saved = _load_network(source, described, trust_remote_code, hub)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
     return Teacher(
         network,
         num_labels=len(names),
-        image_size=image_size,
+        image_size=_input_side(network.config, image_size, source),
         mean=mean or saved[0],
         std=std or saved[1],
         input_mean=input_mean,
         input_std=input_std,
         id2label=names,
         class_map=groups,
+        multi_label=several_labels(network.config, multi_label, groups, source),
     )
 
 
 def _load_network(
     source: str,
-    arch: str | None,
-    encoder: str | None,
+    described: tuple[str | None, str | None, Mapping[str, Any]],
     trust_remote_code: bool,
     hub: dict[str, Any],
 ) -> tuple[Any, tuple[Statistics, Statistics]]:
     """A network with a `config`, and the mean and std of its input."""
     if source.endswith(SUFFIXES):
-        return _from_state_dict(source, arch, encoder), (IMAGENET_MEAN, IMAGENET_STD)
+        return _from_file(source, *described), (IMAGENET_MEAN, IMAGENET_STD)
     config = _read_config(source, hub)
     network = _from_folder(source, config, trust_remote_code, hub)
     return network, saved_statistics(source, config, **hub)
@@ -291,7 +294,9 @@ def _classes(
     return labels if groups is None and len(labels) == num_labels else names, groups
 
 
-def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
+def _from_file(
+    source: str, arch: str | None, encoder: str | None, options: Mapping[str, Any]
+) -> SmpForSemanticSegmentation:
     if elsewhere := not_here(source):
         raise FileNotFoundError(f"Expected a weight file, got {source!r}.{elsewhere}")
     if arch is None or encoder is None:
@@ -299,27 +304,7 @@ def _from_state_dict(source: str, arch: str | None, encoder: str | None) -> Any:
             f"Expected the architecture and encoder of {source!r}, got arch={arch} and "
             f"encoder={encoder}. A bare state dict does not name them: give both."
         )
-    state = {_strip(name): value for name, value in read_weights(source).items()}
-    if _HEAD not in state:
-        raise ValueError(
-            f"Expected the weights of an smp model in {source!r}, got no {_HEAD!r} among its "
-            f"{len(state)} names. Save the whole model's state_dict."
-        )
-    channels = state[_HEAD].shape[0]
-    config = SmpConfig(
-        _model_class=architecture_class(arch).__name__, encoder_name=encoder, classes=channels
-    )
-    model = SmpForSemanticSegmentation(config)
-    optional = unused_state_keys(model, model.never_used_parameters())
-    load_strictly(model, state, source=source, optional=optional)
-    return model
-
-
-def _strip(name: str) -> str:
-    """Remove what wrappers put before a name, however often they are nested."""
-    while name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
+    return network_from_file(source, arch, encoder, options)
 
 
 def _read_config(source: str, hub: dict[str, Any]) -> dict[str, Any]:

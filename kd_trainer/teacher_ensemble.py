@@ -73,7 +73,11 @@ class TeacherEnsemble(nn.Module):
         """Logits (B, K, H, W) of images (B, 3, H, W)."""
         looks = 2 if self.flip else 1
         weights = [weight for weight in self.weights for _ in range(looks)]
-        return mean_logits(list(self._answers(pixel_values)), weights)
+        answers = list(self._answers(pixel_values))
+        if self.teachers[0].multi_label:  # a sigmoid for each class
+            maps = [logits.reshape(-1, 1, *logits.shape[2:]) for logits in answers]
+            return mean_logits(maps, weights).view_as(answers[0])
+        return mean_logits(answers, weights)
 
     def _answers(self, pixel_values: Tensor) -> Iterator[Tensor]:
         for member in self.teachers:
@@ -103,4 +107,5 @@ def ensemble_of(
         input_mean=first.input_mean,
         input_std=first.input_std,
         id2label=first.id2label,
+        multi_label=first.multi_label,
     )

@@ -15,7 +15,7 @@ from fuzzing import DEEP, mutated, run
 from pycocotools import mask as coco_mask
 
 from kd_trainer.data import load_splits, mask_rule
-from kd_trainer.data.images import decode_mask
+from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data_arguments import DataArguments
 
 SOUND = 8  # different sound files

@@ -33,11 +33,11 @@ from kd_trainer.data.images import (
     MAX_BYTES,
     MAX_PIXELS,
     decode_image,
-    decode_mask,
     image_shape,
     read_image_bytes,
 )
 from kd_trainer.data.input_files import read_image
+from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data_arguments import DataArguments
 
 EVERY = (decode_image, decode_mask, image_shape)

@@ -26,7 +26,7 @@ from kd_trainer.data import (
     transforms,
     usable_splits,
 )
-from kd_trainer.data.bad_samples import check_split, readable_values
+from kd_trainer.data.bad_samples import Readable, check_split, readable_values
 from kd_trainer.data_arguments import DataArguments
 
 BAD_ROWS = [0, 4, 6, 8, 10]  # p 0, p 2, p 4, p 6, p 8: rows go by name, and p 10 follows p 1
@@ -283,4 +283,5 @@ def test_workers_find_what_one_process_finds(pairs):
     rows = load_splits(settings(pairs[0]))["train"]
     alone = check_split(rows, readable_values(settings(pairs[0])), name="train")
     shuffled = rows.select(range(11, -1, -1))  # other rows: nothing is remembered of them
-    assert check_split(shuffled, frozenset({0, 1, 255}), name="train", workers=2) == alone[::-1]
+    readable = Readable(frozenset({0, 1, 255}))
+    assert check_split(shuffled, readable, name="train", workers=2) == alone[::-1]

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.data import in_library, members
-from kd_trainer.data import MaskRule, SegmentationTransform, dataset, images
+from kd_trainer.data import MaskRule, SegmentationTransform, dataset, images, mask_files
 from kd_trainer.data.augmentation import Augmentation
 
 SIZE = 32
@@ -44,13 +44,14 @@ def test_a_sample_reads_and_decodes_each_file_once(monkeypatch, tmp_path):
     )
     row = {name: {"bytes": None, "path": str(file)} for name, file in files.items()}
     opens = counted(monkeypatch, Image, "open")
-    loads = counted(monkeypatch, images, "_load")
+    loads = counted(monkeypatch, mask_files, "load_image")
     decodes = counted(monkeypatch, cv2, "imdecode")
     reads = counted(monkeypatch, images, "read_image_bytes")
+    mask_reads = counted(monkeypatch, mask_files, "read_image_bytes")
     resizes = counted(monkeypatch, dataset, "resize_image")
     index = next(i for i in range(99) if not compresses(make, i))
     make(row, epoch=0, index=index)
-    assert len(reads) == 2
+    assert len(reads) == len(mask_reads) == 1
     assert len(opens) == 2
     assert len(loads) == 1
     assert len(decodes) == 1

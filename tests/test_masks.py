@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from kd_trainer.data import load_splits, mask_rule
-from kd_trainer.data.images import decode_image, decode_mask, image_shape
-from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
+from kd_trainer.data.images import decode_image, image_shape
+from kd_trainer.data.mask_files import decode_mask
+from kd_trainer.data.mask_survey import find_mask_rule
+from kd_trainer.data.masks import MaskRule, present_values
 from kd_trainer.data_arguments import DataArguments
 
 
@@ -35,15 +37,14 @@ def test_a_cure_of_a_few_ids_with_gaps_names_them():
 @pytest.mark.parametrize(
     ("values", "cure", "classes"),
     [
-        ([0, 128], "--mask_values 0 128, or .* --mask_threshold 64", None),
-        ([0, 65535], "--mask_values 0 65535, or .* --mask_threshold 32768", None),
+        ([128, 255], "--mask_values 128 255, or .* --mask_threshold 192", None),
         ([*range(0, 255, 2), 255], "Take .* --mask_threshold 128", None),
         ([0, 3, 90, 254, 255], "Take .* --mask_threshold 128", None),
         ([0, 1, 2, 255], "--mask_values, or", 3),
         (list(range(150)), "--mask_values, or", 150),
-        ([1, 2], "--mask_values 1 2, or", 3),
+        ([1, 2, 3], "--mask_values, or", 4),
     ],
-    ids=["0/128", "16-bit", "soft", "few shades", "ids", "many ids", "1/2"],
+    ids=["128/255", "soft", "few shades", "ids", "many ids", "1/2/3"],
 )
 def test_a_cure_names_only_as_many_classes_as_the_values_can_be(values, cure, classes):
     """129 classes of which 127 never occur train without a word, and are of no use to anybody."""
@@ -81,14 +82,26 @@ def test_a_threshold_makes_two_classes_of_any_values():
 def test_a_threshold_that_nothing_reaches_is_refused():
     """Every pixel would be background, and the student would learn that."""
     with pytest.raises(ValueError, match="no foreground in the 1 that"):
-        thresholded([cell([0, 1, 1, 0])])
+        thresholded([cell([0, 9, 9, 0])])
+
+
+def test_a_threshold_reads_no_mask_of_0_and_1():
+    """Among masks of grey levels one of class ids would be background alone."""
+    with pytest.raises(ValueError, match="both sides of --mask_threshold 128, got 0 and 1 in"):
+        thresholded([cell([0, 200, 90, 255]), cell([0, 1, 1, 0])])
 
 
 @pytest.mark.parametrize(
-    "other", [{"num_labels": 3}, {"mask_values": [0, 1]}, {"reduce_labels": True}]
+    ("other", "message"),
+    [
+        ({"num_labels": 3}, "Expected --mask_threshold 128 for a binary task alone"),
+        ({"mask_values": [0, 1]}, "either --mask_values or --mask_threshold"),
+        ({"reduce_labels": True}, "either --reduce_labels or --mask_threshold"),
+        ({"mask_colors": ["0,0,0", "#ff0000"]}, "either --mask_colors or --mask_threshold"),
+    ],
 )
-def test_a_threshold_beside_another_rule_is_refused(other):
-    with pytest.raises(ValueError, match="Expected --mask_threshold 128 for a binary task alone"):
+def test_a_threshold_beside_another_rule_is_refused(other, message):
+    with pytest.raises(ValueError, match=message):
         DataArguments(mask_threshold=128, **other)
 
 
@@ -172,13 +185,13 @@ def test_equal_channels_are_one_and_different_ones_an_error():
         decode_mask(encode(Image.fromarray(opaque)), 0)
 
 
-def test_sixteen_bit_colours_and_floats_are_refused():
+def test_sixteen_bit_colours_and_fractions_are_no_values():
     """PIL keeps only the high byte of 16-bit colours: all small class ids would become 0."""
     png = cv2.imencode(".png", np.full((2, 2, 3), 5, np.uint16))[1].tobytes()
     with pytest.raises(ValueError, match="one channel of whole numbers"):
         decode_mask({"bytes": png, "path": "a.png"}, 0)
-    floats = encode(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF")
-    with pytest.raises(ValueError, match="mode F in row 7"):
+    floats = encode(Image.fromarray(np.full((2, 2), 0.5, np.float32)), "TIFF")
+    with pytest.raises(ValueError, match="fractions between 0 and 1 in row 7"):
         decode_mask(floats | {"path": None}, 7)
 
 
@@ -315,7 +328,7 @@ def test_a_later_mask_that_contradicts_the_rule_is_an_error():
         read(find(cell([0, 255])), cell([0, 1]))
 
 
-@pytest.mark.parametrize("values", [[0, 128], [0, 1, 2], list(range(200))])
+@pytest.mark.parametrize("values", [[0, 1, 128], [0, 1, 2], list(range(200))])
 def test_unknown_values_are_listed_with_the_file_and_the_cure(values):
     with pytest.raises(ValueError, match=r"got the values 0, 1.*some.file.*--mask_values"):
         find(cell(values))

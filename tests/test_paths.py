@@ -15,8 +15,9 @@ from pycocotools import mask as coco_mask
 from small_runs import write_pairs
 
 from kd_trainer.data import load_splits
-from kd_trainer.data.images import decode_image, decode_mask
+from kd_trainer.data.images import decode_image
 from kd_trainer.data.listing import is_inside
+from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data_arguments import DataArguments
 
 FEATURES = datasets.Features(dict.fromkeys(("image", "mask"), datasets.Image(decode=False)))

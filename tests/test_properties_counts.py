@@ -11,8 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kd_trainer.data.images import decode_mask
-from kd_trainer.data.masks import MaskRule, find_mask_rule
+from kd_trainer.data.mask_files import decode_mask
+from kd_trainer.data.mask_survey import find_mask_rule
+from kd_trainer.data.masks import MaskRule
 from kd_trainer.metrics import SegmentationCounts, image_counts
 from kd_trainer.schedules import (
     TEMPERATURE_KINDS,

@@ -54,7 +54,7 @@ LOADERS: dict[str, Callable[[str], Any]] = {
     "eval": load_measured,
     "teacher": lambda source: load_teacher(source, num_labels=2),
     "--teacher": lambda source: load_teacher(ModelArguments(teacher=source).teacher, num_labels=2),
-    "predict": lambda source: load_segmenter(PredictArguments(model=source))[0],
+    "predict": lambda source: load_segmenter(PredictArguments(model=source)).segmenter,
     "demo --teacher": lambda source: _teacher_of_demo(source).segmenter,
     "push": lambda source: load_student(find_source(source).student),
 }

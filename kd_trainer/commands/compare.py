@@ -84,6 +84,11 @@ def _check(run: RunArguments) -> None:
             "Expected a --teacher to compare with and without, got none. Name one; train.py "
             "--teacher none makes one."
         )
+    if run.data.multi_label:
+        raise ValueError(
+            "Expected one class a pixel, got --multi_label, whose counts compare.py cannot read "
+            "yet. Train with and without the teacher, and compare with eval.py."
+        )
     if run.training.eval_strategy == "no":
         raise ValueError(
             "Expected --eval_strategy epoch or steps, got no: a comparison needs figures."

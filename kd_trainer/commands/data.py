@@ -17,12 +17,17 @@ from kd_trainer.config import parser_of_saved
 from kd_trainer.console import markdown_table
 from kd_trainer.data import MaskRule, mask_rule, sample_rows, source_class_names
 from kd_trainer.data.folder_layouts import Layout
-from kd_trainer.data.images import BadSampleError, decode_image, decode_mask, image_name
+from kd_trainer.data.images import BadSampleError, decode_image, image_name
 from kd_trainer.data.layouts import in_pair_folder, split_of
+from kd_trainer.data.mask_files import decode_mask
+from kd_trainer.data.mask_survey import survey_masks
+from kd_trainer.data.masks import value_counts
+from kd_trainer.data.pipeline import learned
 from kd_trainer.data.sources import LoadedSplits, load_source, source_layout
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import printable
 from kd_trainer.fields import help_field
+from kd_trainer.mask_flags import show_color
 from kd_trainer.parsing import CONSOLE, Parser, settings_of
 from kd_trainer.reports.panels import Pixels, overlay, panel, save_image
 
@@ -30,6 +35,12 @@ SAMPLES = 8
 # What `class_colours` are called, from class 1 on.
 COLOURS = ("green", "orange", "light blue", "yellow", "blue", "red", "pink", "light grey")
 _MOST_VALUES = 40  # lines of the table
+# Flags that say which files are read, and what the masks hold.
+_OF_MASKS = (
+    *("group_by", "image_folder", "mask_folder", "category", "class_names", "mask_kind"),
+    *("mask_values", "mask_colors", "merge_classes", "mask_threshold", "reduce_labels"),
+    "ignore_values",
+)
 # What only a training asks of the data.
 _WITHOUT = frozenset(
     {"dataset", "unlabelled", "augmentation", "brightness_contrast_probability", "streaming"}
@@ -82,13 +93,16 @@ def data_main(arguments: Sequence[str] | None = None) -> None:
         rule = mask_rule(loaded.splits, data)
     except ValueError as error:
         fault = error
-    counts = {name: value_counts(rows) for name, rows in loaded.splits.items()}
-    print(f"\n{splits_table(loaded, counts)}\n\n{values_table(counts, rule, names_of(data))}")
+    kind = kind_of(loaded.splits, data) if rule is None else rule.kind
+    counts = {name: count_values(rows, kind) for name, rows in loaded.splits.items()}
+    print(f"\n{splits_table(loaded, counts)}\n\n{values_table(counts, rule, kind, names_of(data))}")
     if len(set().union(*(some.values for some in counts.values()))) > _MOST_VALUES:
         print(f"and more: the {_MOST_VALUES} values of most pixels are listed.")
     if rule is not None:
+        if rule.note:
+            print(f"\n{printable(rule.note)}")
         print(f"\nThe same, said by flags:\n  {command(data, rule, layout, loaded)}")
-    save_image(picture(loaded.splits, rule, counts), Path(args.output))
+    save_image(picture(loaded.splits, rule, kind, counts), Path(args.output))
     print(f"\nSamples, those of {' before those of '.join(loaded.splits)}: {args.output}")
     if fault is not None:
         raise fault
@@ -109,15 +123,24 @@ class ValueCounts:
     within: Counter[int]
 
 
-def value_counts(rows: Any) -> ValueCounts:
+def kind_of(splits: Mapping[str, Any], data: DataArguments) -> str:
+    """What the numbers of masks are that no rule was found for.
+
+    Raises:
+        BadSampleError: if they are of no kind.
+    """
+    masks = [row["mask"] for rows in splits.values() for row in sample_rows(rows)]
+    return survey_masks(masks, data.ignore_index, data.mask_kind).kind
+
+
+def count_values(rows: Any, kind: str) -> ValueCounts:
     """Count the values in up to 200 masks, spread over a split."""
     values: Counter[int] = Counter()
     within: Counter[int] = Counter()
     masks = 0
     for index, row in enumerate(sample_rows(rows)):
         masks += 1
-        present, pixels = np.unique(decode_mask(row["mask"], index), return_counts=True)
-        found = dict(zip(present.astype(int).tolist(), pixels.tolist(), strict=True))
+        found = value_counts(decode_mask(row["mask"], index, kind))
         values.update(found)
         within.update(found.keys())
     return ValueCounts(masks, values, within)
@@ -147,7 +170,7 @@ def names_of(data: DataArguments) -> dict[int, str]:
 
 
 def values_table(
-    counts: Mapping[str, ValueCounts], rule: MaskRule | None, names: Mapping[int, str]
+    counts: Mapping[str, ValueCounts], rule: MaskRule | None, kind: str, names: Mapping[int, str]
 ) -> str:
     """Each value in the masks, the class it means and the colour that the picture gives it."""
     values = sum((some.values for some in counts.values()), Counter[int]())
@@ -160,13 +183,15 @@ def values_table(
             "grey" if meaning == "ignored" else COLOURS[(label - 1) % len(COLOURS)] if label else ""
         )
         share = f"{values[value] / values.total():.2%}"
-        rows.append([str(value), meaning, share, f"{within[value]:,}", colour])
+        shown = show_color(value) if kind == "colors" else str(value)
+        rows.append([shown, meaning, share, f"{within[value]:,}", colour])
     return markdown_table(["value", "class", "pixels", "in masks", "colour"], rows)
 
 
 def class_of(value: int, rule: MaskRule) -> int | None:
     """The class that a value means, or `ignore_index`; None if the rule does not know it."""
-    mask = np.full((1, 1), value, np.uint8 if value < 256 else np.uint16)
+    small = np.uint8 if value < 256 else np.uint16
+    mask = np.full((1, 1), value, np.uint32 if rule.kind == "colors" else small)
     try:
         return int(rule.labels(mask, "a mask")[0, 0])
     except BadSampleError:  # such as 255 alone where 1 may stand beside it
@@ -186,22 +211,27 @@ def command(
     flags |= splits
     if loaded.held_out:
         flags["eval_fraction"] = data.eval_fraction
-    given = ("group_by", "image_folder", "mask_folder", "category", "mask_threshold")
-    flags |= {name: value for name in given if (value := getattr(data, name)) is not None}
+    data = learned(rule, data)
     flags["num_labels"] = data.num_labels
+    flags |= {name: value for name in _OF_MASKS if (value := getattr(data, name)) is not None}
+    named = data.class_members or data.mask_threshold or data.category or data.reduce_labels
     own_values = rule.num_labels == 2 or rule.values != tuple(range(rule.num_labels))
-    if own_values and not (rule.threshold or rule.also_ignored or data.category):
-        flags["mask_values"] = " ".join(map(str, rule.values))
-    words = (f"--{name} {_word(name, value)}" for name, value in flags.items())
+    if own_values and not (named or rule.also_ignored):
+        flags["mask_values"] = list(rule.values)
+    words = (f"--{name} {_words(value)}" for name, value in flags.items())
     return f"{CONSOLE} train {' '.join(words)} --dry_run"
 
 
-def _word(name: str, value: Any) -> str:
-    return str(value) if name == "mask_values" else shlex.quote(str(value))
+def _words(value: Any) -> str:
+    words = value if isinstance(value, list) else [value]
+    return shlex.join(str(word).lower() if word is True else str(word) for word in words)
 
 
 def picture(
-    splits: Mapping[str, Any], rule: MaskRule | None, counts: Mapping[str, ValueCounts]
+    splits: Mapping[str, Any],
+    rule: MaskRule | None,
+    kind: str,
+    counts: Mapping[str, ValueCounts],
 ) -> Pixels:
     """Samples spread over the splits, each image beside its mask, two in a row."""
     values = sorted(set().union(*(some.values for some in counts.values())))
@@ -211,7 +241,7 @@ def picture(
     numbers[first] += SAMPLES - sum(numbers.values())  # where the others are smaller
     for name, rows in splits.items():
         for index, row in enumerate(sample_rows(rows, numbers[name])):
-            image, mask = decode_image(row["image"], index), decode_mask(row["mask"], index)
+            image, mask = decode_image(row["image"], index), decode_mask(row["mask"], index, kind)
             if rule is not None:
                 labels = rule.labels(mask, image_name(row["mask"], index)).astype(int)
             else:  # the values in their order

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.data.input_files import (
@@ -31,18 +32,20 @@ from kd_trainer.inference import (
     Segmenter,
     classes_at,
     onnx_segmenter,
+    planes_at,
     render,
     soft_map,
+    strongest,
     torch_segmenter,
 )
 from kd_trainer.loading import load_student
 from kd_trainer.parsing import Parser
-from kd_trainer.students import image_size_of
+from kd_trainer.students import has_several_labels, image_size_of
 
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "cutouts": ".png"}
-SOFT, SOFT_SUFFIXES = "soft", (".png", ".npy")  # of a binary model, of several classes
+SOFT = "soft"
 
 
 @dataclass
@@ -53,8 +56,9 @@ class PredictArguments:
     output_dir: str = help_field("runs/predictions", "Gets one folder for each kind of output.")
     outputs: list[str] = help_field(
         ["masks", "overlays"],
-        "What to write: masks (0/255 of a binary model, else class ids), overlays (the image "
-        "with its classes tinted), cutouts (the foreground on nothing).",
+        "What to write: masks (0/255 of a binary model, else class ids; with several labels a "
+        "pixel a .npy of 0 and 1, (K, H, W)), overlays (the image with its classes tinted), "
+        "cutouts (the foreground on nothing).",
     )
     soft: bool = help_field(
         False,
@@ -83,6 +87,11 @@ class PredictArguments:
             check_choice("outputs", output, tuple(OUTPUTS))
         check_folder("output_dir", self.output_dir)
 
+    @property
+    def kinds(self) -> list[str]:
+        """Folders that are written."""
+        return [*self.outputs, *([SOFT] if self.soft else [])]
+
 
 def check_threshold(threshold: float, num_labels: int = 2) -> None:
     """Refuse a probability that is none, and one for a model that has no use for it.
@@ -99,8 +108,42 @@ def check_threshold(threshold: float, num_labels: int = 2) -> None:
         )
 
 
-def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
-    """The model as `args` show images to it (a student on the GPU if there is one), its labels.
+@dataclass(frozen=True)
+class Masks:
+    """What was found in an image.
+
+    Attributes:
+        classes: one of each pixel, uint8 (H, W); of several labels the likeliest, from 1 on.
+        num_labels: of `classes`, with the background.
+        planes: of several labels a pixel, uint8 (K, H, W); None of one.
+        soft: probabilities, as `soft_map` gives them; None where nobody asked.
+    """
+
+    classes: np.ndarray
+    num_labels: int
+    planes: np.ndarray | None = None
+    soft: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model as it is shown images, and what its logits mean."""
+
+    segmenter: Segmenter
+    num_labels: int
+    multi_label: bool = False
+
+    def masks(self, logits: Tensor, args: PredictArguments) -> Masks:
+        """Of an image's logits (K, H, W)."""
+        soft = soft_map(logits, multi_label=self.multi_label) if args.soft else None
+        if not self.multi_label:
+            return Masks(classes_at(logits, args.threshold), self.num_labels, soft=soft)
+        planes = planes_at(logits, args.threshold)
+        return Masks(strongest(logits, planes), self.num_labels + 1, planes, soft)
+
+
+def load_segmenter(args: PredictArguments) -> Loaded:
+    """The model as `args` show images to it, a student on the GPU if there is one.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -109,9 +152,10 @@ def load_segmenter(args: PredictArguments) -> tuple[Segmenter, int]:
     options = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
     if args.model.endswith(".onnx"):
         exported = load_onnx(args.model)
-        return onnx_segmenter(exported, **options), len(exported.class_names)
-    student = load_student(args.model)
-    return torch_segmenter(student, image_size_of(student), **options), len(labels_of(student))
+        return Loaded(onnx_segmenter(exported, **options), len(exported.class_names))
+    student = load_student(args.model, multi_label=True)
+    segmenter = torch_segmenter(student, image_size_of(student), **options)
+    return Loaded(segmenter, len(labels_of(student)), has_several_labels(student))
 
 
 def predict(args: PredictArguments, sources: Sequence[str]) -> float:
@@ -131,21 +175,20 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     _check_targets(args, names)
     images = [path for path in files if not is_video(path)]
     videos = [path for path in files if is_video(path)]
-    segmenter, num_labels = load_segmenter(args)
-    check_threshold(args.threshold, num_labels)
+    model = load_segmenter(args)
+    check_threshold(args.threshold, 2 if model.multi_label else model.num_labels)
     total = len(images) + sum(map(frame_count, videos))
     start, done = time.perf_counter(), len(images)
     cut_off: list[CutOffError] = []
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
         pixels = (np.asarray(read_image(path)) for path in images)
-        segmented = _segmented(segmenter, pixels, args, bar, num_labels=num_labels)
-        for path, made in zip(images, segmented, strict=True):
-            for output, array in made.items():
-                _write(array, folder / output, names[path], output)
+        segmented = _segmented(model, pixels, args, bar)
+        for path, (image, masks) in zip(images, segmented, strict=True):
+            for output in args.kinds:
+                _write(output, image, masks, folder / output / names[path])
         for path in videos:
-            whole = _whole_or_noted(path, cut_off)
-            frames = _segmented(segmenter, whole, args, bar, num_labels=num_labels)
-            done += _write_video(frames, folder, names[path], rate=frame_rate(path))
+            frames = _segmented(model, _whole_or_noted(path, cut_off), args, bar)
+            done += _write_video(frames, args, names[path], rate=frame_rate(path))
     if cut_off:
         others = f" {len(cut_off) - 1} further videos likewise." if len(cut_off) > 1 else ""
         raise ValueError(f"{cut_off[0]}{others} What was found of it is written.")
@@ -162,19 +205,16 @@ def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
     if not any(folder in path.resolve().parents for path in names):
         return
     for path, name in names.items():
-        for output, suffix in _suffixes(args):
-            target = folder / output / (name if is_video(path) else f"{name}{suffix}")
-            if target.exists():
+        for output in args.kinds:
+            suffixes = {OUTPUTS.get(output, ".png")}
+            suffixes |= {".npy"} if output in ("masks", SOFT) else set()
+            files = [name] if is_video(path) else [f"{name}{suffix}" for suffix in suffixes]
+            target = next((t for f in files if (t := folder / output / f).exists()), None)
+            if target is not None:
                 raise ValueError(
                     f"Expected an --output_dir apart from the images, got {args.output_dir}, "
                     f"where {target.relative_to(folder)} would be written over. Name another one."
                 )
-
-
-def _suffixes(args: PredictArguments) -> list[tuple[str, str]]:
-    """Kinds of outputs and what their files may end with."""
-    soft = [(SOFT, suffix) for suffix in SOFT_SUFFIXES] if args.soft else []
-    return [*((output, OUTPUTS[output]) for output in args.outputs), *soft]
 
 
 def _whole_or_noted(path: Path, cut_off: list[CutOffError]) -> Iterator[np.ndarray]:
@@ -186,46 +226,43 @@ def _whole_or_noted(path: Path, cut_off: list[CutOffError]) -> Iterator[np.ndarr
 
 
 def _segmented(
-    segmenter: Segmenter,
-    images: Iterable[np.ndarray],
-    args: PredictArguments,
-    bar: tqdm,
-    *,
-    num_labels: int,
-) -> Iterator[dict[str, np.ndarray]]:
-    """What is written of each image, by its kind; only one batch is in memory at a time."""
+    model: Loaded, images: Iterable[np.ndarray], args: PredictArguments, bar: tqdm
+) -> Iterator[tuple[np.ndarray, Masks]]:
+    """Each image with what was found in it; only one batch is in memory at a time."""
     waiting = iter(images)
     while batch := list(itertools.islice(waiting, args.batch_size)):
-        for image, logits in zip(batch, segmenter.logits(batch), strict=True):
-            mask = classes_at(logits, args.threshold)
-            made = {output: render(output, image, mask, num_labels) for output in args.outputs}
-            yield made | ({SOFT: soft_map(logits)} if args.soft else {})
+        for image, logits in zip(batch, model.segmenter.logits(batch), strict=True):
+            yield image, model.masks(logits, args)
             bar.update()
 
 
 def _write_video(
-    frames: Iterable[dict[str, np.ndarray]], folder: Path, name: str, *, rate: float
+    frames: Iterable[tuple[np.ndarray, Masks]], args: PredictArguments, name: str, *, rate: float
 ) -> int:
     """Write the outputs of a video; returns the number of its frames."""
-    number = 0
+    number, folder = 0, Path(args.output_dir)
     with closing(VideoFile(folder / "overlays" / f"{name}.mp4", rate)) as video:
-        for number, made in enumerate(frames, start=1):
-            for output, array in made.items():
+        for number, (image, masks) in enumerate(frames, start=1):
+            for output in args.kinds:
                 if output == "overlays":
-                    video.add(array)
+                    video.add(render(output, image, masks.classes, masks.num_labels))
                 else:
-                    _write(array, folder / output / name, f"{number:06d}", output)
+                    _write(output, image, masks, folder / output / name / f"{number:06d}")
     return number
 
 
-def _write(array: np.ndarray, folder: Path, name: str, output: str) -> None:
-    suffix = SOFT_SUFFIXES[array.dtype == np.float16] if output == SOFT else OUTPUTS[output]
-    path = folder / f"{name}{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if suffix == ".npy":
-        np.save(path, array)
-    else:
-        Image.fromarray(array).save(path)
+def _write(output: str, image: np.ndarray, masks: Masks, stem: Path) -> None:
+    """One kind of output; `stem` is the place of the file without its suffix."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    array = {"masks": masks.planes, SOFT: masks.soft}.get(output)
+    if array is not None and array.ndim == 3:
+        np.save(f"{stem}.npy", array)
+        return
+    if output == SOFT and array is not None:
+        Image.fromarray(array).save(f"{stem}.png")
+        return
+    rendered = render(output, image, masks.classes, masks.num_labels)
+    Image.fromarray(rendered).save(f"{stem}{OUTPUTS[output]}")
 
 
 def predict_main(arguments: Sequence[str] | None = None) -> None:

@@ -104,7 +104,7 @@ def prepare(
     if args.push_to_hub and first:
         check_access(str(args.hub_model_id), private=args.hub_private_repo is not False)
     parts = build_run(run)
-    if checkpoint is None and not args.no_preflight:
+    if checkpoint is None and not args.no_preflight and not run.data.multi_label:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
     speed_up(parts.student, args)
     trainer = DistillationTrainer(
@@ -127,7 +127,8 @@ def prepare(
             write_bad_samples(run.output, parts.bad_samples)
         if parts.held_out:
             write_held_out(run.output, parts.held_out)
-    if args.teacher_targets == "cached" and parts.teacher is not None:
+    asked = parts.teacher is not None and not parts.teacher.from_samples
+    if args.teacher_targets == "cached" and parts.teacher is not None and asked:
         use_cached_targets(args, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     return parts, trainer, checkpoint
 
@@ -165,10 +166,10 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     Also what they were measured with, which the report shows.
     """
     args, size, teacher = run.training, run.data.input_size, parts.teacher
-    student = load_student(run.output / "student")
+    student = load_student(run.output / "student", multi_label=run.data.multi_label)
     networks: dict[str, nn.Module] = {"student": student}
     files, sizes = {"student": [str(run.output / "student")]}, {"student": size}
-    if teacher is not None:
+    if teacher is not None and not teacher.from_samples:
         networks["teacher"], files["teacher"] = teacher.network, run.model.teachers
         sizes["teacher"] = teacher.image_size or size
     results: dict[str, Any] = {}
@@ -178,7 +179,10 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
         own_size = run.data.eval_size != "input"
         # Of a stream this process has only its share.
         if own_size or isinstance(images, StreamedDataset):
+            targets = images.transform.targets
             images = evaluation_dataset(run.data, batch_size=batch_size)
+            if teacher is not None and teacher.from_samples:
+                images.transform.targets = targets
         evaluation = evaluate_model(
             student,
             images,
@@ -213,7 +217,7 @@ def publish(
     if run.data.on_bad_sample == "skip":
         results["bad_samples"] = write_bad_samples(run.output, parts.bad_samples)
     write_json(run.output / "results.json", results)
-    if args.report:
+    if args.report and not run.data.multi_label:
         shown = ReportArguments(batch_size=args.per_device_eval_batch_size)
         build_report(run.output, shown, loaded=measured, device=args.device)
     if args.push_to_hub:
@@ -247,7 +251,7 @@ def run_train(run: RunArguments) -> dict[str, Any]:
         print("\n" + summary_table(results))
     if results:
         print(f"\nStudent: {run.output / 'student'}")
-        if run.training.report:
+        if (run.output / "report.html").is_file():
             print(f"Report:  {run.output / 'report.html'}")
     return results
 

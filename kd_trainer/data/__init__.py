@@ -7,8 +7,9 @@ from kd_trainer.data.dataset import (
     collate,
 )
 from kd_trainer.data.images import BadSample
-from kd_trainer.data.masks import MaskRule, find_mask_rule
-from kd_trainer.data.pipeline import mask_rule, sample_rows, transforms, usable_splits
+from kd_trainer.data.mask_survey import find_mask_rule
+from kd_trainer.data.masks import MaskRule
+from kd_trainer.data.pipeline import learned, mask_rule, sample_rows, transforms, usable_splits
 from kd_trainer.data.sources import load_splits, source_class_names
 from kd_trainer.data.streaming import StreamedDataset
 
@@ -21,6 +22,7 @@ __all__ = [
     "TransformedDataset",
     "collate",
     "find_mask_rule",
+    "learned",
     "load_splits",
     "mask_rule",
     "sample_rows",

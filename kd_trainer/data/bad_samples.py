@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kd_trainer.data.dataset import check_same_size, one_thread_per_worker
-from kd_trainer.data.images import BadSample, BadSampleError, decode_image, decode_mask, image_name
+from kd_trainer.data.images import BadSample, BadSampleError, decode_image, image_name
+from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data.masks import present_values, show_values
 from kd_trainer.data_arguments import DataArguments
 
@@ -42,32 +43,52 @@ class SampleCheck(NamedTuple):
     reason: str | None = None
 
 
-def readable_values(data: DataArguments) -> frozenset[int]:
+class Readable(NamedTuple):
+    """What some rule for a data set may read.
+
+    Attributes:
+        values: every one that the rule knows; None for all.
+        kind: what they are (`mask_files`).
+    """
+
+    values: frozenset[int] | None
+    kind: str = "values"
+
+
+def readable_values(data: DataArguments) -> Readable:
     """Every mask value that some rule for this data knows."""
-    if data.mask_threshold is not None:
-        return frozenset(range(2**16))
+    kind = data.mask_kind or "values"
+    ignored = {data.ignore_index, *(data.ignore_values or ())}
+    members = data.class_members
+    if data.mask_colors is not None and members is not None:
+        colors = (*members.members, members.ignored)
+        return Readable(frozenset(int(color) for one in colors for color in one), "colors")
+    if data.mask_threshold is not None or members is not None:
+        return Readable(None, kind)  # of merged classes the rule says it later
     if data.mask_values is not None:
-        return frozenset({*data.mask_values, data.ignore_index})
+        return Readable(frozenset({*data.mask_values, *ignored}), kind)
     if data.reduce_labels:
-        return frozenset({*range(data.num_labels + 1), data.ignore_index})
+        return Readable(frozenset({*range(data.num_labels + 1), *ignored}), kind)
     ids = range(data.num_labels) if data.num_labels > 2 else (0, 1, 255)
-    return frozenset({*ids, data.ignore_index})
+    return Readable(frozenset({*ids, *ignored}), kind)
 
 
-def check_sample(row: Mapping[str, Any], index: int, readable: Collection[int]) -> SampleCheck:
+def check_sample(row: Mapping[str, Any], index: int, readable: Readable) -> SampleCheck:
     """Decode a row wholly, as a training does."""
     try:
         shape = decode_image(row["image"], index).shape[:2]
         if row["mask"] is None:
             return SampleCheck()
         name = image_name(row["mask"], index)
-        mask = decode_mask(row["mask"], index)
+        mask = decode_mask(row["mask"], index, readable.kind)
         check_same_size(row, index, mask=mask.shape, image=shape)
         values, bits = present_values(mask), mask.dtype == bool
-        if not bits and not set(values) <= set(readable):
+        if not bits and readable.values is not None and not readable.values.issuperset(values):
+            what = "colors" if readable.kind == "colors" else "values"
             raise BadSampleError(
-                f"Expected mask values among {show_values(readable)}, got {show_values(values)} in "
-                f"{name}. Correct the mask, or name the values with --mask_values."
+                f"Expected mask {what} among {show_values(readable.values, what)}, got "
+                f"{show_values(values, what)} in {name}. Correct the mask, or name the {what} with "
+                f"--mask_{what}."
             )
     except BadSampleError as error:
         return SampleCheck(reason=str(error))
@@ -75,7 +96,7 @@ def check_sample(row: Mapping[str, Any], index: int, readable: Collection[int]) 
 
 
 class _SampleChecks(torch.utils.data.Dataset[SampleCheck]):
-    def __init__(self, rows: Any, readable: Collection[int]) -> None:
+    def __init__(self, rows: Any, readable: Readable) -> None:
         self.rows = rows
         self.readable = readable
 
@@ -84,12 +105,12 @@ class _SampleChecks(torch.utils.data.Dataset[SampleCheck]):
         return check_sample(self.rows[index], index, self.readable)
 
 
-_CHECKED: dict[tuple[str, frozenset[int]], list[SampleCheck]] = {}  # a comparison asks many times
+_CHECKED: dict[tuple[str, Readable], list[SampleCheck]] = {}  # a comparison asks many times
 _PRINTED: set[BadSample] = set()
 
 
 def check_split(
-    rows: Any, readable: frozenset[int], *, name: str, workers: int = 0, shared: bool = False
+    rows: Any, readable: Readable, *, name: str, workers: int = 0, shared: bool = False
 ) -> list[SampleCheck]:
     """Check each row of a `datasets.Dataset`; the second time it is remembered.
 

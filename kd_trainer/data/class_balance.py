@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_trainer.data.images import BadSampleError, decode_mask, image_name
+from kd_trainer.data.images import BadSampleError, image_name
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.pipeline import sample_rows
 
@@ -32,7 +32,7 @@ def class_pixels(
     pixels, masks = np.zeros(256, np.int64), 0
     for index, row in enumerate(sample_rows(rows, MASKS)):
         try:
-            labels = rule.labels(decode_mask(row["mask"], index), image_name(row["mask"], index))
+            labels = rule.labels(rule.decode(row["mask"], index), image_name(row["mask"], index))
         except BadSampleError:
             if not skip_bad:
                 raise

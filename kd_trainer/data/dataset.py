@@ -20,11 +20,11 @@ from kd_trainer.data.images import (
     BadSampleError,
     EncodedImage,
     decode_image,
-    decode_mask,
     image_name,
     read_image_bytes,
 )
 from kd_trainer.data.masks import MaskRule
+from kd_trainer.data.planes import PlaneRule
 from kd_trainer.models.image_processing import PADDING, fitted_size, resize_image, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
 
@@ -86,7 +86,7 @@ class SegmentationTransform:
     def __init__(
         self,
         image_size: AnySize,
-        rule: MaskRule,
+        rule: MaskRule | PlaneRule,
         *,
         resize: str = "stretch",
         augmentation: str,
@@ -112,10 +112,10 @@ class SegmentationTransform:
             index: number of the row in its data set.
 
         Returns:
-            `pixel_values` uint8 (3, H, W) RGB, `labels` uint8 (H, W) with the rule's
-            `ignore_index`, `distil_mask` bool (H, W): True where the labels count, and on a
-            image without a mask on every pixel that is not from outside of it. With `targets`
-            also `teacher_logits` float16 (K, H, W), moved as the mask is.
+            `pixel_values` uint8 (3, H, W) RGB, `labels` uint8 (H, W), or (K, H, W) of a
+            `PlaneRule`, with the rule's `ignore_index`, `distil_mask` bool (H, W): True where the
+            labels count, and on a image without a mask on every pixel that is not from outside of
+            it. With `targets` also `teacher_logits` float16 (K, H, W), moved as the mask is.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
@@ -126,7 +126,8 @@ class SegmentationTransform:
         cell, logits = self._with_targets(row["image"], index)
         image = decode_image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
-        view = self._view(labels.shape, epoch=epoch, index=index)
+        view = self._view(image.shape[:2], epoch=epoch, index=index)
+        size = self.image_size if self.eval_size == "input" else view.size
         pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *view.size)
         mask = view.part(resize_labels(labels, view.size))
         clean = view.part(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
@@ -135,23 +136,24 @@ class SegmentationTransform:
         else:
             # torch converts half precision ten times as fast as numpy.
             maps = torch.from_numpy(logits).float().permute(1, 2, 0).contiguous().numpy()
-            maps = view.part(resized_maps(maps, self.content_size(labels.shape), view.size))
+            maps = view.part(resized_maps(maps, self.content_size(image.shape[:2]), view.size))
             changed, changed_mask, maps = self.augment.with_logits(
                 *clean, maps, epoch=epoch, index=index
             )
-            maps = padded(maps, self.image_size, [0] * maps.shape[-1])
+            maps = padded(maps, size, [0] * maps.shape[-1])
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        if self.eval_size == "input":
-            changed = padded(changed, self.image_size, PADDING)
-            changed_mask = padded(changed_mask, self.image_size, OUTSIDE)
-        inside = changed_mask != OUTSIDE
+        changed = padded(changed, size, PADDING)
+        changed_mask = padded(changed_mask, size, OUTSIDE)
+        inside = changed_mask != OUTSIDE  # (H, W, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
         # On an image with a mask the teacher is followed where the labels count, and no
         # further; on one without, everywhere.
         labelled = row.get("mask") is not None
         followed = ignored != self.rule.ignore_index if labelled else inside
+        if ignored.ndim == 3:
+            ignored, followed = planes(ignored), followed.any(axis=2)
         return {
             "pixel_values": torch.from_numpy(planes(changed)),
             "labels": torch.from_numpy(ignored),
@@ -203,15 +205,20 @@ class SegmentationTransform:
         self, row: Mapping[str, Any], shape: tuple[int, ...], index: int
     ) -> npt.NDArray[np.uint8]:
         cell = row.get("mask")
+        if isinstance(self.rule, PlaneRule):
+            return self.rule.planes(cell, index, shape)
         if cell is None:
             return np.full(shape, self.rule.ignore_index, np.uint8)
-        mask = decode_mask(cell, index)
+        mask = self.rule.decode(cell, index)
         check_same_size(row, index, mask=mask.shape, image=shape)
         return self.rule.labels(mask, image_name(cell, index))
 
 
 def resize_labels(labels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W) at the size of the training; what is thinner than a pixel may go."""
+    """Class ids (H, W), or planes (H, W, K), at the size of the training.
+
+    What is thinner than a pixel may go.
+    """
     resized = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return resized.astype(np.uint8)
 
@@ -265,7 +272,7 @@ def padded(maps: npt.NDArray[Pixel], size: Size, value: Any) -> npt.NDArray[Pixe
 
 
 def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Channels first: (H, W, 3) to (3, H, W), four times as fast as numpy's transposed copy."""
+    """Channels first: (H, W, C) to (C, H, W), four times as fast as numpy's transposed copy."""
     height, width, channels = image.shape
     result = np.empty((channels, height, width), np.uint8)
     cv2.split(image, list(result))
@@ -295,8 +302,8 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples of equal size.
 
     Args:
-        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W), `distil_mask` (H, W), and the
-            `teacher_logits` (K, H, W) where they are cached.
+        samples: dicts of `pixel_values` (3, H, W), `labels` (H, W) or (K, H, W), `distil_mask`
+            (H, W), and the `teacher_logits` (K, H, W) where they are cached.
 
     Returns:
         The same names with a leading batch axis; bytes stay bytes, the trainer normalises them.

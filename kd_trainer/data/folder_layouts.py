@@ -13,22 +13,19 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.data.listing import IMAGE_SUFFIXES, MASK_SUFFIXES, list_images
+from kd_trainer.data.listing import IMAGE_SUFFIXES, list_images, list_masks
 from kd_trainer.data.pairing import (
     IMAGE_WORDS,
     MASK_WORDS,
     Pair,
     divide_files,
-    example,
     pair_files,
-    stem_of,
 )
 
 MOST_ENTRIES = 5_000_000
@@ -351,16 +348,8 @@ def _both_in_one(
 
 def _described(images: Folder, masks: Folder) -> str:
     if images is masks:
-        files = divide_files(list_images(images.path))
-        return (
-            f"images and masks in {images.pattern}, as {files[0][0].name} with {files[1][0].name}"
-        )
-    naming = ""
-    with suppress(ValueError):  # what does not pair is said when it is loaded
-        pairs = pairs_in(images.path, masks.path)
-        if stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
-            naming = f", as {example(pairs)}"
-    return f"images in {images.pattern}, masks in {masks.pattern}{naming}"
+        return f"images and masks in {images.pattern}"
+    return f"images in {images.pattern}, masks in {masks.pattern}"
 
 
 def _raise(fault: ValueError) -> list[Pair]:
@@ -384,8 +373,8 @@ def pairs_in(image_folder: Path, mask_folder: Path) -> list[Pair]:
     images = list_images(image_folder)
     if image_folder == mask_folder:
         images, masks = divide_files(images)
-    else:  # JPEG changes values, so such files are masks where there are no others
-        masks = list_images(mask_folder, MASK_SUFFIXES) or list_images(mask_folder)
+    else:
+        masks = list_masks(mask_folder)
     if not images:
         raise ValueError(
             f"Expected images in {image_folder}, got an empty split. Files directly in that folder "

@@ -165,10 +165,10 @@ def decode_image(cell: EncodedImage, index: int) -> npt.NDArray[np.uint8]:
     """
     name = image_name(cell, index)
     data = read_image_bytes(cell, name)
-    header = _open(data, name)
-    if header.mode.startswith(("I", "F")) or _bits_of(header) > 8:
+    header = open_image(data, name)
+    if header.mode.startswith(("I", "F")) or bits_of(header) > 8:
         raise BadSampleError(
-            f"Expected an image of 8 bits a channel, got {_mode_of(header)} in {name}. Scale "
+            f"Expected an image of 8 bits a channel, got {mode_of(header)} in {name}. Scale "
             "its values to 0..255 first, by the range that they really have."
         )
     opaque = header.mode in _OPAQUE and "transparency" not in header.info
@@ -178,10 +178,10 @@ def decode_image(cell: EncodedImage, index: int) -> npt.NDArray[np.uint8]:
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
             if image is not None and sorted(image.shape[:2]) == sorted(header.size):
                 return np.asarray(image, np.uint8)
-    return _by_strips(_load(header, name), lambda strip: _on_white(strip, name))
+    return by_strips(load_image(header, name), lambda strip: _on_white(strip, name))
 
 
-def _by_strips(
+def by_strips(
     image: Image.Image, convert: Callable[[Image.Image], npt.NDArray[Any]]
 ) -> npt.NDArray[Any]:
     """A new array of what `convert` makes of an image, of a large one strip by strip.
@@ -212,66 +212,6 @@ def _on_white(image: Image.Image, name: str) -> npt.NDArray[np.uint8]:
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def decode_mask(cell: EncodedImage, index: int) -> npt.NDArray[Any]:
-    """Decode a mask to the values its file holds, before any viewer scales or colours them.
-
-    Args:
-        cell: `bytes` and `path` of the file.
-        index: number of the row, for messages.
-
-    Returns:
-        (H, W): bool for a 1-bit file, palette indices of a palette file, else uint8 or uint16.
-
-    Raises:
-        BadSampleError: if the file is unreadable or its colour channels differ; names the file.
-    """
-    name = image_name(cell, index)
-    data = read_image_bytes(cell, name)
-    image = _open(data, name)
-    scale = _GREY_SCALES.get(_raw_mode(image), 1)
-    if _bits_of(image) > 8 and not image.mode.startswith(("I", "F")):
-        raise _no_mask(_mode_of(image), name)
-    values = _by_strips(_load(image, name), lambda strip: _values(strip, name))
-    return values if scale == 1 else values // scale
-
-
-def _values(image: Image.Image, name: str) -> npt.NDArray[Any]:
-    values = np.asarray(image)
-    if image.mode in ("1", "P") or (values.dtype == np.uint8 and values.ndim == 2):
-        return values
-    if image.mode in ("LA", "RGB", "RGBA"):
-        return _one_channel(values, image.mode, name)
-    if values.dtype.kind not in "iu" or values.ndim != 2:
-        raise _no_mask(f"mode {image.mode}", name)
-    if values.min(initial=0) < 0 or values.max(initial=0) > np.iinfo(np.uint16).max:
-        raise BadSampleError(
-            f"Expected mask values 0..65535, got {values.min()}..{values.max()} in {name}."
-        )
-    return values.astype(np.uint16)
-
-
-def _one_channel(values: npt.NDArray[Any], mode: str, name: str) -> npt.NDArray[Any]:
-    colours = values[..., : {"LA": 1, "RGB": 3, "RGBA": 3}[mode]]
-    if mode.endswith("A") and (values[..., -1] != 255).any():
-        raise BadSampleError(
-            f"Expected a mask without transparency, got {mode} with an alpha channel in {name}. "
-            "Store the class ids in one channel."
-        )
-    if (colours != colours[..., :1]).any():
-        raise BadSampleError(
-            f"Expected a mask with one channel (or equal ones), got different colours in {name}. "
-            "Store class ids, or a palette PNG, instead of a coloured image."
-        )
-    return np.ascontiguousarray(colours[..., 0])
-
-
-def _no_mask(content: str, name: str) -> BadSampleError:
-    return BadSampleError(
-        f"Expected a mask with one channel of whole numbers, got {content} in {name}. Store class "
-        "ids in a PNG with one channel of 8 or 16 bits."
-    )
-
-
 def image_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
     """Height and width of an image as it is decoded, from the head of the file.
 
@@ -279,7 +219,7 @@ def image_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
         BadSampleError: if the file is no image; names it.
     """
     name = image_name(cell, index)
-    image = _open(read_image_bytes(cell, name), name)
+    image = open_image(read_image_bytes(cell, name), name)
     try:
         exif = image.getexif()  # which decodes the whole of a PNG
     except Exception as error:
@@ -289,7 +229,7 @@ def image_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _open(data: bytes, name: str) -> Image.Image:
+def open_image(data: bytes, name: str) -> Image.Image:
     """Read the head of a file; nothing is decoded."""
     # PIL's readers raise whatever they stumble over in a broken file: struct.error, KeyError, ...
     try:
@@ -302,7 +242,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def _load(image: Image.Image, name: str) -> Image.Image:
+def load_image(image: Image.Image, name: str) -> Image.Image:
     """Decode an open image and turn it as its EXIF orientation says."""
     try:
         image.load()
@@ -335,8 +275,6 @@ MAX_SCANS = 32
 _OF_SEVERAL_PARTS = "MPO"
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
 _START_OF_SCAN, _END = 0xDA, 0xD9
-# PIL stretches grey levels of 2 and 4 bits to 0..255, each by this factor.
-_GREY_SCALES = {"L;2": 85, "L;4": 17}
 _BANDS = {2: 3, 5: 4, 6: 3, 8: 3}  # of the colours of a TIFF, by its photometric tag; else 1
 _ALPHA = ((1,), (2,))  # the further band multiplied in, or not
 
@@ -367,17 +305,17 @@ def _too_large(size: str, name: str) -> BadSampleError:
     )
 
 
-def _bits_of(image: Image.Image) -> int:
+def bits_of(image: Image.Image) -> int:
     """Bits of a channel as they are stored; 8 for all but some kinds of TIFF and PNG."""
     if image.format == "TIFF":
         bits = _tags(image).get(Tiff.BITSPERSAMPLE, (1,))
         return max(int(number) for number in bits)
-    return 16 if ";16" in _raw_mode(image) else 8
+    return 16 if ";16" in raw_mode(image) else 8
 
 
-def _mode_of(image: Image.Image) -> str:
+def mode_of(image: Image.Image) -> str:
     """How the values are stored, for a message."""
-    bits = _bits_of(image)
+    bits = bits_of(image)
     named = image.mode.startswith(("I", "F"))
     return f"mode {image.mode}" if named else f"mode {image.mode} of {bits} bits"
 
@@ -386,7 +324,7 @@ def _tags(image: Image.Image) -> Any:
     return getattr(image, "tag_v2", {})
 
 
-def _raw_mode(image: Image.Image) -> str:
+def raw_mode(image: Image.Image) -> str:
     """The layout of the stored values in PIL's words, before they are loaded."""
     tiles = getattr(image, "tile", None)
     args = tiles[0].args if tiles else ""

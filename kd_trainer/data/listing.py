@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 from urllib.parse import unquote
@@ -143,9 +143,9 @@ FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "mask": datasets.Image(decode=False)}
 )
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
-# JPEG is lossy: its masks hold values that nobody wrote.
 LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg"})
-MASK_SUFFIXES = IMAGE_SUFFIXES - LOSSY_SUFFIXES
+"""JPEG changes values: of masks such a file is read where there is nothing better."""
+MASK_SUFFIXES = (IMAGE_SUFFIXES - LOSSY_SUFFIXES) | {".npy"}
 _MAX_SHARDS = 64
 _MIN_SHARD_ROWS = 64
 _SAMPLE = 200  # images without masks whose first bytes are read before a run
@@ -171,11 +171,15 @@ _SPLITS = (
     ("train", "training", "train2017", "train2014"),
     ("validation", "val", "valid", "val2017", "val2014", "dev", "test", "testing"),
 )
-"""What splits are called, the usual name first; `test` is measured on where nothing else is."""
+"""Names of splits, the usual one first; `test` is measured on only where nothing else is."""
 
 
-def split_names(split: str) -> tuple[str, ...]:
+def split_names(split: str, others: Collection[str] = ()) -> tuple[str, ...]:
     """What a split may be called in a data set, itself first.
+
+    Args:
+        split: its name.
+        others: names of further splits, which are never meant.
 
     >>> split_names("validation")[:4]
     ('validation', 'val', 'valid', 'val2017')
@@ -184,10 +188,10 @@ def split_names(split: str) -> tuple[str, ...]:
     >>> split_names("fold3")
     ('fold3',)
     """
-    if split in ("test", "testing"):  # whoever asks for it wants no other
-        return split, "testing" if split == "test" else "test"
-    names = next((names for names in _SPLITS if split in names), ())
-    return split, *(name for name in names if name != split)
+    family: tuple[str, ...] = next((names for names in _SPLITS if split in names), ())
+    if split.startswith("test"):  # whoever asks for it wants no other
+        family = tuple(name for name in family if name.startswith("test"))
+    return split, *(name for name in family if name != split and name not in others)
 
 
 class MissingSplitError(FileNotFoundError, ValueError):
@@ -233,6 +237,14 @@ def list_images(folder: Path, suffixes: Iterable[str] = IMAGE_SUFFIXES) -> list[
                 f"{folder}. Rename the file."
             )
     return [folder / name for name in names]
+
+
+def list_masks(folder: Path) -> list[Path]:
+    """The mask files directly in `folder`, sorted by name; a JPEG only if its name has no other."""
+    lossless = list_images(folder, MASK_SUFFIXES)
+    stems = {file.stem for file in lossless}
+    lossy = [file for file in list_images(folder, LOSSY_SUFFIXES) if file.stem not in stems]
+    return sorted([*lossless, *lossy], key=lambda file: file.name) if lossy else lossless
 
 
 def show_names(names: Sequence[str]) -> str:

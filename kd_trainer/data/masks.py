@@ -1,24 +1,13 @@
-"""From the values in mask files to classes, by one rule for the whole data set.
+"""From the numbers in mask files to classes, by one rule for the whole data set.
 
-With `--mask_values` the i-th value is class i. Without it the rule is found in a sample of masks:
-
-- more than two labels: the values are the class ids 0..num_labels-1;
-- binary, values 0 and 1 only: these are background and foreground;
-- binary, values 0 and 255 only: 255 is the **foreground**, also where `ignore_index` is 255;
-- binary, 0, 1 and 255, with 1 and 255 together in at least one mask: 255 is `ignore_index`. If no
-  mask has both, files of both kinds may be mixed: an error asks for `--mask_values`;
-- with `--mask_threshold` (a binary task) values from the threshold on are foreground, all below
-  are background: for soft edges and for values that differ from file to file;
-- 1-bit files say which pixels are foreground without a number, so they fit each rule.
-
-`ignore_index` is honoured in each case but the third. What the sample did not show and the rule
-cannot read is an error when it comes, never a guess.
+With `--mask_values` the i-th value is class i, with `--mask_colors` the i-th colour; without them
+`mask_survey` finds the rule. What the rule cannot read is an error when it comes, never a guess.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -26,29 +15,42 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from kd_trainer.data.images import BadSampleError, EncodedImage, decode_mask, image_name
+from kd_trainer.data.images import BadSampleError, EncodedImage
+from kd_trainer.data.mask_files import decode_mask
+from kd_trainer.mask_flags import REST, ClassMembers, show_color
 
-_VALUES = 2**16
+_VALUES, _COLORS = 2**16, 2**24
 _UNKNOWN = -1
-_MOST_CLASSES_A_VALUE, _MOST_CLASSES = 3, 240
-_FEW = 20  # values that somebody would name one by one
 
 
-def present_values(mask: npt.NDArray[Any]) -> tuple[int, ...]:
-    """The distinct values of a mask (H, W), bool, uint8 or uint16, rising."""
+def value_counts(mask: npt.NDArray[Any]) -> dict[int, int]:
+    """Pixels of each value of a mask (H, W), bool, uint8, uint16 or uint32, values rising."""
     mask = mask.astype(np.uint8) if mask.dtype == np.bool_ else mask
     if mask.dtype == np.uint8:  # a histogram: 20 times faster than sorting
         counts = cv2.calcHist([mask], [0], None, [256], [0, 256]).ravel()
+    elif mask.dtype == np.uint32:  # colours come in runs, of which there are few to sort
+        flat = mask.ravel()
+        starts = np.flatnonzero(np.r_[True, flat[1:] != flat[:-1]])
+        values, owners = np.unique(flat[starts], return_inverse=True)
+        lengths = np.diff(np.r_[starts, flat.size])
+        pixels = np.bincount(owners, lengths)
+        return {int(v): int(n) for v, n in zip(values, pixels, strict=True)}
     else:
         counts = np.bincount(mask.ravel())
-    return tuple(int(v) for v in np.flatnonzero(counts))
+    return {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
 
 
-def show_values(values: Iterable[int]) -> str:
-    """At most ten values as text."""
+def present_values(mask: npt.NDArray[Any]) -> tuple[int, ...]:
+    """The distinct values of a mask (H, W), bool, uint8, uint16 or uint32, rising."""
+    return tuple(value_counts(mask))
+
+
+def show_values(values: Iterable[int], kind: str = "values") -> str:
+    """At most ten values, or colours, as text."""
     values = sorted(values)
-    head = ", ".join(str(v) for v in values[:10])
-    return head if len(values) <= 10 else f"{head} ... ({len(values)} values)"
+    shown = [show_color(v) if kind == "colors" else str(v) for v in values[:10]]
+    head = (" " if kind == "colors" else ", ").join(shown)
+    return head if len(values) <= 10 else f"{head} ... ({len(values)} {kind})"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class MaskRule:
         also_ignored: further values, in files alone, of pixels that count nowhere.
         threshold: the lowest value of the foreground; `values` are then those of the labels, and
             255 is foreground even where it is `ignore_index`.
+        kind: what the numbers of the files are (`mask_files`); `ignore_index` is no colour.
+        merged: further (value, class).
+        rest: the class of all other values.
+        note: one line on what was understood, where somebody could want it otherwise.
 
     Raises:
         ValueError: if values repeat, or labels and `ignore_index` do not fit into a byte.
@@ -74,14 +80,22 @@ class MaskRule:
     ignore_alone: bool = True
     also_ignored: tuple[int, ...] = ()
     threshold: int | None = None
+    kind: str = "values"
+    merged: tuple[tuple[int, int], ...] = ()
+    rest: int | None = None
+    note: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if len(set(self.values)) != len(self.values) or not all(
-            0 <= v < _VALUES for v in self.values
-        ):
+        most = _COLORS if self.kind == "colors" else _VALUES
+        if len(set(self.values)) != len(self.values) or not all(0 <= v < most for v in self.values):
             raise ValueError(
                 "Expected different --mask_values between 0 and 65535, got "
                 f"{' '.join(map(str, self.values))}."
+            )
+        if twice := {*self.also_ignored} & {*self.values, *(v for v, _ in self.merged)}:
+            raise ValueError(
+                f"Expected values that are either a class or ignored, got {show_values(twice)} as "
+                "both. Leave them out of --ignore_values, or of the classes."
             )
         if not len(self.values) <= self.ignore_index <= 255:
             raise ValueError(
@@ -98,32 +112,42 @@ class MaskRule:
 
     @cached_property
     def _table(self) -> npt.NDArray[np.int16]:
+        ignored = [*self.also_ignored]
+        if self.kind != "colors" and not (self.threshold is not None and self.ignore_index == 255):
+            ignored.append(self.ignore_index)
         if self.threshold is not None:
             table = (np.arange(_VALUES) >= self.threshold).astype(np.int16)
-            if self.ignore_index != 255:
-                table[self.ignore_index] = self.ignore_index
+            table[ignored] = self.ignore_index
             return table
-        table = np.full(_VALUES, _UNKNOWN, np.int16)
-        table[[self.ignore_index, *self.also_ignored]] = self.ignore_index
+        others = _UNKNOWN if self.rest is None else self.rest
+        table = np.full(_COLORS if self.kind == "colors" else _VALUES, others, np.int16)
+        table[ignored] = self.ignore_index
         table[list(self.values)] = np.arange(self.num_labels)
+        for value, label in self.merged:
+            table[value] = label
         return table
 
     @cached_property
     def _bytes(self) -> npt.NDArray[np.uint8]:
-        return self._table.astype(np.uint8)
+        return self._table[:_VALUES].astype(np.uint8)
 
     @cached_property
     def _doubtful(self) -> npt.NDArray[np.uint8]:
         """1 for the bytes that call for `check`, which takes four times as long as a table."""
         doubtful = (self._table[:256] == _UNKNOWN).astype(np.uint8)
         doubtful[self.ignore_index] |= not self.ignore_alone
+        doubtful[1] |= (self.threshold or 0) > 1
         return doubtful
+
+    def decode(self, cell: EncodedImage, index: int) -> npt.NDArray[Any]:
+        """The numbers (H, W) of a mask file, as `labels` takes them; see `read_mask`."""
+        return decode_mask(cell, index, self.kind)
 
     def labels(self, mask: npt.NDArray[Any], name: str) -> npt.NDArray[np.uint8]:
         """Translate a mask.
 
         Args:
-            mask: values of the file, (H, W); bool for a 1-bit file.
+            mask: numbers of the file, (H, W), as `decode` gives them; bool for a 1-bit file.
             name: what to call the file in a message.
 
         Returns:
@@ -132,6 +156,11 @@ class MaskRule:
         Raises:
             BadSampleError: if the mask holds a value that the rule does not know.
         """
+        if mask.dtype == np.uint32:
+            classes = self._table[mask]
+            if (classes == _UNKNOWN).any():
+                self.check(present_values(mask), name)
+            return classes.astype(np.uint8)
         bits = mask.dtype == np.bool_
         if mask.dtype != np.uint8 or cv2.countNonZero(cv2.LUT(mask, self._doubtful)):
             self.check(present_values(mask), name, bits=bits)
@@ -167,7 +196,12 @@ class MaskRule:
                 f"none, in {name}. Store class ids, or use --num_labels 2."
             )
         if any(self._table[v] == _UNKNOWN for v in values):
-            raise _unknown_values(self, values, name)
+            raise self.unknown(values, name)
+        if (self.threshold or 0) > 1 and 1 in values and {*values} <= {0, 1}:
+            raise BadSampleError(
+                f"Expected grey levels on both sides of --mask_threshold {self.threshold}, got 0 "
+                f"and 1 in {name}, which are both below. Store all masks alike."
+            )
         ignored = self.ignore_index in values and self.ignore_index not in self.values
         if ignored and not self.ignore_alone and self.values[1] not in values:
             raise BadSampleError(
@@ -177,136 +211,51 @@ class MaskRule:
                 f"{self.ignore_index} (foreground), and do not mix both kinds."
             )
 
+    def unknown(self, values: Iterable[int], where: str) -> BadSampleError:
+        """The error for values that the rule does not know."""
+        known = [*self.values, *(value for value, _ in self.merged)]
+        if self.kind == "colors":
+            others = sorted(v for v in values if self._table[v] == _UNKNOWN)
+            return BadSampleError(
+                f"Expected the colours {show_values(known, 'colors')}, got also "
+                f"{show_values(others, 'colors')} in {where}. Name the colours of each class with "
+                "--mask_colors, ignore=... for what counts nowhere."
+            )
+        return BadSampleError(
+            f"Expected the mask values {show_values(known)} (classes 0..{self.num_labels - 1}) "
+            f"or {self.ignore_index} (ignored), got {show_values(values)} in {where}. Name the "
+            "value of each class in order with --mask_values, or set --num_labels."
+        )
 
-def _unknown_values(rule: MaskRule, values: Iterable[int], where: str) -> BadSampleError:
-    return BadSampleError(
-        f"Expected the mask values {show_values(rule.values)} (classes 0..{rule.num_labels - 1}) "
-        f"or {rule.ignore_index} (ignored), got {show_values(values)} in {where}. Name the value "
-        "of each class in order with --mask_values, or set --num_labels."
-    )
 
-
-def find_mask_rule(
-    masks: Iterable[EncodedImage | None],
-    *,
-    num_labels: int,
-    ignore_index: int,
-    every_class: bool = True,
-    class_ids: bool = False,
+def merged_rule(
+    members: ClassMembers, ignored: tuple[int, ...], options: dict[str, Any]
 ) -> MaskRule:
-    """Find the rule of a data set in some of its masks (see the module's text).
+    """The rule of `--merge_classes`, whose names are numbers by now.
 
     Args:
-        masks: cells of the column `mask`; None is skipped.
-        num_labels: classes with the background.
-        ignore_index: value of pixels that count nowhere.
-        every_class: doubt `num_labels` where the masks hold no foreground, or of several classes
-            only the first.
-        class_ids: the values are certainly class ids and `ignore_index`, as in masks drawn from
-            COCO annotations.
-
-    Returns:
-        The rule; it reads every one of the masks.
+        members: of each class.
+        ignored: further values that count nowhere.
+        options: further arguments of the rule.
 
     Raises:
-        ValueError: if the values fit no rule, or fit two.
+        ValueError: if a member is a name.
     """
-    seen: dict[int, str] = {}
-    together = bits = count = 0
-    for index, cell in enumerate(masks):
-        if cell is None:
-            continue
-        count += 1
-        mask = decode_mask(cell, index)
-        values = present_values(mask)
-        if mask.dtype == np.bool_:
-            bits += 1 in values
-            continue
-        together += {1, ignore_index} <= set(values)
-        seen |= {v: seen.get(v, image_name(cell, index)) for v in values}
-    if not count:
-        raise ValueError("Expected masks to learn from, got none in the splits. Check --dataset.")
-    if num_labels > 2:
-        rule = MaskRule(tuple(range(num_labels)), ignore_index)
-        if unknown := set(seen) - {*rule.values, ignore_index}:
-            raise _unknown_values(rule, seen, f"the masks (first in {seen[min(unknown)]})")
-        # The first classes alone are no fault of the images that a model is measured on, nor where
-        # categories say how many there are; masks that mark everything as ignored are one.
-        if (
-            (every_class and not (class_ids and 1 in seen))
-            or bits
-            or set(seen) - {0} == {ignore_index}
-        ):
-            _check_several(seen, bits, num_labels, ignore_index)
-        return rule
-    if class_ids and (1 in seen or not every_class):
-        return MaskRule((0, 1), ignore_index)
-    if class_ids:
-        seen = {0: "all"}
-    if not every_class and not bits and not set(seen) - {0}:
-        return MaskRule((0, 1), ignore_index, ignore_alone=False)
-    return _binary_rule(seen, bits, together, ignore_index)
-
-
-def _check_several(seen: dict[int, str], bits: int, num_labels: int, ignore_index: int) -> None:
-    if bits or not set(seen) - {0, 1, ignore_index}:
-        content = "1-bit masks" if bits else f"only the values {show_values(seen)} in the masks"
+    everything = [member for one in (*members.members, members.ignored) for member in one]
+    if words := [m for m in everything if isinstance(m, str) and m != REST]:
         raise ValueError(
-            f"Expected class ids 0..{num_labels - 1} in the masks, got {content}. Set --num_labels "
-            "2, or name the value of each class with --mask_values."
+            f"Expected values in --merge_classes, got {words[0]!r}: the data has no names of "
+            "classes. Name the values in the mask files."
         )
-
-
-def _binary_rule(seen: dict[int, str], bits: int, together: int, ignore_index: int) -> MaskRule:
-    foreground = set(seen) - {0}
-    if ignore_index != 255:
-        foreground -= {ignore_index}
-    if other := foreground - {1, 255}:
-        raise ValueError(
-            f"Expected masks of 0 and 1 or of 0 and 255, got the values {show_values(seen)} (first "
-            f"in {seen[min(other)]}). {_binary_cure({*foreground, 0} & {*seen})}"
-        )
-    if not foreground and not bits:
-        raise ValueError(
-            f"Expected foreground in the masks, got only {show_values(seen)} in all that were "
-            "looked at. Check the masks, or name both values with --mask_values."
-        )
-    if foreground == {255}:
-        if 0 not in seen:
-            raise _two_readings(seen)
-        return MaskRule((0, 255), ignore_index)
-    if foreground == {1, 255} and (ignore_index != 255 or not together):
-        raise _two_readings(seen)
-    return MaskRule((0, 1), ignore_index, ignore_alone=255 in foreground or ignore_index != 255)
-
-
-def _binary_cure(values: Collection[int]) -> str:
-    """What makes classes of these values: never a number of classes far above theirs."""
-    low, high = min(values), max(values)
-    cures = []
-    if len(values) == 2:
-        cures.append(f"name background and foreground with --mask_values {low} {high}")
-    ids = {*values} - {255}
-    # A few more classes than the sample has shown; near 255 they are shades of an edge.
-    if max(ids) < min(_MOST_CLASSES_A_VALUE * len(ids), _MOST_CLASSES):
-        cures.append(f"if these are class ids, set --num_labels {max(ids) + 1}")
-        if len(values) > 2:
-            cures.insert(0, "name background and foreground with --mask_values")
-    else:
-        if len(values) > 2 and len(ids) <= _FEW and max(ids) < _MOST_CLASSES:
-            listed = " ".join(str(value) for value in sorted(ids))
-            cures.append(
-                f"if these are class ids, set --num_labels {len(ids)} --mask_values {listed}"
-            )
-        threshold = f"--mask_threshold {(low + high + 1) // 2}"
-        cures.append(f"take the values from a threshold on as foreground with {threshold}")
-    text = ", or ".join(cures)
-    return text[0].upper() + text[1:] + "."
-
-
-def _two_readings(seen: dict[int, str]) -> ValueError:
-    return ValueError(
-        f"Expected masks of one kind, got the values {show_values(seen)} with 255 (first in "
-        f"{seen[255]}) where it may be foreground or ignored. Say which with --mask_values 0 1 "
-        "(ignored) or --mask_values 0 255 (foreground)."
+    rest = next((i for i, one in enumerate(members.members) if REST in one), None)
+    rest = options["ignore_index"] if REST in members.ignored else rest
+    numbers = [[m for m in one if isinstance(m, int)] for one in members.members]
+    unnamed = next(value for value in range(_VALUES) if value not in everything)
+    firsts = tuple(one[0] if one else unnamed for one in numbers)  # only one class is the rest
+    return MaskRule(
+        firsts,
+        also_ignored=(*ignored, *(m for m in members.ignored if isinstance(m, int))),
+        merged=tuple((value, i) for i, one in enumerate(numbers) for value in one[1:]),
+        rest=rest,
+        **options,
     )

@@ -94,10 +94,11 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path], mask_folder: Path)
     return [(image, by_mask[key]) for key, image in by_image.items()]
 
 
-def example(pairs: Sequence[Pair]) -> str:
-    """What the first image and its mask are called."""
-    image, mask = pairs[0]
-    return f"{image.name} with {mask.name}"
+def example(image: Path, mask: Path) -> str:
+    """What an image and its mask are called; nothing if that is the same, in two folders."""
+    if stem_of(image) == stem_of(mask) and image.parent != mask.parent:
+        return ""
+    return f"as {image.name} with {mask.name}"
 
 
 def find_naming(images: Sequence[str], masks: Sequence[str]) -> tuple[Key, Key]:

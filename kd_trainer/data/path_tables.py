@@ -73,7 +73,8 @@ def read_csv_files(path: Path, data: DataArguments) -> Layout | None:
         if split_in(path.stem) is None:
             return _layout("csv", data, _divided(table))
     folder = path if path.is_dir() else path.parent
-    files = sorted(f for end in TABLE_SUFFIXES for f in folder.glob(f"[!.]*{end}"))
+    listed = (f for end in TABLE_SUFFIXES for f in folder.glob(f"[!.]*{end}"))
+    files = sorted(file for file in listed if file.is_file())
     if path.is_file():
         files = [f for f in files if _other_words(f) == _other_words(path)]
     tables: dict[str, Table] = {}
@@ -128,8 +129,9 @@ def _divided(table: Table) -> dict[str, Table]:
 
     def split_of(row: Row) -> str | None:
         if column is not None:
-            return row[column].strip() or "train"
-        return split_in(PurePosixPath(row[table.image]).parts[0]) if row[table.image] else None
+            return row.get(column, "").strip() or "train"
+        folders = PurePosixPath(row.get(table.image, "")).parts[:-1]
+        return split_in(folders[0]) if folders else None
 
     splits = [split_of(row) for row in table.rows]
     if None in splits:
@@ -208,12 +210,12 @@ def read_rows(path: Path, *, head: bool = False) -> list[dict[str, str]]:
     else:
         cells = cells[1:]
     wrong = next((number for number, row in enumerate(cells, 1) if len(row) != len(columns)), None)
-    if wrong is not None:
+    if wrong is not None and not head:  # what is no table of paths may be of any form
         raise ValueError(
             f"Expected {len(columns)} cells in each row of {path}, got "
             f"{len(cells[wrong - 1])} in row {wrong}. Mend the row."
         )
-    return [dict(zip(columns, map(str.strip, row), strict=True)) for row in cells]
+    return [dict(zip(columns, map(str.strip, row), strict=not head)) for row in cells]
 
 
 def _lines(path: Path, *, head: bool) -> list[str]:

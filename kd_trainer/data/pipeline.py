@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,10 +19,15 @@ from kd_trainer.data.bad_samples import (
     readable_values,
 )
 from kd_trainer.data.dataset import SegmentationTransform, check_same_size
-from kd_trainer.data.images import BadSample, BadSampleError, decode_mask, image_name, image_shape
-from kd_trainer.data.masks import MaskRule, find_mask_rule, present_values
+from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_shape
+from kd_trainer.data.mask_colors import color_flags, named_color_rule
+from kd_trainer.data.mask_files import mask_shape
+from kd_trainer.data.mask_survey import find_mask_rule
+from kd_trainer.data.masks import MaskRule, merged_rule, present_values
+from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.sources import is_coco, source_layout
 from kd_trainer.data_arguments import DataArguments
+from kd_trainer.mask_flags import color_members, merged_members
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
@@ -45,29 +52,19 @@ def mask_rule(
     """
     rows = [row for split in splits.values() for row in sample_rows(split)]
     if data.on_bad_sample == "skip" and data.streaming:  # others have lost their bad rows already
+        data = _learned_despite_bad(rows, data, every_class=every_class)
         readable = readable_values(data)
         rows = [row for i, row in enumerate(rows) if check_sample(row, i, readable).reason is None]
     for index, row in enumerate(rows):  # the heads of the files are enough
-        mask, image = (image_shape(row[column], index) for column in ("mask", "image"))
-        check_same_size(row, index, mask=mask, image=image)
+        image = image_shape(row["image"], index)
+        check_same_size(row, index, mask=mask_shape(row["mask"], index), image=image)
     masks = [row["mask"] for row in rows]
-    if data.mask_threshold is not None:
-        rule = MaskRule((0, 1), data.ignore_index, threshold=data.mask_threshold)
-    elif (rule_of_layout := _rule_of_layout(data)) is not None:
-        rule = rule_of_layout
-    elif data.mask_values is None and not data.reduce_labels:
-        return find_mask_rule(
-            masks,
-            num_labels=data.num_labels,
-            ignore_index=data.ignore_index,
-            every_class=every_class,
-            class_ids=is_coco(data),
-        )
-    else:
-        rule = _named_rule(data)
+    rule = _named_rule(data)
+    if rule is None:
+        return _find_rule(masks, data, every_class=every_class)
     classes: set[int] = set()
     for index, cell in enumerate(masks):
-        labels = rule.labels(decode_mask(cell, index), image_name(cell, index))
+        labels = rule.labels(rule.decode(cell, index), image_name(cell, index))
         classes |= set(present_values(labels))
     if data.mask_threshold is None:
         _check_counted(classes, data, len(masks))
@@ -81,18 +78,64 @@ def mask_rule(
     return rule
 
 
-def _rule_of_layout(data: DataArguments) -> MaskRule | None:
-    """The rule of a data set whose layout says which value is which class; None if it does not."""
-    if data.mask_values is not None or data.reduce_labels or data.dataset == "synthetic":
-        return None
-    layout = source_layout(data)
-    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
-        return None
-    return MaskRule(layout.mask_values, data.ignore_index, also_ignored=layout.ignored_values)
+def learned(rule: MaskRule, data: DataArguments) -> DataArguments:
+    """The settings with a rule that was found, where it is not one of those without a name.
+
+    With them the rule is the same for other masks of the data set, and in a run that goes on.
+    """
+    if not rule.note or _named_rule(data) is not None:
+        return data
+    settings: dict[str, Any] = {} if rule.kind == "values" else {"mask_kind": rule.kind}
+    if rule.kind == "colors":
+        settings["mask_colors"] = color_flags(rule)
+    elif rule.threshold is not None:
+        settings["mask_threshold"] = rule.threshold
+    else:
+        settings["mask_values"] = list(rule.values)
+        if rule.values[0] and data.num_labels > 2 and data.class_names is None:
+            settings["class_names"] = [f"class_{value}" for value in rule.values]
+    return replace(data, **settings)
 
 
-def _named_rule(data: DataArguments) -> MaskRule:
-    """The rule of `--mask_values` or `--reduce_labels`."""
+def _find_rule(
+    masks: Sequence[Any], data: DataArguments, *, every_class: bool, skip_bad: bool = False
+) -> MaskRule:
+    return find_mask_rule(
+        masks,
+        num_labels=data.num_labels,
+        ignore_index=data.ignore_index,
+        every_class=every_class,
+        class_ids=is_coco(data),
+        ignored=data.ignore_values or (),
+        kind=data.mask_kind,
+        skip_bad=skip_bad,
+    )
+
+
+def _learned_despite_bad(
+    rows: Iterable[Mapping[str, Any]], data: DataArguments, *, every_class: bool
+) -> DataArguments:
+    """The settings with the rule of a sample in which some cannot be read."""
+    masks = [row["mask"] for row in rows]
+    with suppress(ValueError):  # what is bad is said row by row, by the settings as they are
+        if _named_rule(data) is None:
+            rule = _find_rule(masks, data, every_class=every_class, skip_bad=True)
+            return learned(rule, data)
+    return data
+
+
+def _named_rule(data: DataArguments) -> MaskRule | None:
+    """The rule that the settings name; None where it is to be found."""
+    ignored, kind = tuple(data.ignore_values or ()), data.mask_kind or "values"
+    options: dict[str, Any] = {"ignore_index": data.ignore_index, "kind": kind}
+    if data.mask_colors is not None:
+        return named_color_rule(color_members(data.mask_colors), data.ignore_index)
+    if data.mask_threshold is not None:
+        return MaskRule((0, 1), threshold=data.mask_threshold, also_ignored=ignored, **options)
+    if data.merge_classes is not None and not is_coco(data):
+        return merged_rule(merged_members(data.merge_classes), ignored, options)
+    if data.mask_values is None and not data.reduce_labels:
+        return _rule_of_layout(data, ignored, options)
     reduced = range(1, data.num_labels + 1)
     values = reduced if data.mask_values is None else data.mask_values
     if len(values) != data.num_labels:
@@ -100,8 +143,20 @@ def _named_rule(data: DataArguments) -> MaskRule:
             f"Expected {data.num_labels} --mask_values (--num_labels, background first), got "
             f"{len(values)}: {' '.join(map(str, values))}."
         )
-    ignored = (0,) if data.reduce_labels else ()
-    return MaskRule(tuple(values), data.ignore_index, also_ignored=ignored)
+    if data.reduce_labels:
+        ignored = tuple(sorted({*ignored, 0}))
+    return MaskRule(tuple(values), also_ignored=ignored, **options)
+
+
+def _rule_of_layout(
+    data: DataArguments, ignored: tuple[int, ...], options: dict[str, Any]
+) -> MaskRule | None:
+    """The rule of a data set whose layout says which value is which class; None if it does not."""
+    layout = None if data.dataset == "synthetic" or is_coco(data) else source_layout(data)
+    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
+        return None
+    ignored = tuple(sorted({*ignored, *layout.ignored_values}))
+    return MaskRule(layout.mask_values, also_ignored=ignored, **options)
 
 
 def _check_counted(classes: set[int], data: DataArguments, masks: int) -> None:
@@ -142,6 +197,8 @@ def usable_splits(
     bad: dict[str, list[BadSample]] = {name: [] for name in splits}
     if data.on_bad_sample == "error" or data.streaming:
         return dict(splits), bad
+    sample = [row for split in splits.values() for row in sample_rows(split)]
+    data = _learned_despite_bad(sample, data, every_class=every_class)
     readable = readable_values(data)
     checks = {
         name: check_split(rows, readable, name=name, workers=workers, shared=shared)
@@ -195,7 +252,12 @@ def transforms(
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    rule = mask_rule(splits, data, every_class=every_class)
+    rule: MaskRule | PlaneRule
+    if data.multi_label:
+        rule = PlaneRule(data.num_labels, data.ignore_index)
+        check_planes([row for split in splits.values() for row in sample_rows(split)], rule)
+    else:
+        rule = mask_rule(splits, data, every_class=every_class)
     whole = "fit" if data.resize == "crop" else data.resize
     training, evaluation = (
         SegmentationTransform(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from kd_trainer.data.listing import (
     stream_shards,
     unlabelled_dataset,
 )
-from kd_trainer.data.pairing import example, stem_of
+from kd_trainer.data.pairing import example
 from kd_trainer.data.path_tables import TABLE_SUFFIXES
 from kd_trainer.data.streaming import stream_lengths, with_lengths
 from kd_trainer.data.synthetic import synthetic_splits
@@ -272,7 +273,7 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
     limits = {data.train_split: data.max_train_samples, data.eval_split: data.max_eval_samples}
     layout = find_layout(data) if _is_laid_out(data, names) else None
     loaded: dict[str, Any] = {}
-    counts: dict[str, int] = {}
+    listed: dict[str, Any] = {}
     divided: dict[str, datasets.Dataset] = {}
     held_out: tuple[str, ...] = ()
     for name in names:
@@ -283,12 +284,12 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
             divided = {name: division.chosen, other: division.rest}
             held_out = division.names
             continue
-        counts[name] = len(rows) if layout is not None else 0
+        listed[name] = rows
         loaded[name] = _finished(data, name, limits.get(name), rows, lengths)
     for name in set(names) & divided.keys():
         loaded[name] = _finished(data, name, limits.get(name), divided[name], None)
     if layout is not None:
-        _say_layout(data, layout, {n: count for n, count in counts.items() if n not in divided})
+        _say_layout(data, layout, listed | divided)
     if divided:
         _say_held_out(data, divided)
     kind = datasets.IterableDatasetDict if data.streaming else datasets.DatasetDict
@@ -301,9 +302,8 @@ def _hold_out(
     """The other split in two, for the missing one and for itself, and its name.
 
     Raises:
-        MissingSplitError: if the other one is missing too, or this one was asked for by a name
-            that is no default.
-        ValueError: if the data is streamed.
+        MissingSplitError: if the other one is missing too, or is a stream, or this one was asked
+            for by a name that is no default.
     """
     other = data.train_split if name == data.eval_split else data.eval_split
     if not data.eval_fraction or name != DataArguments.eval_split or other == name:
@@ -313,18 +313,28 @@ def _hold_out(
     except MissingSplitError:
         raise missing from None
     if not isinstance(rows, datasets.Dataset):
-        raise ValueError(
+        raise MissingSplitError(
+            name,
             f"Expected a split to evaluate on in {data.dataset} with --streaming, got none, and no "
             "images can be held out of a stream. Leave --streaming out, or name a split with "
-            "--eval_split."
+            "--eval_split.",
         )
-    return divide(rows, Path(data.dataset), data.eval_fraction, data.group_by), other
+    path = Path(data.dataset)
+    return divide(
+        rows, path.parent if path.is_file() else path, data.eval_fraction, data.group_by
+    ), other
 
 
-def _say_layout(data: DataArguments, layout: Layout, counts: Mapping[str, int]) -> None:
-    sizes = [f"{count:,} images of {split_of(layout, n, data)}" for n, count in counts.items()]
+def _say_layout(data: DataArguments, layout: Layout, listed: Mapping[str, Any]) -> None:
+    sizes = []
+    for name, rows in listed.items():
+        with suppress(MissingSplitError):  # one that is held out of another has no name
+            sizes.append(f"{len(rows):,} images of {split_of(layout, name, data)}")
+    first = next(iter(listed.values()))[0]
+    names = example(*(Path(first[side]["path"]) for side in ("image", "mask")))
+    names = f", {names}" if names and layout.name == "folders" else ""
     say(
-        f"{data.dataset} ({layout.name}): {'; '.join([layout.description, *sizes])}.",
+        f"{data.dataset} ({layout.name}): {'; '.join([layout.description + names, *sizes])}.",
         "Otherwise: --layout, --image_folder, --mask_folder, --train_split, --eval_split.",
     )
 
@@ -392,9 +402,8 @@ def _labelled(
             rows, shard_lengths = _stream(rows)
         return two_columns(rows, name=str(path), places=[path], **columns), shard_lengths
     pairs = find_pairs(data, split, layout)
-    if layout is None and stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
-        text = f"{path}: masks have other names than their images, as {example(pairs)}."
-        say(text, about=f"names in {path}")
+    if layout is None and (names := example(*pairs[0])):
+        say(f"{path}: masks have other names than their images, {names}.", about=f"names in {path}")
     return path_dataset(*zip(*pairs, strict=True)), None
 
 
@@ -429,13 +438,16 @@ def source_class_names(data: DataArguments) -> list[str] | None:
     """Names of the classes that the data itself has, background first; None if it has none."""
     if not data.dataset:
         return None
+    if data.merge_classes is not None:
+        return None  # which has names of its own
     if not is_coco(data):
         layout = source_layout(data)
         return None if layout is None or layout.class_names is None else [*layout.class_names]
-    if data.category is not None:
-        return ["background", data.category]
+    if data.foreground is not None:
+        return ["background", data.foreground]
     path = Path(data.dataset)
-    return coco_class_names(path, data.train_split, (data.eval_split,))
+    names = coco_class_names(path, data.train_split, (data.eval_split,))
+    return names[1:] if data.multi_label else names
 
 
 def is_coco(data: DataArguments) -> bool:
@@ -458,8 +470,8 @@ def _is_pair_folder(data: DataArguments, path: Path) -> bool:
 def _check_no_category(data: DataArguments) -> None:
     if data.category is not None:
         raise ValueError(
-            f"Expected COCO annotations with --category {data.category}, got {data.dataset}, whose "
-            "masks say what the foreground is. Leave --category out."
+            f"Expected COCO annotations with --category {' '.join(data.categories)}, got "
+            f"{data.dataset}, whose masks say what the foreground is. Leave --category out."
         )
 
 

@@ -24,7 +24,8 @@ from kd_trainer.data import (
     sample_rows,
 )
 from kd_trainer.data.dataset import resize_labels
-from kd_trainer.data.images import decode_mask, image_name
+from kd_trainer.data.images import image_name
+from kd_trainer.data.masks import MaskRule
 from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
 
 Labels = npt.NDArray[np.uint8]
@@ -109,6 +110,7 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
     """
     transform, masks, lost = dataset.transform, [], 0
     rule = transform.rule
+    assert isinstance(rule, MaskRule)  # several labels a pixel are not looked at
     source = dataset.dataset
     source = source.select_columns("mask") if isinstance(source, datasets.Dataset) else source
     rows = iter(sample_rows(source, MASKS))
@@ -116,7 +118,7 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
         masks.append(MaskStatistics())
         with suppress(*((ValueError, OSError) if skip_bad else ())):
             mask = row["mask"]
-            labels = rule.labels(decode_mask(mask, number), image_name(mask, number))
+            labels = rule.labels(rule.decode(mask, number), image_name(mask, number))
             size = transform.content_size(labels.shape)
             small = MaskStatistics.of(resize_labels(labels, size), rule.ignore_index)
             masks[-1] = small

@@ -126,38 +126,38 @@ def distillation_terms(
     """Compute the terms; one channel is a binary model, more are a softmax model.
 
     What logits, labels and mask hold at pixels that do not count has no influence, NaN included.
-    Labels that count must be class ids: others fail in an index operation, as reading them
-    here would stall the device.
+    Labels that count must be class ids; others fail in an index operation.
 
     Args:
         student_logits: (B, K, H, W), any floating type; computed in fp32 (float64 stays).
         teacher_logits: the same shape, or None; no gradient flows into them.
-        labels: integer (B, H, W), class ids or `ignore_index`.
+        labels: integer (B, H, W), class ids or `ignore_index`; or `binary_maps` (B, K, H, W).
         temperature: > 0, softens both sides of the KL and nothing else.
         ignore_index: label of the pixels that count in no task term.
         distil_mask: bool (B, H, W), the pixels of the teacher terms; by default the labelled ones.
         weights: terms of weight 0 are not computed; None computes all but the `extra` ones.
         pos_weight: factor of the foreground in the bce of one logit, or one of each class.
-        dice_images: what `labelled_images` says of the micro-batches and processes of a step;
-            None takes the mean over the labelled images of this batch.
+        dice_images: what `labelled_images` says of a step; None counts those of this batch.
 
     Returns:
         Terms as scalars on the student's device; those of a teacher are None without one.
 
     Raises:
         TypeError: if a tensor has the wrong kind of type, or temperature is no number.
-        ValueError: if shapes do not fit, a number is out of range, or a term that has a weight is
-            degenerate for K logits.
+        ValueError: if shapes or numbers do not fit, or a weighted term is degenerate for K logits.
     """
-    check_inputs(student_logits, teacher_logits, labels, distil_mask)
     check_temperature(temperature)
+    if labels.ndim == 4 and student_logits.shape[1] > 1:
+        maps = binary_maps(student_logits, teacher_logits, labels, distil_mask)
+        student_logits, teacher_logits, labels, distil_mask = maps
+    check_inputs(student_logits, teacher_logits, labels, distil_mask)
     if weights is not None:
         weights.check_channels(student_logits.shape[1])
     factors = (weights or UNWEIGHTED).effective()
     student, labels = _working_precision(student_logits), class_ids(labels)
     valid = labels != ignore_index
-    inputs: dict[str, Any] = {"labels": labels, "temperature": temperature}
-    inputs |= {"pos_weight": pos_weight, "images": dice_images}
+    options = {"temperature": temperature, "pos_weight": pos_weight, "images": dice_images}
+    inputs: dict[str, Any] = {"labels": labels, **options}
     sides = [(False, valid)]
     if teacher_logits is not None:
         inputs["teacher"] = teacher_logits.detach().to(student.dtype)
@@ -171,6 +171,34 @@ def distillation_terms(
             if function and term.needs_teacher == needs_teacher and factors[term.name] > 0:
                 terms[term.name] = function(**{name: inputs[name] for name in term.takes})
     return LossTerms(**terms)
+
+
+def binary_maps(
+    student: Tensor, teacher: Tensor | None, planes: Tensor, distil_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Several labels a pixel as B·K images of one logit: each term is then a mean over classes.
+
+    Args:
+        student: logits (B, K, H, W).
+        teacher: the same shape, or None.
+        planes: integer (B, K, H, W).
+        distil_mask: (B, H, W), or None.
+
+    Raises:
+        ValueError: if the planes are not those of the logits.
+    """
+    if planes.shape != student.shape:
+        raise ValueError(
+            f"Expected a plane of labels for each logit, {tuple(student.shape)}, got "
+            f"{tuple(planes.shape)}. Give labels (B, K, H, W), or class ids (B, H, W)."
+        )
+    one = (planes.shape[0] * planes.shape[1], 1, *planes.shape[2:])
+    if distil_mask is not None:
+        distil_mask = distil_mask.unsqueeze(1).expand_as(planes).flatten(0, 1)
+    # A teacher of other classes keeps its shape, which `check_inputs` refuses.
+    fits = teacher is not None and teacher.shape == student.shape
+    teacher = teacher.reshape(one) if teacher is not None and fits else teacher
+    return student.reshape(one), teacher, planes.flatten(0, 1), distil_mask
 
 
 def _working_precision(logits: Tensor) -> Tensor:
@@ -195,7 +223,9 @@ def labelled_images(batches: Iterable[Mapping[str, Any]], ignore_index: int) -> 
     As `dice_images` of each of the micro-batches it makes the mean of their Dice terms the mean
     over all labelled images. Averaged over processes, it does so for what DDP averages.
     """
-    counts = [(batch["labels"] != ignore_index).flatten(1).any(dim=1).sum() for batch in batches]
+    # Of several labels a pixel each class is an image of its own.
+    labels = [batch["labels"].flatten(0, -3) for batch in batches]
+    counts = [(ids != ignore_index).flatten(1).any(dim=1).sum() for ids in labels]
     return torch.stack(counts).float().mean()
 
 

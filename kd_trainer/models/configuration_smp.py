@@ -37,6 +37,8 @@ from .image_sizes import plain_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MULTI_LABEL = "multi_label_classification"
+"""The `problem_type` of a model with several labels a pixel, K sigmoids."""
 DEFAULT_LABELS = {0: "background", 1: "foreground"}
 # Without a place: timm takes `local-dir:FOLDER` and `hf-hub:OWNER/NAME` as names too.
 _ENCODER = re.compile(r"[\w.+-]{1,100}", re.ASCII)
@@ -103,7 +105,8 @@ class SmpConfig(PreTrainedConfig):
         _model_class: class name of the smp architecture, `Unet` for instance.
         encoder_name: as `smp.create_model` takes it.
         classes: output channels. 1 is a binary model (background and one class, `num_labels` 2),
-            2 a two-class softmax, otherwise equal to `num_labels`.
+            2 a two-class softmax, otherwise equal to `num_labels`. With the `problem_type`
+            multi_label_classification they are sigmoids, one a label, without a background.
         encoder_kwargs: further arguments of a `tu-*` encoder, passed to timm.
         image_size: of the input the model is meant for, in pixels: the side of a square, or
             [height, width].
@@ -182,9 +185,8 @@ class SmpConfig(PreTrainedConfig):
 
     def _check_labels(self, num_labels: int | None) -> None:
         count = len(self.id2label or {})
-        if num_labels not in (None, count) or self.classes not in (
-            (1, 2) if count == 2 else (count,)
-        ):
+        fitting = (1, 2) if count == 2 and not self.multi_label else (count,)
+        if num_labels not in (None, count) or self.classes not in fitting:
             raise ValueError(
                 f"Expected as many output channels as labels (or 1 for two labels), got "
                 f"classes={self.classes} and labels {shortened(self.id2label)}. Make them agree."
@@ -196,6 +198,11 @@ class SmpConfig(PreTrainedConfig):
         if not self.keep_aspect_ratio:
             entries.pop("keep_aspect_ratio", None)
         return entries
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a pixel may have several labels: each logit is then read through a sigmoid."""
+        return bool(self.problem_type == MULTI_LABEL)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 # transformers 5.8 copies only those files of a folder that this one itself imports.
 from .config_checks import nearest_hint
 from .configuration_smp import (
+    MULTI_LABEL,
     SmpConfig,
     architecture_arguments,
     architecture_class,
@@ -42,7 +43,8 @@ class SmpOutput(ModelOutput):
 
     Args:
         loss: scalar, if labels were given.
-        logits: (B, num_labels, H, W); of a binary model zeros and the raw logit.
+        logits: (B, num_labels, H, W); of a binary model zeros and the raw logit. Of a model with
+            several labels a pixel each is read through a sigmoid of its own.
         raw_logits: (B, K, H, W), what the network gave; K = 1 for a binary model.
     """
 
@@ -100,7 +102,8 @@ class SmpForSemanticSegmentation(PreTrainedModel):
             arch: name of an smp architecture, in any case.
             encoder: name of an encoder, as `smp.create_model` takes it.
             encoder_weights: `imagenet` (downloaded by smp), `none`, or a safetensors or .pth file.
-            id2label: name of each class, background first; two names make a one-logit model.
+            id2label: name of each class, background first; two names make a one-logit model. With
+                `problem_type="multi_label_classification"` there is no background.
             **options: fields of SmpConfig (`image_size`, `image_mean`, `image_std`) and arguments
                 of the architecture (`decoder_channels`, ...); for a `tu-*` encoder anything else
                 goes to timm.
@@ -117,10 +120,11 @@ class SmpForSemanticSegmentation(PreTrainedModel):
             name = next(iter(extra))
             hint = nearest_hint(name, sorted(known & set(architecture_arguments(arch))))
             raise ValueError(f"Expected an argument of {arch}, got {name!r}. {hint}")
+        one_logit = len(labels) == 2 and options.get("problem_type") != MULTI_LABEL
         config = SmpConfig(
             _model_class=architecture_class(arch).__name__,
             encoder_name=encoder,
-            classes=1 if len(labels) == 2 else len(labels),
+            classes=1 if one_logit else len(labels),
             id2label=labels,
             encoder_kwargs=extra or None,
             **options,
@@ -152,7 +156,7 @@ class SmpForSemanticSegmentation(PreTrainedModel):
 
         Args:
             pixel_values: normalised floats (B, 3, H, W); H and W divisible by the output stride.
-            labels: integers (B, H, W), optional.
+            labels: integers (B, H, W), optional; (B, K, H, W) with several labels a pixel.
 
         Raises:
             ValueError: if the size is not divisible by the encoder's output stride.
@@ -175,6 +179,9 @@ class SmpForSemanticSegmentation(PreTrainedModel):
     def _mean_cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the valid pixels, 0 without any; of (0, z) it is the binary cross entropy."""
         ignore = self.config.semantic_loss_ignore_index
+        if self.config.multi_label:  # a binary map for each class
+            logits, labels = logits.reshape(-1, 1, *logits.shape[2:]), labels.flatten(0, 1)
+            logits = torch.cat([torch.zeros_like(logits), logits], dim=1)
         target = labels.long()
         total = F.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="sum")
         return total / (target != ignore).sum().clamp(min=1)

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from .configuration_smp import SmpConfig, build_network, uses_timm_loader
 
 _SHOWN = 5  # keys listed in a message
-_CONTAINERS = ("state_dict", "model_state_dict", "model")
+_CONTAINERS = (
+    *("state_dict", "model_state_dict", "model", "model_state", "net", "network", "module"),
+    *("weights", "model_weights"),
+)
 # What a classification checkpoint carries beyond the encoder.
 _CLASSIFIERS = ("classifier.", "fc.", "_fc.", "head.", "last_linear.")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -41,20 +44,36 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a readable file of tensors.
     """
+    return state_in(read_content(path), path)
+
+
+def read_content(path: str | Path) -> Any:
+    """All that a weight file holds; arguments and errors as of `read_weights`."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"Expected a weight file, got {str(path)!r}. Check the path.")
     try:
         if file.suffix == ".safetensors":
-            content: Any = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
         raise ValueError(
             f"Expected a file of tensors only, got {str(path)!r}, which cannot be read as one. "
             "Save the model's state_dict, best with safetensors, or copy the file again if it was "
             "cut off."
         ) from error
+
+
+def state_in(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The state dict in what a file holds, unwrapped from its containers.
+
+    Args:
+        content: as `read_content` gives it.
+        path: where it was read, for the message.
+
+    Raises:
+        ValueError: if there is none in it.
+    """
     state = _unwrap(content)
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(

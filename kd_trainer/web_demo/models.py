@@ -19,7 +19,7 @@ from kd_trainer.data.input_files import read_image
 from kd_trainer.evaluation import Measured, labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
-from kd_trainer.loading import load_student, network_name, network_size
+from kd_trainer.loading import load_student, network_name, network_size, teacher_options
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_processing import resize_image
 from kd_trainer.models.image_sizes import AnySize
@@ -126,7 +126,7 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
         FileNotFoundError: if there is no such model.
         ValueError: if it has other classes, or does not take images of that size.
     """
-    if not model.has_teacher:
+    if not model.teachers:
         return None
     if len(model.teachers) > 1:
         raise ValueError(
@@ -148,6 +148,7 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
         num_labels=len(labels),
         arch=model.teacher_arch,
         encoder=model.teacher_encoder,
+        options=teacher_options(model),
         mean=model.teacher_mean,
         std=model.teacher_std,
         id2label=labels,
