@@ -30,6 +30,9 @@ class DataArguments:
         "parquet file or folder, Hub id, or `synthetic`.",
         metavar="SOURCE",
     )
+    dataset_config: str | None = help_field(
+        None, "Configuration of a data set on the Hub that has several."
+    )
     train_split: str = help_field("train", "Name of the split to train on.")
     eval_split: str = help_field("validation", "Name of the split to evaluate on.")
     eval_fraction: float = help_field(

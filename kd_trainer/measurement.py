@@ -169,7 +169,7 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
         settings["image_size"] = image_size_of(model)
         settings["resize"] = "fit" if keeps_aspect_ratio(model) else "stretch"
         settings["ignore_index"] = getattr(model.config, "semantic_loss_ignore_index", 255)
-    data = DataArguments(**(settings | _masks_of_run(source, chosen) | chosen))
+    data = DataArguments(**(settings | settings_of_run(source, chosen) | chosen))
     if data.reduce_labels is None and counts_from_one(source, data):
         print(f"The model was {REDUCED}", file=sys.stderr)
         data = replace(data, reduce_labels=True)
@@ -182,13 +182,22 @@ _MASK_SETTINGS = (
 )
 
 
-def _masks_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """How the run of a model read the masks of the same data set; empty for another."""
+# By which images are held out: a model is measured on those that it was not trained on.
+_HOLD_OUT = ("eval_fraction", "group_by")
+
+
+def settings_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """How the run of a model read the masks of the same data set, and what it held out of it.
+
+    Empty for another data set; without masks where flags say how they are read.
+    """
     student = Path(source)
     run = next((f for f in (student, student.parent) if (f / "config.yaml").is_file()), None)
-    if run is None or chosen.keys() & {*_MASK_SETTINGS, "reduce_labels"}:
+    if run is None:
         return {}
+    own_masks = chosen.keys() & {*_MASK_SETTINGS, "reduce_labels"}
+    names = _HOLD_OUT if own_masks else (*_HOLD_OUT, *_MASK_SETTINGS)
     settings = written_settings(run)
     if settings.get("dataset") != chosen.get("dataset"):
         return {}
-    return {name: settings[name] for name in _MASK_SETTINGS if settings.get(name) is not None}
+    return {name: settings[name] for name in names if settings.get(name) is not None}

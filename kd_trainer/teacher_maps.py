@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.data.images import image_name
+from kd_trainer.data.images import image_name, image_shape
 from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.files import read_regular
+from kd_trainer.models.image_processing import fitted_size
 from kd_trainer.models.image_sizes import Size
 from kd_trainer.teacher import Teacher
 
@@ -73,12 +74,14 @@ class TeacherMaps:
         classes: K, 1 for a binary student.
         size: (H, W) of the samples in pixels.
         ids: whether the whole numbers of a binary map are class ids, not levels of probability.
+        keep_aspect_ratio: whether samples do, with a padding at the right and below.
     """
 
     files: Mapping[str, Path]
     classes: int
     size: Size
     ids: bool
+    keep_aspect_ratio: bool = False
 
     def logits(self, data: bytes, name: str) -> Half:
         """float16 (K, H, W) for the image that messages call `name`.
@@ -86,12 +89,14 @@ class TeacherMaps:
         Raises:
             ValueError: if its map cannot be read as one of these classes.
         """
-        del data
-        file = self.files[name]
+        file, content = self.files[name], self.size
+        if self.keep_aspect_ratio:
+            content = fitted_size(image_shape({"bytes": data, "path": name}, 0), self.size)
         levels = read_map(file)
         bits = 16 if levels.dtype.kind == "f" or levels.dtype.itemsize > 1 else 8
         maps = probabilities(levels, classes=self.classes, ids=self.ids, file=file)
-        return np.asarray(as_logits(maps, self.size, bits).numpy(), np.float16)
+        padding = (0, self.size[1] - content[1], 0, self.size[0] - content[0])
+        return np.asarray(F.pad(as_logits(maps, content, bits), padding).numpy(), np.float16)
 
 
 def as_logits(probability: Tensor, size: Size, bits: int) -> Tensor:
@@ -201,7 +206,9 @@ def use_teacher_maps(
     ids = all(array.dtype.kind in "biu" and array.max(initial=0) <= 1 for array in probed)
     classes = 1 if len(labels) == 2 else len(labels)
     for data in present:
-        data.transform.targets = TeacherMaps(files, classes, data.transform.image_size, ids)
+        transform = data.transform
+        keep = transform.resize != "stretch"
+        transform.targets = TeacherMaps(files, classes, transform.image_size, ids, keep)
     digest = hashlib.sha256()
     for file in sorted(files.values(), key=lambda file: file.name):
         digest.update(f"{file.name}\n".encode())

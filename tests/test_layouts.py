@@ -28,6 +28,7 @@ from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import load_source, source_class_names
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.files import FolderLock
+from kd_trainer.measurement import settings_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,9 @@ def draw(root, *names, value=255):
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            np.save(path, pixels)
+            continue
         assert cv2.imwrite(str(path), pixels)
     return root
 
@@ -85,6 +89,8 @@ LAYOUTS = {
     "beside, ending": ("{s}/{n}.jpg", "{s}/{n}.png"),
     "upper case": ("Images/{s}/{n}.JPG", "Masks/{s}/{n}.PNG"),
     "other formats": ("{s}/images/{n}.webp", "{s}/masks/{n}.bmp"),
+    "arrays": ("images/{s}/{n}.png", "masks/{s}/{n}.npy"),
+    "arrays beside": ("{s}/{n}.png", "{s}/{n}.npy"),
     "JPEG masks": ("{s}/images/{n}.png", "{s}/masks/{n}.jpeg"),
 }
 
@@ -172,6 +178,16 @@ def test_two_readings_are_listed_and_a_flag_chooses(tmp_path):
         paths(root)
     assert paths(root, mask_folder="labels")[0][1] == "labels/train/t00.png"
     assert paths(root, mask_folder="masks")[0][1] == "masks/train/t00.png"
+
+
+def test_doubt_about_other_folders_stops_no_split_that_is_clear(tmp_path):
+    root = both(tmp_path, *LAYOUTS["split first"], splits=("train", "val"), count=2)
+    draw(root, "images/a.png", "masks/a.png", "labels/a.png", "features/train/a.npy")
+    both(root, "images/{s}/{n}.jpg", "masks/{s}/{n}.png", splits=("test",), count=2)
+    draw(root, "labels/test/t00.png", "labels/test/t01.png")
+    assert len(paths(root, "validation")) == 2
+    with pytest.raises(ValueError, match=r"one folder of masks .*labels/test, masks/test"):
+        paths(root, "test", eval_split="test")
 
 
 def test_folders_of_any_name_are_chosen_by_flags(tmp_path):
@@ -559,8 +575,8 @@ def test_the_package_is_the_console_command():
     assert ended.stderr.endswith("Did you mean train?\n")
 
 
-def test_a_run_leaves_the_names_that_it_held_out(tmp_path):
-    """Nobody could say afterwards which images the figures are of."""
+def test_a_run_leaves_the_names_that_it_held_out_and_its_student_is_measured_on_these(tmp_path):
+    """Nobody could say afterwards which images the figures are of, and others were trained on."""
     root = both(tmp_path / "set", "images/{n}.png", "masks/{n}.png", splits=("train",), count=6)
     settings = {"dataset": str(root), "teacher": "none", "image_size": 32, "use_cpu": True}
     settings |= {"student_encoder": "resnet18", "encoder_weights": "none", "no_preflight": True}
@@ -575,4 +591,6 @@ def test_a_run_leaves_the_names_that_it_held_out(tmp_path):
     evaluated = [row["image"]["path"] for row in parts.eval_dataset.dataset]
     assert [str(root / name) for name in names] == evaluated
     assert len(names) == 2
-    assert "eval_fraction: 0.34" in (tmp_path / "run" / "config.yaml").read_text()
+    of_run = settings_of_run(str(tmp_path / "run" / "student"), {"dataset": str(root)})
+    again = load_splits(DataArguments(dataset=str(root), **of_run), ["validation"])["validation"]
+    assert [row["image"]["path"] for row in again] == evaluated

@@ -39,7 +39,7 @@ def settings(dataset, maps, **more):
 def read(values, classes=1, *, ids=False, size=None, tmp_path=None):
     file = tmp_path / "map.npy"
     np.save(file, values)
-    reader = TeacherMaps({"x.jpg": file}, classes, size or values.shape[-1], ids)
+    reader = TeacherMaps({"x.jpg": file}, classes, size or values.shape[-2:], ids)
     return torch.from_numpy(reader.logits(b"", "x.jpg")).float()
 
 
@@ -134,6 +134,23 @@ def test_samples_carry_the_maps_of_their_images(tmp_path):
     (maps / "train" / "p 0.npy").touch()
     with pytest.raises(ValueError, match="one map of"):
         build_run(build(settings(root, maps)))
+
+
+@pytest.mark.parametrize("resize", ["fit", "crop"])
+def test_maps_keep_the_aspect_ratio_where_the_images_do(resize, tmp_path):
+    """Squashed to the whole input, each would lie beside what it shows."""
+    root = write_pairs(tmp_path / "data", train=4, validation=2)
+    for file in root.rglob("*.png"):  # as wide as half of their height
+        cv2.imwrite(str(file), cv2.imread(str(file), cv2.IMREAD_UNCHANGED)[:, : SIDE // 2])
+    maps = maps_like(root, tmp_path / "maps", png)
+    parts = build_run(build(settings(root, maps, resize=resize)))
+    for dataset in (parts.train_dataset, parts.eval_dataset):
+        for index in range(len(dataset)):
+            sample = dataset[index]
+            labels, inside = sample["labels"], sample["distil_mask"]
+            agree = (sample["teacher_logits"][0] > 0) == (labels == 1)
+            assert agree[inside].float().mean() > 0.97
+            assert inside.any()
 
 
 def test_a_teacher_and_a_folder_of_its_maps_are_one_too_many():

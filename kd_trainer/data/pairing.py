@@ -63,11 +63,12 @@ def bare(stem: str) -> str:
 def divide_files(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The images and the masks of a folder that holds both; without masks if it is none.
 
-    Masks are called so (`x_mask.png`, `mask_x.png`), or they are the lossless ones where each name
-    is there twice (`x.jpg` and `x.png`).
+    Masks are arrays (.npy) or called so (`x_mask.png`, `mask_x.png`), or they are the lossless ones
+    where each name is there twice (`x.jpg` and `x.png`).
     """
     front, back = _OF_MASKS
-    masks = [f for f in files if front.search(f.stem) or back.search(f.stem)]
+    arrays = [f for f in files if f.suffix.lower() not in IMAGE_SUFFIXES]
+    masks = arrays or [f for f in files if front.search(f.stem) or back.search(f.stem)]
     if not masks:
         lossy = {stem_of(f) for f in files if f.suffix.lower() in LOSSY_SUFFIXES}
         masks = [f for f in files if f.suffix.lower() not in LOSSY_SUFFIXES]

@@ -16,7 +16,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from kd_trainer.data.folder_layouts import SPLIT_WORDS, Layout, split_in, words_of
-from kd_trainer.data.listing import IMAGE_SUFFIXES, did_you_mean, inside, show_names, subfolders
+from kd_trainer.data.listing import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    did_you_mean,
+    inside,
+    show_names,
+    subfolders,
+)
 from kd_trainer.data.pairing import IMAGE_WORDS, MASK_WORDS, Pair
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import clipped
@@ -155,7 +162,7 @@ def read_table(path: Path, data: DataArguments) -> Table | None:
 
 def _path_columns(path: Path, row: Row, data: DataArguments) -> tuple[str, ...]:
     """The columns of images and masks, as far as there are any, going by the first row."""
-    columns = [c for c, value in row.items() if Path(value).suffix.lower() in IMAGE_SUFFIXES]
+    columns = [c for c, value in row.items() if _is_file_name(value)]
     if columns == list(row) == ["1", "2"]:  # without a headline
         return "1", "2"
     masks = [c for c in columns if MASK_WORDS & {*words_of(c)}]
@@ -205,7 +212,7 @@ def read_rows(path: Path, *, head: bool = False) -> list[dict[str, str]]:
     if not cells:
         return []
     columns = [cell.strip() for cell in cells[0]]
-    if all(Path(cell).suffix.lower() in IMAGE_SUFFIXES for cell in columns):
+    if all(map(_is_file_name, columns)):
         columns = [str(number) for number in range(1, len(columns) + 1)]
     else:
         cells = cells[1:]
@@ -216,6 +223,10 @@ def read_rows(path: Path, *, head: bool = False) -> list[dict[str, str]]:
             f"{len(cells[wrong - 1])} in row {wrong}. Mend the row."
         )
     return [dict(zip(columns, map(str.strip, row), strict=not head)) for row in cells]
+
+
+def _is_file_name(cell: str) -> bool:
+    return Path(cell).suffix.lower() in IMAGE_SUFFIXES | MASK_SUFFIXES
 
 
 def _lines(path: Path, *, head: bool) -> list[str]:

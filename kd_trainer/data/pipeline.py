@@ -25,9 +25,9 @@ from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
 from kd_trainer.data.planes import PlaneRule, check_planes
-from kd_trainer.data.sources import is_coco, source_layout
+from kd_trainer.data.sources import is_coco, names_of_values, source_layout
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.mask_flags import color_members, merged_members
+from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
@@ -133,7 +133,10 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     if data.mask_threshold is not None:
         return MaskRule((0, 1), threshold=data.mask_threshold, also_ignored=ignored, **options)
     if data.merge_classes is not None and not is_coco(data):
-        return merged_rule(merged_members(data.merge_classes), ignored, options)
+        members = merged_members(data.merge_classes)
+        if any(isinstance(m, str) and m != REST for one in members.members for m in one):
+            members = numbered(members, names_of_values(data) or ())
+        return merged_rule(members, ignored, options)
     if data.mask_values is None and not data.reduce_labels:
         return _rule_of_layout(data, ignored, options)
     reduced = range(1, data.num_labels + 1)
