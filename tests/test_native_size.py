@@ -21,6 +21,7 @@ from kd_trainer.commands.train import run_train
 from kd_trainer.config import parse
 from kd_trainer.data import MaskRule, SegmentationTransform
 from kd_trainer.inference import evaluator_for, soft_map, torch_segmenter
+from kd_trainer.teacher_maps import TeacherMaps
 
 SIDE = 64
 
@@ -157,6 +158,9 @@ def test_predict_writes_probabilities_that_agree_with_its_masks(run: Path, tmp_p
         assert soft.dtype == np.uint16
         assert soft.shape == mask.shape == cv2.imread(str(file)).shape[:2]
         assert ((soft > 32767) == (mask > 0)).all()
+        maps = TeacherMaps({"x": tmp_path / "soft" / file.name}, 1, soft.shape, ids=False)
+        read = torch.from_numpy(maps.logits(b"", "x")).float().sigmoid()[0].numpy()
+        assert np.abs(read - soft / 65535).max() < 2e-3
     assert soft.min() < soft.max()
 
 
