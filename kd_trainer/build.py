@@ -81,11 +81,13 @@ def evaluation_dataset(
     """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out.
 
     Where the split `apart_from` is held out of this one, without its images too.
+    Its samples are as large as `--eval_size` says.
     """
     name = data.eval_split
     loaded = {name: load_splits(data, [name, *([apart_from] if apart_from else [])])[name]}
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
+    transform.eval_size = data.eval_size
     _announce_rule(transform.rule)
     if data.streaming:
         return StreamedDataset(

@@ -17,6 +17,7 @@ LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
 MASK_KINDS = ("values", "colors", "alpha", "fractions")
 RESIZES = ("stretch", "fit", "crop")
+EVAL_SIZES = ("input", "native", "windows")
 
 
 @dataclass
@@ -125,6 +126,13 @@ class DataArguments:
         "below; crop trains on random parts of the image fitted in and scaled by 0.5 to 2, and "
         "else fits it in. A saved student fits or stretches as it was trained.",
     )
+    eval_size: str = help_field(
+        "input",
+        "At which size the final figures are counted: input, that of the network; native, that of "
+        "each image and mask on the disk, as published figures are; windows, likewise, from "
+        "overlapping parts of larger images instead of the whole one. Evaluations during a "
+        "training are at that of the input.",
+    )
     augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
         0.8,
@@ -151,6 +159,7 @@ class DataArguments:
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         self.image_size = image_size("image_size", self.image_size)
         check_choice("resize", self.resize, RESIZES)
+        check_choice("eval_size", self.eval_size, EVAL_SIZES)
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -257,6 +257,7 @@ class Evaluator:
     teacher: Teacher | None = None
     ignore_index: int = 255
     device: torch.device | str = "cpu"
+    one_by_one: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         network: nn.Module = self.student
@@ -313,6 +314,7 @@ class Evaluator:
             batches: stop after so many; None takes all.
             title: of the progress bar.
         """
+        batch_size = 1 if self.one_by_one else batch_size
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=workers)
         total = len(loader) if batches is None else batches
         steps = tqdm(islice(loader, batches), title, total, unit="batch", leave=False, disable=None)

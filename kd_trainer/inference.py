@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kd_trainer.evaluation import Measured, Statistics, normalise, pixel_statistics, raw_logits
+from kd_trainer.data import StreamedDataset, TransformedDataset
+from kd_trainer.evaluation import (
+    Evaluator,
+    Measured,
+    Statistics,
+    normalise,
+    pixel_statistics,
+    raw_logits,
+)
 from kd_trainer.export import OnnxStudent
 from kd_trainer.models.image_processing import at_image_size, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
+from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.panels import overlay
 from kd_trainer.students import keeps_aspect_ratio
 from kd_trainer.teacher import Teacher
@@ -162,6 +172,26 @@ def classes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
     return np.asarray(classes.to(torch.uint8).cpu().numpy())
 
 
+def soft_map(logits: Tensor, *, multi_label: bool = False) -> np.ndarray:
+    """Probabilities of an image, as `--teacher_maps` reads them.
+
+    Args:
+        logits: raw logits (K, H, W).
+        multi_label: whether a pixel may have several of the labels.
+
+    Returns:
+        For K up to 2 that of the foreground, uint16 (H, W) from 0 to 65535, else (and of several
+        labels a pixel) those of all classes, float16 (K, H, W).
+    """
+    if multi_label:
+        return np.asarray(logits.float().sigmoid().half().cpu().numpy())
+    if len(logits) > 2:
+        return np.asarray(logits.float().softmax(dim=0).half().cpu().numpy())
+    foreground = logits[0] if len(logits) == 1 else logits[1] - logits[0]
+    share = foreground.double().sigmoid() * np.iinfo(np.uint16).max
+    return np.asarray(share.round().cpu().numpy().astype(np.uint16))
+
+
 def torch_segmenter(model: Measured, image_size: AnySize, **looks: Any) -> Segmenter:
     """A network as it is shown images, on the GPU if there is one.
 
@@ -176,6 +206,67 @@ def torch_segmenter(model: Measured, image_size: AnySize, **looks: Any) -> Segme
     keep = keeps_aspect_ratio(model.network if isinstance(model, Teacher) else model)
     size = as_size(image_size)
     return Segmenter(lambda images: raw_logits(placed, images), size, statistics, keep, **looks)
+
+
+@dataclass
+class NativeEvaluator(Evaluator):
+    """An evaluator that answers for each image at its own size, one image at a time.
+
+    Args:
+        image_size: of the input in pixels.
+        keep_aspect_ratio: fit images in and pad them, instead of stretching them.
+        tile: read larger images by overlapping windows, instead of shrinking them.
+    """
+
+    image_size: Size = (640, 640)
+    keep_aspect_ratio: bool = False
+    tile: bool = False
+    one_by_one: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def logits(self, pixels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        """Raw logits (1, K, H, W) of each network for one uint8 image (1, 3, H, W).
+
+        `targets` are the teacher's where they come with the samples.
+        """
+        image = pixels[0].permute(1, 2, 0).cpu().numpy()
+        found = {STUDENT: self._segmenter(self.student).logits([image])[0][None]}
+        if self.teacher is None:
+            return found
+        if self.teacher.from_samples and targets is not None:
+            return found | {TEACHER: targets.to(self.device).float()}
+        return found | {TEACHER: self._segmenter(self.teacher).logits([image])[0][None]}
+
+    def _segmenter(self, network: Measured) -> Segmenter:
+        return Segmenter(
+            partial(raw_logits, network),
+            self.image_size,
+            self.statistics,
+            self.keep_aspect_ratio,
+            tile=self.tile,
+        )
+
+
+def evaluator_for(
+    dataset: TransformedDataset | StreamedDataset,
+    student: Measured,
+    teacher: Teacher | None,
+    ignore_index: int,
+    device: torch.device | str,
+) -> Evaluator:
+    """The evaluator for the samples of a data set: of the input's size, or of their own."""
+    transform = dataset.transform
+    if transform.eval_size == "input":
+        return Evaluator(student, teacher, ignore_index, device)
+    return NativeEvaluator(
+        student,
+        teacher,
+        ignore_index,
+        device,
+        image_size=transform.image_size,
+        keep_aspect_ratio=transform.resize != "stretch",
+        tile=transform.eval_size == "windows",
+    )
 
 
 def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:

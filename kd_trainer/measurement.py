@@ -25,6 +25,7 @@ from kd_trainer.evaluation import (
     is_multi_label,
     labels_of,
 )
+from kd_trainer.inference import evaluator_for
 from kd_trainer.losses import class_ids
 from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
@@ -82,13 +83,14 @@ def evaluate_model(
 ) -> Evaluation:
     """Figures of a model on a data set without augmentation, in fp32, by our `evaluate.Metric`.
 
-    The same figures as `DistillationTrainer.evaluate` in fp32, on the same data.
+    The same figures as `DistillationTrainer.evaluate` in fp32, on the same data. A data set whose
+    images keep their own size is measured there (`--eval_size`), image by image.
 
     Raises:
         FloatingPointError: if a logit is not finite; the classes read off it would be a guess.
         ValueError: if there is no image.
     """
-    evaluator = Evaluator(student, teacher, ignore_index, device)
+    evaluator = evaluator_for(dataset, student, teacher, ignore_index, device)
     rows, reliability = RowCounter(evaluator.settings), ReliabilityCounter(ignore_index)
     metrics = MetricCounter(evaluator)
     if evaluator.settings.multi_label:

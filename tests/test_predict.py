@@ -186,7 +186,7 @@ def test_a_softmax_that_underflows_is_no_hole_in_the_mask():
 def test_logits_that_are_no_numbers_are_refused():
     """argmax takes NaN for the largest, a threshold for background; both look like a mask."""
     statistics = (torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
-    broken = Segmenter(lambda images: images[:, :1] * math.nan, 8, statistics)
+    broken = Segmenter(lambda images: images[:, :1] * math.nan, (8, 8), statistics)
     with pytest.raises(ValueError, match="Expected finite logits"):
         broken.logits([np.zeros((8, 8, 3), np.uint8)])
 

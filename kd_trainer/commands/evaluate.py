@@ -101,7 +101,8 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     if data.on_bad_sample == "skip":
         evaluation.bad_samples = dataset.bad_samples
         write_bad_samples(output, dataset.bad_samples)
-    write_json(output / "eval_results.json", evaluation.results())
+    results = evaluation.results() | {"eval_size": data.eval_size}
+    write_json(output / "eval_results.json", results)
     table = results_table(evaluation)
     write_text(output / "eval_results.md", table)
     print(f"\n{table}\nWritten to {output}/eval_results.json and .md")

@@ -34,6 +34,7 @@ from kd_trainer.inference import (
     onnx_segmenter,
     planes_at,
     render,
+    soft_map,
     strongest,
     torch_segmenter,
 )
@@ -44,6 +45,7 @@ from kd_trainer.students import has_several_labels, image_size_of
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "cutouts": ".png"}
+SOFT = "soft"
 
 
 @dataclass
@@ -57,6 +59,12 @@ class PredictArguments:
         "What to write: masks (0/255 of a binary model, else class ids; with several labels a "
         "pixel a .npy of 0 and 1, (K, H, W)), overlays (the image with its classes tinted), "
         "cutouts (the foreground on nothing).",
+    )
+    soft: bool = help_field(
+        False,
+        "Also write the probabilities, into the folder soft: of a binary model those of the "
+        "foreground as a grey PNG of 16 bits, else float16 (classes, height, width) as .npy. A "
+        "training reads them with --teacher_maps.",
     )
     threshold: float = help_field(
         THRESHOLD, "Probability from which a pixel of a binary model is kept."
@@ -78,6 +86,11 @@ class PredictArguments:
         for output in self.outputs:
             check_choice("outputs", output, tuple(OUTPUTS))
         check_folder("output_dir", self.output_dir)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Folders that are written."""
+        return [*self.outputs, *([SOFT] if self.soft else [])]
 
 
 def check_threshold(threshold: float, num_labels: int = 2) -> None:
@@ -103,11 +116,13 @@ class Masks:
         classes: one of each pixel, uint8 (H, W); of several labels the likeliest, from 1 on.
         num_labels: of `classes`, with the background.
         planes: of several labels a pixel, uint8 (K, H, W); None of one.
+        soft: probabilities, as `soft_map` gives them; None where nobody asked.
     """
 
     classes: np.ndarray
     num_labels: int
     planes: np.ndarray | None = None
+    soft: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -118,12 +133,13 @@ class Loaded:
     num_labels: int
     multi_label: bool = False
 
-    def masks(self, logits: Tensor, threshold: float) -> Masks:
+    def masks(self, logits: Tensor, args: PredictArguments) -> Masks:
         """Of an image's logits (K, H, W)."""
+        soft = soft_map(logits, multi_label=self.multi_label) if args.soft else None
         if not self.multi_label:
-            return Masks(classes_at(logits, threshold), self.num_labels)
-        planes = planes_at(logits, threshold)
-        return Masks(strongest(logits, planes), self.num_labels + 1, planes)
+            return Masks(classes_at(logits, args.threshold), self.num_labels, soft=soft)
+        planes = planes_at(logits, args.threshold)
+        return Masks(strongest(logits, planes), self.num_labels + 1, planes, soft)
 
 
 def load_segmenter(args: PredictArguments) -> Loaded:
@@ -168,7 +184,7 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
         pixels = (np.asarray(read_image(path)) for path in images)
         segmented = _segmented(model, pixels, args, bar)
         for path, (image, masks) in zip(images, segmented, strict=True):
-            for output in args.outputs:
+            for output in args.kinds:
                 _write(output, image, masks, folder / output / names[path])
         for path in videos:
             frames = _segmented(model, _whole_or_noted(path, cut_off), args, bar)
@@ -189,8 +205,9 @@ def _check_targets(args: PredictArguments, names: Mapping[Path, str]) -> None:
     if not any(folder in path.resolve().parents for path in names):
         return
     for path, name in names.items():
-        for output in args.outputs:
-            suffixes = {OUTPUTS[output], *((".npy",) if output == "masks" else ())}
+        for output in args.kinds:
+            suffixes = {OUTPUTS.get(output, ".png")}
+            suffixes |= {".npy"} if output in ("masks", SOFT) else set()
             files = [name] if is_video(path) else [f"{name}{suffix}" for suffix in suffixes]
             target = next((t for f in files if (t := folder / output / f).exists()), None)
             if target is not None:
@@ -215,7 +232,7 @@ def _segmented(
     waiting = iter(images)
     while batch := list(itertools.islice(waiting, args.batch_size)):
         for image, logits in zip(batch, model.segmenter.logits(batch), strict=True):
-            yield image, model.masks(logits, args.threshold)
+            yield image, model.masks(logits, args)
             bar.update()
 
 
@@ -226,7 +243,7 @@ def _write_video(
     number, folder = 0, Path(args.output_dir)
     with closing(VideoFile(folder / "overlays" / f"{name}.mp4", rate)) as video:
         for number, (image, masks) in enumerate(frames, start=1):
-            for output in args.outputs:
+            for output in args.kinds:
                 if output == "overlays":
                     video.add(render(output, image, masks.classes, masks.num_labels))
                 else:
@@ -237,8 +254,12 @@ def _write_video(
 def _write(output: str, image: np.ndarray, masks: Masks, stem: Path) -> None:
     """One kind of output; `stem` is the place of the file without its suffix."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    if output == "masks" and masks.planes is not None:
-        np.save(f"{stem}.npy", masks.planes)
+    array = {"masks": masks.planes, SOFT: masks.soft}.get(output)
+    if array is not None and array.ndim == 3:
+        np.save(f"{stem}.npy", array)
+        return
+    if output == SOFT and array is not None:
+        Image.fromarray(array).save(f"{stem}.png")
         return
     rendered = render(output, image, masks.classes, masks.num_labels)
     Image.fromarray(rendered).save(f"{stem}{OUTPUTS[output]}")

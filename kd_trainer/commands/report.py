@@ -20,6 +20,7 @@ from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import Evaluator, figures_of, labels_of
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.files import write_text
+from kd_trainer.inference import evaluator_for
 from kd_trainer.loading import load_student, make_teacher, network_name, network_size
 from kd_trainer.measurement import Evaluation, evaluate_model
 from kd_trainer.metrics import SegmentationCounts
@@ -115,7 +116,7 @@ def build_report(
         else:
             strict = "teacher" in changed
             teacher, missing = _teacher(model, student, data.image_size, strict=strict)
-        evaluator = Evaluator(student, teacher, data.ignore_index, device)
+        evaluator = evaluator_for(dataset, student, teacher, data.ignore_index, device)
         evaluation = (loaded and loaded.evaluation) or evaluate_model(
             student,
             dataset,
@@ -244,9 +245,13 @@ def _with_images(
 
 def _measured_on(data: DataArguments, images: int) -> str:
     height, width = data.input_size
+    size = f"{height} x {width} pixels"
+    if data.eval_size != "input":
+        how = " read by windows" if data.eval_size == "windows" else ""
+        size = f"their own size{how} (the input has {size})"
     return (
         f"Measured in fp32 on the {images:,} images of the split {data.eval_split} of "
-        f"{data.dataset}, at {height} x {width} pixels."
+        f"{data.dataset}, at {size}."
     )
 
 

@@ -176,8 +176,13 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     images, evaluation = parts.eval_dataset, None
     if images is not None:
         batch_size = args.per_device_eval_batch_size
-        if isinstance(images, StreamedDataset):  # of which this process has only its share
+        own_size = run.data.eval_size != "input"
+        # Of a stream this process has only its share.
+        if own_size or isinstance(images, StreamedDataset):
+            targets = images.transform.targets
             images = evaluation_dataset(run.data, batch_size=batch_size)
+            if teacher is not None and teacher.from_samples:
+                images.transform.targets = targets
         evaluation = evaluate_model(
             student,
             images,
@@ -194,6 +199,7 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
         "peak_memory_mib": peak_memory_mib(),
         "train_images": _train_images(parts.train_dataset),
         "image_size": plain_size(size),
+        "eval_size": run.data.eval_size,
         "mixed_precision": args.mixed_precision,
         "device": str(args.device),
         "teacher": None if teacher is None else run.model.teacher_name,

@@ -14,13 +14,13 @@ from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.evaluation import (
     AGREEMENT,
-    Evaluator,
     Measured,
     RowCounter,
     agreement_of,
     figures_of,
 )
 from kd_trainer.files import replacing_file
+from kd_trainer.inference import evaluator_for
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.teacher import Teacher
 
@@ -83,7 +83,7 @@ def count_images(
     batches: int | None = None,
 ) -> ImageCounts:
     """Counts of student and teacher on the evaluation images, or on the first batches of them."""
-    evaluator = Evaluator(student, teacher, ignore_index, args.device)
+    evaluator = evaluator_for(dataset, student, teacher, ignore_index, args.device)
     counter = RowCounter(evaluator.settings)
     size = args.per_device_eval_batch_size
     evaluator.run(dataset, counter, batch_size=size, batches=batches, title="count")

@@ -131,6 +131,7 @@ class PlannedRun:
         gc.collect()
         parts = build_run(self.reference)
         assert parts.eval_dataset is not None
+        parts.eval_dataset.transform.eval_size = self.run.data.eval_size
         count_images(
             load_student(self.folder / "student"),
             parts.teacher,

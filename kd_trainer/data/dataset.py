@@ -73,12 +73,15 @@ class SegmentationTransform:
 
     Attributes:
         targets: the teacher's logits of the clean images; None leaves them out of the samples.
+        eval_size: of `DataArguments`; with another than `input` image and mask stay as large as
+            they are, for an evaluation image by image.
 
     Raises:
         ValueError: if `augmentation` is unknown or `seed` negative.
     """
 
     targets: TeacherTargets | None = None
+    eval_size: str = "input"
 
     def __init__(
         self,
@@ -124,6 +127,7 @@ class SegmentationTransform:
         image = decode_image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
         view = self._view(image.shape[:2], epoch=epoch, index=index)
+        size = self.image_size if self.eval_size == "input" else view.size
         pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *view.size)
         mask = view.part(resize_labels(labels, view.size))
         clean = view.part(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
@@ -136,11 +140,11 @@ class SegmentationTransform:
             changed, changed_mask, maps = self.augment.with_logits(
                 *clean, maps, epoch=epoch, index=index
             )
-            maps = padded(maps, self.image_size, [0] * maps.shape[-1])
+            maps = padded(maps, size, [0] * maps.shape[-1])
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        changed = padded(changed, self.image_size, PADDING)
-        changed_mask = padded(changed_mask, self.image_size, OUTSIDE)
+        changed = padded(changed, size, PADDING)
+        changed_mask = padded(changed_mask, size, OUTSIDE)
         inside = changed_mask != OUTSIDE  # (H, W, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
@@ -170,6 +174,9 @@ class SegmentationTransform:
 
     def _view(self, shape: tuple[int, ...], *, epoch: int, index: int) -> View:
         """The part of an image of this shape that a sample shows; a function of the numbers."""
+        if self.eval_size != "input":
+            own = shape[0], shape[1]
+            return View(own, 0, 0, own)
         fitted = self.content_size(shape)
         if self.resize != "crop":
             return View(fitted, 0, 0, fitted)

@@ -359,7 +359,7 @@ def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
     """Images uint8 (3, H, W) and labels (H, W) of a split, without augmentation."""
     other = data.train_split if split == data.eval_split else data.eval_split
     dataset: Any = evaluation_dataset(
-        replace(data, eval_split=split, train_split=other),
+        replace(data, eval_split=split, train_split=other, eval_size="input"),
         batch_size=1,
         # A file is not measured on what it was calibrated with.
         apart_from=other if split == data.train_split else None,
