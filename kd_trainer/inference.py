@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_trainer.data.channels import resize_any
 from kd_trainer.evaluation import Measured, Statistics, normalise, pixel_statistics, raw_logits
 from kd_trainer.export import OnnxStudent
 from kd_trainer.models.image_processing import resize_image
@@ -68,7 +69,7 @@ class Segmenter:
         return self.tile and (image.shape[0] > height or image.shape[1] > width)
 
     def _whole(self, images: Sequence[RgbImage]) -> Iterator[Tensor]:
-        inputs = [resize_image(_channels_first(p), *self.image_size) for p in images]
+        inputs = [resize_any(_channels_first(p), *self.image_size) for p in images]
         for raw, image in zip(self._batches(inputs), images, strict=True):
             size = (image.shape[0], image.shape[1])
             yield F.interpolate(raw[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data.augmentation import OUTSIDE, Augmentation
+from kd_trainer.data.channels import Channels, resize_floats
 from kd_trainer.data.images import (
     BadSample,
     BadSampleError,
@@ -66,6 +67,7 @@ class SegmentationTransform:
         augmentation: `heavy`, `light` or `none`.
         seed: first of the three numbers (seed, epoch, index) that decide a draw.
         brightness_contrast_probability: of that group in `heavy`.
+        channels: how images are read that are not 8-bit RGB; samples then hold normalised floats.
 
     Attributes:
         targets: the teacher's logits of the clean images; None leaves them out of the samples.
@@ -84,7 +86,9 @@ class SegmentationTransform:
         augmentation: str,
         seed: int,
         brightness_contrast_probability: float,
+        channels: Channels | None = None,
     ) -> None:
+        self.channels = channels
         self.image_size = as_size(image_size)
         self.rule = rule
         self.augment = Augmentation(
@@ -92,6 +96,7 @@ class SegmentationTransform:
             image_size=self.image_size,
             seed=seed,
             brightness_contrast_probability=brightness_contrast_probability,
+            floats=channels is not None,
         )
 
     def __call__(self, row: Mapping[str, Any], *, epoch: int, index: int) -> dict[str, Tensor]:
@@ -103,10 +108,11 @@ class SegmentationTransform:
             index: number of the row in its data set.
 
         Returns:
-            `pixel_values` uint8 (3, H, W) RGB, `labels` uint8 (H, W), or (K, H, W) of a
-            `PlaneRule`, with the rule's `ignore_index`, `distil_mask` bool (H, W): True where the
-            labels count, and on a image without a mask on every pixel that is not from outside of
-            it. With `targets` also `teacher_logits` float16 (K, H, W), moved as the mask is.
+            `pixel_values` uint8 (3, H, W) RGB, with `channels` normalised float32 (C, H, W);
+            `labels` uint8 (H, W), or (K, H, W) of a `PlaneRule`, with the rule's `ignore_index`;
+            `distil_mask` bool (H, W): True where the labels count, and on a image without a mask on
+            every pixel that is not from outside of it. With `targets` also `teacher_logits` float16
+            (K, H, W), moved as the mask is.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
@@ -115,11 +121,9 @@ class SegmentationTransform:
         one_thread_per_worker(os.getpid())
         targets: dict[str, Tensor] = {}
         cell, logits = self._with_targets(row["image"], index)
-        image = decode_image(cell, index)
-        labels = self._labels(row, image.shape[:2], index)
-        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *self.image_size)
-        mask = resize_labels(labels, self.image_size)
-        clean = np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
+        pixels, shape = self._image(cell, index)
+        mask = resize_labels(self._labels(row, shape, index), self.image_size)
+        clean = pixels, mask.astype(np.int16)
         if logits is None:
             changed, changed_mask = self.augment(*clean, epoch=epoch, index=index)
         else:
@@ -145,6 +149,15 @@ class SegmentationTransform:
             "distil_mask": torch.from_numpy(followed),
             **targets,
         }
+
+    def _image(self, cell: EncodedImage, index: int) -> tuple[npt.NDArray[Any], tuple[int, int]]:
+        """The image (H, W, C) at the size of the sample, and the size (H, W) of its file."""
+        if self.channels is not None:
+            floats = self.channels.image(cell, index)
+            return resize_floats(floats, *self.image_size), floats.shape[:2]
+        image = decode_image(cell, index)
+        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *self.image_size)
+        return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), image.shape[:2]
 
     def _with_targets(
         self, cell: EncodedImage, index: int
@@ -178,10 +191,10 @@ def resize_labels(labels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.u
     return resized.astype(np.uint8)
 
 
-def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def planes(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Channels first: (H, W, C) to (C, H, W), four times as fast as numpy's transposed copy."""
     height, width, channels = image.shape
-    result = np.empty((channels, height, width), np.uint8)
+    result = np.empty((channels, height, width), image.dtype)
     cv2.split(image, list(result))
     return result
 
