@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kd_trainer.models.image_processing import SmpImageProcessor
     from kd_trainer.models.modeling import SmpForSemanticSegmentation
     from kd_trainer.schedules import TemperatureSchedule, UnfreezeSchedule
+    from kd_trainer.students import as_student, load_module
     from kd_trainer.teacher import Teacher, load_teacher
     from kd_trainer.trainer import DistillationTrainer
 
@@ -37,7 +38,9 @@ _HOMES = {
     "Teacher": "teacher",
     "TemperatureSchedule": "schedules",
     "UnfreezeSchedule": "schedules",
+    "as_student": "students",
     "distillation_terms": "losses",
+    "load_module": "students",
     "load_splits": "data",
     "load_teacher": "teacher",
     "weighted_sum": "losses",
@@ -58,7 +61,9 @@ __all__ = [
     "Teacher",
     "TemperatureSchedule",
     "UnfreezeSchedule",
+    "as_student",
     "distillation_terms",
+    "load_module",
     "load_splits",
     "load_teacher",
     "weighted_sum",

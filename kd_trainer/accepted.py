@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
@@ -22,13 +23,17 @@ _REFUSED = {
     "the class as optimizer_cls_and_kwargs",
     "preprocess_logits_for_metrics": "an evaluation keeps counts of each image, and no logits. "
     "Leave it out",
-    "model_init": "a student is made before the trainer. Give it as model",
 }
 _OF_THE_GROUPS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 
 
-def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, Any]) -> None:
+def check_accepted(
+    model: Any, model_init: Any, args: Any, teacher: Any, options: Mapping[str, Any]
+) -> DistillationArguments:
     """Refuse networks, arguments and options that the trainer could only ignore or trip over.
+
+    Returns:
+        The arguments.
 
     Raises:
         TypeError: for a student, teacher or arguments of another kind.
@@ -39,7 +44,15 @@ def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, An
             f"Expected args as DistillationArguments, got {type(args).__name__}. They take "
             "everything that TrainingArguments do, and the settings of the distillation."
         )
-    if not isinstance(model, nn.Module):
+    if (model is None) == (model_init is None):
+        given = "neither" if model is None else "both"
+        raise TypeError(f"Expected a student as model, or a function as model_init, got {given}.")
+    if model_init is not None and options.get("units") is not None:
+        raise ValueError(
+            "Expected no units with model_init, whose networks are others each time, got some. "
+            "Give them inside of it: return as_student(network, units=[...])."
+        )
+    if model is not None and not isinstance(model, nn.Module):
         raise TypeError(
             f"Expected a network as student, got {type(model).__name__}. Make one with "
             "SmpForSemanticSegmentation.create() or from_pretrained(), or give any module that "
@@ -63,12 +76,18 @@ def check_accepted(model: Any, args: Any, teacher: Any, options: Mapping[str, An
                 f"Expected {name} as {setting} of the arguments, got it in "
                 "optimizer_cls_and_kwargs. Each group has its own."
             )
+    return args
 
 
 def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:
     """A student, with the user's units; says so where nothing can be freed by stages."""
     if units is not None or not is_student(model):
         model = as_student(model, units=units)
+    if args.push_to_hub and not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Expected a student of smp or transformers for a push, got a {type(model).__name__}: "
+            "nobody could load it by its id. Leave push_to_hub out."
+        )
     if not units_of(model) and args.process_index == 0:
         print(
             f"{type(model).__name__} has no units: all of it is trained from the start, at "

@@ -51,6 +51,7 @@ from kd_trainer.students import (
     student_logits,
 )
 from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
+from kd_trainer.teacher_maps import use_teacher_maps
 
 
 @dataclass
@@ -76,11 +77,14 @@ class RunComponents:
 
 
 def evaluation_dataset(
-    data: DataArguments, *, batch_size: int, workers: int = 0
+    data: DataArguments, *, batch_size: int, workers: int = 0, apart_from: str | None = None
 ) -> TransformedDataset | StreamedDataset:
-    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out."""
+    """The evaluation split, without augmentation and without what `--on_bad_sample` leaves out.
+
+    Where the split `apart_from` is held out of this one, without its images too.
+    """
     name = data.eval_split
-    loaded = load_splits(data, [name])
+    loaded = {name: load_splits(data, [name, *([apart_from] if apart_from else [])])[name]}
     splits, bad = usable_splits(loaded, data, every_class=False, workers=workers)
     _, transform = transforms(splits, data, seed=0, every_class=False)
     _announce_rule(transform.rule)
@@ -128,6 +132,8 @@ def build_run(run: RunArguments) -> RunComponents:
             "none."
         )
     args, data = run.training, run.data
+    if run.model.teacher_maps is not None:  # they are read as cached targets are
+        args.teacher_targets = "cached"
     _check_together(run)
     channels = 1 if data.num_labels == 2 or data.multi_label else data.num_labels
     if args.class_weights != BALANCED:
@@ -158,7 +164,7 @@ def build_run(run: RunArguments) -> RunComponents:
             )
         student.synchronise_batchnorm()
     teacher = make_teacher(run.model, student, image_size=data.image_size)
-    if teacher is not None:
+    if run.model.has_teacher:
         _check_channels(student)
     train, evaluation = data.train_split, data.eval_split
     train_dataset = _training_dataset(splits[train], for_training, run, bad[train])
@@ -166,6 +172,9 @@ def build_run(run: RunArguments) -> RunComponents:
     if evaluation in splits:
         eval_dataset = _evaluation_dataset(splits[evaluation], for_evaluation, run, bad[evaluation])
     _check_enough(train_dataset, run, student)
+    if run.model.teacher_maps is not None:
+        datasets, names = (train_dataset, eval_dataset), list(data.id2label.values())
+        teacher = use_teacher_maps(run.model.teacher_maps, datasets, names)
     return RunComponents(
         student=student,
         teacher=teacher,
@@ -313,7 +322,7 @@ def _check_together(run: RunArguments) -> None:
     """Refuse settings of model, data and training that do not go together."""
     if run.model.student is None:
         student_options(run.model)
-    if not run.model.teacher:
+    if not run.model.teacher and not run.model.has_teacher:
         raise ValueError(
             "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
             "train the student alone with --teacher none."

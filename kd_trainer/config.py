@@ -75,7 +75,10 @@ _DERIVED = frozenset(
 RUN_CONFIG = "config.yaml"
 """Name of the file in which a run's folder holds its settings."""
 # Settings that may name a file or a folder.
-_PATHS = ("dataset", "unlabelled", "teacher", "student", "encoder_weights", "teacher_cache")
+_PATHS = (
+    *("dataset", "unlabelled", "teacher", "teacher_maps", "student", "encoder_weights"),
+    "teacher_cache",
+)
 
 # What a saved student has decided already.
 _OF_A_NEW_STUDENT = (

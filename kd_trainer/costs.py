@@ -303,6 +303,6 @@ def duration(seconds: float) -> str:
 
 def without_teacher(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what only a teacher can use."""
-    of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size")
+    of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size", "teacher_maps")
     kept = {name: value for name, value in settings.items() if name not in of_the_teacher}
     return kept | {"teacher": "none", "unlabelled": None}

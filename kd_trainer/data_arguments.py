@@ -16,6 +16,7 @@ AUGMENTATIONS = ("heavy", "seed", "light", "none")
 LAYOUTS = ("folders", "voc", "cityscapes", "metadata", "csv", "coco", "parquet")
 ON_BAD_SAMPLE = ("error", "skip")
 MASK_KINDS = ("values", "colors", "alpha", "fractions")
+RESIZES = ("stretch", "fit", "crop")
 
 
 @dataclass
@@ -27,6 +28,9 @@ class DataArguments:
         "Folder of images and masks in any usual layout, csv file of their paths, COCO json, "
         "parquet file or folder, Hub id, or `synthetic`.",
         metavar="SOURCE",
+    )
+    dataset_config: str | None = help_field(
+        None, "Configuration of a data set on the Hub that has several."
     )
     train_split: str = help_field("train", "Name of the split to train on.")
     eval_split: str = help_field("validation", "Name of the split to evaluate on.")
@@ -122,6 +126,12 @@ class DataArguments:
         "Size of the network input in pixels: one number for a square, or height and width, such "
         "as 512 1024.",
     )
+    resize: str = help_field(
+        "stretch",
+        "How images get to that size: stretch; fit keeps the aspect ratio and pads at the right or "
+        "below; crop trains on random parts of the image fitted in and scaled by 0.5 to 2, and "
+        "else fits it in. A saved student fits or stretches as it was trained.",
+    )
     augmentation: str = help_field("heavy", "heavy, seed (the recipe's short list), light or none.")
     brightness_contrast_probability: float = help_field(
         0.8,
@@ -147,6 +157,7 @@ class DataArguments:
         self.category = self.categories or None
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         self.image_size = image_size("image_size", self.image_size)
+        check_choice("resize", self.resize, RESIZES)
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()
@@ -200,11 +211,12 @@ class DataArguments:
             )
         wrong = ["on_bad_sample"] if self.on_bad_sample == "skip" else []
         wrong += ["unlabelled"] if self.unlabelled is not None else []
+        wrong += ["resize"] if self.resize != "stretch" else []
         wrong += ["dataset"] if self.dataset == "synthetic" else []
         if wrong:
             raise ValueError(
                 f"Expected no --{wrong[0]} {getattr(self, wrong[0])} with --in_channels, got it: "
-                "it knows 8-bit RGB images only, so far. Leave one of them out."
+                "that knows 8-bit RGB images only, so far. Leave one of them out."
             )
 
     @property
@@ -306,6 +318,11 @@ class DataArguments:
     def input_size(self) -> Size:
         """`image_size` as (height, width)."""
         return as_size(self.image_size)
+
+    @property
+    def keep_aspect_ratio(self) -> bool:
+        """Whether images that are not augmented are fitted in instead of stretched."""
+        return self.resize != "stretch"
 
     @property
     def id2label(self) -> dict[int, str]:

@@ -274,8 +274,10 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def logits(self, pixels: Tensor) -> dict[str, Tensor]:
+    def logits(self, pixels: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
         """Raw logits (B, K, H, W) of each network for uint8 images (B, 3, H, W).
+
+        `targets` are the teacher's where they come with the samples.
 
         Raises:
             FloatingPointError: if the student's are not finite: its classes would be a guess.
@@ -288,7 +290,11 @@ class Evaluator:
                 "broken: take another checkpoint."
             )
         logits = {STUDENT: student}
-        return logits if self.teacher is None else logits | {TEACHER: self.teacher(inputs)}
+        if self.teacher is None:
+            return logits
+        if self.teacher.from_samples and targets is not None:
+            return logits | {TEACHER: targets.to(self.device).float()}
+        return logits | {TEACHER: self.teacher(inputs)}
 
     def run(
         self,
@@ -313,9 +319,8 @@ class Evaluator:
         total = len(loader) if batches is None else batches
         steps = tqdm(islice(loader, batches), title, total, unit="batch", leave=False, disable=None)
         for batch in steps:
-            shown = EvaluatedBatch(
-                self.logits(batch["pixel_values"]), batch["labels"].to(self.device)
-            )
+            logits = self.logits(batch["pixel_values"], batch.get("teacher_logits"))
+            shown = EvaluatedBatch(logits, batch["labels"].to(self.device))
             for count in counters:
                 count(shown)
 

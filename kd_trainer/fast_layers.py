@@ -46,11 +46,17 @@ def use_fast_layers(network: nn.Module) -> None:
             module.__class__ = FastSqueezeExcite
         elif type(module) is nn.Conv2d and _is_slow_depthwise(module):
             module.__class__ = FastDepthwise
-        elif type(module) is nn.Conv2d and _corrupts_memory(module):
-            module.__class__ = SubsampledPointwise
         elif type(module) is UnetDecoderBlock and _is_nearest(module):
             module.__class__ = FastUnetBlock
+    use_safe_layers(network)
     network.to(memory_format=torch.channels_last)
+
+
+def use_safe_layers(network: nn.Module) -> None:
+    """Change those layers in place whose training would write outside of its memory."""
+    for module in network.modules():
+        if type(module) is nn.Conv2d and _corrupts_memory(module):
+            module.__class__ = SubsampledPointwise
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -57,6 +57,7 @@ from kd_trainer.sources import CONFIG, WEIGHTS, last_part, model_source, public_
 from kd_trainer.students import (
     channels_of,
     image_size_of,
+    keeps_aspect_ratio,
     labels_of_student,
     parameter_counts,
     statistics_of,
@@ -288,6 +289,7 @@ def _description(student: nn.Module) -> dict[str, Any]:
         "id2label": labels_of_student(student),
         "classes": channels_of(student),
         "image_size": image_size_of(student),
+        "keep_aspect_ratio": keeps_aspect_ratio(student),
         "image_mean": mean,
         "image_std": std,
     }

@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_trainer.data.channels import resize_any
 from kd_trainer.evaluation import Measured, Statistics, normalise, pixel_statistics, raw_logits
 from kd_trainer.export import OnnxStudent
-from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.image_processing import at_image_size, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
 from kd_trainer.reports.panels import overlay
+from kd_trainer.students import keeps_aspect_ratio
+from kd_trainer.teacher import Teacher
 
 Network = Callable[[Tensor], Tensor]
 """Normalised floats (B, 3, H, W) to raw logits (B, K, H, W)."""
@@ -37,6 +38,7 @@ class Segmenter:
         network: normalised floats (B, 3, H, W) to raw logits (B, K, H, W) on the same device.
         image_size: of the input in pixels.
         statistics: mean and std for values 0..255, each (1, 3, 1, 1), on the network's device.
+        keep_aspect_ratio: fit images in and pad them, instead of stretching them.
         tile: cut images that are larger than the input into tiles at their own resolution,
             instead of shrinking them.
         overlap: share of a tile that its neighbour sees too, 0 to below 1.
@@ -47,6 +49,7 @@ class Segmenter:
     network: Network
     image_size: Size
     statistics: Statistics
+    keep_aspect_ratio: bool = False
     tile: bool = False
     overlap: float = 0.25
     flip: bool = False
@@ -61,7 +64,7 @@ class Segmenter:
 
     def network_input(self, image: RgbImage) -> Tensor:
         """What the network sees of a whole image: normalised floats (1, 3, h, w)."""
-        pixels = resize_image(_channels_first(image), *self.image_size)[None]
+        pixels = self._input(image)[None]
         return normalise(pixels.to(self.statistics[0].device), self.statistics)
 
     def _in_tiles(self, image: RgbImage) -> bool:
@@ -69,10 +72,16 @@ class Segmenter:
         return self.tile and (image.shape[0] > height or image.shape[1] > width)
 
     def _whole(self, images: Sequence[RgbImage]) -> Iterator[Tensor]:
-        inputs = [resize_any(_channels_first(p), *self.image_size) for p in images]
+        inputs = [self._input(p) for p in images]
         for raw, image in zip(self._batches(inputs), images, strict=True):
             size = (image.shape[0], image.shape[1])
-            yield F.interpolate(raw[None], size=size, mode="bilinear", align_corners=False)[0]
+            yield at_image_size(raw[None], size, keep_aspect_ratio=self.keep_aspect_ratio)[0]
+
+    def _input(self, image: RgbImage) -> Tensor:
+        pixels = _channels_first(image)
+        if pixels.is_floating_point():  # of several channels, always stretched
+            return resize_any(pixels, *self.image_size)
+        return to_input(pixels, self.image_size, keep_aspect_ratio=self.keep_aspect_ratio)
 
     def _tiled(self, image: RgbImage) -> Tensor:
         """Weighted mean of the tiles' logits; a tile counts most where it sees most around."""
@@ -167,15 +176,16 @@ def torch_segmenter(model: Measured, image_size: AnySize, **looks: Any) -> Segme
     device = "cuda" if torch.cuda.is_available() else "cpu"
     placed = model.eval().to(device)
     statistics = pixel_statistics(model, device)
-    return Segmenter(
-        lambda images: raw_logits(placed, images), as_size(image_size), statistics, **looks
-    )
+    keep = keeps_aspect_ratio(model.network if isinstance(model, Teacher) else model)
+    size = as_size(image_size)
+    return Segmenter(lambda images: raw_logits(placed, images), size, statistics, keep, **looks)
 
 
 def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:
     """An ONNX file as it is shown images, on the CPU; `looks` are further fields."""
     statistics = (_pixels(exported.image_mean), _pixels(exported.image_std))
-    return Segmenter(onnx_network(exported), exported.image_size, statistics, **looks)
+    keep = exported.keep_aspect_ratio
+    return Segmenter(onnx_network(exported), exported.image_size, statistics, keep, **looks)
 
 
 def _pixels(values: Sequence[float]) -> Tensor:

@@ -16,7 +16,7 @@ from kd_trainer.data_arguments import DataArguments
 from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.files import parse_yaml
 from kd_trainer.model_arguments import ModelArguments
-from kd_trainer.models.config_checks import LARGEST_SIDE, nearest_hint, read_config
+from kd_trainer.models.config_checks import LARGEST_SIDE, check_labels, nearest_hint, read_config
 from kd_trainer.models.configuration_smp import MULTI_LABEL, architecture_arguments
 from kd_trainer.models.image_sizes import AnySize, Size, as_size, plain_size, size_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
@@ -55,6 +55,7 @@ def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
         encoder_weights=model.encoder_weights,
         id2label=data.id2label,
         image_size=plain_size(data.input_size),
+        keep_aspect_ratio=data.keep_aspect_ratio,
         semantic_loss_ignore_index=data.ignore_index,
         **({"problem_type": MULTI_LABEL} if data.multi_label else {}),
         **input_options(data),
@@ -73,13 +74,24 @@ def input_options(data: DataArguments) -> dict[str, Any]:
     return {"in_channels": data.in_channels, "own_depth": True, **statistics}
 
 
+def _check_stretched(data: DataArguments) -> None:
+    if data.keep_aspect_ratio:
+        raise ValueError(
+            f"Expected --resize stretch for a stock model of transformers as --student, got "
+            f"{data.resize}: the processor that is saved beside it cannot pad, nor remove padding. "
+            "Leave it out, or train a student of smp."
+        )
+
+
 def _go_on_from(source: str, data: DataArguments) -> nn.Module:
     """A saved model as the student of a run; a stock one gets a head for other classes."""
     config = _config_of_saved(source)
     if "_model_class" in config:
         student: Any = load_student(source, num_labels=data.num_labels, multi_label=True)
         student.config.image_size = plain_size(data.input_size)
+        student.config.keep_aspect_ratio = data.keep_aspect_ratio
     else:
+        _check_stretched(data)
         student = load_stock_student(source, config, data.id2label, data.input_size)
     if is_multi_label(student) != data.multi_label:
         several = is_multi_label(student)
@@ -183,6 +195,7 @@ def load_stock_student(
         ValueError: if it is no such model, or weights of its encoder are missing or misshapen.
     """
     options: dict[str, Any] = {"dtype": torch.float32}
+    check_labels(config.get("id2label"), None)
     classes = len(config.get("id2label") or (0, 1))
     if id2label is not None and classes not in _fitting_heads(id2label):
         names = {name: index for index, name in id2label.items()}
@@ -276,7 +289,7 @@ def make_teacher(
     model: ModelArguments, student: Measured, *, image_size: AnySize
 ) -> Teacher | None:
     """The teacher the settings name, fed with the student's input of `image_size` pixels."""
-    if not model.has_teacher:
+    if not model.teachers:
         return None
     return ensemble_of(
         [_member(model, source, student, image_size) for source in model.teachers],

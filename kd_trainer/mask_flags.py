@@ -113,6 +113,15 @@ def merged_members(texts: Sequence[str]) -> ClassMembers:
     return _grouped([parse_merge(text) for text in texts], _MERGED)
 
 
+def numbered(members: ClassMembers, names: Sequence[str]) -> ClassMembers:
+    """The same with the number of each class of the data in place of its name."""
+    numbers: dict[int | str, int] = {name: number for number, name in enumerate(names)}
+    groups = [[numbers.get(member, member) for member in one] for one in members.members]
+    return ClassMembers(
+        members.names, groups, [numbers.get(member, member) for member in members.ignored]
+    )
+
+
 def _grouped(pairs: Iterable[tuple[str, Sequence[int | str]]], flag: str) -> ClassMembers:
     groups: dict[str, list[int | str]] = {}
     owners: dict[int | str, str] = {}

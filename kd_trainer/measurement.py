@@ -31,7 +31,7 @@ from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.run_folder import written_settings
-from kd_trainer.students import image_size_of, reads_own_depth
+from kd_trainer.students import image_size_of, keeps_aspect_ratio, reads_own_depth
 from kd_trainer.teacher import Teacher
 
 
@@ -169,8 +169,9 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
         settings |= {"in_channels": len(mean), "channel_mean": mean, "channel_std": std}
     if not isinstance(model, Teacher):
         settings["image_size"] = image_size_of(model)
+        settings["resize"] = "fit" if keeps_aspect_ratio(model) else "stretch"
         settings["ignore_index"] = getattr(model.config, "semantic_loss_ignore_index", 255)
-    data = DataArguments(**(settings | _masks_of_run(source, chosen) | chosen))
+    data = DataArguments(**(settings | settings_of_run(source, chosen) | chosen))
     if data.reduce_labels is None and counts_from_one(source, data):
         print(f"The model was {REDUCED}", file=sys.stderr)
         data = replace(data, reduce_labels=True)
@@ -183,13 +184,22 @@ _MASK_SETTINGS = (
 )
 
 
-def _masks_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
-    """How the run of a model read the masks of the same data set; empty for another."""
+# By which images are held out: a model is measured on those that it was not trained on.
+_HOLD_OUT = ("eval_fraction", "group_by")
+
+
+def settings_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """How the run of a model read the masks of the same data set, and what it held out of it.
+
+    Empty for another data set; without masks where flags say how they are read.
+    """
     student = Path(source)
     run = next((f for f in (student, student.parent) if (f / "config.yaml").is_file()), None)
-    if run is None or chosen.keys() & {*_MASK_SETTINGS, "reduce_labels"}:
+    if run is None:
         return {}
+    own_masks = chosen.keys() & {*_MASK_SETTINGS, "reduce_labels"}
+    names = _HOLD_OUT if own_masks else (*_HOLD_OUT, *_MASK_SETTINGS)
     settings = written_settings(run)
     if settings.get("dataset") != chosen.get("dataset"):
         return {}
-    return {name: settings[name] for name in _MASK_SETTINGS if settings.get(name) is not None}
+    return {name: settings[name] for name in names if settings.get(name) is not None}

@@ -38,6 +38,11 @@ class ModelArguments:
         "Further arguments of the architecture of a bare teacher checkpoint, as KEY=VALUE, where "
         "its shapes do not say them.",
     )
+    teacher_maps: str | None = help_field(
+        None,
+        "Folder of a teacher's answers instead of a teacher: a map for each image, by its stem "
+        "(PNG, or .npy of probabilities).",
+    )
     teacher_image_size: FlagSize | None = help_field(
         None,
         "Input size of the teacher in pixels, where it differs from the student's: one number, or "
@@ -70,13 +75,16 @@ class ModelArguments:
         "decoder_pyramid_channels=64, say.",
     )
     student: str | None = help_field(
-        None, "A saved student (folder or Hub id) to go on from, instead of a new one."
+        None,
+        "A saved student to go on from, or any semantic segmentation model of transformers (folder "
+        "or Hub id), instead of a new network of smp.",
     )
 
     def __post_init__(self) -> None:
         named = [self.teacher] if isinstance(self.teacher, str) else self.teacher
         sources = [model_source(source) for source in named]
         self.teacher = sources[0] if len(sources) == 1 else sources
+        self.teacher_maps = expanded(self.teacher_maps)
         self._check_teachers()
         self.encoder_weights = expanded(self.encoder_weights)
         if self.class_map is not None:  # what the file says belongs to the run, not its place
@@ -101,6 +109,11 @@ class ModelArguments:
 
     def _check_teachers(self) -> None:
         count = len(self.teachers)
+        if self.teacher_maps is not None and count:
+            raise ValueError(
+                f"Expected --teacher or --teacher_maps, got {self.teacher_name} and "
+                f"{self.teacher_maps}. Leave one out."
+            )
         if isinstance(self.teacher, list) and not all(map(_is_named, self.teacher)):
             raise ValueError(
                 f"Expected the names of several teachers, got {' '.join(self.teacher)}. `none` "
@@ -117,8 +130,8 @@ class ModelArguments:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher is named."""
-        return bool(self.teachers)
+        """Whether a teacher is named, or a folder of its answers."""
+        return bool(self.teachers) or self.teacher_maps is not None
 
     @property
     def teachers(self) -> list[str]:
@@ -129,7 +142,7 @@ class ModelArguments:
     @property
     def teacher_name(self) -> str:
         """What the teacher is called in public: `A + B` for several."""
-        return " + ".join(map(public_name, self.teachers))
+        return " + ".join(map(public_name, self.teachers or [self.teacher_maps or ""]))
 
 
 def _is_named(source: str) -> bool:

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from kd_trainer.errors import printable
 from kd_trainer.losses import TERMS
 from kd_trainer.models.configuration_smp import MULTI_LABEL, uses_timm_loader
+from kd_trainer.models.image_sizes import as_size
 from kd_trainer.sources import is_hub_id, public_name
 
 TASK = "image-segmentation"
@@ -167,13 +168,18 @@ def render(facts: CardFacts) -> str:
             "--multi_label or --in_channels, whose card cannot be written yet. Upload its folder "
             "yourself."
         )
+    height, width = as_size(facts.config["image_size"])
     card = _TEMPLATES.get_template("model_card.md").render(
         facts=facts,
         results=defaultdict(lambda: None, facts.results),
         settings=defaultdict(lambda: None, facts.settings),
         metadata=card_data(facts).to_yaml(),
         read_by_smp=facts.is_smp and not uses_timm_loader(facts.config["encoder_name"]),
+        start=public_name(str(facts.settings.get("student") or "")),
         trust="trust_remote_code=True" if facts.is_smp else "",
+        height=height,
+        width=width,
+        fitted=facts.config.get("keep_aspect_ratio", False),
         taught=facts.teacher is not None,
         loss=_loss(facts),
         softened=any(term.softened and facts.settings.get(term.flag) for term in TERMS),

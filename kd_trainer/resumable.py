@@ -37,7 +37,7 @@ from kd_trainer.errors import Stopped
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
-from kd_trainer.students import free_units, load_renamed
+from kd_trainer.students import free_units, load_renamed, save_traits
 from kd_trainer.teacher import Teacher
 from kd_trainer.tracking import TermSums
 
@@ -98,7 +98,7 @@ class ResumableTrainer(Trainer):
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if self._resumed is not None:
             self.check_resume(self._resumed)
-        else:
+        elif trial is None:
             self._fingerprint = self.fingerprint()
         resuming = ResumeCallback(self)
         self.add_callback(resuming)
@@ -131,6 +131,13 @@ class ResumableTrainer(Trainer):
         self._fingerprint = self.fingerprint()
         check_resumable(checkpoint, self._fingerprint, self.args)
         self._checked = checkpoint
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the Trainer does; beside the weights of a module what it has to be told."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_traits(self.accelerator.unwrap_model(self.model), folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

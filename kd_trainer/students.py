@@ -7,8 +7,10 @@ loaded and published as what it is. From here on nobody asks which kind a studen
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from transformers import PreTrainedModel, SegformerImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 
 from kd_trainer.fast_layers import logits_of
+from kd_trainer.files import write_json
+from kd_trainer.models.config_checks import check_statistics
 from kd_trainer.models.configuration_smp import IMAGENET_MEAN, IMAGENET_STD, default_labels
 from kd_trainer.models.encoder_units import (
     EncoderUnit,
@@ -28,9 +32,10 @@ from kd_trainer.models.encoder_units import (
 from kd_trainer.models.image_processing import SmpImageProcessor
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_size
-from kd_trainer.models.weights import load_pretrained
+from kd_trainer.models.weights import load_pretrained, load_strictly, read_weights
 
 Units = Sequence[nn.Module | Sequence[nn.Module]]
+TRAITS = "student.json"
 MOST_UNITS = 7  # a plain ViT of 12 or 24 layers is freed in groups
 # Sizes of exports have to be multiples of it: as deep as the encoders of transformers halve.
 _USUAL_STRIDE = 32
@@ -310,6 +315,11 @@ def image_size_of(student: nn.Module) -> Size:
     return traits_of(student).image_size
 
 
+def keeps_aspect_ratio(network: nn.Module) -> bool:
+    """Whether images are fitted into its input and padded, instead of stretched to it."""
+    return bool(getattr(getattr(network, "config", None), "keep_aspect_ratio", False))
+
+
 def channels_of(student: nn.Module) -> int:
     """Of the raw logits: 1 for two classes, but for a softmax of smp's."""
     if isinstance(student, SmpForSemanticSegmentation):
@@ -426,6 +436,50 @@ def hold_frozen(student: nn.Module) -> None:
     if not isinstance(student, SmpForSemanticSegmentation):
         for module in traits_of(student).frozen:
             module.eval()
+
+
+def save_traits(module: nn.Module, folder: Path) -> None:
+    """Write what `load_module` needs beside the weights; models of smp and transformers say it."""
+    if isinstance(module, PreTrainedModel):
+        return
+    traits = traits_of(module)
+    told = {name: getattr(traits, name) for name in ("image_size", "mean", "std")}
+    labels = [traits.id2label[index] for index in sorted(traits.id2label)]
+    write_json(folder / TRAITS, {"class": type(module).__name__, "class_names": labels, **told})
+
+
+def load_module(module: nn.Module, folder: str | Path) -> nn.Module:
+    """Fill a module of the user's with the weights that were saved of it, and make it a student.
+
+    Args:
+        module: a new one of the class that was trained.
+        folder: of a checkpoint, or where `save_model` wrote to.
+
+    Raises:
+        FileNotFoundError: if there are no weights.
+        ValueError: if they are not those of this module.
+    """
+    file = Path(folder) / "model.safetensors"
+    load_strictly(module, read_weights(file), source=str(file))
+    told = json.loads((Path(folder) / TRAITS).read_text(encoding="utf-8"))
+    check_statistics(told["mean"], told["std"], TRAITS)
+    labels = dict(enumerate(told["class_names"]))
+    return as_student(
+        module,
+        id2label=labels,
+        image_size=told["image_size"],
+        mean=told["mean"],
+        std=told["std"],
+    )
+
+
+def resumed_with(student: nn.Module) -> dict[str, Any]:
+    """What makes two runs differ beside the tensors; smp's models derive it from their names."""
+    if isinstance(student, SmpForSemanticSegmentation):
+        return {}
+    traits = traits_of(student)
+    told = [*traits.mean, *traits.std, *(name for name, *_ in traits.units)]
+    return {"student_traits": " ".join(map(str, told))}
 
 
 def load_renamed(student: nn.Module, folder: str) -> bool:

@@ -73,6 +73,8 @@ class Teacher(nn.Module):
 
     scale: Tensor
     shift: Tensor
+    from_samples = False
+    """Whether its logits come with the samples: no network is asked."""
 
     def __init__(
         self,

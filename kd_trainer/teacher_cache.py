@@ -66,7 +66,12 @@ _PROBED = 8  # images whose compressed size is measured before the rest is begun
 
 
 def cache_key(
-    teacher: Teacher, *, image_size: AnySize, precision: str, folded: bool
+    teacher: Teacher,
+    *,
+    image_size: AnySize,
+    precision: str,
+    folded: bool,
+    keep_aspect_ratio: bool = False,
 ) -> dict[str, Any]:
     """Everything that decides a teacher's logits for given file bytes, as plain values.
 
@@ -75,6 +80,7 @@ def cache_key(
         image_size: of the images and of the logits in pixels.
         precision: in which the network runs: no, bf16 or fp16.
         folded: whether its BatchNorms are multiplied into its convolutions, which rounds otherwise.
+        keep_aspect_ratio: whether images are fitted in instead of stretched.
     """
     network = teacher.network
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -86,6 +92,7 @@ def cache_key(
         "precision": precision,
         "folded": folded,
         "image_size": plain_size(image_size),
+        **({"keep_aspect_ratio": True} if keep_aspect_ratio else {}),
         "teacher_image_size": teacher.image_size and plain_size(teacher.image_size),
         "num_labels": teacher.num_labels,
         "class_order": teacher.class_map,  # what is kept is merged, and so much smaller

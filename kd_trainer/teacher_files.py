@@ -10,6 +10,7 @@ import contextlib
 import pickle
 import pickletools
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from itertools import islice
@@ -49,6 +50,9 @@ _OF_TENSORS = re.compile(
     r"torch(\._utils|\.storage|\.serialization|\._tensor|\.nn\.parameter)?\.\w+|numpy\..*|"
     r"collections\.\w+|_codecs\.\w+|(__)?builtins?(__)?\.\w+"
 )
+
+# No part of a network or of its settings: what runs commands, opens files, ...
+_ODD = sys.stdlib_module_names - {"argparse", "pathlib", "collections", "datetime", "enum"}
 
 
 def network_from_file(
@@ -225,7 +229,7 @@ def _what_holds_code(path: Path) -> str:
     Nothing is unpickled: the names are read off the zip members and the pickle's opcodes.
     """
     new = f"{path.stem}_state.pth"
-    only_you = "which only runs where its code is trusted. Where it was made, run: import torch;"
+    only_you = "which is read by running its code. If you trust who made it, run: import torch;"
     save = f"torch.save(network.state_dict(), {new!r})"
     if _is_torchscript(path):
         load = f"network = torch.jit.load({path.name!r}, map_location='cpu')"
@@ -234,17 +238,19 @@ def _what_holds_code(path: Path) -> str:
             f"{load}; {save}. Then name {new}."
         )
     first, classes = _classes_in(_pickle_of(path))
+    others = [name for name in classes if not _OF_TENSORS.fullmatch(name)]
+    if any(name.partition(".")[0] in _ODD for name in others):
+        return ""  # that is no network: nobody should be told how to run it
     load = f"torch.load({path.name!r}, map_location='cpu', weights_only=False)"
     if first is not None and first != "collections.OrderedDict":
         return (
             f"Expected a state dict in {str(path)!r}, got a whole pickled network ({first}), "
             f"{only_you} network = {load}; {save}. Then name {new}."
         )
-    others = [name for name in classes if not _OF_TENSORS.fullmatch(name)]
     if not others:
         return ""
     return (
-        f"Expected only tensors and plain values in {str(path)!r}, got objects of "
+        f"Expected a file of tensors only, got {str(path)!r} with objects of "
         f"{', '.join(others[:_SHOWN])} beside them, {only_you} content = {load}; "
         f"print(content.keys()); torch.save(content['state_dict'], {new!r}). Then name {new}."
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.data import StreamedDataset, TransformedDataset, clean_image
+from kd_trainer.data import StreamedDataset, TransformedDataset
 from kd_trainer.data.images import EncodedImage, image_name, read_image_bytes
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.fields import expanded, parse_size
@@ -59,8 +60,7 @@ def use_cached_targets(
         OSError: if they cannot be written.
     """
     began, images = time.monotonic(), _Images(datasets)
-    precision = args.mixed_precision or "no"
-    key = cache_key(teacher, image_size=images.size, precision=precision, folded=args.fold_teacher)
+    key = images.key(teacher, args)
     bound = parse_size(args.teacher_cache_size, "teacher_cache_size")
     budget = CacheBudget(cache_root(args), bound)
     file, rows, new = cache_file(budget.root, key), images.rows(args), 0
@@ -83,7 +83,7 @@ def use_cached_targets(
     run_on_all_ranks(args, fill)
     teacher.to("cpu")
     classes = 1 if teacher.num_labels == 2 else teacher.num_labels
-    cache = TeacherCache(file, (classes, *images.size))
+    cache = TeacherCache(file, (classes, *images.transform.image_size))
     for dataset in images.datasets:
         dataset.transform.targets = cache
     if args.process_index == 0:
@@ -104,8 +104,18 @@ class _Images:
 
     def __init__(self, datasets: Sequence[TransformedDataset | StreamedDataset | None]) -> None:
         self.datasets = [data for data in datasets if isinstance(data, TransformedDataset)]
-        self.size = self.datasets[0].transform.image_size
+        self.transform = self.datasets[0].transform
         self._rows = [(data, index) for data in self.datasets for index in range(len(data))]
+
+    def key(self, teacher: Teacher, args: DistillationArguments) -> dict[str, Any]:
+        """What decides the teacher's logits of these images."""
+        return cache_key(
+            teacher,
+            image_size=self.transform.image_size,
+            keep_aspect_ratio=self.transform.resize != "stretch",
+            precision=args.mixed_precision or "no",
+            folded=args.fold_teacher,
+        )
 
     def _file(self, row: int) -> tuple[EncodedImage, int]:
         """Bytes and path of an image, and its number in its own data set."""
@@ -120,7 +130,7 @@ class _Images:
     def read(self, row: int) -> tuple[bytes, Tensor]:
         """Digest of the file and uint8 (3, H, W) of an image."""
         image, index = self._file(row)
-        return image_digest(image["bytes"]), clean_image(image, index, self.size)
+        return image_digest(image["bytes"]), self.transform.clean_image(image, index)
 
     def rows(self, args: DistillationArguments) -> dict[bytes, int]:
         """Number of an image by its digest; the processes of a run read a share each."""

@@ -7,6 +7,8 @@ comment says what would go wrong without.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PredictionOutput, has_length
 
 from kd_trainer.accepted import accepted_student, as_teacher, check_accepted
 from kd_trainer.arguments import DistillationArguments
@@ -39,6 +41,7 @@ from kd_trainer.evaluation import (
     pixel_statistics,
     settings_for,
 )
+from kd_trainer.fast_layers import use_safe_layers
 from kd_trainer.hub import Pushed
 from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
 from kd_trainer.optim import PartLR, parameter_groups, regroup
@@ -58,7 +61,7 @@ from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
 DICE_IMAGES = "dice_images"
-LOSS_COLUMNS = ("distil_mask", "teacher_logits")
+COLUMNS = ("pixel_values", "labels", "distil_mask", "teacher_logits")
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -88,11 +91,13 @@ class DistillationTrainer(ResumableTrainer):
     loss_is_scaled_for_ga = False
 
     _inference: TeacherInference | None = None
+    _keeps_logits = False
+    _trial: Any = None
 
     def __init__(
         self,
-        model: nn.Module,
-        args: DistillationArguments,
+        model: nn.Module | None = None,
+        args: DistillationArguments | None = None,
         *,
         teacher: Teacher | None = None,
         train_dataset: Any = None,
@@ -101,19 +106,19 @@ class DistillationTrainer(ResumableTrainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
-        check_accepted(model, args, teacher, kwargs)
+        model_init = kwargs.pop("model_init", None)
+        args = check_accepted(model, model_init, args, teacher, kwargs)
+        if model is None:
+            self.model_init = model_init
+            model = super().call_model_init()
         model = accepted_student(model, kwargs.pop("units", None), args)
-        weights = args.loss_weights
-        self.loss_weights = weights if teacher is not None else weights.without_teacher()
         self.id2label = labels_of(model)
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
-        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
+        self._follow(args, model, teacher, ignore_index)
         if self.own_metrics is None:  # whose figures nobody knows yet
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
             check_best_metric(args, names, sets)
-        self.figures = DataSetFigures(self.id2label, self.settings)
-        self.tracked = TermSums(self.loss_weights)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
         ours = [self.epochs, ProgressiveUnfreezing(self.epochs)]
@@ -127,8 +132,9 @@ class DistillationTrainer(ResumableTrainer):
             callbacks=[*ours, *([self.pushes] if args.push_to_hub else []), *(callbacks or [])],
             **kwargs,
         )
+        self.model_init = model_init  # the Trainer takes this or a model, and asks it in `train`
         # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
-        self.label_names = [*self.label_names, *LOSS_COLUMNS]
+        self.label_names = list(dict.fromkeys([*self.label_names, *COLUMNS]))
         self.teacher = as_teacher(teacher, model)
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
@@ -137,6 +143,41 @@ class DistillationTrainer(ResumableTrainer):
         shown = not self.settings.multi_label and not reads_own_depth(model)
         if args.panel_images > 0 and eval_dataset is not None and shown:
             self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
+
+    def _follow(
+        self, args: DistillationArguments, model: nn.Module, teacher: Any, ignore_index: int
+    ) -> None:
+        """Set what is derived from the arguments, which a search changes for each trial."""
+        weights = args.loss_weights
+        self.loss_weights = weights if teacher is not None else weights.without_teacher()
+        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
+        self.figures = DataSetFigures(self.id2label, self.settings)
+        self.tracked = TermSums(self.loss_weights)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A student of the user's `model_init`."""
+        return accepted_student(super().call_model_init(trial), None, self.args)
+
+    def hyperparameter_search(  # type: ignore[override] # the direction follows from the metric
+        self,
+        hp_space: Callable[[Any], dict[str, float]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Search as the Trainer does: for the best `metric_for_best_model` unless told otherwise.
+
+        Its own default is the sum of all metrics, losses and times among them.
+        """
+        if direction is None:
+            direction = "maximize" if self.args.greater_is_better else "minimize"
+        if compute_objective is None:
+            name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+            compute_objective = itemgetter(name)
+        return super().hyperparameter_search(
+            hp_space, compute_objective, n_trials, direction, **kwargs
+        )
 
     @property
     def schedule(self) -> TrainingSchedule:
@@ -281,6 +322,11 @@ class DistillationTrainer(ResumableTrainer):
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """As many epochs as `--max_steps` can need: one may be as short as a single step."""
         values = super().set_initial_training_values(args, dataloader)
+        use_safe_layers(self.model)  # no constructor changes a network, and this may be a new one
+        if self._trial is not None:
+            self._follow(args, self.model, self.teacher, self.settings.ignore_index)
+            units = len(units_of(self.model))
+            self.epochs.schedule = args.schedule(units, args.num_train_epochs)
         self.epochs.start(args, self.state, steps=values[1])
         return (max(values[0], args.max_steps), *values[1:])
 
@@ -316,19 +362,36 @@ class DistillationTrainer(ResumableTrainer):
         self._take_model()
         return super().evaluation_loop(*args, **kwargs)
 
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """Raw logits (N, K, H, W), labels and, where there are labels, metrics.
+
+        K is 1 for two classes: foreground above 0. All logits are kept in memory; for class maps of
+        images of any size use scripts/predict.py.
+        """
+        self._keeps_logits = True
+        try:
+            output = super().predict(*args, **kwargs)
+        finally:
+            self._keeps_logits = False
+        if isinstance(output.predictions, tuple):  # counts, and then the logits
+            output = output._replace(predictions=output.predictions[-1])
+        return output
+
     def prediction_step(
         self,
         model: nn.Module,
         inputs: Batch,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Any, Tensor]:
+    ) -> tuple[None, Any, Tensor | None]:
         """Counts and terms of each image instead of logits: memory independent of the set."""
         inputs = self._prepare_inputs(inputs)
+        if "labels" not in inputs and self._keeps_logits:
+            return None, self._logits(model, inputs)[0], None
         if "labels" not in inputs:
             raise ValueError(
                 f"Expected labels in every sample, got {', '.join(inputs)}: figures are counts "
-                "against them. For class maps of images without, use scripts/predict.py."
+                "against them. Images without are for predict(), or for scripts/predict.py."
             )
         labels = inputs["labels"]
         student, teacher = self._logits(model, inputs)
@@ -341,6 +404,8 @@ class DistillationTrainer(ResumableTrainer):
                 self.teacher, self.callback_handler.eval_dataloader
             ),
         )
+        if self._keeps_logits:
+            return None, (*rows, student), labels
         return None, rows, torch.zeros(len(labels), device=labels.device)
 
     def predict_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -359,9 +424,11 @@ class DistillationTrainer(ResumableTrainer):
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Our metrics of the data set, and those of the user's `compute_metrics`."""
-        figures = self.figures(
-            tuple(prediction.predictions), self.teacher, self.callback_handler.eval_dataloader
-        )
+        rows: tuple[Any, ...] = tuple(prediction.predictions)
+        if self._keeps_logits:
+            rows = rows[:-1]
+            prediction = EvalPrediction(predictions=rows, label_ids=prediction.label_ids)
+        figures = self.figures(rows, self.teacher, self.callback_handler.eval_dataloader)
         more = self.own_metrics(prediction) if self.own_metrics is not None else {}
         twice = sorted(figures.keys() & more.keys())
         if twice:

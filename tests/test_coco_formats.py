@@ -85,7 +85,7 @@ def test_a_name_that_is_there_is_taken_without_a_word(coco, capsys):
 def test_another_split_of_the_run_is_never_meant(tmp_path):
     """To measure on what was trained on says nothing, so no name stands for two splits."""
     write(tmp_path, "annotations/val.json", "images/val", ANNOTATIONS)
-    data = DataArguments(dataset=str(tmp_path), num_labels=4, train_split="val")
+    data = DataArguments(dataset=str(tmp_path), num_labels=4, train_split="val", eval_fraction=0)
     with pytest.raises(MissingSplitError, match=r"annotations of split 'validation' at .*val.json"):
         load_splits(data)
     assert "val" not in split_names("validation", ("val",))

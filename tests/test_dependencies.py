@@ -16,10 +16,10 @@ NAMED = {
     for text in (*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values()))
     if (found := Requirement(text)).name != "kd_trainer"
 }
-# Tools are always the newest, and the page of the extra `demo` is tested with the newest only.
+# Tools are always the newest; the extras `demo` and `search` are tested with the newest only.
 NEWEST_ONLY = {
     Requirement(text).name
-    for extra in ("dev", "demo")
+    for extra in ("dev", "demo", "search")
     for text in PROJECT["optional-dependencies"][extra]
 }
 

@@ -190,7 +190,7 @@ def test_a_set_without_validation_is_said_to_have_none(streaming, data, tmp_path
     """It can be trained on: the cure is to leave the evaluation out, and nothing is pointless."""
     alone = tmp_path / "alone"
     shutil.copytree(data / "train", alone / "train")
-    given = flags(alone, tmp_path / "out") + streaming
+    given = [*flags(alone, tmp_path / "out"), *streaming, "--eval_fraction", "0"]
     (finding,) = doctor(parse_doctor(given))
     assert finding.cure.endswith("is trained on by train.py with --eval_strategy no.")
     assert "1 fault: this training would not start." in capsys.readouterr().out
@@ -211,6 +211,7 @@ def test_every_source_without_a_split_says_how_to_train_without(kind: str, tmp_p
     else:
         (tmp_path / "annotations").mkdir()
         (tmp_path / "annotations" / "train.json").touch()
+    given = [*flags(tmp_path, tmp_path / "out"), "--eval_fraction", "0"]
     with pytest.raises(MissingSplitError) as caught:
-        load_splits(parse(flags(tmp_path, tmp_path / "out")).data, ["validation"])
+        load_splits(parse(given).data, ["validation"])
     assert caught.value.split == "validation"

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import Squares, arguments, tiny_student
 from torch import nn
 
 from kd_trainer.fast_layers import SubsampledPointwise, use_fast_layers
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.trainer import DistillationTrainer
 
 WORKER = Path(__file__).parent / "workers" / "two_steps.py"
 # The smallest of every family that segmentation_models_pytorch has, and some of timm's own.
@@ -44,6 +46,17 @@ def test_no_layer_that_corrupts_memory_is_left_in_mobileone():
     strided = [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1)]
     few = [m for m in strided if 1 < m.in_channels < 16]
     assert [type(m) for m in few] == [SubsampledPointwise]
+
+
+def test_the_trainer_leaves_no_such_layer_either(tmp_path: Path):
+    """From Python nobody has made the layers fast, and the images are in channels_last."""
+    student = tiny_student("mobileone_s0")
+    trainer = DistillationTrainer(
+        student, arguments(tmp_path, max_steps=1), train_dataset=Squares(2)
+    )
+    assert not any(isinstance(module, SubsampledPointwise) for module in student.modules())
+    trainer.train()
+    assert any(isinstance(module, SubsampledPointwise) for module in student.modules())
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ LAYERS = (
         "teacher",
     ),
     ("config", "data", "optim", "teacher_ensemble"),
-    ("evaluation",),
+    ("evaluation", "teacher_maps"),
     ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),
     ("build", "costs", "hub", "resumable", "teacher_cache"),
     ("export", "measurement", "push_callback", "teacher_targets"),

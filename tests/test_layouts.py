@@ -9,22 +9,26 @@ import sys
 from pathlib import Path
 
 import cv2
+import datasets
 import numpy as np
 import pytest
 
+from kd_trainer.build import evaluation_dataset
 from kd_trainer.commands.data import data_main
 from kd_trainer.commands.train import prepare
 from kd_trainer.config import build, parse
 from kd_trainer.data import layouts, load_splits
 from kd_trainer.data.folder_layouts import words_of
-from kd_trainer.data.hold_out import held_out
-from kd_trainer.data.images import decode_mask
+from kd_trainer.data.hold_out import held_out, row_names
 from kd_trainer.data.known_layouts import CITYSCAPES_CLASSES
+from kd_trainer.data.listing import MissingSplitError
+from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data.pairing import find_naming
 from kd_trainer.data.pipeline import mask_rule
 from kd_trainer.data.sources import load_source, source_class_names
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.files import FolderLock
+from kd_trainer.measurement import settings_of_run
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +44,9 @@ def draw(root, *names, value=255):
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            np.save(path, pixels)
+            continue
         assert cv2.imwrite(str(path), pixels)
     return root
 
@@ -82,6 +89,8 @@ LAYOUTS = {
     "beside, ending": ("{s}/{n}.jpg", "{s}/{n}.png"),
     "upper case": ("Images/{s}/{n}.JPG", "Masks/{s}/{n}.PNG"),
     "other formats": ("{s}/images/{n}.webp", "{s}/masks/{n}.bmp"),
+    "arrays": ("images/{s}/{n}.png", "masks/{s}/{n}.npy"),
+    "arrays beside": ("{s}/{n}.png", "{s}/{n}.npy"),
     "JPEG masks": ("{s}/images/{n}.png", "{s}/masks/{n}.jpeg"),
 }
 
@@ -169,6 +178,16 @@ def test_two_readings_are_listed_and_a_flag_chooses(tmp_path):
         paths(root)
     assert paths(root, mask_folder="labels")[0][1] == "labels/train/t00.png"
     assert paths(root, mask_folder="masks")[0][1] == "masks/train/t00.png"
+
+
+def test_doubt_about_other_folders_stops_no_split_that_is_clear(tmp_path):
+    root = both(tmp_path, *LAYOUTS["split first"], splits=("train", "val"), count=2)
+    draw(root, "images/a.png", "masks/a.png", "labels/a.png", "features/train/a.npy")
+    both(root, "images/{s}/{n}.jpg", "masks/{s}/{n}.png", splits=("test",), count=2)
+    draw(root, "labels/test/t00.png", "labels/test/t01.png")
+    assert len(paths(root, "validation")) == 2
+    with pytest.raises(ValueError, match=r"one folder of masks .*labels/test, masks/test"):
+        paths(root, "test", eval_split="test")
 
 
 def test_folders_of_any_name_are_chosen_by_flags(tmp_path):
@@ -277,6 +296,44 @@ def test_a_stream_of_listed_files_is_held_out_of_as_well(tmp_path):
         ]
 
 
+def rows_of(names):
+    mask = cv2.imencode(".png", np.eye(8, dtype=np.uint8))[1].tobytes()
+    cells = [{"bytes": mask, "path": name} for name in names]
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": cells, "mask": cells}, features=features)
+
+
+@pytest.mark.parametrize("names", [[f"{n}.png" for n in range(10)], [None] * 10])
+def test_a_table_without_a_split_to_evaluate_on_is_held_out_of_as_well(names, tmp_path):
+    rows_of(names).to_parquet(tmp_path / "train.parquet")
+    for source in (tmp_path, tmp_path / "train.parquet"):
+        loaded = load_source(DataArguments(dataset=str(source), eval_fraction=0.3))
+        assert {n: len(rows) for n, rows in loaded.splits.items()} == {"train": 7, "validation": 3}
+        assert len(loaded.held_out) == 3
+        with pytest.raises(MissingSplitError, match="no images can be held out of a stream"):
+            load_source(DataArguments(dataset=str(source), streaming=True))
+
+
+def test_names_of_rows_do_not_depend_on_where_the_data_lies(tmp_path, monkeypatch):
+    """The other machine of a user would hold other images out."""
+    names = []
+    for place in ("a", "b/c"):
+        root = draw(tmp_path / place, "x/1.png", "x/2.png")
+        table(root, "pairs.csv", [("x/1.png", "x/1.png"), ("x/2.png", "x/2.png")])
+        monkeypatch.chdir(root)
+        for source in ("pairs.csv", str(root / "pairs.csv")):
+            rows = load_splits(DataArguments(dataset=source), ["train"])["train"]
+            names += [row_names(rows, Path(source).parent), row_names(rows, root)]
+    assert all(some == ["x/1.png", "x/2.png"] for some in names)
+
+
+def test_what_calibrates_an_export_is_not_what_it_is_measured_on(tmp_path):
+    root = both(tmp_path, "images/{n}.png", "masks/{n}.png", splits=("train",), count=10)
+    swapped = DataArguments(dataset=str(root), train_split="validation", eval_split="train")
+    assert len(evaluation_dataset(swapped, batch_size=1)) == 10
+    assert len(evaluation_dataset(swapped, batch_size=1, apart_from="validation")) == 9
+
+
 # --- VOC and Cityscapes ---------------------------------------------------------------------------
 
 
@@ -301,6 +358,7 @@ def test_voc_lists_say_which_image_is_in_which_split(voc, capsys):
     assert "(voc): images in JPEGImages, masks in SegmentationClass" in capsys.readouterr().err
     names = source_class_names(DataArguments(dataset=str(voc), num_labels=21))
     assert (len(names), names[15]) == (21, "person")
+    assert "SegmentationObject" in paths(voc, mask_folder="SegmentationObject")[0][1]
 
 
 @pytest.mark.parametrize("line", ["../3", "/etc/hostname", "a\\..\\..\\b", "3\n3", "9", ""])
@@ -461,6 +519,15 @@ def test_a_table_and_folders_that_differ_are_two_readings(tmp_path):
     assert paths(root, layout="csv") == [("images/train/t00.jpg", "masks/train/t01.png")]
 
 
+def test_a_table_of_something_else_is_no_reading(tmp_path):
+    """A spreadsheet of notes beside the images would stop a training that works."""
+    root = both(tmp_path, *LAYOUTS["kind first"], count=2)
+    (root / "notes.csv").write_text("my notes\na,b,c\n")
+    (root / "train.csv").write_text("id,age\n1,30\n")
+    (root / "val.csv").mkdir()
+    assert len(paths(root)) == 2
+
+
 def test_words_are_told_apart_in_names_of_folders():
     assert words_of("SegmentationClass") == ["segmentationclass"]
     assert words_of("JPEGImages") == ["jpegimages"]
@@ -491,9 +558,9 @@ def test_the_data_is_shown_and_the_flags_that_it_prints_read_the_same(tmp_path, 
 
 def test_masks_that_fit_no_rule_are_drawn_before_the_error(tmp_path, capsys):
     root = both(tmp_path / "set", *LAYOUTS["split first"])
-    for path in root.glob("*/masks/*.png"):
-        draw(path.parent, path.name, value=7)
-    with pytest.raises(ValueError, match="Expected masks of 0 and 1 or of 0 and 255, got"):
+    for number, path in enumerate(sorted(root.glob("*/masks/*.png"))):
+        draw(path.parent, path.name, value=(7, 9, 40)[number % 3])
+    with pytest.raises(ValueError, match="Expected masks of "):
         data_main([str(root), "--output", str(tmp_path / "look.png")])
     assert (tmp_path / "look.png").is_file()
     assert re.search(r"\| +7 \| not known \|", capsys.readouterr().out)
@@ -508,8 +575,8 @@ def test_the_package_is_the_console_command():
     assert ended.stderr.endswith("Did you mean train?\n")
 
 
-def test_a_run_leaves_the_names_that_it_held_out(tmp_path):
-    """Nobody could say afterwards which images the figures are of."""
+def test_a_run_leaves_the_names_that_it_held_out_and_its_student_is_measured_on_these(tmp_path):
+    """Nobody could say afterwards which images the figures are of, and others were trained on."""
     root = both(tmp_path / "set", "images/{n}.png", "masks/{n}.png", splits=("train",), count=6)
     settings = {"dataset": str(root), "teacher": "none", "image_size": 32, "use_cpu": True}
     settings |= {"student_encoder": "resnet18", "encoder_weights": "none", "no_preflight": True}
@@ -524,4 +591,6 @@ def test_a_run_leaves_the_names_that_it_held_out(tmp_path):
     evaluated = [row["image"]["path"] for row in parts.eval_dataset.dataset]
     assert [str(root / name) for name in names] == evaluated
     assert len(names) == 2
-    assert "eval_fraction: 0.34" in (tmp_path / "run" / "config.yaml").read_text()
+    of_run = settings_of_run(str(tmp_path / "run" / "student"), {"dataset": str(root)})
+    again = load_splits(DataArguments(dataset=str(root), **of_run), ["validation"])["validation"]
+    assert [row["image"]["path"] for row in again] == evaluated

@@ -18,7 +18,7 @@ from kd_trainer.data.mask_files import decode_mask, mask_shape
 from kd_trainer.data.masks import present_values, value_counts
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.mask_flags import color_members, merged_members
-from kd_trainer.measurement import _masks_of_run
+from kd_trainer.measurement import settings_of_run
 
 SIDE = 48
 COLORS = np.uint8([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]])
@@ -528,7 +528,7 @@ def test_an_evaluation_reads_the_masks_as_the_run_did(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     same = {"mask_colors": ["0,0,0", "255,0,0"]}
     for source in (student, student.parent):
-        assert _masks_of_run(str(source), {"dataset": "photos"}) == same
-        assert _masks_of_run(str(source), {"dataset": "others"}) == {}
-        assert _masks_of_run(str(source), {"dataset": "photos", "mask_values": [0, 1]}) == {}
-    assert _masks_of_run(str(tmp_path), {"dataset": "photos"}) == {}
+        assert settings_of_run(str(source), {"dataset": "photos"}) == same
+        assert settings_of_run(str(source), {"dataset": "others"}) == {}
+        assert settings_of_run(str(source), {"dataset": "photos", "mask_values": [0, 1]}) == {}
+    assert settings_of_run(str(tmp_path), {"dataset": "photos"}) == {}

@@ -28,6 +28,7 @@ from kd_trainer.commands.export import export_main
 from kd_trainer.commands.predict import predict_main
 from kd_trainer.commands.train import run_train
 from kd_trainer.config import parse
+from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.plan import describe
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.loading import load_student
@@ -155,6 +156,16 @@ def test_the_plan_names_its_units(run: Run, tmp_path: Path):
     plan = describe(parsed, build_run(parsed))
     assert "segformer.stages.3, segformer.stages.2, segformer.stages.1, segformer.stages.0" in plan
     assert "SegformerForSemanticSegmentation" in plan
+
+
+def test_the_preflight_does_not_judge_a_head_that_was_never_trained(
+    run: Run, tmp_path: Path, capsys
+):
+    """Its answers are random: that masks are inverted, say, cannot be read off them."""
+    flags = [flag for flag in run.flags if flag != "--no_preflight"]
+    parsed = parse([*flags, "--output_dir", str(tmp_path), "--teacher", "none"])
+    check_before_training(parsed, build_run(parsed))
+    assert "student" not in capsys.readouterr().out.split("Preflight")[-1]
 
 
 def test_onnx_is_checked_against_torch(run: Run, tmp_path: Path):

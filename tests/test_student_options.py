@@ -105,7 +105,7 @@ def test_map_of_another_size_is_refused():
         encoder_weights="none",
         student_options=["upsampling=2"],
     )
-    with pytest.raises(ValueError, match=r"^Expected a student whose map .* 64x64, got 32x32"):
+    with pytest.raises(ValueError, match=r"^Expected a student whose map .* 64, got 32"):
         make_student(model, DataArguments(dataset="x", image_size=64))
 
 

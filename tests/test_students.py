@@ -33,6 +33,7 @@ from kd_trainer.students import (
     hold_frozen,
     image_size_of,
     labels_of_student,
+    load_module,
     never_used,
     parameter_counts,
     processor_of,
@@ -92,6 +93,22 @@ def test_units_of_a_plain_transformer_are_groups_with_what_is_around_them():
     assert all(any(".layers." in name for name in own) for own in names)
     deepest = units_of(as_student(stock_model("mobilenet"), image_size=64))[-1]
     assert any(".layer.15." in name for name, _ in deepest.parameters())
+
+
+def test_a_saved_model_of_one_logit_keeps_it(tmp_path: Path):
+    """Two classes are two channels in transformers, but people train one logit with a BCE."""
+    source = saved("segformer", tmp_path, num_labels=1)
+    student = made(source)
+    assert not has_new_head(student)
+    assert channels_of(student) == 1
+    assert labels_of_student(student) == {0: "background", 1: "background"}
+    named = made(source, class_names=["rest", "road"])
+    assert labels_of_student(named) == {0: "rest", 1: "road"}
+    assert named.config.id2label == {0: "road"}
+    with torch.no_grad():
+        stock = named.eval()(torch.ones(1, 3, 64, 64)).logits
+        logits = student_logits(named, torch.ones(1, 3, 64, 64))
+    assert torch.equal(logits, F.interpolate(stock, (64, 64), mode="bilinear"))
 
 
 @pytest.mark.parametrize("family", THREE)
@@ -162,8 +179,8 @@ def test_statistics_are_those_of_its_own_preprocessing(tmp_path: Path):
     settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2], "size": 48}
     source = saved("segformer", tmp_path, **settings)
     assert statistics_of(made(source)) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
-    assert image_size_of(load_student(source)) == 48
-    assert image_size_of(made(source)) == 64
+    assert image_size_of(load_student(source)) == (48, 48)
+    assert image_size_of(made(source)) == (64, 64)
 
 
 def test_the_processor_beside_it_does_what_the_training_did(tmp_path: Path):
@@ -227,7 +244,9 @@ def maker(student: nn.Module, **options: Any) -> Any:
 STAGED = {"unfreeze_start_epoch": 1, "unfreeze_every": 1, "num_train_epochs": 3}
 
 
-@pytest.mark.parametrize("family", THREE)
+@pytest.mark.parametrize(
+    "family", ["segformer", "mobilevit", pytest.param("upernet", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_run_bit_for_bit(family: str, tmp_path: Path):
     """Units, their rates and frozen statistics have to come back from the epoch alone."""
     student = as_student(stock_model(family), image_size=SIDE)
@@ -302,6 +321,21 @@ def test_units_that_are_no_parts_of_the_network_are_refused():
         as_student(tiny_student(), units=[tiny_student().encoder])
 
 
+def test_a_module_cannot_be_pushed(tmp_path: Path):
+    """Its repository would hold weights that nothing reads."""
+    args = arguments(tmp_path, push_to_hub=True, hub_model_id="me/net", hub_license="mit")
+    with pytest.raises(ValueError, match=r"^Expected a student of smp or transformers for a push"):
+        DistillationTrainer(Net(), args, train_dataset=Squares(2))
+
+
+def test_a_module_gets_its_images_whatever_its_argument_is_called(tmp_path: Path):
+    """The Trainer drops what is no argument of `forward`."""
+    args = arguments(tmp_path, remove_unused_columns=True, max_steps=1)
+    trainer = DistillationTrainer(Net(), args, train_dataset=Squares(2), eval_dataset=Squares(2))
+    trainer.train()
+    assert "eval_miou" in trainer.evaluate()
+
+
 def test_another_number_of_classes_than_channels_is_refused():
     """The losses would meet labels without a channel."""
     with pytest.raises(ValueError, match=r"^Expected a network with a logit for each of 3 classes"):
@@ -323,3 +357,31 @@ def test_a_frozen_unit_is_in_eval_mode_after_train():
     hold_frozen(net)
     assert not net.stem[1].training
     assert net.deep[1].training
+
+
+def test_what_a_trainer_saves_of_a_module_is_read_back(tmp_path: Path):
+    """Without names, size and statistics the weights are of no use to anybody."""
+    net = as_student(Net(3), id2label={0: "a", 1: "b", 2: "c"}, mean=(0.5, 0.4, 0.3), image_size=96)
+    DistillationTrainer(net, arguments(tmp_path), train_dataset=Squares(2)).save_model()
+    assert {"model.safetensors", "student.json"} <= {file.name for file in tmp_path.iterdir()}
+    again = load_module(Net(3), tmp_path)
+    assert all(torch.equal(net.state_dict()[n], v) for n, v in again.state_dict().items())
+    assert labels_of_student(again) == {0: "a", 1: "b", 2: "c"}
+    assert statistics_of(again) == statistics_of(net)
+    assert image_size_of(again) == (96, 96)
+    with pytest.raises(ValueError, match=r"^Expected the weights of exactly this Net"):
+        load_module(Net(4), tmp_path)
+
+
+def test_a_resume_with_other_units_is_refused(tmp_path: Path):
+    """Other units are freed at other epochs, at other rates."""
+    one, other = Net(), Net()
+    options = {"train_dataset": Squares(4), "teacher": tiny_teacher()}
+    args = {"save_strategy": "epoch", "num_train_epochs": 2}
+    trainer = DistillationTrainer(
+        one, arguments(tmp_path, **args), units=[one.stem, one.deep], **options
+    )
+    trainer.train()
+    trainer = DistillationTrainer(other, arguments(tmp_path, **args), units=[other.deep], **options)
+    with pytest.raises(ValueError, match=r"its units are others"):
+        trainer.train(str(tmp_path / "checkpoint-2"))

@@ -152,7 +152,6 @@ def test_data_that_draws_freely_can_be_resumed(tmp_path: Path):
         ({"compute_loss_func": print}, "Expected no compute_loss_func, got one"),
         ({"optimizers": (object(), None)}, "Expected no optimizers, got one"),
         ({"preprocess_logits_for_metrics": print}, "Expected no preprocess_logits_for_metrics"),
-        ({"model_init": print}, "Expected no model_init, got one"),
         (
             {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})},
             "Expected lr as learning_rate of the arguments",
@@ -169,6 +168,8 @@ def test_other_networks_and_arguments_end_in_one_line(tmp_path: Path):
     """Errors from inside the Trainer do not say what it is that does not fit."""
     with pytest.raises(TypeError, match=r"^Expected a network as student, got str"):
         trainer_of(tmp_path, student="unet")
+    with pytest.raises(TypeError, match=r"^Expected a student as model, or a function .*got both"):
+        trainer_of(tmp_path, more={"model_init": tiny_student})
     with pytest.raises(TypeError, match=r"^Expected a kd_trainer.Teacher, got Conv2d\. Wrap it"):
         trainer_of(tmp_path, teacher=nn.Conv2d(3, 1, 1))
     plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
@@ -257,19 +258,76 @@ def test_panels_show_the_batches_of_the_trainers_own_collator(tmp_path: Path, fl
     assert (tmp_path / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
 
 
-def test_predicting_without_labels_says_where_class_maps_come_from(tmp_path: Path):
-    """A KeyError does not."""
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_a_prediction_is_the_logits_of_each_image(tmp_path: Path, labelled: bool):
+    """Users of transformers expect them; counts say nothing about a single image."""
 
     class Bare(Squares):
         def __getitem__(self, index: int):
             return {"pixel_values": super().__getitem__(index)["pixel_values"]}
 
-    def collate(samples):
+    def bare_collate(samples):
         return {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
 
-    trainer = trainer_of(tmp_path, more={"data_collator": collate})
-    with pytest.raises(ValueError, match=r"^Expected labels in every sample, got pixel_values"):
-        trainer.predict(Bare(2))
+    more = {} if labelled else {"data_collator": bare_collate}
+    trainer = trainer_of(tmp_path, more=more)
+    data = Squares(3, offset=50)
+    output = trainer.predict(data if labelled else Bare(3, offset=50))
+    pixels = torch.stack([data[index]["pixel_values"] for index in range(3)])
+    inputs = normalise(pixels, trainer.statistics)
+    with torch.no_grad():
+        wanted = trainer.model.eval()(inputs).raw_logits
+    assert output.predictions.shape == (3, 1, SIDE, SIDE)
+    assert torch.allclose(torch.from_numpy(output.predictions), wanted, atol=1e-5)
+    assert ("test_miou" in output.metrics) == labelled
+    if labelled:
+        assert torch.equal(torch.from_numpy(output.label_ids[1]), data[1]["labels"])
+        assert output.metrics["test_miou"] == trainer.evaluate(data)["eval_miou"]
+    else:
+        with pytest.raises(ValueError, match=r"^Expected labels in every sample, got pixel_values"):
+            trainer.evaluate(Bare(2))
+
+
+def test_a_function_makes_the_student_of_each_training(tmp_path: Path):
+    """A second training would go on from the weights of the first."""
+    options = {"train_dataset": Squares(4), "model_init": lambda: tiny_student()}
+    trainer = DistillationTrainer(args=arguments(tmp_path, max_steps=2), **options)
+    trainer.train()
+    first = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(first[name], v) for name, v in trainer.model.state_dict().items())
+
+
+def test_a_search_trains_each_trial_as_its_arguments_say(tmp_path: Path):
+    """Weights and schedules are derived from the arguments, which a search changes afterwards."""
+    pytest.importorskip("optuna")
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            schedule = trainer.schedule
+            seen.append((trainer.loss_weights.kl, schedule.temperature(0), schedule.epochs))
+
+    trainer = DistillationTrainer(
+        args=arguments(tmp_path, eval_strategy="epoch", save_strategy="epoch"),
+        model_init=lambda trial: tiny_student(),
+        teacher=tiny_teacher(),
+        train_dataset=Squares(4),
+        eval_dataset=Squares(2, offset=50),
+        callbacks=[Watch()],
+    )
+
+    def space(trial):
+        return {
+            "kl_weight": trial.suggest_categorical("kl_weight", [0.1]),
+            "temperature_start": trial.suggest_categorical("temperature_start", [8.0]),
+            "num_train_epochs": trial.suggest_categorical("num_train_epochs", [1]),
+        }
+
+    best = trainer.hyperparameter_search(space, n_trials=2, backend="optuna")
+    assert seen == [(0.1, 8.0, 1)] * 2
+    assert 0 <= best.objective <= 1  # the mIoU, not the sum of all figures
+    assert (tmp_path / "run-1" / "checkpoint-2" / "COMPLETE.json").is_file()
 
 
 def test_streams_are_read_as_the_arguments_say(tmp_path: Path):

@@ -26,6 +26,7 @@ from kd_trainer.data import StreamedDataset
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import clipped
 from kd_trainer.model_arguments import ModelArguments
+from kd_trainer.students import resumed_with
 
 # Where a run lies and what it shows while it goes do not change what it learns.
 WITHOUT_EFFECT = frozenset(
@@ -57,6 +58,7 @@ _WITNESSES = {
     **dict.fromkeys(("layout", "image_folder", "mask_folder"), ("train_content", "eval_content")),
     "unlabelled": ("train_content",),
     "teacher": ("teacher_weights",),
+    "teacher_maps": ("teacher_weights",),
     "student": ("student_tensors",),
     "encoder_weights": ("student_tensors",),  # first weights, which a checkpoint replaces
 }
@@ -83,6 +85,7 @@ _REASONS = {
     "by them",
     "teacher_weights": "the teacher is another one",
     "student_tensors": "the student has another architecture",
+    "student_traits": "its images are normalised otherwise, or its units are others",
 }
 
 
@@ -157,7 +160,7 @@ def fingerprint_of(
 
     Args:
         args: of the run.
-        student: the names, shapes and types of its tensors count.
+        student: the names, shapes and types of its tensors count, and what `as_student` was told.
         teacher: the values of its tensors count too.
         data: the data set of `train`, and that of `eval` or several by name.
         facts: what is known beside these. Where there are none, a few samples are looked at.
@@ -165,6 +168,7 @@ def fingerprint_of(
     run: dict[str, Any] = {
         **settings_of(args),
         "student_tensors": tensors_digest(student.state_dict(), values=False),
+        **resumed_with(student),
         "teacher_weights": None,
         **{f"{split}_images": _announced(dataset) for split, dataset in data.items()},
     }

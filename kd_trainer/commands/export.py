@@ -16,7 +16,7 @@ from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 
 # The size is the student's; int8 is calibrated with images of the split to train on.
-WITHOUT = ONLY_TRAINING - {"train_split"} | {"image_size", "max_eval_samples"}
+WITHOUT = ONLY_TRAINING - {"train_split"} | {"image_size", "resize", "max_eval_samples"}
 
 
 def results_table(results: dict[str, dict[str, Any]]) -> str:

@@ -82,7 +82,11 @@ def image_name(dataset: EvaluationData, index: int) -> str:
 def _cells(evaluator: Evaluator, sample: dict[str, Tensor]) -> dict[str, Pixels]:
     image = sample["pixel_values"].permute(1, 2, 0).numpy()
     truth = sample["labels"].numpy()
-    logits = {w: raw.cpu() for w, raw in evaluator.logits(sample["pixel_values"][None]).items()}
+    targets = sample.get("teacher_logits")
+    found = evaluator.logits(
+        sample["pixel_values"][None], None if targets is None else targets[None]
+    )
+    logits = {who: raw.cpu() for who, raw in found.items()}
     masks = {w: classes_of(logits[w])[0].numpy() for w in (TEACHER, STUDENT) if w in logits}
     count, ignored = evaluator.settings.num_labels, evaluator.ignore_index
     cells = {"image": image, "truth": overlay(image, truth, num_labels=count)}

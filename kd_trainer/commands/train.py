@@ -127,7 +127,8 @@ def prepare(
             write_bad_samples(run.output, parts.bad_samples)
         if parts.held_out:
             write_held_out(run.output, parts.held_out)
-    if args.teacher_targets == "cached" and parts.teacher is not None:
+    asked = parts.teacher is not None and not parts.teacher.from_samples
+    if args.teacher_targets == "cached" and parts.teacher is not None and asked:
         use_cached_targets(args, parts.teacher, [parts.train_dataset, parts.eval_dataset])
     return parts, trainer, checkpoint
 
@@ -168,7 +169,7 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     student = load_student(run.output / "student", multi_label=True)
     networks: dict[str, nn.Module] = {"student": student}
     files, sizes = {"student": [str(run.output / "student")]}, {"student": size}
-    if teacher is not None:
+    if teacher is not None and not teacher.from_samples:
         networks["teacher"], files["teacher"] = teacher.network, run.model.teachers
         sizes["teacher"] = teacher.image_size or size
     results: dict[str, Any] = {}

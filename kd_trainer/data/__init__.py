@@ -4,7 +4,6 @@ from kd_trainer.data.dataset import (
     SegmentationTransform,
     TeacherTargets,
     TransformedDataset,
-    clean_image,
     collate,
 )
 from kd_trainer.data.images import BadSample
@@ -21,7 +20,6 @@ __all__ = [
     "StreamedDataset",
     "TeacherTargets",
     "TransformedDataset",
-    "clean_image",
     "collate",
     "find_mask_rule",
     "learned",

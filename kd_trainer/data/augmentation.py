@@ -19,6 +19,7 @@ import numpy.typing as npt
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # importing it would ask a server for its version
 import albumentations as A
 
+from kd_trainer.models.image_processing import PADDING
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
 
 Pixels = npt.NDArray[np.uint8]
@@ -29,8 +30,6 @@ OUTSIDE = -1
 """Mask value of pixels that the geometry brought in from outside the image."""
 
 KINDS = ("heavy", "seed", "light", "none")
-# Grey of ImageNet's mean: what lies outside is close to zero once the image is normalised.
-FILL = (124, 116, 104)
 
 
 class SoftFog(A.RandomFog):
@@ -202,7 +201,7 @@ def _light() -> list[Any]:
             keep_ratio=True,
             translate_percent=(-0.06, 0.06),
             rotate=(-8, 8),
-            fill=FILL,
+            fill=PADDING,
             fill_mask=OUTSIDE,
             p=0.7,
         ),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data.augmentation import OUTSIDE, Augmentation
-from kd_trainer.data.channels import Channels, resize_floats
+from kd_trainer.data.channels import Channels, resize_any
 from kd_trainer.data.images import (
     BadSample,
     BadSampleError,
@@ -25,8 +26,10 @@ from kd_trainer.data.images import (
 )
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.planes import PlaneRule
-from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.image_processing import PADDING, fitted_size, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
+
+Pixel = TypeVar("Pixel", bound=np.generic)
 
 
 @cache
@@ -49,21 +52,22 @@ class TeacherTargets(Protocol):
         ...
 
 
-def clean_image(cell: EncodedImage, index: int, size: Size) -> Tensor:
-    """An image as every network sees it before any augmentation, uint8 (3, *size)."""
-    image = torch.from_numpy(decode_image(cell, index))
-    return resize_image(image.permute(2, 0, 1), *size)
+SCALES = (0.5, 2.0)
+"""Between which `crop` scales an image that fits the input: the usual range (DeepLab, mmseg)."""
 
 
 class SegmentationTransform:
     """Turns a row with an `image` and a `mask` into a sample.
 
     The image goes through `resize_image`, the same resize as in evaluation and deployment,
-    and the mask through nearest neighbour; then one random draw changes both.
+    and the mask through nearest neighbour; then one random draw changes both. What is missing at
+    the right or below is padded last, so that augmentation never moves or colours the padding.
 
     Args:
         image_size: of the sample in pixels.
         rule: how mask values are read.
+        resize: `stretch`, `fit` (keep the aspect ratio, pad) or `crop` (of the fitted image, scaled
+            by a random factor, a random part of the input's size).
         augmentation: `heavy`, `light` or `none`.
         seed: first of the three numbers (seed, epoch, index) that decide a draw.
         brightness_contrast_probability: of that group in `heavy`.
@@ -83,6 +87,7 @@ class SegmentationTransform:
         image_size: AnySize,
         rule: MaskRule | PlaneRule,
         *,
+        resize: str = "stretch",
         augmentation: str,
         seed: int,
         brightness_contrast_probability: float,
@@ -91,6 +96,7 @@ class SegmentationTransform:
         self.channels = channels
         self.image_size = as_size(image_size)
         self.rule = rule
+        self.resize = resize
         self.augment = Augmentation(
             augmentation,
             image_size=self.image_size,
@@ -121,20 +127,28 @@ class SegmentationTransform:
         one_thread_per_worker(os.getpid())
         targets: dict[str, Tensor] = {}
         cell, logits = self._with_targets(row["image"], index)
-        pixels, shape = self._image(cell, index)
-        mask = resize_labels(self._labels(row, shape, index), self.image_size)
-        clean = pixels, mask.astype(np.int16)
+        channels = self.channels
+        image = decode_image(cell, index) if channels is None else channels.image(cell, index)
+        labels = self._labels(row, image.shape[:2], index)
+        view = self._view(image.shape[:2], epoch=epoch, index=index)
+        pixels = resize_any(torch.from_numpy(image).permute(2, 0, 1), *view.size)
+        mask = view.part(resize_labels(labels, view.size))
+        clean = view.part(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
         if logits is None:
             changed, changed_mask = self.augment(*clean, epoch=epoch, index=index)
         else:
             # torch converts half precision ten times as fast as numpy.
             maps = torch.from_numpy(logits).float().permute(1, 2, 0).contiguous().numpy()
+            maps = view.part(resized_maps(maps, self.content_size(image.shape[:2]), view.size))
             changed, changed_mask, maps = self.augment.with_logits(
                 *clean, maps, epoch=epoch, index=index
             )
+            maps = padded(maps, self.image_size, [0] * maps.shape[-1])
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        inside = changed_mask != OUTSIDE  # (S, S, K) of planes, all of which move together
+        changed = padded(changed, self.image_size, PADDING if channels is None else 0)
+        changed_mask = padded(changed_mask, self.image_size, OUTSIDE)
+        inside = changed_mask != OUTSIDE  # (H, W, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
         # On an image with a mask the teacher is followed where the labels count, and no
@@ -150,14 +164,32 @@ class SegmentationTransform:
             **targets,
         }
 
-    def _image(self, cell: EncodedImage, index: int) -> tuple[npt.NDArray[Any], tuple[int, int]]:
-        """The image (H, W, C) at the size of the sample, and the size (H, W) of its file."""
-        if self.channels is not None:
-            floats = self.channels.image(cell, index)
-            return resize_floats(floats, *self.image_size), floats.shape[:2]
-        image = decode_image(cell, index)
-        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *self.image_size)
-        return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()), image.shape[:2]
+    def clean_image(self, cell: EncodedImage, index: int) -> Tensor:
+        """An image as every network sees it before any augmentation, uint8 (3, H, W)."""
+        image = torch.from_numpy(decode_image(cell, index)).permute(2, 0, 1)
+        return to_input(image, self.image_size, keep_aspect_ratio=self.resize != "stretch")
+
+    def content_size(self, shape: tuple[int, ...]) -> Size:
+        """(height, width) of an image of this shape in the input, without the padding."""
+        if self.resize == "stretch":
+            return self.image_size
+        return fitted_size((shape[0], shape[1]), self.image_size)
+
+    def _view(self, shape: tuple[int, ...], *, epoch: int, index: int) -> View:
+        """The part of an image of this shape that a sample shows; a function of the numbers."""
+        fitted = self.content_size(shape)
+        if self.resize != "crop":
+            return View(fitted, 0, 0, fitted)
+        # The 1 makes it another stream than that of the augmentation, of the first three numbers.
+        draw = np.random.default_rng([self.augment.seed, epoch, index, 1])
+        factor = draw.uniform(*SCALES)
+        height, width = (max(1, round(side * factor)) for side in fitted)
+        wanted = min(height, self.image_size[0]), min(width, self.image_size[1])
+        top, left = (
+            int(draw.integers(0, side - part + 1))
+            for side, part in zip((height, width), wanted, strict=True)
+        )
+        return View((height, width), top, left, wanted)
 
     def _with_targets(
         self, cell: EncodedImage, index: int
@@ -189,6 +221,54 @@ def resize_labels(labels: npt.NDArray[np.uint8], size: Size) -> npt.NDArray[np.u
     """
     resized = cv2.resize(labels, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return resized.astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sample shows of an image: a part of it at another size.
+
+    Attributes:
+        size: (height, width) that the whole image is brought to.
+        top: where the part begins.
+        left: likewise.
+        shape: (height, width) of the part.
+    """
+
+    size: Size
+    top: int
+    left: int
+    shape: Size
+
+    def part(self, maps: npt.NDArray[Pixel]) -> npt.NDArray[Pixel]:
+        """That part of an array (H, W, ...) of the whole."""
+        height, width = self.shape
+        rows, columns = slice(self.top, self.top + height), slice(self.left, self.left + width)
+        return np.ascontiguousarray(maps[rows, columns])
+
+
+def resized_maps(
+    maps: npt.NDArray[np.float32], content: Size, size: Size
+) -> npt.NDArray[np.float32]:
+    """Logits (H, W, K) of a clean input without those of its padding, at another size, linearly."""
+    maps = maps[: content[0], : content[1]]
+    if content == size:
+        return maps
+    bands = [  # cv2 takes at most four channels at a time
+        cv2.resize(band, size[::-1], interpolation=cv2.INTER_LINEAR)
+        for band in np.moveaxis(maps, -1, 0)
+    ]
+    return np.stack(bands, axis=-1).astype(np.float32)
+
+
+def padded(maps: npt.NDArray[Pixel], size: Size, value: Any) -> npt.NDArray[Pixel]:
+    """An array (H, W, ...) with `value` at the right and below, up to `size`."""
+    height, width = maps.shape[:2]
+    if (height, width) == size:
+        return maps
+    result = np.empty((*size, *maps.shape[2:]), maps.dtype)
+    result[:] = value
+    result[:height, :width] = maps
+    return result
 
 
 def planes(image: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -13,22 +13,19 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.data.listing import IMAGE_SUFFIXES, list_images, list_masks
+from kd_trainer.data.listing import IMAGE_SUFFIXES, MASK_SUFFIXES, list_images, list_masks
 from kd_trainer.data.pairing import (
     IMAGE_WORDS,
     MASK_WORDS,
     Pair,
     divide_files,
-    example,
     pair_files,
-    stem_of,
 )
 
 MOST_ENTRIES = 5_000_000
@@ -106,8 +103,10 @@ class Folder:
         return "/".join(_starred(part, "SPLIT") for part in self.parts) or "."
 
 
-def walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """Every folder below `root` that holds image files, and its parts; what systems leave is none.
+def walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...], bool]]:
+    """Every folder below `root` that holds images or masks; what systems leave is none of them.
+
+    Each with the parts of its path, and whether it holds images: a mask may be an array (.npy).
 
     Links to folders are followed, but for those that lead to a folder they lie in.
 
@@ -118,14 +117,17 @@ def walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
     waiting, seen = [(root, (), (os.path.realpath(root),))], 0
     while waiting:
         folder, parts, above = waiting.pop()
-        has_images = False
+        has_images = has_arrays = False
         with os.scandir(folder) as entries:
             for entry in entries:
                 seen += 1
                 if entry.name.startswith((".", "@", "#", "$", "__")):
                     continue
-                if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
+                ending = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+                if ending in IMAGE_SUFFIXES:
                     has_images = has_images or entry.is_file()
+                elif ending in MASK_SUFFIXES:
+                    has_arrays = has_arrays or entry.is_file()
                 elif len(parts) < _DEEPEST and entry.is_dir():
                     real = os.path.realpath(entry.path)
                     if real not in above:
@@ -135,8 +137,8 @@ def walk(root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
                 f"Expected at most {MOST_ENTRIES:,} files below {root}, got more. Name the folder "
                 "of the data set itself as --dataset."
             )
-        if has_images:
-            yield folder, parts
+        if has_images or has_arrays:
+            yield folder, parts, has_images
 
 
 def words_of(part: str) -> list[str]:
@@ -248,9 +250,12 @@ def read_folders(
     """
     named = {"images": image_folder, "masks": mask_folder}
     found = sorted(walk(root), key=lambda folder: folder[1])
-    above = _common_parts([parts for _, parts in found])
-    folders = [classify(path, parts[above:], named, splits) for path, parts in found]
-    folders = [folder for folder in folders if folder.kind != "other"]
+    above = _common_parts([parts for _, parts, _ in found])
+    folders = []
+    for path, parts, has_images in found:
+        folder = classify(path, parts[above:], named, splits)
+        if folder.kind == "masks" or (has_images and folder.kind != "other"):
+            folders.append(folder)
     partners, faults = _partners(root, folders)
     couples = {**partners, **_both_in_one(folders, partners)}
     if not couples and faults:
@@ -258,8 +263,9 @@ def read_folders(
     if not couples:
         return None
     names = {folder.split for folder in couples}
-    if "train" in names or "training" in names:
-        names -= {None}  # what lies beside the splits is in none of them
+    if "train" in names or "training" in names:  # what lies beside the splits is in none of them
+        names -= {None}
+        faults.pop(None, None)
     by_split = {
         name or "train": [pair for pair in couples.items() if pair[0].split == name]
         for name in sorted(names, key=str)
@@ -272,7 +278,7 @@ def read_folders(
         "folders",
         _described(images, masks),
         {name: partial(_pairs_of, pairs) for name, pairs in by_split.items()}
-        | {name: partial(_raise, fault) for name, fault in faults.items()},
+        | {name or "train": partial(_raise, fault) for name, fault in faults.items()},
         {name: family for name, family in flags.items() if family},
         {name: path for name, path in without.items() if name not in by_split},
     )
@@ -290,13 +296,13 @@ def _common_parts(paths: Sequence[tuple[str, ...]]) -> int:
 
 def _partners(
     root: Path, folders: Sequence[Folder]
-) -> tuple[dict[Folder, Folder], dict[str, ValueError]]:
+) -> tuple[dict[Folder, Folder], dict[str | None, ValueError]]:
     """The folder of masks of each folder of images, by split and the rest of their paths.
 
     And what is wrong with a split, to be said when it is asked for.
     """
     couples: dict[Folder, Folder] = {}
-    faults: dict[str, ValueError] = {}
+    faults: dict[str | None, ValueError] = {}
 
     def couple(key: Callable[[Folder], Any]) -> None:
         done = {folder.split for folder in couples}
@@ -308,7 +314,7 @@ def _partners(
             try:
                 couples.update(_couple(root, group))
             except ValueError as error:
-                faults[group[0].split or "train"] = error
+                faults[group[0].split] = error
 
     couple(lambda folder: (folder.split, folder.rest))
     couple(lambda folder: folder.split)  # the rest may differ where there is one of each
@@ -346,21 +352,17 @@ def _both_in_one(
     """Folders that hold images and masks, in the splits that have no folders of masks."""
     paired = {folder.split for folder in partners}
     alone = [folder for folder in folders if folder.split not in paired]
-    return {folder: folder for folder in alone if divide_files(list_images(folder.path))[1]}
+    return {folder: folder for folder in alone if divide_files(_files(folder.path))[1]}
+
+
+def _files(folder: Path) -> list[Path]:
+    return list_images(folder, IMAGE_SUFFIXES | MASK_SUFFIXES)
 
 
 def _described(images: Folder, masks: Folder) -> str:
     if images is masks:
-        files = divide_files(list_images(images.path))
-        return (
-            f"images and masks in {images.pattern}, as {files[0][0].name} with {files[1][0].name}"
-        )
-    naming = ""
-    with suppress(ValueError):  # what does not pair is said when it is loaded
-        pairs = pairs_in(images.path, masks.path)
-        if stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
-            naming = f", as {example(pairs)}"
-    return f"images in {images.pattern}, masks in {masks.pattern}{naming}"
+        return f"images and masks in {images.pattern}"
+    return f"images in {images.pattern}, masks in {masks.pattern}"
 
 
 def _raise(fault: ValueError) -> list[Pair]:
@@ -381,11 +383,10 @@ def pairs_in(image_folder: Path, mask_folder: Path) -> list[Pair]:
     Raises:
         ValueError: if there are no images, a name is there twice, or a partner is missing.
     """
-    images = list_images(image_folder)
     if image_folder == mask_folder:
-        images, masks = divide_files(images)
+        images, masks = divide_files(_files(image_folder))
     else:
-        masks = list_masks(mask_folder)
+        images, masks = list_images(image_folder), list_masks(mask_folder)
     if not images:
         raise ValueError(
             f"Expected images in {image_folder}, got an empty split. Files directly in that folder "

@@ -7,6 +7,7 @@ same images, and an image that is added later moves few others.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,14 +23,21 @@ HOLD_OUT_SEED = 0
 
 
 def row_names(rows: datasets.Dataset, root: Path) -> list[str]:
-    """What each row is called: the path of its image below `root`, else its number; reads none."""
+    """What each row is called wherever the data lies; reads no image.
+
+    The path of its image below `root`, or else below what all their paths have in common; the
+    number of a row without one.
+    """
     cells = rows.select_columns("image").with_format("arrow")[:]["image"].combine_chunks()
-    names = []
-    for number, path in enumerate(cells.field("path").to_pylist()):
-        below = path is not None and Path(path).is_relative_to(root)
-        name = Path(path).relative_to(root).as_posix() if below else path
-        names.append(name or f"row {number}")
-    return names
+    paths = [path and os.path.abspath(path) for path in cells.field("path").to_pylist()]  # noqa: PTH100
+    known = [path for path in paths if path]
+    above = os.path.abspath(root)  # noqa: PTH100
+    if known and not all(path.startswith(f"{above}{os.sep}") for path in known):
+        above = os.path.commonpath([os.path.dirname(path) for path in known])  # noqa: PTH120
+    return [
+        Path(path[len(above) :].lstrip(os.sep)).as_posix() if path else f"row {number}"
+        for number, path in enumerate(paths)
+    ]
 
 
 def held_out(names: Sequence[str], fraction: float, group_by: str | None) -> list[int]:

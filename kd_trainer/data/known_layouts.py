@@ -59,17 +59,19 @@ def folders_in(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
 
-def read_voc(root: Path) -> Layout | None:
+def read_voc(root: Path, image_folder: str | None, mask_folder: str | None) -> Layout | None:
     """Pascal VOC: images and masks of all splits in two folders, and a list of names a split.
+
+    Args:
+        root: of the data set.
+        image_folder: what the folder of images is called, or None for JPEGImages.
+        mask_folder: what that of masks is called, or None for SegmentationClass.
 
     Raises:
         ValueError: if there are several; names them.
     """
-    found = [
-        place
-        for place in places(root, ("JPEGImages", "SegmentationClass"))
-        if any((place / _LISTS).glob("*.txt"))
-    ]
+    sides = (image_folder or "JPEGImages", mask_folder or "SegmentationClass")
+    found = [place for place in places(root, sides) if any((place / _LISTS).glob("*.txt"))]
     if not found:
         return None
     if len(found) > 1:
@@ -80,13 +82,14 @@ def read_voc(root: Path) -> Layout | None:
     lists = {path.stem: path for path in sorted((found[0] / _LISTS).glob("*.txt"))}
     return Layout(
         "voc",
-        f"images in JPEGImages, masks in SegmentationClass, splits in {_LISTS}",
-        {split: partial(_voc_pairs, found[0], path) for split, path in lists.items()},
+        f"images in {sides[0]}, masks in {sides[1]}, splits in {_LISTS}",
+        {split: partial(_voc_pairs, found[0], sides, path) for split, path in lists.items()},
+        {"image_folder": sides[0], "mask_folder": sides[1]},
         class_names=VOC_CLASSES,
     )
 
 
-def _voc_pairs(place: Path, names: Path) -> list[Pair]:
+def _voc_pairs(place: Path, sides: tuple[str, str], names: Path) -> list[Pair]:
     """The pairs of a list of names.
 
     Raises:
@@ -105,12 +108,12 @@ def _voc_pairs(place: Path, names: Path) -> list[Pair]:
             raise ValueError(
                 f"Expected names of images without a folder in {names}, got {clipped(stem)!a}."
             )
-    sides = (
-        ("JPEGImages", (".jpg", *sorted(IMAGE_SUFFIXES))),
-        ("SegmentationClass", (".png", *sorted(MASK_SUFFIXES))),
+    endings = ((".jpg", *sorted(IMAGE_SUFFIXES)), (".png", *sorted(MASK_SUFFIXES)))
+    images, masks = (
+        [_file(place / side, stem, ends) for stem in stems]
+        for side, ends in zip(sides, endings, strict=True)
     )
-    images, masks = ([_file(place / side, s, ends) for s in stems] for side, ends in sides)
-    for side, files in zip(("JPEGImages", "SegmentationClass"), (images, masks), strict=True):
+    for side, files in zip(sides, (images, masks), strict=True):
         missing = [stem for stem, file in zip(stems, files, strict=True) if file is None]
         if missing:
             raise FileNotFoundError(

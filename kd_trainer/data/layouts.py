@@ -86,8 +86,8 @@ def _readings(root: Path, data: DataArguments) -> list[Layout | None]:
         return [read_csv_files(root, data)]
     splits = (data.train_split, data.eval_split)
     readers: dict[str, Callable[[], Layout | None]] = {
-        "voc": lambda: read_voc(root),
-        "cityscapes": lambda: read_cityscapes(root),
+        "voc": lambda: read_voc(root, data.image_folder, data.mask_folder),
+        "cityscapes": lambda: None if data.mask_folder else read_cityscapes(root),
         "metadata": lambda: read_metadata(root, data),
         "csv": lambda: read_csv_files(root, data),
         "folders": lambda: read_folders(

@@ -231,10 +231,10 @@ class MaskRule:
 def merged_rule(
     members: ClassMembers, ignored: tuple[int, ...], options: dict[str, Any]
 ) -> MaskRule:
-    """The rule of `--merge_classes`, whose names are numbers by now.
+    """The rule of `--merge_classes`.
 
     Args:
-        members: of each class.
+        members: of each class; names are numbers by now.
         ignored: further values that count nowhere.
         options: further arguments of the rule.
 

@@ -63,11 +63,12 @@ def bare(stem: str) -> str:
 def divide_files(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The images and the masks of a folder that holds both; without masks if it is none.
 
-    Masks are called so (`x_mask.png`, `mask_x.png`), or they are the lossless ones where each name
-    is there twice (`x.jpg` and `x.png`).
+    Masks are arrays (.npy) or called so (`x_mask.png`, `mask_x.png`), or they are the lossless ones
+    where each name is there twice (`x.jpg` and `x.png`).
     """
     front, back = _OF_MASKS
-    masks = [f for f in files if front.search(f.stem) or back.search(f.stem)]
+    arrays = [f for f in files if f.suffix.lower() not in IMAGE_SUFFIXES]
+    masks = arrays or [f for f in files if front.search(f.stem) or back.search(f.stem)]
     if not masks:
         lossy = {stem_of(f) for f in files if f.suffix.lower() in LOSSY_SUFFIXES}
         masks = [f for f in files if f.suffix.lower() not in LOSSY_SUFFIXES]
@@ -94,10 +95,11 @@ def pair_files(images: Sequence[Path], masks: Sequence[Path], mask_folder: Path)
     return [(image, by_mask[key]) for key, image in by_image.items()]
 
 
-def example(pairs: Sequence[Pair]) -> str:
-    """What the first image and its mask are called."""
-    image, mask = pairs[0]
-    return f"{image.name} with {mask.name}"
+def example(image: Path, mask: Path) -> str:
+    """What an image and its mask are called; nothing if that is the same, in two folders."""
+    if stem_of(image) == stem_of(mask) and image.parent != mask.parent:
+        return ""
+    return f"as {image.name} with {mask.name}"
 
 
 def find_naming(images: Sequence[str], masks: Sequence[str]) -> tuple[Key, Key]:

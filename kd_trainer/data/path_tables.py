@@ -16,7 +16,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from kd_trainer.data.folder_layouts import SPLIT_WORDS, Layout, split_in, words_of
-from kd_trainer.data.listing import IMAGE_SUFFIXES, did_you_mean, inside, show_names, subfolders
+from kd_trainer.data.listing import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    did_you_mean,
+    inside,
+    show_names,
+    subfolders,
+)
 from kd_trainer.data.pairing import IMAGE_WORDS, MASK_WORDS, Pair
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import clipped
@@ -73,7 +80,8 @@ def read_csv_files(path: Path, data: DataArguments) -> Layout | None:
         if split_in(path.stem) is None:
             return _layout("csv", data, _divided(table))
     folder = path if path.is_dir() else path.parent
-    files = sorted(f for end in TABLE_SUFFIXES for f in folder.glob(f"[!.]*{end}"))
+    listed = (f for end in TABLE_SUFFIXES for f in folder.glob(f"[!.]*{end}"))
+    files = sorted(file for file in listed if file.is_file())
     if path.is_file():
         files = [f for f in files if _other_words(f) == _other_words(path)]
     tables: dict[str, Table] = {}
@@ -128,8 +136,9 @@ def _divided(table: Table) -> dict[str, Table]:
 
     def split_of(row: Row) -> str | None:
         if column is not None:
-            return row[column].strip() or "train"
-        return split_in(PurePosixPath(row[table.image]).parts[0]) if row[table.image] else None
+            return row.get(column, "").strip() or "train"
+        folders = PurePosixPath(row.get(table.image, "")).parts[:-1]
+        return split_in(folders[0]) if folders else None
 
     splits = [split_of(row) for row in table.rows]
     if None in splits:
@@ -153,7 +162,7 @@ def read_table(path: Path, data: DataArguments) -> Table | None:
 
 def _path_columns(path: Path, row: Row, data: DataArguments) -> tuple[str, ...]:
     """The columns of images and masks, as far as there are any, going by the first row."""
-    columns = [c for c, value in row.items() if Path(value).suffix.lower() in IMAGE_SUFFIXES]
+    columns = [c for c, value in row.items() if _is_file_name(value)]
     if columns == list(row) == ["1", "2"]:  # without a headline
         return "1", "2"
     masks = [c for c in columns if MASK_WORDS & {*words_of(c)}]
@@ -203,17 +212,21 @@ def read_rows(path: Path, *, head: bool = False) -> list[dict[str, str]]:
     if not cells:
         return []
     columns = [cell.strip() for cell in cells[0]]
-    if all(Path(cell).suffix.lower() in IMAGE_SUFFIXES for cell in columns):
+    if all(map(_is_file_name, columns)):
         columns = [str(number) for number in range(1, len(columns) + 1)]
     else:
         cells = cells[1:]
     wrong = next((number for number, row in enumerate(cells, 1) if len(row) != len(columns)), None)
-    if wrong is not None:
+    if wrong is not None and not head:  # what is no table of paths may be of any form
         raise ValueError(
             f"Expected {len(columns)} cells in each row of {path}, got "
             f"{len(cells[wrong - 1])} in row {wrong}. Mend the row."
         )
-    return [dict(zip(columns, map(str.strip, row), strict=True)) for row in cells]
+    return [dict(zip(columns, map(str.strip, row), strict=not head)) for row in cells]
+
+
+def _is_file_name(cell: str) -> bool:
+    return Path(cell).suffix.lower() in IMAGE_SUFFIXES | MASK_SUFFIXES
 
 
 def _lines(path: Path, *, head: bool) -> list[str]:

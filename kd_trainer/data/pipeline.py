@@ -26,9 +26,9 @@ from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
 from kd_trainer.data.planes import PlaneRule, check_planes
-from kd_trainer.data.sources import is_coco
+from kd_trainer.data.sources import is_coco, names_of_values, source_layout
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.mask_flags import color_members, merged_members
+from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
@@ -135,9 +135,12 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     if data.mask_threshold is not None:
         return MaskRule((0, 1), threshold=data.mask_threshold, also_ignored=ignored, **options)
     if data.merge_classes is not None and not is_coco(data):
-        return merged_rule(merged_members(data.merge_classes), ignored, options)
+        members = merged_members(data.merge_classes)
+        if any(isinstance(m, str) and m != REST for one in members.members for m in one):
+            members = numbered(members, names_of_values(data) or ())
+        return merged_rule(members, ignored, options)
     if data.mask_values is None and not data.reduce_labels:
-        return None
+        return _rule_of_layout(data, ignored, options)
     reduced = range(1, data.num_labels + 1)
     values = reduced if data.mask_values is None else data.mask_values
     if len(values) != data.num_labels:
@@ -148,6 +151,17 @@ def _named_rule(data: DataArguments) -> MaskRule | None:
     if data.reduce_labels:
         ignored = tuple(sorted({*ignored, 0}))
     return MaskRule(tuple(values), also_ignored=ignored, **options)
+
+
+def _rule_of_layout(
+    data: DataArguments, ignored: tuple[int, ...], options: dict[str, Any]
+) -> MaskRule | None:
+    """The rule of a data set whose layout says which value is which class; None if it does not."""
+    layout = None if data.dataset == "synthetic" or is_coco(data) else source_layout(data)
+    if layout is None or layout.mask_values is None or len(layout.mask_values) != data.num_labels:
+        return None
+    ignored = tuple(sorted({*ignored, *layout.ignored_values}))
+    return MaskRule(layout.mask_values, also_ignored=ignored, **options)
 
 
 def _check_counted(classes: set[int], data: DataArguments, masks: int) -> None:
@@ -236,7 +250,7 @@ def transforms(
 
     Args:
         splits: what `load_splits` gave.
-        data: image size, augmentation, and how masks are read.
+        data: image size, resize, augmentation, and how masks are read.
         seed: of the augmentation.
         every_class: as for `mask_rule`.
 
@@ -253,16 +267,18 @@ def transforms(
         check_planes(rows, rule, image_shape if data.in_channels is None else channels_shape)
     else:
         rule = mask_rule(splits, data, every_class=every_class)
+    whole = "fit" if data.resize == "crop" else data.resize
     training, evaluation = (
         SegmentationTransform(
-            data.image_size,
+            data.input_size,
             rule,
+            resize=resize,
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
             channels=channels,
         )
-        for kind in (data.augmentation, "none")
+        for kind, resize in ((data.augmentation, data.resize), ("none", whole))
     )
     return training, evaluation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 
 from kd_trainer.data.coco import coco_class_names, file_for_split, is_coco_folder, load_coco
+from kd_trainer.data.columns import class_names_beside, find_columns
 from kd_trainer.data.folder_layouts import Layout
 from kd_trainer.data.hold_out import Division, divide
 from kd_trainer.data.layouts import MASKS, find_layout, find_pairs, in_pair_folder, say, split_of
@@ -26,10 +28,11 @@ from kd_trainer.data.listing import (
     missing_path,
     path_dataset,
     show_names,
+    split_names,
     stream_shards,
     unlabelled_dataset,
 )
-from kd_trainer.data.pairing import example, stem_of
+from kd_trainer.data.pairing import example
 from kd_trainer.data.path_tables import TABLE_SUFFIXES
 from kd_trainer.data.streaming import stream_lengths, with_lengths
 from kd_trainer.data.synthetic import synthetic_splits
@@ -48,16 +51,23 @@ def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[P
     """
     if path.is_file():
         return [file_for_split(path, split, other_splits)]
-    for folder in (path, path / "data"):
-        for pattern in (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet"):
-            if files := sorted(folder.glob(pattern)):
-                return files
+    for name in split_names(split, other_splits):
+        for folder in (path, path / "data"):
+            for pattern in (f"{name}.parquet", f"{name}-*.parquet", f"{name}/*.parquet"):
+                if files := sorted(folder.glob(pattern)):
+                    _say_split(path, split, name)
+                    return files
     others = sorted(str(p.relative_to(path)) for p in path.rglob("*.parquet"))
     raise MissingSplitError(
         split,
         f"Expected {split}.parquet, {split}-*.parquet or {split}/*.parquet in {path}, got "
         f"{show_names(others)}. Name the splits with --train_split and --eval_split.",
     )
+
+
+def _say_split(source: Path | str, split: str, name: str) -> None:
+    if name != split:
+        say(f"{source}: {name} is the split {split}. Otherwise: --train_split, --eval_split.")
 
 
 def has_parquet(folder: Path) -> bool:
@@ -91,7 +101,15 @@ def _names(files: Sequence[Path]) -> list[str]:
     return [str(file) for file in files]
 
 
-def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
+def load_hub(
+    name: str,
+    split: str,
+    *,
+    streaming: bool,
+    not_local: str,
+    config: str | None = None,
+    other_splits: Sequence[str] = (),
+) -> Any:
     """Load a split of a data set on the Hub, all columns.
 
     Args:
@@ -99,10 +117,13 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
         split: name of the split.
         streaming: read while iterating, keep nothing.
         not_local: a sentence that says why it is no folder, for the error.
+        config: name of the configuration, of a data set that has several.
+        other_splits: of the run, for which no other name stands.
 
     Raises:
         FileNotFoundError: if the Hub cannot be reached or has no such data set.
-        ValueError: if the data set has no such split, or is made of files of another place.
+        ValueError: if the data set has no such split or configuration, or is made of files of
+            another place.
     """
     if streaming and "[" in split:  # `datasets` cuts slices of indexed data alone
         whole = split.partition("[")[0]
@@ -111,8 +132,13 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
             "--streaming out."
         )
     try:
-        _check_own_files(name)
-        return datasets.load_dataset(name, split=split, streaming=streaming)
+        options = {} if config is None else {"name": config}
+        present = _own_files(name, options)
+        names = [name for name in split_names(split, other_splits) if name in present]
+        taken = names[0] if names else split  # also a part of one (`train[:75%]`)
+        loaded = datasets.load_dataset(name, split=taken, streaming=streaming, **options)
+        _say_split(name, split, taken)
+        return loaded
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"Expected a folder, a file or a data set on the Hub, got {name!r}. {not_local} The "
@@ -121,6 +147,8 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
     except ValueError as error:
         if is_own(error):
             raise
+        if "onfig" in str(error).splitlines()[0]:
+            raise _no_config(name, config) from None
         raise MissingSplitError(
             split,
             f"Expected the split {split!r} of {name} on the Hub, got: {str(error).splitlines()[0]} "
@@ -128,19 +156,30 @@ def load_hub(name: str, split: str, *, streaming: bool, not_local: str) -> Any:
         ) from None
 
 
-def _check_own_files(name: str) -> None:
-    """Refuse a data set on the Hub whose card names files of this machine, or of another place.
+def _no_config(name: str, config: str | None) -> ValueError:
+    configs = datasets.get_dataset_config_names(name)
+    return ValueError(
+        f"Expected one of the {len(configs)} configurations of {name} as --dataset_config, got "
+        f"{config or 'none'}. There are {', '.join(configs[:20])}."
+        f"{did_you_mean(config or '', configs)}"
+    )
 
-    `datasets` would read them, with the token of whoever loads it.
+
+def _own_files(name: str, options: Mapping[str, str]) -> list[str]:
+    """The splits of a data set on the Hub, as far as its files say them.
+
+    Its card may name files of this machine, or of another place, which is refused: `datasets` would
+    read them, with the token of whoever loads it.
     """
     roots = [place for place in hub_places(name) if isinstance(place, str)]
-    files = datasets.load_dataset_builder(name).config.data_files or {}
+    files = datasets.load_dataset_builder(name, **options).config.data_files or {}
     for file in (str(file) for some in files.values() for file in some):
         if not any(is_address_inside(file, root) for root in roots):
             raise ValueError(
                 f"Expected the files of {name} in its own repository, got {file}, which its card "
                 "names. Load it from a copy of your own that holds all of its files."
             )
+    return [str(split) for split in files]
 
 
 def hub_places(name: str) -> list[Path | str]:
@@ -163,8 +202,8 @@ def two_columns(
 
     Args:
         loaded: a Dataset or an IterableDataset.
-        image_column: of the images.
-        mask_column: of the masks.
+        image_column: of the images; see `find_columns`.
+        mask_column: of the masks, likewise.
         name: of the data, for messages.
         places: where images may lie that are stored as paths.
 
@@ -175,22 +214,15 @@ def two_columns(
     features = loaded.features
     if features is None:  # a stream without a schema
         features = _features_of(next(iter(loaded), {}))
-    for column, flag in ((image_column, "image_column"), (mask_column, "mask_column")):
-        if column not in features:
-            raise ValueError(
-                f"Expected a column {column!r} in {name}, got {', '.join(features)}."
-                f"{did_you_mean(column, features)} Name it with --{flag}."
-            )
-        if not _holds_images(features[column]):
-            raise ValueError(
-                f"Expected images in the column {column!r} of {name}, got {features[column]}. "
-                f"Name another column with --{flag}."
-            )
-    if image_column == mask_column:
-        raise ValueError(f"Expected two columns, got {image_column!r} for image and mask.")
-    kept = loaded.select_columns([image_column, mask_column])
+    images, masks = find_columns(features, image_column, mask_column, name)
+    if (images, masks) != (image_column, mask_column):
+        say(
+            f"{name}: the column {images} holds the images, {masks} the masks. Otherwise: "
+            "--image_column, --mask_column."
+        )
+    kept = loaded.select_columns([images, masks])
     # In two steps, because the old names may be the new ones the other way round.
-    kept = kept.rename_columns({image_column: "image_", mask_column: "mask_"})
+    kept = kept.rename_columns({images: "image_", masks: "mask_"})
     kept = kept.rename_columns({"image_": "image", "mask_": "mask"})
     return confined(kept, places, name)
 
@@ -202,14 +234,6 @@ def _features_of(row: dict[str, Any]) -> dict[str, Any]:
         name: value if isinstance(value, dict) else kinds.get(type(value), type(value))
         for name, value in row.items()
     }
-
-
-def _holds_images(feature: Any) -> bool:
-    if isinstance(feature, datasets.Image):
-        return True
-    if isinstance(feature, dict):
-        return set(feature) == {"bytes", "path"}
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "binary")
 
 
 SYNTHETIC_SEED = 0
@@ -272,7 +296,7 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
     limits = {data.train_split: data.max_train_samples, data.eval_split: data.max_eval_samples}
     layout = find_layout(data) if _is_laid_out(data, names) else None
     loaded: dict[str, Any] = {}
-    counts: dict[str, int] = {}
+    listed: dict[str, Any] = {}
     divided: dict[str, datasets.Dataset] = {}
     held_out: tuple[str, ...] = ()
     for name in names:
@@ -283,12 +307,12 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
             divided = {name: division.chosen, other: division.rest}
             held_out = division.names
             continue
-        counts[name] = len(rows) if layout is not None else 0
+        listed[name] = rows
         loaded[name] = _finished(data, name, limits.get(name), rows, lengths)
     for name in set(names) & divided.keys():
         loaded[name] = _finished(data, name, limits.get(name), divided[name], None)
     if layout is not None:
-        _say_layout(data, layout, {n: count for n, count in counts.items() if n not in divided})
+        _say_layout(data, layout, listed | divided)
     if divided:
         _say_held_out(data, divided)
     kind = datasets.IterableDatasetDict if data.streaming else datasets.DatasetDict
@@ -301,9 +325,8 @@ def _hold_out(
     """The other split in two, for the missing one and for itself, and its name.
 
     Raises:
-        MissingSplitError: if the other one is missing too, or this one was asked for by a name
-            that is no default.
-        ValueError: if the data is streamed.
+        MissingSplitError: if the other one is missing too, or is a stream, or this one was asked
+            for by a name that is no default.
     """
     other = data.train_split if name == data.eval_split else data.eval_split
     if not data.eval_fraction or name != DataArguments.eval_split or other == name:
@@ -313,19 +336,30 @@ def _hold_out(
     except MissingSplitError:
         raise missing from None
     if not isinstance(rows, datasets.Dataset):
-        raise ValueError(
+        raise MissingSplitError(
+            name,
             f"Expected a split to evaluate on in {data.dataset} with --streaming, got none, and no "
             "images can be held out of a stream. Leave --streaming out, or name a split with "
-            "--eval_split."
+            "--eval_split.",
         )
-    return divide(rows, Path(data.dataset), data.eval_fraction, data.group_by), other
+    path = Path(data.dataset)
+    return divide(
+        rows, path.parent if path.is_file() else path, data.eval_fraction, data.group_by
+    ), other
 
 
-def _say_layout(data: DataArguments, layout: Layout, counts: Mapping[str, int]) -> None:
-    sizes = [f"{count:,} images of {split_of(layout, n, data)}" for n, count in counts.items()]
+def _say_layout(data: DataArguments, layout: Layout, listed: Mapping[str, Any]) -> None:
+    sizes = []
+    for name, rows in listed.items():
+        with suppress(MissingSplitError):  # one that is held out of another has no name
+            sizes.append(f"{len(rows):,} images of {split_of(layout, name, data)}")
+    first = next(iter(listed.values()))[0]
+    names = example(*(Path(first[side]["path"]) for side in ("image", "mask")))
+    names = f", {names}" if names and layout.name == "folders" else ""
+    part = "column" if "image_column" in layout.flags else "folder"
     say(
-        f"{data.dataset} ({layout.name}): {'; '.join([layout.description, *sizes])}.",
-        "Otherwise: --layout, --image_folder, --mask_folder, --train_split, --eval_split.",
+        f"{data.dataset} ({layout.name}): {'; '.join([layout.description + names, *sizes])}.",
+        f"Otherwise: --layout, --image_{part}, --mask_{part}, --train_split, --eval_split.",
     )
 
 
@@ -369,9 +403,14 @@ def _labelled(
     path = Path(data.dataset)
     columns: dict[str, Any] = {"image_column": data.image_column, "mask_column": data.mask_column}
     if not data.dataset or not path.exists():
-        rows = _from_hub(data, split)
+        rows = _from_hub(data, split, others)
         places = hub_places(data.dataset)
         return two_columns(rows, name=data.dataset, places=places, **columns), None
+    if data.dataset_config is not None:
+        raise ValueError(
+            f"Expected a data set on the Hub with --dataset_config {data.dataset_config}, got "
+            f"{data.dataset}. Leave it out."
+        )
     if is_coco(data):
         return load_coco(path, split, data, other_splits=others, limit=limit)
     _check_no_category(data)
@@ -386,15 +425,14 @@ def _labelled(
             f"{path}."
         )
     if _is_saved(path):
-        rows = _first(_from_disk(path, split), limit, f"split {split!r} of {path}")
+        rows = _first(_from_disk(path, split, others), limit, f"split {split!r} of {path}")
         shard_lengths: list[int] | None = None
         if data.streaming:  # before the paths are looked at, as a stream reads them in its own way
             rows, shard_lengths = _stream(rows)
         return two_columns(rows, name=str(path), places=[path], **columns), shard_lengths
     pairs = find_pairs(data, split, layout)
-    if layout is None and stem_of(pairs[0][0]) != stem_of(pairs[0][1]):
-        text = f"{path}: masks have other names than their images, as {example(pairs)}."
-        say(text, about=f"names in {path}")
+    if layout is None and (names := example(*pairs[0])):
+        say(f"{path}: masks have other names than their images, {names}.", about=f"names in {path}")
     return path_dataset(*zip(*pairs, strict=True)), None
 
 
@@ -432,13 +470,25 @@ def source_class_names(data: DataArguments) -> list[str] | None:
     if data.merge_classes is not None:
         return None  # which has names of its own
     if not is_coco(data):
-        layout = source_layout(data)
-        return None if layout is None or layout.class_names is None else [*layout.class_names]
+        names = names_of_values(data)
+        # Value 0, which counts nowhere, has a name too.
+        longer = names is not None and len(names) == data.num_labels + 1
+        return names[1:] if names and longer and data.reduce_labels else names
     if data.foreground is not None:
         return ["background", data.foreground]
     path = Path(data.dataset)
     names = coco_class_names(path, data.train_split, (data.eval_split,))
     return names[1:] if data.multi_label else names
+
+
+def names_of_values(data: DataArguments) -> list[str] | None:
+    """Names of the values in mask files: of the layout, or of an id2label.json; else None."""
+    if not data.dataset or data.dataset == "synthetic":
+        return None
+    layout = source_layout(data)
+    if layout is not None and layout.class_names is not None:
+        return [*layout.class_names]
+    return class_names_beside(data.dataset)
 
 
 def is_coco(data: DataArguments) -> bool:
@@ -477,18 +527,20 @@ def _synthetic(data: DataArguments, split: str) -> datasets.Dataset:
     return drawn[split]
 
 
-def _from_disk(path: Path, split: str) -> datasets.Dataset:
+def _from_disk(path: Path, split: str, other_splits: Sequence[str]) -> datasets.Dataset:
     saved = datasets.load_from_disk(str(path))
-    if split not in saved:
+    name = next((name for name in split_names(split, other_splits) if name in saved), None)
+    if name is None:
         raise MissingSplitError(
             split,
             f"Expected the split {split!r} in {path}, got {', '.join(saved)}."
             f"{did_you_mean(split, saved)} Name the splits with --train_split and --eval_split.",
         )
-    return saved[split]
+    _say_split(path, split, name)
+    return saved[name]
 
 
-def _from_hub(data: DataArguments, split: str) -> Any:
+def _from_hub(data: DataArguments, split: str, other_splits: Sequence[str]) -> Any:
     if not data.dataset:
         raise ValueError(
             "Expected --dataset, got nothing. Name a folder, a file, a data set on the Hub, or "
@@ -504,6 +556,8 @@ def _from_hub(data: DataArguments, split: str) -> Any:
         split,
         streaming=data.streaming,
         not_local=f"There is no such path here ({missing}).",
+        config=data.dataset_config,
+        other_splits=other_splits,
     )
 
 

@@ -200,7 +200,7 @@ class Preflight:
         if not self.samples:
             return
         self._ask_networks()
-        if self.parts.teacher is not None:
+        if self.parts.teacher is not None and not self.parts.teacher.from_samples:
             yield output_finding(self.outputs.range)
             yield from self._sizes()
         reference = self._reference()
@@ -271,7 +271,7 @@ class Preflight:
     def _normalisation(self) -> Iterator[Finding]:
         teacher = self.parts.teacher
         # The input of several is that of the student, and each has its own statistics behind it.
-        if teacher is None or isinstance(teacher.network, TeacherEnsemble):
+        if teacher is None or teacher.from_samples or isinstance(teacher.network, TeacherEnsemble):
             return
         if self.judged:
             now, seconds = self._predictions(TEACHER), self.limits.normalisation

@@ -108,7 +108,8 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
     With `skip_bad` one that cannot be read counts as one without valid pixels: a stream still has
     the rows that its reader will leave out.
     """
-    rule, size, masks, lost = dataset.transform.rule, dataset.transform.image_size, [], 0
+    transform, masks, lost = dataset.transform, [], 0
+    rule = transform.rule
     assert isinstance(rule, MaskRule)  # several labels a pixel are not looked at
     source = dataset.dataset
     source = source.select_columns("mask") if isinstance(source, datasets.Dataset) else source
@@ -118,6 +119,7 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
         with suppress(*((ValueError, OSError) if skip_bad else ())):
             mask = row["mask"]
             labels = rule.labels(rule.decode(mask, number), image_name(mask, number))
+            size = transform.content_size(labels.shape)
             small = MaskStatistics.of(resize_labels(labels, size), rule.ignore_index)
             masks[-1] = small
             lost += not small.marked and MaskStatistics.of(labels, rule.ignore_index).marked
@@ -132,9 +134,14 @@ def choose_samples(
     numbers = numbers or [i for i, mask in enumerate(split.masks) if mask.valid]
     count = min(most, len(numbers))
     chosen = {numbers[len(numbers) * i // count] for i in range(count)}
-    size, rule = dataset.transform.image_size, dataset.transform.rule
+    own = dataset.transform
     plain = SegmentationTransform(
-        size, rule, augmentation="none", seed=0, brightness_contrast_probability=0.0
+        own.image_size,
+        own.rule,
+        resize="stretch" if own.resize == "stretch" else "fit",
+        augmentation="none",
+        seed=0,
+        brightness_contrast_probability=0.0,
     )
     rows = islice(enumerate(sample_rows(dataset.dataset, MASKS)), max(chosen, default=-1) + 1)
     samples = []

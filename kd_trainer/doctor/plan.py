@@ -85,7 +85,7 @@ def timeline_table(rows: list[dict[str, float]], *, temperature: bool = True) ->
 def sizes_table(parts: RunComponents) -> str:
     """True sizes of student and teacher."""
     networks: dict[str, nn.Module] = {"student": parts.student}
-    if parts.teacher is not None:
+    if parts.teacher is not None and not parts.teacher.from_samples:
         networks["teacher"] = parts.teacher.network
     rows = []
     for who, network in networks.items():
@@ -137,7 +137,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
     data: dict[str, Any] = {
         "source": printable(run.data.dataset),
         "train": f"{train:,} images ({steps:,} steps an epoch)",
-        "evaluation": f"{evaluation:,} images",
+        "evaluation": f"{evaluation:,} images{' held out' if parts.held_out else ''}",
         "classes": printable(", ".join(run.data.id2label.values())),
         "input": "{} x {}".format(*run.data.input_size),
     }

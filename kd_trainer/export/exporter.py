@@ -38,7 +38,7 @@ from kd_trainer.export.quantize import Quantiser
 from kd_trainer.fields import check_at_least, check_choice, help_field
 from kd_trainer.files import check_replaceable, replacing_file, replacing_folder, write_json
 from kd_trainer.models.configuration_smp import build_network
-from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.image_processing import resize_image, to_input
 from kd_trainer.models.image_sizes import Size, plain_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
@@ -359,7 +359,10 @@ def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
     """Images uint8 (3, H, W) and labels (H, W) of a split, without augmentation."""
     other = data.train_split if split == data.eval_split else data.eval_split
     dataset: Any = evaluation_dataset(
-        replace(data, eval_split=split, train_split=other), batch_size=1
+        replace(data, eval_split=split, train_split=other),
+        batch_size=1,
+        # A file is not measured on what it was calibrated with.
+        apart_from=other if split == data.train_split else None,
     )
     if data.streaming:
         rows = list(itertools.islice(dataset, count))
@@ -368,7 +371,9 @@ def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
     return [(row["pixel_values"], row["labels"]) for row in rows]
 
 
-def from_images(sources: Sequence[str], size: Size, count: int) -> list[Sample]:
+def from_images(
+    sources: Sequence[str], size: Size, count: int, *, keep_aspect_ratio: bool
+) -> list[Sample]:
     """Images uint8 (3, *size) of files, folders and globs; their masks are unknown.
 
     Raises:
@@ -384,7 +389,9 @@ def from_images(sources: Sequence[str], size: Size, count: int) -> list[Sample]:
     chosen = [paths[i] for i in spread(len(paths), count)]
     images = (decode_image({"path": str(p), "bytes": None}, 0) for p in chosen)
     tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in images)
-    return [(resize_image(tensor, *size), None) for tensor in tensors]
+    return [
+        (to_input(tensor, size, keep_aspect_ratio=keep_aspect_ratio), None) for tensor in tensors
+    ]
 
 
 def batches_of(samples: Sequence[Sample], batch_size: int) -> list[CheckBatch]:
@@ -458,7 +465,8 @@ def _put(made: Path, target: Path) -> None:
 def samples_of(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
     """Images to check or to calibrate with, from `--images` or of a split."""
     if args.images:
-        return from_images(args.images, data.input_size, count)
+        keep = data.keep_aspect_ratio
+        return from_images(args.images, data.input_size, count, keep_aspect_ratio=keep)
     return from_dataset(data, split, count)
 
 
@@ -490,6 +498,7 @@ def _result(exporter: Exporter, data: DataArguments) -> dict[str, Any]:
         "mib": sum(f.stat().st_size for f in files if f.is_file()) / 2**20,
         "output": "probabilities" if args.with_preprocessing else "logits",
         "image_size": plain_size(data.input_size),
+        "resize": "fit" if data.keep_aspect_ratio else "stretch",
         "fixed_size": args.fixed_size,
         **_figures(parity),
         **more,

@@ -27,6 +27,7 @@ from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import (
     channels_of,
     image_size_of,
+    keeps_aspect_ratio,
     labels_of_student,
     size_multiple,
     statistics_of,
@@ -172,7 +173,8 @@ def metadata_of(
 
     `class_names`, `image_mean` and `image_std` are JSON lists, `size_multiple` a whole number
     of pixels, `image_size` one too (HEIGHTxWIDTH where it is no square), `fixed_size` is `true` if
-    only `image_size` is taken.
+    only `image_size` is taken. `keep_aspect_ratio` is `true`, or not there: whether images are
+    fitted into the input and padded at the right or below, with the mean.
     """
     names = [name for _, name in sorted(labels_of_student(student).items())]
     binary = channels_of(student) == 1
@@ -190,6 +192,7 @@ def metadata_of(
         "encoder": encoder,
         "class_names": json.dumps(names, ensure_ascii=False),
         "image_size": size_text(image_size_of(student)),
+        **({"keep_aspect_ratio": "true"} if keeps_aspect_ratio(student) else {}),
         "size_multiple": str(size_multiple(student)),
         "fixed_size": "true" if fixed_size else "false",
         "image_mean": json.dumps(mean),

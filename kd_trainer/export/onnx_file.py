@@ -187,6 +187,7 @@ class OnnxStudent:
     Attributes:
         class_names: name of each class, background first.
         image_size: (height, width) in pixels of the input the model is meant for.
+        keep_aspect_ratio: whether images are fitted into it and padded, instead of stretched.
         size_multiple: height and width have to be multiples of it.
         fixed_size: whether height and width have to be `image_size`.
         image_mean: of each channel, of values in 0..1.
@@ -225,6 +226,7 @@ class OnnxStudent:
         self.class_names = about.class_names
         self.image_size = about.image_size
         self.size_multiple = about.size_multiple
+        self.keep_aspect_ratio = about.text.get("keep_aspect_ratio") == "true"
         self.fixed_size = about.text.get("fixed_size") == "true"
         self.image_mean, self.image_std = about.image_mean, about.image_std
         self.with_preprocessing = about.with_preprocessing

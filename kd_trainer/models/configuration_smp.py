@@ -110,6 +110,8 @@ class SmpConfig(PreTrainedConfig):
         encoder_kwargs: further arguments of a `tu-*` encoder, passed to timm.
         image_size: of the input the model is meant for, in pixels: the side of a square, or
             [height, width].
+        keep_aspect_ratio: whether images are shrunk or enlarged as a whole until they fit into it,
+            and padded at the right or below, instead of being stretched to it.
         image_mean: per channel, of values in 0..1.
         image_std: per channel, of values in 0..1.
         semantic_loss_ignore_index: label of pixels that the loss leaves out.
@@ -129,6 +131,7 @@ class SmpConfig(PreTrainedConfig):
     classes: int = 1
     encoder_kwargs: dict[str, Any] | None = None
     image_size: int | list[int] | tuple[int, ...] = 640
+    keep_aspect_ratio: bool = False
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     semantic_loss_ignore_index: int = 255
@@ -174,6 +177,8 @@ class SmpConfig(PreTrainedConfig):
         for side in sides if several else [sides]:
             check_whole("image_size", side, 1, LARGEST_SIDE)
         self.image_size = plain_size(self.image_size)
+        if not isinstance(self.keep_aspect_ratio, bool):
+            refuse("keep_aspect_ratio", "true or false", self.keep_aspect_ratio)
         check_whole("semantic_loss_ignore_index", self.semantic_loss_ignore_index, -(2**31), 2**31)
         if not isinstance(self.encoder_kwargs, dict | None):
             refuse("encoder_kwargs", "arguments by name", self.encoder_kwargs)
@@ -190,6 +195,13 @@ class SmpConfig(PreTrainedConfig):
                 f"Expected as many output channels as labels (or 1 for two labels), got "
                 f"classes={self.classes} and labels {shortened(self.id2label)}. Make them agree."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All entries of config.json; the aspect ratio only where it is kept."""
+        entries: dict[str, Any] = super().to_dict()
+        if not self.keep_aspect_ratio:
+            entries.pop("keep_aspect_ratio", None)
+        return entries
 
     @property
     def multi_label(self) -> bool:

@@ -21,7 +21,62 @@ from .configuration_smp import (
     IMAGENET_STD,
     SmpConfig,
 )
-from .image_sizes import as_size
+from .image_sizes import Size, as_size
+
+PADDING = (124, 116, 104)
+"""RGB of what lies outside an image: ImageNet's mean, so about 0 once it is normalised."""
+
+
+def fitted_size(image: Size, size: Size) -> Size:
+    """The largest size of an image's aspect ratio that fits into `size`.
+
+    Args:
+        image: (height, width) of the image.
+        size: (height, width) of what it has to fit into.
+    """
+    scale = min(size[0] / image[0], size[1] / image[1])
+    height, width = (round(side * scale) for side in image)
+    return max(1, min(height, size[0])), max(1, min(width, size[1]))
+
+
+def to_input(image: Tensor, size: Size, *, keep_aspect_ratio: bool) -> Tensor:
+    """Images at the size of a network's input.
+
+    Args:
+        image: uint8 (..., 3, H, W).
+        size: (height, width) of the result.
+        keep_aspect_ratio: fit it in, at the upper left, and pad with `PADDING` at the right or
+            below, as the processors of transformers do (DETR, Mask2Former, SAM): the pixel (0, 0)
+            stays the pixel (0, 0), and who knows the image's size can cut the padding off.
+
+    Returns:
+        uint8 (..., 3, height, width).
+    """
+    if not keep_aspect_ratio:
+        return resize_image(image, *size)
+    height, width = fitted_size((image.shape[-2], image.shape[-1]), size)
+    if (height, width) == size:
+        return resize_image(image, height, width)
+    padded = image.new_tensor(PADDING).view(3, 1, 1).repeat(*image.shape[:-3], 1, *size)
+    padded[..., :height, :width] = resize_image(image, height, width)
+    return padded
+
+
+def at_image_size(logits: Tensor, image: Size, *, keep_aspect_ratio: bool) -> Tensor:
+    """Logits of `to_input` at the size of the image, without those of the padding.
+
+    Args:
+        logits: (B, K, H, W) at the size of the input.
+        image: (height, width) of the image.
+        keep_aspect_ratio: as it was for the input.
+
+    Returns:
+        (B, K, height, width).
+    """
+    if keep_aspect_ratio:
+        height, width = fitted_size(image, (logits.shape[-2], logits.shape[-1]))
+        logits = logits[..., :height, :width]
+    return F.interpolate(logits, size=image, mode="bilinear", align_corners=False)
 
 
 def resize_image(image: Tensor, height: int, width: int) -> Tensor:
@@ -53,9 +108,11 @@ class SmpImageProcessor(TorchvisionBackend):
     """Pictures of any mode to normalised floats, and logits back to masks of the original size.
 
     Takes PIL images, uint8 arrays and uint8 tensors. Transparency is laid on white; greyscale,
-    palette and CMYK images become RGB.
+    palette and CMYK images become RGB. `keep_aspect_ratio` says how images get to the size of the
+    input, see `to_input`.
     """
 
+    keep_aspect_ratio = False
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_MEAN
     image_std = IMAGENET_STD
@@ -86,6 +143,8 @@ class SmpImageProcessor(TorchvisionBackend):
     def from_model_config(cls, config: SmpConfig, **options: Any) -> "SmpImageProcessor":
         """The processor that feeds a model of this configuration; `options` are saved with it."""
         height, width = as_size(config.image_size)
+        if config.keep_aspect_ratio:
+            options["keep_aspect_ratio"] = True
         return cls(
             size={"height": height, "width": width},
             image_mean=list(config.image_mean),
@@ -112,10 +171,11 @@ class SmpImageProcessor(TorchvisionBackend):
         return super().process_image(image, *args, **kwargs)
 
     def resize(self, image: Tensor, size: SizeDict, *_: Any, **__: Any) -> Tensor:
-        """Resize uint8 images (..., 3, H, W) with the project's one resize."""
+        """Bring uint8 images (..., 3, H, W) to the size of the input, see `to_input`."""
         if not (size.height and size.width):
             raise ValueError(f"Expected size with height and width, got {size}. Name both.")
-        return resize_image(image, size.height, size.width)
+        wanted = size.height, size.width
+        return to_input(image, wanted, keep_aspect_ratio=self.keep_aspect_ratio)
 
     def post_process_semantic_segmentation(
         self, outputs: Any, target_sizes: list[tuple[int, int]] | None = None
@@ -124,8 +184,8 @@ class SmpImageProcessor(TorchvisionBackend):
 
         Args:
             outputs: with `logits` (B, num_labels, H, W).
-            target_sizes: (height, width) of each original image; None keeps H and W. The logits
-                are resized, not the classes, so edges stay smooth.
+            target_sizes: (height, width) of each original image; None keeps H and W, with the
+                padding. The logits are resized, not the classes, so edges stay smooth.
 
         Returns:
             One int64 map (height, width) an image.
@@ -143,7 +203,7 @@ class SmpImageProcessor(TorchvisionBackend):
             )
         sizes = [(int(height), int(width)) for height, width in target_sizes]
         return [
-            F.interpolate(one[None], size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+            at_image_size(one[None], size, keep_aspect_ratio=self.keep_aspect_ratio)[0].argmax(0)
             for one, size in zip(logits, sizes, strict=True)
         ]
 
@@ -158,4 +218,11 @@ if not __name__.startswith("transformers_modules."):
     AutoVideoProcessor.register(SmpConfig, None, exist_ok=True)
 SmpImageProcessor.register_for_auto_class("AutoImageProcessor")
 
-__all__ = ["SmpImageProcessor", "resize_image"]
+__all__ = [
+    "PADDING",
+    "SmpImageProcessor",
+    "at_image_size",
+    "fitted_size",
+    "resize_image",
+    "to_input",
+]

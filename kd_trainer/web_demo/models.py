@@ -126,7 +126,7 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
         FileNotFoundError: if there is no such model.
         ValueError: if it has other classes, or does not take images of that size.
     """
-    if not model.has_teacher:
+    if not model.teachers:
         return None
     if len(model.teachers) > 1:
         raise ValueError(
