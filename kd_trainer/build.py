@@ -24,11 +24,13 @@ from kd_trainer.data import (
     TransformedDataset,
     learned,
     load_splits,
+    sample_rows,
     source_class_names,
     transforms,
     usable_splits,
     with_label_count,
 )
+from kd_trainer.data.channels import measured
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.planes import PlaneRule
@@ -42,6 +44,7 @@ from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import (
     channels_of,
+    channels_seen,
     check_student_size,
     has_several_labels,
     image_size_of,
@@ -148,10 +151,11 @@ def build_run(run: RunArguments) -> RunComponents:
         check_pos_weight(args.class_factors, channels)
     weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
     weights.check_channels(channels)
-    if data.multi_label:
-        _check_multi_label(run)
+    if data.numbers_only:
+        _check_numbers_only(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
+    data = _measure_channels(run, splits[data.train_split])
     for_training, for_evaluation = transforms(splits, data, seed=args.seed)
     if isinstance(for_training.rule, MaskRule):
         data = run.data = learned(for_training.rule, data)
@@ -305,25 +309,40 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
     return processor_of(student, **({"do_reduce_labels": True} if data.reduce_labels else {}))
 
 
-def _check_multi_label(run: RunArguments) -> None:
-    """Refuse what knows one class a pixel only, and say what is left out."""
-    args = run.training
+def _check_numbers_only(run: RunArguments) -> None:
+    """Refuse what knows one class a pixel of RGB images only, and say what is left out."""
+    args, several = run.training, run.data.multi_label
+    flag = "multi_label" if several else "in_channels"
     asked = {
-        "class_weights": args.class_weights is not None,
-        "pos_weight": args.pos_weight is not None,
+        "class_weights": several and args.class_weights is not None,
+        "pos_weight": several and args.pos_weight is not None,
         "teacher_targets": args.teacher_targets == "cached",
         "push_to_hub": args.push_to_hub,
     }
     if wrong := [name for name, is_asked in asked.items() if is_asked]:
         raise ValueError(
-            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --multi_label, got it: that "
-            "knows one class a pixel only, so far. Leave it out."
+            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --{flag}, got it: that "
+            "knows one class a pixel of RGB images only, so far. Leave it out."
         )
+    if several:
+        names = clipped(", ".join(run.data.id2label.values()), 200)
+        announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
+    announce(f"There are no preflight, panels and report with --{flag} yet.")
+
+
+def _measure_channels(run: RunArguments, rows: Any) -> DataArguments:
+    """Mean and std of the channels of the images, as the configuration then has them."""
+    data = run.data
+    if data.in_channels is None or data.channel_mean is not None:
+        return data
+    mean, std, images = measured(sample_rows(rows), data.in_channels)
+    told = ", ".join(f"{m:g} ± {s:g}" for m, s in zip(mean, std, strict=True))
     announce(
-        "Several labels a pixel: a sigmoid for each of "
-        f"{clipped(', '.join(run.data.id2label.values()), 200)}, no background. There are no "
-        "preflight, panels and report for them yet."
+        f"Channels of {images:,} training images, bytes / 255, 16 bits / 65535, floats as they "
+        f"are: {told} (--channel_mean, --channel_std). No augmentation of colours: only geometry."
     )
+    run.data = replace(data, channel_mean=mean, channel_std=std)
+    return run.data
 
 
 def _check_together(run: RunArguments) -> None:
@@ -494,7 +513,7 @@ def _needs_two(student: nn.Module) -> bool:
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.register_forward_pre_hook(look)
-    pixels = torch.zeros(1, 3, *image_size_of(student))
+    pixels = torch.zeros(1, channels_seen(student), *image_size_of(student))
     try:
         with torch.random.fork_rng(devices=[]):
             student_logits(network, pixels)

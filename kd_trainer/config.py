@@ -33,8 +33,23 @@ ALIASES = {
 
 # Flags of the data and of a teacher that only a training needs: saved models bring their own.
 ONLY_TRAINING = frozenset(
-    {"train_split", "unlabelled", "multi_label", "augmentation", "brightness_contrast_probability"}
-    | {"synthetic_train", "max_train_samples", "student", "student_arch", "student_encoder"}
+    {
+        "train_split",
+        "unlabelled",
+        "multi_label",
+        "in_channels",
+        "augmentation",
+        "brightness_contrast_probability",
+    }
+    | {
+        "channel_mean",
+        "channel_std",
+        "synthetic_train",
+        "max_train_samples",
+        "student",
+        "student_arch",
+        "student_encoder",
+    }
     | {"encoder_weights", "decoder_channels", "student_options"}
 )
 # What a file must not choose for whoever is handed it: to run a stranger's code, and where to send

@@ -28,6 +28,7 @@ from kd_trainer.arguments import DistillationArguments, usable_processors
 from kd_trainer.fast_layers import give_back, logits_of
 from kd_trainer.loading import network_size
 from kd_trainer.models.image_sizes import AnySize, as_size, plain_size
+from kd_trainer.students import channels_seen
 
 FINAL_CALLS = 10  # measured calls of each network at the end of a training
 _ONNX_PACKAGES = ("onnxruntime", "onnx", "onnxscript")
@@ -133,16 +134,17 @@ def image_milliseconds(
     calls: dict[str, Call] = {}
     for name, network in networks.items():
         weight = next(network.parameters())
-        pixels = noise_image(sizes[name]).to(weight.device, weight.dtype)
+        pixels = noise_image(sizes[name], channels_seen(network))
+        pixels = pixels.to(weight.device, weight.dtype)
         calls[name] = partial(RawLogits(network).eval(), pixels)
     threads = torch.get_num_threads()
     measured = interleaved(calls, FINAL_CALLS, threads)
     return {f"{n}_ms": one.median for n, one in measured.items()} | {"latency_threads": threads}
 
 
-def noise_image(size: AnySize) -> Tensor:
-    """A normalised image (1, 3, H, W) of noise, always the same."""
-    return torch.randn(1, 3, *as_size(size), generator=torch.Generator().manual_seed(0))
+def noise_image(size: AnySize, channels: int = 3) -> Tensor:
+    """A normalised image (1, channels, H, W) of noise, always the same."""
+    return torch.randn(1, channels, *as_size(size), generator=torch.Generator().manual_seed(0))
 
 
 def onnx_bytes(network: nn.Module, size: AnySize) -> bytes | None:

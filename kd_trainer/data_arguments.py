@@ -73,6 +73,15 @@ class DataArguments:
         "sigmoid, and there is no background. Masks are .npy of 0 and 1, (K, H, W) or (H, W, K), "
         "or drawn from COCO.",
     )
+    in_channels: int | None = help_field(
+        None,
+        "Read images with so many channels, by their own bit depth (TIFF, PNG of 16 bits, floats, "
+        ".npy), instead of as 8-bit RGB. Only geometric augmentation is left then.",
+    )
+    channel_mean: list[float] | None = help_field(
+        None, "With --in_channels: mean of each, of scaled values (default: measured)."
+    )
+    channel_std: list[float] | None = help_field(None, "Standard deviation, likewise.")
     class_names: list[str] | None = help_field(
         None,
         "Names of the classes, background first (default: those of the source, where it has any).",
@@ -178,6 +187,7 @@ class DataArguments:
         self._check_masks()
         if self.multi_label:
             self._check_multi_label()
+        self._check_channels()
         check_choice("on_bad_sample", self.on_bad_sample, ON_BAD_SAMPLE)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(
@@ -204,6 +214,37 @@ class DataArguments:
         members = self.class_members
         named = self.class_names or self.mask_values or (members and members.members)
         return len(named) if named else None
+
+    def _check_channels(self) -> None:
+        """Refuse what reads images as 8-bit RGB beside `--in_channels`."""
+        given = [
+            name for name in ("channel_mean", "channel_std") if getattr(self, name) is not None
+        ]
+        if self.in_channels is None:
+            if given:
+                raise ValueError(f"Expected --in_channels with --{given[0]}, got none. Add it.")
+            return
+        check_at_least("in_channels", self.in_channels, 1)
+        lengths = {len(getattr(self, name)) for name in given}
+        if len(given) == 1 or lengths - {self.in_channels}:
+            raise ValueError(
+                f"Expected --channel_mean and --channel_std of {self.in_channels} numbers each, "
+                f"got {', '.join(f'{len(getattr(self, n))} as --{n}' for n in given)}. Give both."
+            )
+        wrong = ["on_bad_sample"] if self.on_bad_sample == "skip" else []
+        wrong += ["unlabelled"] if self.unlabelled is not None else []
+        wrong += ["resize"] if self.resize != "stretch" else []
+        wrong += ["dataset"] if self.dataset == "synthetic" else []
+        if wrong:
+            raise ValueError(
+                f"Expected no --{wrong[0]} {getattr(self, wrong[0])} with --in_channels, got it: "
+                "that knows 8-bit RGB images only, so far. Leave one of them out."
+            )
+
+    @property
+    def numbers_only(self) -> bool:
+        """Whether panels, report and preflight do not know such data yet."""
+        return self.multi_label or self.in_channels is not None
 
     def _check_multi_label(self) -> None:
         """Refuse what says how one class a pixel is read."""

@@ -70,9 +70,9 @@ Statistics = tuple[Tensor, Tensor]
 
 
 def pixel_statistics(model: Measured, device: torch.device | str) -> Statistics:
-    """Mean and std of a model's input for values 0..255, each (1, 3, 1, 1)."""
+    """Mean and std of a model's input for values 0..255, each (1, C, 1, 1)."""
     mean, std = (
-        torch.tensor(values, device=device).view(1, 3, 1, 1) * 255
+        torch.tensor(values, device=device).view(1, -1, 1, 1) * 255
         for values in input_statistics(model)
     )
     return mean, std
@@ -84,7 +84,9 @@ def raw_logits(model: Measured, pixels: Tensor) -> Tensor:
 
 
 def normalise(pixels: Tensor, statistics: Statistics) -> Tensor:
-    """uint8 (B, 3, H, W) as the floats a model expects, channels last."""
+    """uint8 (B, 3, H, W) as the floats a model expects, channels last; floats are normalised."""
+    if pixels.is_floating_point():
+        return pixels.contiguous(memory_format=torch.channels_last)
     mean, std = statistics
     return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 

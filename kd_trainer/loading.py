@@ -25,10 +25,12 @@ from kd_trainer.parsing import convert
 from kd_trainer.sources import model_source, not_here
 from kd_trainer.students import (
     as_student,
+    channels_seen,
     is_student,
     name_classes,
     never_used,
     parameter_counts,
+    reads_own_depth,
     traits_of,
     units_of,
 )
@@ -56,11 +58,20 @@ def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
         keep_aspect_ratio=data.keep_aspect_ratio,
         semantic_loss_ignore_index=data.ignore_index,
         **({"problem_type": MULTI_LABEL} if data.multi_label else {}),
+        **input_options(data),
         **student_options(model),
     )
     check_output_size(student)
     check_finite_weights(student, f"encoder_weights {model.encoder_weights}")
     return student
+
+
+def input_options(data: DataArguments) -> dict[str, Any]:
+    """What a new student of other images than 8-bit RGB is told of them."""
+    if data.in_channels is None:
+        return {}
+    statistics = {"image_mean": data.channel_mean, "image_std": data.channel_std}
+    return {"in_channels": data.in_channels, "own_depth": True, **statistics}
 
 
 def _check_stretched(data: DataArguments) -> None:
@@ -89,6 +100,11 @@ def _go_on_from(source: str, data: DataArguments) -> nn.Module:
             f"{'several labels' if several else 'one class'} a pixel. "
             f"{'Add it' if several else 'Leave it out'}, or take another --student."
         )
+    if reads_own_depth(student) or data.in_channels is not None:
+        raise ValueError(
+            f"Expected a new student with --in_channels, got {source} as --student. Leave it out: "
+            "to go on with a run there is --resume."
+        )
     if data.class_names is not None:
         name_classes(student, data.id2label)
     student.config.semantic_loss_ignore_index = data.ignore_index
@@ -103,7 +119,7 @@ def load_student(
     Args:
         source: where it is.
         num_labels: that it has to have.
-        multi_label: whether it may have several labels a pixel.
+        multi_label: whether it may have several labels a pixel, or other images than 8-bit RGB.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
@@ -121,6 +137,11 @@ def load_student(
         raise ValueError(
             f"Expected a model of one class a pixel, got {source} of several labels a pixel, which "
             "train.py, eval.py and predict.py take so far. Use its sigmoids from Python."
+        )
+    if reads_own_depth(student) and not multi_label:
+        raise ValueError(
+            f"Expected a model of 8-bit RGB images, got {source} of {channels_seen(student)} "
+            "channels (--in_channels), which train.py, eval.py and predict.py take so far."
         )
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
@@ -432,7 +453,9 @@ def check_output_size(student: SmpForSemanticSegmentation) -> None:
     """
     size = as_size(student.config.image_size)
     twin: Any = copy.deepcopy(student)
-    found = twin.to("meta").eval()(torch.empty(1, 3, *size, device="meta")).logits
+    found = (
+        twin.to("meta").eval()(torch.empty(1, channels_seen(student), *size, device="meta")).logits
+    )
     got = tuple(found.shape[-2:])
     if got != size:
         raise ValueError(

@@ -22,6 +22,7 @@ from kd_trainer.evaluation import (
     agreement_of,
     classes_of,
     figures_of,
+    input_statistics,
     is_multi_label,
     labels_of,
 )
@@ -31,7 +32,7 @@ from kd_trainer.reports.calibration import Reliability, reliability_counts
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.metric import load_metric
 from kd_trainer.run_folder import written_settings
-from kd_trainer.students import image_size_of, keeps_aspect_ratio
+from kd_trainer.students import image_size_of, keeps_aspect_ratio, reads_own_depth
 from kd_trainer.teacher import Teacher
 
 
@@ -165,6 +166,9 @@ def data_arguments_of(model: Measured, source: str, chosen: dict[str, Any]) -> D
     names = list(labels_of(model).values())
     settings: dict[str, Any] = {"num_labels": len(names), "class_names": names}
     settings["multi_label"] = is_multi_label(model)
+    if reads_own_depth(model):
+        mean, std = input_statistics(model)
+        settings |= {"in_channels": len(mean), "channel_mean": mean, "channel_std": std}
     if not isinstance(model, Teacher):
         settings["image_size"] = image_size_of(model)
         settings["resize"] = "fit" if keeps_aspect_ratio(model) else "stretch"

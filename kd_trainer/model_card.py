@@ -162,10 +162,11 @@ _TEMPLATES.filters["code"] = code
 
 def render(facts: CardFacts) -> str:
     """The whole README.md."""
-    if facts.config.get("problem_type") == MULTI_LABEL:
+    if facts.config.get("problem_type") == MULTI_LABEL or facts.config.get("own_depth"):
         raise ValueError(
-            "Expected a student of one class a pixel to publish, got one of several labels "
-            "(--multi_label), whose card cannot be written yet. Upload its folder yourself."
+            "Expected a student of one class a pixel of RGB images to publish, got one of "
+            "--multi_label or --in_channels, whose card cannot be written yet. Upload its folder "
+            "yourself."
         )
     height, width = as_size(facts.config["image_size"])
     card = _TEMPLATES.get_template("model_card.md").render(

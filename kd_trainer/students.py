@@ -327,6 +327,18 @@ def channels_of(student: nn.Module) -> int:
     return traits_of(student).channels
 
 
+def channels_seen(network: nn.Module) -> int:
+    """Channels of its images: 3 but for a network of smp that says otherwise."""
+    if isinstance(network, SmpForSemanticSegmentation):
+        return int(network.config.in_channels)
+    return 3
+
+
+def reads_own_depth(student: nn.Module) -> bool:
+    """Whether its images are other than 8-bit RGB, see `SmpConfig.own_depth`."""
+    return isinstance(student, SmpForSemanticSegmentation) and student.config.own_depth
+
+
 def has_several_labels(student: nn.Module) -> bool:
     """Whether a pixel may have several of its labels; no stock model is one."""
     return isinstance(student, SmpForSemanticSegmentation) and student.config.multi_label

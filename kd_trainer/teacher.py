@@ -107,8 +107,10 @@ class Teacher(nn.Module):
 
     def expect_input(self, mean: Statistics, std: Statistics) -> Self:
         """Take images that are normalised so: those of a student that is trained or measured."""
-        wanted_mean, wanted_std = _column(self.mean, "mean"), _column(self.std, "std")
-        input_mean, input_std = _column(mean, "input_mean"), _column(std, "input_std")
+        own = self.network
+        count = int(own.config.in_channels) if isinstance(own, SmpForSemanticSegmentation) else 3
+        wanted_mean, wanted_std = _column(self.mean, "mean", count), _column(self.std, "std", count)
+        input_mean, input_std = _column(mean, "input_mean", count), _column(std, "input_std", count)
         self.input_mean, self.input_std = list(mean), list(std)
         self.same_statistics = torch.equal(wanted_mean, input_mean) and torch.equal(
             wanted_std, input_std
@@ -169,14 +171,15 @@ class Teacher(nn.Module):
         return logits
 
 
-def _column(values: Statistics, name: str) -> Tensor:
-    finite = len(values) == 3 and all(map(math.isfinite, values))
+def _column(values: Statistics, name: str, count: int) -> Tensor:
+    finite = len(values) == count and all(map(math.isfinite, values))
     if not finite or (name.endswith("std") and min(values) <= 0):
         raise ValueError(
-            f"Expected three finite numbers (positive ones for std) as {name}, got {list(values)}. "
-            "Give one a channel, of values in 0..1."
+            f"Expected {'three' if count == 3 else count} finite numbers (positive ones for std) "
+            f"as {name} of a teacher of {count} channels, got {list(values)}. Give one a channel, "
+            "of values in 0..1, or take a teacher of the student's channels."
         )
-    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+    return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
 
 def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
@@ -492,7 +495,8 @@ def saved_statistics(
     # MobileViT's processor does not normalise, and does not say so.
     if settings.get("do_normalize", _FLIPPED not in settings) is False:
         mean, std = (0.0,) * 3, (1.0,) * 3
-    check_statistics(mean, std, f"the preprocessing of {source}")
+    where = f"the preprocessing of {source}"
+    check_statistics(mean, std, where, config.get("in_channels", 3))
     factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
         factor = 1.0

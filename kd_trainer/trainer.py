@@ -52,6 +52,7 @@ from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.students import (
     hold_frozen,
     raw_logits_of,
+    reads_own_depth,
     student_logits,
     units_of,
 )
@@ -138,8 +139,9 @@ class DistillationTrainer(ResumableTrainer):
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
-        # A panel shows one class a pixel.
-        if args.panel_images > 0 and eval_dataset is not None and not self.settings.multi_label:
+        # A panel shows one class a pixel, on an RGB image.
+        shown = not self.settings.multi_label and not reads_own_depth(model)
+        if args.panel_images > 0 and eval_dataset is not None and shown:
             self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
 
     def _follow(

@@ -84,10 +84,10 @@ def _check(run: RunArguments) -> None:
             "Expected a --teacher to compare with and without, got none. Name one; train.py "
             "--teacher none makes one."
         )
-    if run.data.multi_label:
+    if run.data.numbers_only:
         raise ValueError(
-            "Expected one class a pixel, got --multi_label, whose counts compare.py cannot read "
-            "yet. Train with and without the teacher, and compare with eval.py."
+            "Expected one class a pixel of RGB images, got --multi_label or --in_channels, which "
+            "compare.py cannot read yet. Train with and without the teacher, and use eval.py."
         )
     if run.training.eval_strategy == "no":
         raise ValueError(

@@ -43,10 +43,10 @@ def parse_doctor(arguments: Sequence[str] | None = None) -> RunArguments:
         if flags.get(name):
             raise ValueError(f"Expected no --{name}, got it: {reason}. Leave it out.")
     run = parse(arguments)
-    if run.data.multi_label:
+    if run.data.numbers_only:
         raise ValueError(
-            "Expected one class a pixel, got --multi_label, which doctor.py cannot look at yet. "
-            "Start train.py with --dry_run."
+            "Expected one class a pixel of RGB images, got --multi_label or --in_channels, which "
+            "doctor.py cannot look at yet. Start train.py with --dry_run."
         )
     if run.training.world_size > 1:
         raise ValueError(

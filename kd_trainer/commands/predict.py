@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from kd_trainer.data.channels import Channels, visible
 from kd_trainer.data.input_files import (
     CutOffError,
     VideoFile,
@@ -25,7 +26,7 @@ from kd_trainer.data.input_files import (
     read_frames,
     read_image,
 )
-from kd_trainer.evaluation import labels_of
+from kd_trainer.evaluation import input_statistics, labels_of
 from kd_trainer.export import load_onnx
 from kd_trainer.fields import check_at_least, check_choice, check_folder, help_field
 from kd_trainer.inference import (
@@ -40,7 +41,7 @@ from kd_trainer.inference import (
 )
 from kd_trainer.loading import load_student
 from kd_trainer.parsing import Parser
-from kd_trainer.students import has_several_labels, image_size_of
+from kd_trainer.students import has_several_labels, image_size_of, reads_own_depth
 
 THRESHOLD = 0.5
 # What can be written, and the suffix of its files.
@@ -132,6 +133,13 @@ class Loaded:
     segmenter: Segmenter
     num_labels: int
     multi_label: bool = False
+    channels: Channels | None = None
+
+    def image(self, path: Path) -> np.ndarray:
+        """An image as the training reads it: RGB, or normalised floats (H, W, C)."""
+        if self.channels is None:
+            return np.asarray(read_image(path))
+        return self.channels.image({"path": str(path), "bytes": None}, 0)
 
     def masks(self, logits: Tensor, args: PredictArguments) -> Masks:
         """Of an image's logits (K, H, W)."""
@@ -155,7 +163,9 @@ def load_segmenter(args: PredictArguments) -> Loaded:
         return Loaded(onnx_segmenter(exported, **options), len(exported.class_names))
     student = load_student(args.model, multi_label=True)
     segmenter = torch_segmenter(student, image_size_of(student), **options)
-    return Loaded(segmenter, len(labels_of(student)), has_several_labels(student))
+    mean, std = input_statistics(student)
+    channels = Channels(tuple(mean), tuple(std)) if reads_own_depth(student) else None
+    return Loaded(segmenter, len(labels_of(student)), has_several_labels(student), channels)
 
 
 def predict(args: PredictArguments, sources: Sequence[str]) -> float:
@@ -177,11 +187,16 @@ def predict(args: PredictArguments, sources: Sequence[str]) -> float:
     videos = [path for path in files if is_video(path)]
     model = load_segmenter(args)
     check_threshold(args.threshold, 2 if model.multi_label else model.num_labels)
+    if model.channels is not None and videos:
+        raise ValueError(
+            f"Expected images for a model of {len(model.channels.mean)} channels, got the video "
+            f"{videos[0]}. Leave it out."
+        )
     total = len(images) + sum(map(frame_count, videos))
     start, done = time.perf_counter(), len(images)
     cut_off: list[CutOffError] = []
     with tqdm(total=total, desc="predict", unit="image", disable=None) as bar:
-        pixels = (np.asarray(read_image(path)) for path in images)
+        pixels = (model.image(path) for path in images)
         segmented = _segmented(model, pixels, args, bar)
         for path, (image, masks) in zip(images, segmented, strict=True):
             for output in args.kinds:
@@ -261,6 +276,7 @@ def _write(output: str, image: np.ndarray, masks: Masks, stem: Path) -> None:
     if output == SOFT and array is not None:
         Image.fromarray(array).save(f"{stem}.png")
         return
+    image = visible(image) if image.dtype == np.float32 else image
     rendered = render(output, image, masks.classes, masks.num_labels)
     Image.fromarray(rendered).save(f"{stem}{OUTPUTS[output]}")
 

@@ -219,13 +219,21 @@ class Augmentation:
         seed: first of the three numbers that decide a draw, >= 0.
         brightness_contrast_probability: of the brightness, CLAHE and gamma group of `heavy`,
             and of brightness and contrast in `seed`.
+        floats: images are normalised floats of any channels: only the geometry of `kind` is left,
+            and what comes in from outside is 0, their mean.
 
     Raises:
         ValueError: if `kind` is unknown or `seed` negative.
     """
 
     def __init__(
-        self, kind: str, *, image_size: AnySize, seed: int, brightness_contrast_probability: float
+        self,
+        kind: str,
+        *,
+        floats: bool = False,
+        image_size: AnySize,
+        seed: int,
+        brightness_contrast_probability: float,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"Expected augmentation {', '.join(KINDS)}, got {kind!r}.")
@@ -239,6 +247,10 @@ class Augmentation:
             "light": _light,
             "none": list,
         }[kind]()
+        if floats:
+            transforms = [t for t in transforms if isinstance(t, A.HorizontalFlip | LogitAffine)]
+            for affine in (t for t in transforms if isinstance(t, LogitAffine)):
+                affine.fill = 0
         # Of the kind `mask`, so that geometry moves logits and nothing else touches them.
         self.compose = A.Compose(transforms, additional_targets={"logits": "mask"})
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data.augmentation import OUTSIDE, Augmentation
+from kd_trainer.data.channels import Channels, resize_any
 from kd_trainer.data.images import (
     BadSample,
     BadSampleError,
@@ -25,7 +26,7 @@ from kd_trainer.data.images import (
 )
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.planes import PlaneRule
-from kd_trainer.models.image_processing import PADDING, fitted_size, resize_image, to_input
+from kd_trainer.models.image_processing import PADDING, fitted_size, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
 
 Pixel = TypeVar("Pixel", bound=np.generic)
@@ -70,6 +71,7 @@ class SegmentationTransform:
         augmentation: `heavy`, `light` or `none`.
         seed: first of the three numbers (seed, epoch, index) that decide a draw.
         brightness_contrast_probability: of that group in `heavy`.
+        channels: how images are read that are not 8-bit RGB; samples then hold normalised floats.
 
     Attributes:
         targets: the teacher's logits of the clean images; None leaves them out of the samples.
@@ -92,7 +94,9 @@ class SegmentationTransform:
         augmentation: str,
         seed: int,
         brightness_contrast_probability: float,
+        channels: Channels | None = None,
     ) -> None:
+        self.channels = channels
         self.image_size = as_size(image_size)
         self.rule = rule
         self.resize = resize
@@ -101,6 +105,7 @@ class SegmentationTransform:
             image_size=self.image_size,
             seed=seed,
             brightness_contrast_probability=brightness_contrast_probability,
+            floats=channels is not None,
         )
 
     def __call__(self, row: Mapping[str, Any], *, epoch: int, index: int) -> dict[str, Tensor]:
@@ -112,10 +117,11 @@ class SegmentationTransform:
             index: number of the row in its data set.
 
         Returns:
-            `pixel_values` uint8 (3, H, W) RGB, `labels` uint8 (H, W), or (K, H, W) of a
-            `PlaneRule`, with the rule's `ignore_index`, `distil_mask` bool (H, W): True where the
-            labels count, and on a image without a mask on every pixel that is not from outside of
-            it. With `targets` also `teacher_logits` float16 (K, H, W), moved as the mask is.
+            `pixel_values` uint8 (3, H, W) RGB, with `channels` normalised float32 (C, H, W);
+            `labels` uint8 (H, W), or (K, H, W) of a `PlaneRule`, with the rule's `ignore_index`;
+            `distil_mask` bool (H, W): True where the labels count, and on a image without a mask on
+            every pixel that is not from outside of it. With `targets` also `teacher_logits` float16
+            (K, H, W), moved as the mask is.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
@@ -124,11 +130,12 @@ class SegmentationTransform:
         one_thread_per_worker(os.getpid())
         targets: dict[str, Tensor] = {}
         cell, logits = self._with_targets(row["image"], index)
-        image = decode_image(cell, index)
+        channels = self.channels
+        image = decode_image(cell, index) if channels is None else channels.image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
         view = self._view(image.shape[:2], epoch=epoch, index=index)
         size = self.image_size if self.eval_size == "input" else view.size
-        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *view.size)
+        pixels = resize_any(torch.from_numpy(image).permute(2, 0, 1), *view.size)
         mask = view.part(resize_labels(labels, view.size))
         clean = view.part(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
         if logits is None:
@@ -143,7 +150,7 @@ class SegmentationTransform:
             maps = padded(maps, size, [0] * maps.shape[-1])
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        changed = padded(changed, size, PADDING)
+        changed = padded(changed, size, PADDING if channels is None else 0)
         changed_mask = padded(changed_mask, size, OUTSIDE)
         inside = changed_mask != OUTSIDE  # (H, W, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
@@ -271,10 +278,10 @@ def padded(maps: npt.NDArray[Pixel], size: Size, value: Any) -> npt.NDArray[Pixe
     return result
 
 
-def planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def planes(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Channels first: (H, W, C) to (C, H, W), four times as fast as numpy's transposed copy."""
     height, width, channels = image.shape
-    result = np.empty((channels, height, width), np.uint8)
+    result = np.empty((channels, height, width), image.dtype)
     cv2.split(image, list(result))
     return result
 

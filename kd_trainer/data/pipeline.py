@@ -18,6 +18,7 @@ from kd_trainer.data.bad_samples import (
     check_split,
     readable_values,
 )
+from kd_trainer.data.channels import Channels, channels_shape
 from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_shape
 from kd_trainer.data.mask_colors import color_flags, named_color_rule
@@ -57,7 +58,8 @@ def mask_rule(
         readable = readable_values(data)
         rows = [row for i, row in enumerate(rows) if check_sample(row, i, readable).reason is None]
     for index, row in enumerate(rows):  # the heads of the files are enough
-        image = image_shape(row["image"], index)
+        shape_of = image_shape if data.in_channels is None else channels_shape
+        image = shape_of(row["image"], index)
         check_same_size(row, index, mask=mask_shape(row["mask"], index), image=image)
     masks = [row["mask"] for row in rows]
     rule = _named_rule(data)
@@ -282,11 +284,15 @@ def transforms(
     Returns:
         (training, evaluation), with the same rule for masks.
     """
+    channels = None
+    if data.channel_mean is not None and data.channel_std is not None:
+        channels = Channels(tuple(data.channel_mean), tuple(data.channel_std))
     rule: MaskRule | PlaneRule
     data = with_label_count(splits, data)
     if data.multi_label:
         rule = PlaneRule(data.label_count, data.ignore_index)
-        check_planes([row for split in splits.values() for row in sample_rows(split)], rule)
+        rows = [row for split in splits.values() for row in sample_rows(split)]
+        check_planes(rows, rule, image_shape if data.in_channels is None else channels_shape)
     else:
         rule = mask_rule(splits, data, every_class=every_class)
     whole = "fit" if data.resize == "crop" else data.resize
@@ -298,6 +304,7 @@ def transforms(
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
+            channels=channels,
         )
         for kind, resize in ((data.augmentation, data.resize), ("none", whole))
     )

@@ -7,7 +7,7 @@ one below another, as one grey PNG of K times the image's height.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from kd_trainer.data.images import (
     BadSampleError,
     EncodedImage,
     image_name,
-    image_shape,
     read_image_bytes,
 )
 from kd_trainer.data.mask_files import decode_mask, raw_array
@@ -89,7 +88,9 @@ class PlaneRule:
             )
 
 
-def check_planes(rows: Iterable[dict[str, Any]], rule: PlaneRule) -> None:
+def check_planes(
+    rows: Iterable[dict[str, Any]], rule: PlaneRule, shape_of: Callable[..., tuple[int, int]]
+) -> None:
     """Refuse a data set whose planes never hold a 1: 0 and 255 would be read as nothing but gaps.
 
     Raises:
@@ -97,7 +98,7 @@ def check_planes(rows: Iterable[dict[str, Any]], rule: PlaneRule) -> None:
     """
     values: set[int] = set()
     for index, row in enumerate(rows):
-        planes = rule.planes(row["mask"], index, image_shape(row["image"], index))
+        planes = rule.planes(row["mask"], index, shape_of(row["image"], index))
         values |= set(present_values(planes.reshape(len(planes), -1)))
     if values and 1 not in values:
         raise ValueError(

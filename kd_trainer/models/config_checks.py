@@ -158,18 +158,20 @@ def check_labels(id2label: Any, num_labels: Any) -> None:
             refuse("id2label", "names of up to 200 characters", label)
 
 
-def check_statistics(mean: Any, std: Any, where: str) -> None:
+def check_statistics(mean: Any, std: Any, where: str, channels: int = 3) -> None:
     """Refuse what a file gives as mean or std of an image, and no image can be normalised with.
 
     NaN, or a std of 0, would make every logit NaN, which a class map does not show.
 
     Raises:
-        ValueError: unless both are three finite numbers, those of the std above 0.
+        ValueError: unless both are finite numbers, one a channel, those of the std above 0.
     """
     for name, values, least in (("image_mean", mean, -math.inf), ("image_std", std, 0.0)):
-        fits = isinstance(values, list | tuple) and len(values) == 3
+        fits = isinstance(values, list | tuple) and len(values) == channels
         if not (fits and all(is_finite_number(v) and v > least for v in values)):
-            wanted = "three finite numbers" + (" above 0" if least == 0 else "")
+            wanted = f"{'three' if channels == 3 else channels} finite numbers" + (
+                " above 0" if least == 0 else ""
+            )
             raise ValueError(
                 f"Expected {name} of {wanted} in {where}, got {str(values)[:80]}. Give those that "
                 "the model was trained with."

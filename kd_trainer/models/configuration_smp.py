@@ -115,6 +115,8 @@ class SmpConfig(PreTrainedConfig):
         image_mean: per channel, of values in 0..1.
         image_std: per channel, of values in 0..1.
         semantic_loss_ignore_index: label of pixels that the loss leaves out.
+        own_depth: images have `in_channels` channels, bytes divided by 255, 16-bit values by
+            65535, floats as they are; else they are 8-bit RGB.
 
     Raises:
         ValueError: for an unknown architecture or encoder, an auxiliary classification head, or
@@ -133,10 +135,10 @@ class SmpConfig(PreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     semantic_loss_ignore_index: int = 255
+    own_depth: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Complete smp's arguments and the label names, then check them."""
-        check_statistics(self.image_mean, self.image_std, "the model's config.json")
         self._model_class = architecture_class(self._model_class).__name__
         check_encoder_name(self.encoder_name)
         self._check_own()
@@ -155,6 +157,8 @@ class SmpConfig(PreTrainedConfig):
         check_arguments({n: getattr(self, n) for n in architecture_arguments(self._model_class)})
         check_whole("encoder_depth", self.encoder_depth, 1, 8)
         check_whole("in_channels", self.in_channels, 1, 64)
+        where = "the model's config.json"
+        check_statistics(self.image_mean, self.image_std, where, self.in_channels)
         num_labels = kwargs.pop("num_labels", None)
         check_labels(self.id2label, num_labels)
         if self.id2label is None:

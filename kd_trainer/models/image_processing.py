@@ -131,7 +131,8 @@ class SmpImageProcessor(TorchvisionBackend):
             ValueError: if nothing can be normalised with them.
         """
         super().__init__(**kwargs)
-        check_statistics(self.image_mean, self.image_std, "preprocessor_config.json")
+        channels = len(self.image_mean) if isinstance(self.image_mean, list | tuple) else 3
+        check_statistics(self.image_mean, self.image_std, "preprocessor_config.json", channels)
         if not (is_finite_number(self.rescale_factor) and self.rescale_factor > 0):
             raise ValueError(
                 "Expected rescale_factor as a finite number above 0 in preprocessor_config.json, "

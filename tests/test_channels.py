@@ -1,0 +1,208 @@
+"""Images of any channels and depth: read as they are stored, scaled by one rule, measured."""
+
+import io
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from small_runs import SIDE, train_flags, write_pairs
+
+from kd_trainer.commands.evaluate import evaluate_main
+from kd_trainer.commands.predict import predict_main
+from kd_trainer.commands.train import train
+from kd_trainer.config import parse
+from kd_trainer.data.augmentation import Augmentation
+from kd_trainer.data.channels import (
+    Channels,
+    channels_shape,
+    decode_channels,
+    measured,
+    resize_floats,
+    visible,
+)
+from kd_trainer.data.images import BadSampleError
+from kd_trainer.loading import load_student
+from kd_trainer.models.image_processing import resize_image
+
+RANDOM = np.random.default_rng(0)
+
+
+def cell(data: bytes) -> dict:
+    return {"bytes": data, "path": None}
+
+
+def encoded(image: np.ndarray, suffix: str) -> dict:
+    """A file whose channels are stored in the order of the array."""
+    order = {3: [2, 1, 0], 4: [2, 1, 0, 3]}.get(image.shape[-1] if image.ndim == 3 else 1)
+    turned = image if order is None else image[..., order]
+    return cell(cv2.imencode(suffix, turned)[1].tobytes())
+
+
+def npy(image: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, image)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_values_are_those_of_the_file_scaled_by_their_depth(suffix, channels, kind):
+    """PIL drops the lower half of 16-bit colours, and takes a fourth band for transparency."""
+    if kind is np.float32 and suffix == ".png":
+        pytest.skip("a PNG holds no floats")
+    stored = RANDOM.integers(0, 60_000 if kind is np.uint16 else 250, (7, 9, channels)).astype(kind)
+    scale = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[kind]
+    file = encoded(stored, suffix)
+    got = decode_channels(file, 0, channels)
+    assert got.dtype == np.float32
+    assert np.allclose(got, stored.astype(np.float64) / scale, rtol=1e-6)
+    assert channels_shape(file, 0) == (7, 9)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_arrays_of_more_bands_are_read_in_both_orders(last):
+    """Read the wrong way round, rows would be bands."""
+    image = RANDOM.integers(0, 250, (7, 9, 6), dtype=np.uint8)
+    file = cell(npy(image if last else np.moveaxis(image, 2, 0)))
+    assert np.allclose(decode_channels(file, 0, 6) * 255, image)
+
+
+@pytest.mark.parametrize(
+    ("file", "match"),
+    [
+        (encoded(np.zeros((4, 4, 4), np.uint8), ".tif"), "an image of 3 channels"),
+        (encoded(np.full((4, 4, 3), np.nan, np.float32), ".tif"), "finite values"),
+        (cell(b"II*\x00\xff\xff\xff\x7f"), "Expected "),
+        (cell(b"no image"), "Expected "),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_its_name(file, match):
+    """A NaN would be every weight's end in one step."""
+    with pytest.raises(BadSampleError, match=match):
+        decode_channels(file, 0, 3)
+
+
+def test_a_tiff_that_claims_to_be_huge_is_not_decoded(monkeypatch):
+    """A file of a few bytes can claim any size."""
+    data = bytearray(encoded(np.zeros((4, 5, 4), np.uint16), ".tif")["bytes"])
+    tags = int.from_bytes(data[4:8], "little")
+    for entry in range(tags + 2, tags + 2 + 12 * 2, 12):  # width and height come first
+        data[entry + 2 : entry + 12] = b"\x04\x00\x01\x00\x00\x00" + (60_000).to_bytes(4, "little")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(BadSampleError, match=r"at most 89,478,485 pixels, got 60,000 x 60,000"):
+        decode_channels(cell(bytes(data)), 0, 4)
+
+
+def test_mean_and_std_are_those_of_all_pixels():
+    """A mean of means would weigh a small image as much as a large one."""
+    images = [RANDOM.integers(0, 60_000, (h, 8, 2)).astype(np.uint16) for h in (4, 12)]
+    mean, std, count = measured([{"image": cell(npy(image))} for image in images], 2)
+    pixels = np.concatenate([image.reshape(-1, 2) for image in images]) / 65535
+    assert count == 2
+    assert mean == pytest.approx(pixels.mean(axis=0), rel=1e-5)
+    assert std == pytest.approx(pixels.std(axis=0), rel=1e-5)
+    with pytest.raises(ValueError, match=r"^Expected channels that differ .* channel 1 of the 1"):
+        measured([{"image": cell(npy(images[0] * np.uint16([1, 0])))}], 2)
+
+
+def test_only_geometry_is_drawn_and_what_comes_in_is_the_mean():
+    """Colour changes are made for bytes: on floats they would clip everything to 0..1."""
+    image = RANDOM.normal(size=(32, 32, 5)).astype(np.float32)
+    mask = np.zeros((32, 32), np.int16)
+    options = {"image_size": 32, "seed": 0, "brightness_contrast_probability": 0.8}
+    for kind in ("heavy", "seed", "none"):
+        augment = Augmentation(kind, floats=True, **options)
+        for epoch in range(8):
+            changed, _ = augment(image, mask, epoch=epoch, index=0)
+            assert any(np.array_equal(changed, i) for i in (image, image[:, ::-1]))
+    light, outside = Augmentation("light", floats=True, **options), 0
+    for epoch in range(20):
+        changed, moved = light(image + 50, mask, epoch=epoch, index=0)
+        assert changed.shape == image.shape
+        deep = cv2.erode((moved < 0).astype(np.uint8), np.ones((5, 5))).astype(bool)
+        outside += deep.sum()
+        assert np.allclose(changed[deep], 0, atol=1e-3)
+    assert outside
+
+
+def test_the_resize_of_floats_is_that_of_bytes():
+    """A student would see sharper images than it is measured on."""
+    image = cv2.GaussianBlur(RANDOM.integers(0, 255, (40, 50, 3), dtype=np.uint8), (0, 0), 2)
+    wanted = resize_image(torch.from_numpy(image).permute(2, 0, 1), 16, 24).permute(1, 2, 0)
+    got = resize_floats(image.astype(np.float32), 16, 24)
+    assert np.abs(got - wanted.numpy()).max() <= 1
+    assert visible(got).dtype == np.uint8
+
+
+def deep_pairs(root: Path, channels: int, kind: type) -> Path:
+    """A pair folder whose images are TIFFs of so many channels."""
+    write_pairs(root, train=4, validation=2)
+    for file in root.glob("*/images/*.png"):
+        image = cv2.imread(str(file)).astype(np.float64) / 255
+        bands = np.dstack([image, image[..., :1]])[..., :channels]
+        scaled = bands * {np.uint8: 255, np.uint16: 4000, np.float32: 1}[kind]
+        cv2.imwrite(str(file.with_suffix(".tif")), scaled.astype(kind))
+        file.unlink()
+    return root
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(4, np.uint16), (1, np.float32)])
+def test_a_run_measures_its_channels_and_its_student_is_read_back_with_them(
+    channels, kind, tmp_path, capsys
+):
+    """Normalised otherwise at prediction, the student would see images it has never seen."""
+    data = deep_pairs(tmp_path / "data", channels, kind)
+    more = ["--in_channels", str(channels), "--augmentation", "light", "--epochs", "1"]
+    teacher = tmp_path / "teacher"
+    train(parse(train_flags(data, teacher, *more)))
+    assert "Channels of 4 training images" in capsys.readouterr().err
+    results = train(parse(train_flags(data, tmp_path / "run", *more, teacher=teacher)))
+    assert results["teacher_miou"] >= 0
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    student = load_student(tmp_path / "run", multi_label=True)
+    assert list(student.config.image_mean) == pytest.approx(settings["channel_mean"])
+    assert (student.config.in_channels, student.config.own_depth) == (channels, True)
+    out = tmp_path / "out"
+    evaluate_main([str(tmp_path / "run"), "--dataset", str(data), "--output_dir", str(out)])
+    figures = json.loads((out / "eval_results.json").read_text())
+    assert figures["student_miou"] == pytest.approx(results["student_miou"], abs=1e-6)
+    image = next((data / "validation" / "images").glob("*.tif"))
+    predict_main([str(tmp_path / "run"), str(image), "--output_dir", str(out)])
+    found = cv2.imread(str(out / "masks" / f"{image.stem}.png"), 0)
+    reader = Channels(tuple(student.config.image_mean), tuple(student.config.image_std))
+    pixels = torch.from_numpy(reader.image({"path": str(image), "bytes": None}, 0))
+    assert pixels.shape == (SIDE, SIDE, channels)
+    with torch.no_grad():
+        raw = student.eval()(pixels.permute(2, 0, 1)[None]).raw_logits[0, 0]
+    assert np.array_equal(found > 0, (raw >= 0).numpy())
+    with pytest.raises(ValueError, match=r"^Expected a model of 8-bit RGB images"):
+        load_student(tmp_path / "run")
+
+
+def test_a_teacher_of_other_channels_is_refused(tmp_path):
+    """It would see bands for colours."""
+    rgb = write_pairs(tmp_path / "rgb", train=4, validation=2)
+    train(parse(train_flags(rgb, tmp_path / "teacher", "--max_steps", "1")))
+    data = deep_pairs(tmp_path / "data", 4, np.uint8)
+    flags = train_flags(data, tmp_path / "run", "--in_channels", "4", teacher=tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"teacher of 3 channels, got .* the student's channels"):
+        train(parse(flags))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--channel_mean", "0.5"], "--in_channels with --channel_mean"),
+        (["--in_channels", "2", "--channel_mean", "0.5", "0.5"], "Give both"),
+        (["--in_channels", "4", "--on_bad_sample", "skip"], "no --on_bad_sample skip"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(more, match, tmp_path):
+    """Statistics of one channel would be spread over all."""
+    with pytest.raises(ValueError, match=match):
+        parse(train_flags(tmp_path, tmp_path / "run", *more))
