@@ -204,7 +204,7 @@ def learn_from_sources(run: RunArguments, splits: Mapping[str, Any]) -> DataArgu
     run.data = with_label_count(splits, run.data)
     if run.data.reduce_labels is None and (count := _reduced_labels(run, found=given is None)):
         run.data = replace(run.data, reduce_labels=True, num_labels=count)
-    if given is None:
+    if given is None and run.data.label_count > 2:
         announce(_found_labels(run.data))
     names = source_class_names(run.data) if run.data.class_names is None else None
     if run.data.reduce_labels and names is None and run.data.class_names is None:
@@ -215,12 +215,10 @@ def learn_from_sources(run: RunArguments, splits: Mapping[str, Any]) -> DataArgu
 
 
 def _found_labels(data: DataArguments) -> str:
-    count, names = data.label_count, source_class_names(data)
-    if count == 2 and not names:
-        return "Classes: background and foreground. --num_labels overrules."
+    names = source_class_names(data)
     named = f": {clipped(', '.join(names), 100)}" if names else ""
-    cure = " --category makes one of them the foreground." if is_coco(data) and count > 2 else ""
-    return f"Classes: {count}{named}. --num_labels overrules.{cure}"
+    cure = " --category makes one of them the foreground." if is_coco(data) else ""
+    return f"Classes: {data.label_count}{named}. --num_labels overrules.{cure}"
 
 
 def balance_classes(run: RunArguments, rows: Any, rule: MaskRule) -> None:

@@ -209,7 +209,7 @@ class DataArguments:
 
     def _implied_labels(self) -> int | None:
         """The classes that other settings name; None where the data has to be looked at."""
-        if self.dataset == "synthetic" or self.category or self.mask_threshold is not None:
+        if self.dataset in ("", "synthetic") or self.category or self.mask_threshold is not None:
             return 2
         members = self.class_members
         named = self.class_names or self.mask_values or (members and members.members)

@@ -181,8 +181,9 @@ def load_coco(
         FileNotFoundError: if annotations or images are missing.
         ValueError: if the json, its categories or segmentations cannot be used.
     """
-    MaskRule(tuple(range(data.label_count)), data.ignore_index)  # refuses what no byte can number
     annotations, name = find_annotations(path, split, other_splits)
+    count = coco_label_count(path, data)
+    MaskRule(tuple(range(count)), data.ignore_index)  # refuses what no byte can number
     if name != split:
         announce(f"Split {split}: {annotations}. --train_split and --eval_split name others.")
     source = CocoSplit(
@@ -190,18 +191,18 @@ def load_coco(
         path,
         name,
         tuple(data.categories),
-        data.label_count,
+        count,
         limit,
         data.ignore_index,
         None if data.merge_classes is None else merged_members(data.merge_classes),
         data.multi_label,
     )
-    count = len(source.records)
-    if not count:
+    images = len(source.records)
+    if not images:
         raise ValueError(f"Expected images in {annotations}, got an empty split.")
     _report_relocated(source)  # and missing images are an error now, not in the first epoch
-    shards = stream_shards(count)
-    ranges = list(pairwise(count * i // shards for i in range(shards + 1)))
+    shards = stream_shards(images)
+    ranges = list(pairwise(images * i // shards for i in range(shards + 1)))
     lengths = [stop - start for start, stop in ranges]
     if data.streaming:
         rows = datasets.IterableDataset.from_generator(
@@ -244,6 +245,13 @@ def coco_class_names(path: Path, split: str, other_splits: Sequence[str]) -> lis
     annotations, _ = find_annotations(path, split, other_splits)
     categories = without_root(read_annotations(annotations))
     return ["background", *foreground_categories(categories).values()]
+
+
+def coco_label_count(path: Path, data: DataArguments) -> int:
+    """Classes with the background: as many as the settings name, else one for each category."""
+    if data.num_labels is not None:
+        return data.num_labels
+    return len(coco_class_names(path, data.train_split, (data.eval_split,))) - data.multi_label
 
 
 def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:

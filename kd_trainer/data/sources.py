@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,13 @@ import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 
-from kd_trainer.data.coco import coco_class_names, file_for_split, is_coco_folder, load_coco
+from kd_trainer.data.coco import (
+    coco_class_names,
+    coco_label_count,
+    file_for_split,
+    is_coco_folder,
+    load_coco,
+)
 from kd_trainer.data.columns import class_names_beside, find_columns
 from kd_trainer.data.folder_layouts import Layout
 from kd_trainer.data.hold_out import Division, divide
@@ -292,8 +298,6 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
         limit = getattr(data, flag)
         if limit is not None and limit < 1:
             raise ValueError(f"Expected --{flag} of at least 1, got {limit}.")
-    if data.num_labels is None and is_coco(data):  # whose masks are drawn for so many
-        data = replace(data, num_labels=known_label_count(data))
     # An evaluation of the split that was trained on is an evaluation: its limit comes last.
     limits = {data.train_split: data.max_train_samples, data.eval_split: data.max_eval_samples}
     layout = find_layout(data) if _is_laid_out(data, names) else None
@@ -488,8 +492,7 @@ def known_label_count(data: DataArguments) -> int | None:
     if data.num_labels is not None or not data.dataset:
         return data.num_labels
     if is_coco(data):
-        names = coco_class_names(Path(data.dataset), data.train_split, (data.eval_split,))
-        return len(names) - data.multi_label
+        return coco_label_count(Path(data.dataset), data)
     named = names_of_values(data)
     return None if named is None else len(named) - bool(data.reduce_labels)
 
