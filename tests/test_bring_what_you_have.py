@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,8 +25,10 @@ from PIL import Image
 from test_docs import rows
 from test_multi_label import write_planes
 
+from kd_trainer.commands.train import run_train
 from kd_trainer.config import parse
 from kd_trainer.data import TransformedDataset, transforms, with_label_count
+from kd_trainer.data.mask_colors import voc_color
 from kd_trainer.data.sources import load_source
 
 Drawer = Callable[[Path], object]
@@ -368,3 +371,103 @@ def test_every_command_of_the_page_is_one_that_a_training_takes(heading):
         run = parse(flags)
         assert run.data.dataset
         assert run.model.teacher or run.model.teacher_maps
+
+
+# --- newcomers ------------------------------------------------------------------------------------
+
+
+def photo(file: Path, mask: np.ndarray) -> None:
+    """An image that shows what its mask says, on noise of its own."""
+    seed = zlib.crc32(f"{file.parent.name}/{file.name}".encode())
+    noise = np.random.default_rng(seed).integers(0, 100, (*mask.shape, 3), np.uint8)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(file), noise + (mask[..., None] * 40 % 150).astype(np.uint8))
+
+
+def pair(image: Path, mask: Path, labels: np.ndarray) -> None:
+    photo(image, labels)
+    mask.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(mask), labels)
+
+
+def voc_newcomer(root: Path) -> None:
+    """As it is published: palette files of 21 classes whose border counts nowhere."""
+    colours = [c >> shift & 255 for c in map(voc_color, range(256)) for shift in (16, 8, 0)]
+    place = root / "VOC2012"
+    for split, count in (("train", 6), ("val", 3)):
+        names = [f"2007_{split}_{n}" for n in range(count)]
+        for n, name in enumerate(names):
+            labels = np.uint8([0, 15, 7 + n, 255])[masks.ids(n, 4)]
+            photo(place / f"JPEGImages/{name}.jpg", labels)
+            image = Image.fromarray(labels).convert("P")
+            image.putpalette(colours)
+            (place / "SegmentationClass").mkdir(exist_ok=True)
+            image.save(place / f"SegmentationClass/{name}.png")
+        (place / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (place / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n")
+
+
+def cityscapes_newcomer(root: Path) -> None:
+    """As it is published, with label ids alone."""
+    for split, city, count in (("train", "aachen", 6), ("val", "lindau", 3)):
+        for n in range(count):
+            stem = f"{city}_00000{n}_000019"
+            labels = np.uint8([7, 26, 24, 3])[masks.ids(n, 4)]
+            drawn = root / f"gtFine/{split}/{city}/{stem}_gtFine_labelIds.png"
+            pair(root / f"leftImg8bit/{split}/{city}/{stem}_leftImg8bit.png", drawn, labels)
+
+
+def camvid_newcomer(root: Path) -> None:
+    """Twelve class ids, the last of which is 'void'."""
+    for split, count in (("train", 6), ("val", 3)):
+        for n in range(count):
+            labels = np.uint8([0, 1 + n % 5, 6 + n % 5, 11])[masks.ids(n, 4)]
+            pair(root / f"{split}/{n}.png", root / f"{split}annot/{n}.png", labels)
+
+
+def kaggle_newcomer(root: Path) -> None:
+    """Car images and masks side by side, and no split."""
+    for n in range(12):
+        labels = masks.ids(n) * np.uint8(255)
+        pair(root / f"train/car_{n:02}.jpg", root / f"train_masks/car_{n:02}_mask.png", labels)
+
+
+def roboflow_newcomer(root: Path) -> None:
+    """Three splits, and the category that groups the others."""
+    names = ("animals", "cat", "dog")
+    categories = [
+        {"id": i, "name": name, "supercategory": "animals" if i else "none"}
+        for i, name in enumerate(names)
+    ]
+    for split, count in (("train", 6), ("valid", 3), ("test", 3)):
+        annotations = [coco.entry(1 + n % 2, coco.SQUARE, n) for n in range(count)]
+        annotations += [coco.entry(2 - n % 2, coco.OTHER, n) for n in range(count)]
+        file = f"{split}/_annotations.coco.json"
+        coco.write(root, file, split, annotations, categories=categories, images=count)
+        for n in range(count):
+            photo(root / split / f"{n}.png", np.full((coco.SIDE, coco.SIDE), n, np.uint8))
+
+
+NEWCOMERS = {
+    "VOC": (voc_newcomer, 21),
+    "Cityscapes": (cityscapes_newcomer, 19),
+    "CamVid": (camvid_newcomer, 12),
+    "Kaggle": (kaggle_newcomer, 2),
+    "Roboflow": (roboflow_newcomer, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEWCOMERS)
+def test_a_newcomer_gets_from_one_command_to_a_report(name, tmp_path, capfd):
+    """The flags are those that everybody gives; all else has to be found, and nothing refused."""
+    draw, classes = NEWCOMERS[name]
+    draw(tmp_path / "data")
+    small = "--student_encoder resnet18 --encoder_weights none --image_size 64 --epochs 1"
+    flags = ["--dataset", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
+    run = parse([*flags, "--teacher", "none", *small.split(), "--batch_size", "2"])
+    results = run_train(run)
+    config = json.loads((tmp_path / "run/student/config.json").read_text())
+    assert len(config["id2label"]) == classes
+    assert 0 <= results["student_miou"] <= 1
+    assert "<html" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
