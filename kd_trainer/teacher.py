@@ -218,8 +218,7 @@ def load_teacher(
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
-        id2label: names of the student's classes; a teacher with the same names in another order
-            is put into this one, one of more classes is translated.
+        id2label: names of the student's classes, by which those of the teacher are found.
         class_map: which of its classes are which of the student's, as in `class_map.py`.
         multi_label: whether the student has several labels a pixel; None takes what the teacher is.
         trust_remote_code: run code that comes with the teacher.
