@@ -28,6 +28,7 @@ LAYERS = (
         "mask_flags",
         "reports",
         "sources",
+        "stock_models",
         "teacher_files",
         "universal",
     ),
