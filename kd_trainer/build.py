@@ -42,7 +42,6 @@ from kd_trainer.loading import make_student, make_teacher, network_name, student
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.stock_models import reduces_labels, saved_class_names
 from kd_trainer.students import (
     channels_of,
     channels_seen,
@@ -53,7 +52,7 @@ from kd_trainer.students import (
     set_free_units,
     student_logits,
 )
-from kd_trainer.teacher import Teacher
+from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
 from kd_trainer.teacher_maps import use_teacher_maps
 
 

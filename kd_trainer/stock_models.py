@@ -15,16 +15,14 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
 from kd_trainer.errors import is_own, printable
-from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
+from kd_trainer.models.config_checks import check_statistics, is_finite_number
 from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
 )
 from kd_trainer.models.weights import (
-    SUFFIXES,
     load_pretrained,
 )
-from kd_trainer.sources import model_source
 from kd_trainer.universal import (
     MODEL_TYPES,
 )
@@ -125,34 +123,6 @@ def _announce_code(source: str, config: dict[str, Any]) -> None:
     owners = dict.fromkeys(v.split("--")[0] if "--" in v else source for v in values)
     for owner in map(printable, owners):
         print(f"Running Python code of {owner}, as --trust_remote_code asks for.", file=sys.stderr)
-
-
-def reduces_labels(source: str, **hub: Any) -> bool:
-    """Whether a saved model counts classes from mask value 1 on, as its preprocessing says.
-
-    `do_reduce_labels` is the convention of ADE20K: mask value 0 is not labelled.
-    """
-    source = model_source(source)
-    if source.endswith(SUFFIXES):
-        return False
-    try:
-        settings = saved_preprocessing(source, **hub)
-    except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
-        return False
-    return bool(settings.get("do_reduce_labels"))
-
-
-def saved_class_names(source: str, **hub: Any) -> list[str] | None:
-    """Names of a saved model's classes; None if it has none of its own."""
-    source = model_source(source)
-    if source.endswith(SUFFIXES):
-        return None
-    try:
-        labels = read_config(source, **hub).get("id2label")
-        names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else None
-    except (LookupError, OSError, TypeError, ValueError):  # said where the model is loaded
-        return None
-    return None if names and any(name.startswith("LABEL_") for name in names) else names
 
 
 def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:

@@ -33,7 +33,13 @@ from kd_trainer.models.weights import (
     SUFFIXES,
 )
 from kd_trainer.sources import model_source, not_here, public_name
-from kd_trainer.stock_models import Statistics, load_stock, saved_statistics, take_rgb
+from kd_trainer.stock_models import (
+    Statistics,
+    load_stock,
+    saved_preprocessing,
+    saved_statistics,
+    take_rgb,
+)
 from kd_trainer.teacher_files import network_from_file
 from kd_trainer.universal import (
     fixed_side,
@@ -212,8 +218,7 @@ def load_teacher(
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
-        id2label: names of the student's classes; a teacher with the same names in another order
-            is put into this one, one of more classes is translated.
+        id2label: names of the student's classes, by which those of the teacher are found.
         class_map: which of its classes are which of the student's, as in `class_map.py`.
         multi_label: whether the student has several labels a pixel; None takes what the teacher is.
         trust_remote_code: run code that comes with the teacher.
@@ -226,8 +231,7 @@ def load_teacher(
     source = model_source(source)
     network, saved = _load_network(source, (arch, encoder, options or {}), trust_remote_code, hub)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
-    several = getattr(network.config, "problem_type", None) == MULTI_LABEL
-    several |= bool(multi_label) and source.endswith(SUFFIXES)  # bare weights do not say
+    several = _several_labels(network.config, multi_label, source)
     check_several_labels(several, multi_label, groups, source)
     return Teacher(
         network,
@@ -241,6 +245,11 @@ def load_teacher(
         class_map=groups,
         multi_label=several,
     )
+
+
+def _several_labels(config: Any, wanted: bool | None, source: str) -> bool:
+    bare = source.endswith(SUFFIXES)  # weights alone do not say
+    return (bare and bool(wanted)) or getattr(config, "problem_type", None) == MULTI_LABEL
 
 
 def _load_network(
@@ -327,6 +336,34 @@ def _from_folder(
     model, _ = load_stock(source, config, trust_remote_code=trust_remote_code, **hub)
     take_rgb(model, source, **hub)
     return model
+
+
+def reduces_labels(source: str, **hub: Any) -> bool:
+    """Whether a saved model counts classes from mask value 1 on, as its preprocessing says.
+
+    `do_reduce_labels` is the convention of ADE20K: mask value 0 is not labelled.
+    """
+    source = model_source(source)
+    if source.endswith(SUFFIXES):
+        return False
+    try:
+        settings = saved_preprocessing(source, **hub)
+    except (OSError, ValueError):  # what is wrong with it is said where the model is loaded
+        return False
+    return bool(settings.get("do_reduce_labels"))
+
+
+def saved_class_names(source: str, **hub: Any) -> list[str] | None:
+    """Names of a saved model's classes; None if it has none of its own."""
+    source = model_source(source)
+    if source.endswith(SUFFIXES):
+        return None
+    try:
+        labels = read_config(source, **hub).get("id2label")
+        names = [str(labels[key]) for key in sorted(labels, key=int)] if labels else None
+    except (LookupError, OSError, TypeError, ValueError):  # said where the model is loaded
+        return None
+    return None if names and any(name.startswith("LABEL_") for name in names) else names
 
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -566,6 +566,14 @@ def test_masks_that_fit_no_rule_are_drawn_before_the_error(tmp_path, capsys):
     assert re.search(r"\| +7 \| not known \|", capsys.readouterr().out)
 
 
+def test_masks_of_another_size_are_named_and_not_drawn(tmp_path):
+    root = both(tmp_path / "set", *LAYOUTS["split first"])
+    for path in root.glob("*/masks/*.png"):
+        cv2.imwrite(str(path), cv2.imread(str(path), 0)[:5, :4])
+    with pytest.raises(ValueError, match=r"^Expected a mask of .* got 4x5 in "):
+        data_main([str(root), "--output", str(tmp_path / "look.png")])
+
+
 def test_the_package_is_the_console_command():
     """`python -m kd_trainer train` is what is typed where the command is not on the path."""
     asked = [sys.executable, "-m", "kd_trainer", "trian"]

@@ -459,16 +459,25 @@ def test_transparent_pixels_of_coloured_masks_are_black():
     understood(overlay, 3, expected=np.uint8([0, 2, 1]), num_labels=3)
 
 
+def palette(mask, order):
+    image = Image.fromarray(np.argsort(order).astype(np.uint8)[mask], "P")
+    image.putpalette(COLORS[order].tobytes())
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": "some.png"}
+
+
+def test_of_a_palette_of_two_colours_black_is_background_at_any_index():
+    """PIL's `quantize` puts the brighter colour first."""
+    rule, data = understood(lambda m: palette(m, [1, 0]))
+    assert (rule.kind, data.mask_colors) == ("colors", ["0,0,0", "255,0,0"])
+    assert "255,0,0 is foreground" in rule.note
+    understood(lambda m: palette(m, [1, 0]), expected=np.uint8([1, 0]), mask_values=[0, 1])
+    assert understood(lambda m: palette(m, [0, 1]))[0].kind == "values"
+
+
 def test_a_palette_gives_ids_unless_files_disagree_about_it():
     """Tools that reduce an image to its colours number them anew in each file."""
-
-    def palette(mask, order):
-        image = Image.fromarray(np.argsort(order).astype(np.uint8)[mask], "P")
-        image.putpalette(COLORS[order].tobytes())
-        stream = io.BytesIO()
-        image.save(stream, "PNG")
-        return {"bytes": stream.getvalue(), "path": "some.png"}
-
     rule, _ = understood(lambda m: palette(m, [0, 1, 2, 3]), 4, num_labels=4)
     assert rule.kind == "values"
     orders = iter([[0, 1, 2, 3], [0, 3, 1, 2], [2, 1, 3, 0], [3, 2, 1, 0]])

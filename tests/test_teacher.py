@@ -19,8 +19,7 @@ from kd_trainer.build import build_run
 from kd_trainer.config import build
 from kd_trainer.measurement import data_arguments_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
-from kd_trainer.stock_models import saved_class_names
-from kd_trainer.teacher import Teacher, load_teacher
+from kd_trainer.teacher import Teacher, load_teacher, saved_class_names
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 OTHER = ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

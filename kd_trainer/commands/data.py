@@ -16,6 +16,7 @@ import numpy as np
 from kd_trainer.config import parser_of_saved
 from kd_trainer.console import markdown_table
 from kd_trainer.data import MaskRule, mask_rule, sample_rows, source_class_names, with_label_count
+from kd_trainer.data.dataset import check_same_size
 from kd_trainer.data.folder_layouts import Layout
 from kd_trainer.data.images import BadSampleError, decode_image, image_name
 from kd_trainer.data.layouts import in_pair_folder, split_of
@@ -245,6 +246,7 @@ def picture(
     for name, rows in splits.items():
         for index, row in enumerate(sample_rows(rows, numbers[name])):
             image, mask = decode_image(row["image"], index), decode_mask(row["mask"], index, kind)
+            check_same_size(row, index, mask=mask.shape, image=image.shape[:2])
             if rule is not None:
                 labels = rule.labels(mask, image_name(row["mask"], index)).astype(int)
             else:  # the values in their order

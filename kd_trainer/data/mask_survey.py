@@ -9,7 +9,7 @@
 - binary, two other values only: the higher one is the foreground;
 - binary, soft edges: 0 and 255 with others along the outlines, or JPEG, which has them there: from
   128 on it is foreground;
-- colours: `mask_colors`;
+- colours: `mask_colors`; so are palettes of two colours with black at index 1;
 - with `--mask_threshold` (a binary task) values from the threshold on are foreground, all below
   are background: for values that differ from file to file;
 - 1-bit files say which pixels are foreground without a number, so they fit each rule.
@@ -34,6 +34,7 @@ from kd_trainer.data.mask_files import MaskFile, OtherKindError, read_mask
 from kd_trainer.data.masks import MaskRule, show_values, value_counts
 
 _MIDDLE = 128
+_BLACK = (0, 0, 0)
 _NEAR = 32  # grey levels by which JPEG misses black and white
 _MOST_SOFT = 0.3  # of the pixels of a sample
 _MANY_LEVELS = 8  # between 0 and 255: edges have all of them, the classes of a trimap three
@@ -104,6 +105,15 @@ class MaskSurvey:
         return replace(self, seen=seen)
 
     @property
+    def black_is_one(self) -> bool:
+        """Whether all masks have two colours, of which black is index 1 of the palette.
+
+        So a tool writes them that sorts the colours; as ids, black would be the foreground.
+        """
+        colors = [self.palette.get(index) for index in (0, 1)]
+        return set(self.seen) == {0, 1} and colors[1] == _BLACK != colors[0] is not None
+
+    @property
     def is_soft(self) -> bool:
         """Whether all masks are black and white but for their outlines."""
         between = len(self.seen.keys() - {0, 255})
@@ -151,7 +161,10 @@ def survey_masks(
     """
     masks = list(masks)
     try:
-        return _survey(masks, MaskSurvey(kind or "values"), ignore_index, skip_bad=skip_bad)
+        survey = _survey(masks, MaskSurvey(kind or "values"), ignore_index, skip_bad=skip_bad)
+        if kind is not None or not survey.black_is_one:
+            return survey
+        other = "colors"
     except OtherKindError as error:
         if kind is not None:
             raise
