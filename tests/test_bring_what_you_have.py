@@ -106,16 +106,15 @@ def coco_folder(file: str, folder: str, *splits: str) -> Drawer:
 published = coco_folder("annotations/instances_{}.json", "{}", "train2017", "val2017")
 
 
-def label_studio(file: Path) -> None:
-    """Its paths are those of the server, and its categories begin at 0."""
+def label_studio(root: Path, name: str = "result.json") -> None:
+    """One file; its paths are those of the server, and its categories begin at 0."""
     categories = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
     annotations = [coco.entry(n % 2, coco.SQUARE, n) for n in range(3)]
-    places = (file.parent, file.name, "images", annotations)
-    coco.write(*places, categories=categories, images=3)
-    content = json.loads(file.read_text())
+    coco.write(root, name, "images", annotations, categories=categories, images=3)
+    content = json.loads((root / name).read_text())
     for entry in content["images"]:
         entry["file_name"] = f"../../upload/7/{entry['file_name']}"
-    file.write_text(json.dumps(content))
+    (root / name).write_text(json.dumps(content))
 
 
 def parquet(root: Path) -> None:
@@ -202,6 +201,16 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         4,
     ),
     "Label Studio, COCO export": (label_studio, HELD_OUT, 3),
+    "CVAT, COCO export": (
+        partial(label_studio, name="annotations/instances_default.json"),
+        HELD_OUT,
+        3,
+    ),
+    "one COCO file by any other name, without splits": (
+        lambda file: label_studio(file.parent, file.name),
+        HELD_OUT,
+        3,
+    ),
     "parquet": (parquet, (4, 2), 2),
     "folder of `save_to_disk`": (saved, (3, 3), 2),
 }
