@@ -36,6 +36,7 @@ from kd_trainer.data.listing import (
     show_names,
     split_names,
     stream_shards,
+    subfolders,
 )
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data_arguments import DataArguments
@@ -276,7 +277,7 @@ def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
             missing = missing_path(siblings[0], f"the file of split {split!r}")
             raise MissingSplitError(split, str(missing))
         return sibling
-    if "train" in wanted and len([*path.parent.glob(f"*{path.suffix}")]) == 1:
+    if "train" in wanted and len([*path.parent.glob(f"[!.]*{path.suffix}")]) == 1:
         return path
     names = " or ".join(repr(n) for n in (split, *other_splits))
     raise MissingSplitError(
@@ -306,9 +307,11 @@ def is_coco_folder(root: Path, splits: Sequence[str]) -> bool:
 
 
 def _others(root: Path) -> list[Path]:
-    """Annotation files by any name, or by the one that Label Studio gives."""
-    files = sorted((root / "annotations").glob("*.json"))
-    return files or [file for file in (root / "result.json",) if file.is_file()]
+    """Annotation files by any name; or that of Label Studio, which lies beside `images` alone."""
+    if files := sorted((root / "annotations").glob("[!.]*.json")):
+        return files
+    exported = (root / "result.json").is_file() and subfolders(root) == ["images"]
+    return [root / "result.json"] if exported else []
 
 
 def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> tuple[Path, str]:
