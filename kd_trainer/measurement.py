@@ -202,6 +202,15 @@ def settings_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
     own_masks = chosen.keys() & {*_MASK_SETTINGS, "reduce_labels"}
     names = _HOLD_OUT if own_masks else (*_HOLD_OUT, *_MASK_SETTINGS)
     settings = written_settings(run)
-    if settings.get("dataset") != chosen.get("dataset"):
+    if not _is_same(settings.get("dataset"), chosen.get("dataset")):
         return {}
     return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def _is_same(*sources: str | None) -> bool:
+    """Whether two names of data sets mean the same: `data`, `data/` and `/home/me/data`."""
+    before, now = sources
+    if before == now or not before or not now:
+        return before == now
+    places = [Path(source) for source in (before, now)]
+    return all(place.exists() for place in places) and places[0].samefile(places[1])

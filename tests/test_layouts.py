@@ -599,6 +599,6 @@ def test_a_run_leaves_the_names_that_it_held_out_and_its_student_is_measured_on_
     evaluated = [row["image"]["path"] for row in parts.eval_dataset.dataset]
     assert [str(root / name) for name in names] == evaluated
     assert len(names) == 2
-    of_run = settings_of_run(str(tmp_path / "run" / "student"), {"dataset": str(root)})
+    of_run = settings_of_run(str(tmp_path / "run" / "student"), {"dataset": f"{root}/"})
     again = load_splits(DataArguments(dataset=str(root), **of_run), ["validation"])["validation"]
     assert [row["image"]["path"] for row in again] == evaluated

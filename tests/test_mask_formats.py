@@ -15,6 +15,7 @@ from kd_trainer.data import learned, load_splits, mask_rule, usable_splits
 from kd_trainer.data.images import MAX_PIXELS
 from kd_trainer.data.mask_colors import voc_color
 from kd_trainer.data.mask_files import decode_mask, mask_shape
+from kd_trainer.data.mask_survey import count_labels
 from kd_trainer.data.masks import present_values, value_counts
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.mask_flags import color_members, merged_members
@@ -423,9 +424,12 @@ def test_pure_blue_is_no_ignored_pixel():
     understood(lambda m: encode(COLORS[m * 3]))
 
 
+def voc_colors(numbers):
+    return np.uint8([[c >> 16, c >> 8 & 255, c & 255] for c in map(voc_color, numbers)])
+
+
 def voc(mask):
-    colors = np.uint8([[c >> 16, c >> 8 & 255, c & 255] for c in map(voc_color, (0, 15, 7))])
-    picture = colors[mask]
+    picture = voc_colors((0, 15, 7))[mask]
     picture[0] = (224, 224, 192)
     return encode(picture)
 
@@ -440,6 +444,14 @@ def test_colours_of_pascal_voc_are_its_ids():
     names = learned(rule, DataArguments(num_labels=21)).id2label
     assert (names[15], names[7]) == ("person", "car")
     assert "--num_labels 16" in refusal(voc, 3)
+
+
+@pytest.mark.parametrize(("colors", "classes"), [(3, 3), (4, 4), (10, 10), (11, 21), (21, 21)])
+def test_few_colours_of_pascal_voc_are_as_many_classes_where_nobody_says_how_many(colors, classes):
+    """Labelling tools use this palette for classes of their own."""
+    stripes = encode(voc_colors(range(colors))[None].repeat(2, 0))
+    assert count_labels([stripes], ignore_index=255) == classes
+    assert count_labels([voc(ids(0, 3))], ignore_index=255) == 3
 
 
 def test_black_and_grey_files_among_coloured_ones_are_colours():

@@ -65,12 +65,17 @@ def color_flags(rule: MaskRule) -> list[str]:
 def color_count(pixels: Mapping[int, int], seen: Mapping[int, str]) -> int:
     """Classes that the colours of a sample stand for: one each, or those of Pascal VOC.
 
+    Its palette is that of many tools, for any classes: only most of its colours are its classes.
+
     Raises:
         ValueError: if there are too many for a mask.
     """
     if len(pixels) > MOST_COLORS:
         raise _too_many(seen)
-    return len(_VOC_NAMES) if _is_of_voc(pixels, len(_VOC_NAMES)) else len(pixels)
+    if not _is_of_voc(pixels, len(_VOC_NAMES)):
+        return len(pixels)
+    count = len({*pixels} - {_VOC_BORDER})
+    return len(_VOC_NAMES) if 2 * count > len(_VOC_NAMES) else count
 
 
 def _is_of_voc(pixels: Mapping[int, int], num_labels: int) -> bool:
