@@ -103,7 +103,7 @@ def summary_table(results: dict[str, Any]) -> str:
             who,
             *(f"{results[f'{who}_{key}']:.4f}" for key in metrics),
             number(results.get("agreement") if who == "student" else None, ".4f"),
-            number(results[f"{who}_parameters"], ","),
+            number(results.get(f"{who}_parameters"), ","),
             number(results.get(f"{who}_file_mib"), ".1f"),
             number(results.get(f"{who}_ms"), ".1f"),
         ]

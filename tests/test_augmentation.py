@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import kd_trainer.data.augmentation
-from kd_trainer.data.augmentation import FILL, OUTSIDE, Augmentation
+from kd_trainer.data.augmentation import OUTSIDE, Augmentation
 from kd_trainer.data_arguments import AUGMENTATIONS, DataArguments
+from kd_trainer.models.image_processing import PADDING
 
 
 def make(kind, *, seed=0, size=32, probability=0.8):
@@ -173,7 +174,7 @@ def test_light_marks_what_lies_outside_and_fills_it_with_the_mean():
     outside = 0
     for index in range(40):
         image, mask = sample(64)
-        image[:] = FILL
+        image[:] = PADDING
         changed, mask = augmentation(image, mask, epoch=0, index=index)
         assert set(np.unique(mask)) <= {OUTSIDE, 0, 1}
         outside += (mask == OUTSIDE).any()

@@ -99,7 +99,7 @@ def test_the_demo_follows_no_link(tmp_path: Path):
 
 def test_constant_prediction_is_counted_by_hand(tmp_path: Path):
     """The bound is worth something only if the constant is really the best one."""
-    run = build({"dataset": str(write_pairs(tmp_path / "data")), "image_size": 64})
+    run = build({"dataset": str(write_pairs(tmp_path / "data")), "image_size": 64, "num_labels": 2})
     splits = load_splits(run.data)
     dataset = TransformedDataset(splits["validation"], transforms(splits, run.data, seed=0)[1])
     labels = torch.stack([dataset[index]["labels"].long() for index in range(len(dataset))])

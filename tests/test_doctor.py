@@ -153,7 +153,7 @@ WRONG = {
     "unknown flag": (["--techer", "x"], "Did you mean --teacher?"),
     "dry run": (["--dry_run"], "Expected no --dry_run, got it: nothing is trained here"),
     "no preflight": (["--no_preflight"], "Expected no --no_preflight"),
-    "value": (["--image_size", "big"], "Expected --image_size to be a whole number"),
+    "value": (["--image_size", "big"], "Expected --image_size to be height and width"),
 }
 
 

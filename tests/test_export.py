@@ -559,7 +559,8 @@ def test_images_are_spread_over_the_folder(folder):
     """The first hundred files of a sorted folder may show one place on one day."""
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(3, 8) == [0, 1, 2]
-    found = from_images([str(folder / "data" / "train" / "images")], SIDE, 2)
+    images = [str(folder / "data" / "train" / "images")]
+    found = from_images(images, (SIDE, SIDE), 2, keep_aspect_ratio=False)
     assert [(tuple(p.shape), p.dtype, m) for p, m in found] == 2 * [
         ((3, SIDE, SIDE), torch.uint8, None)
     ]

@@ -24,8 +24,8 @@ from kd_trainer.data.known_layouts import CITYSCAPES_CLASSES
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data.pairing import find_naming
-from kd_trainer.data.pipeline import mask_rule
-from kd_trainer.data.sources import load_source, source_class_names
+from kd_trainer.data.pipeline import mask_rule, with_label_count
+from kd_trainer.data.sources import known_label_count, load_source, source_class_names
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.files import FolderLock
 from kd_trainer.measurement import settings_of_run
@@ -178,6 +178,14 @@ def test_two_readings_are_listed_and_a_flag_chooses(tmp_path):
         paths(root)
     assert paths(root, mask_folder="labels")[0][1] == "labels/train/t00.png"
     assert paths(root, mask_folder="masks")[0][1] == "masks/train/t00.png"
+
+
+def test_folders_that_differ_in_what_follows_are_named_by_their_whole_path(tmp_path):
+    draw(tmp_path, "images/a.png", "masks/cat/a.png", "masks/dog/a.png")
+    with pytest.raises(ValueError, match=r"Say which with --mask_folder 'masks/cat' or "):
+        paths(tmp_path)
+    rows = load_splits(DataArguments(dataset=str(tmp_path), mask_folder="masks/cat"), ["train"])
+    assert rows["train"][0]["mask"]["path"].endswith("masks/cat/a.png")
 
 
 def test_doubt_about_other_folders_stops_no_split_that_is_clear(tmp_path):
@@ -356,9 +364,22 @@ def test_voc_lists_say_which_image_is_in_which_split(voc, capsys):
         "SegmentationClass"
     ] * 2
     assert "(voc): images in JPEGImages, masks in SegmentationClass" in capsys.readouterr().err
-    names = source_class_names(DataArguments(dataset=str(voc), num_labels=21))
-    assert (len(names), names[15]) == (21, "person")
     assert "SegmentationObject" in paths(voc, mask_folder="SegmentationObject")[0][1]
+
+
+def test_only_the_images_of_voc_have_its_classes(voc):
+    """Labelling tools export their own classes in its layout."""
+    data = DataArguments(dataset=str(voc))
+    named = DataArguments(dataset=str(voc), num_labels=21)
+    assert source_class_names(named) is None
+    assert with_label_count(load_splits(data), data).num_labels == 2
+    for file in [*voc.rglob("JPEGImages/?.jpg"), *voc.rglob("SegmentationClass/?.png")]:
+        file.rename(file.with_stem(f"2007_{file.stem:0>6}"))
+    for file in voc.rglob("Segmentation/*.txt"):
+        file.write_text("".join(f"2007_{n:0>6}\n" for n in file.read_text().split()))
+    names = source_class_names(named)
+    assert (len(names), names[15]) == (21, "person")
+    assert known_label_count(data) == 21
 
 
 @pytest.mark.parametrize("line", ["../3", "/etc/hostname", "a\\..\\..\\b", "3\n3", "9", ""])

@@ -106,7 +106,7 @@ def test_map_of_another_size_is_refused():
         student_options=["upsampling=2"],
     )
     with pytest.raises(ValueError, match=r"^Expected a student whose map .* 64, got 32"):
-        make_student(model, DataArguments(dataset="x", image_size=64))
+        make_student(model, DataArguments(dataset="x", image_size=64, num_labels=2))
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import torch
 from small_runs import SIDE, train_flags, write_pairs
 
 from kd_trainer.build import build_run
-from kd_trainer.commands.train import train
+from kd_trainer.commands.train import run_train
 from kd_trainer.config import build, parse
+from kd_trainer.console import summary_table
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.teacher_maps import TeacherMaps, as_logits, probabilities, read_map
 
@@ -160,6 +161,17 @@ def test_a_teacher_and_a_folder_of_its_maps_are_one_too_many():
     assert ModelArguments(teacher="none", teacher_maps="maps").has_teacher
 
 
+def test_the_table_of_a_run_says_nothing_of_the_size_of_maps():
+    figures = dict.fromkeys(("miou", "iou_foreground", "dice", "boundary_iou"), 0.5)
+    figures["pixel_accuracy"] = 0.5
+    both = {
+        f"{who}_{key}": value for who in ("teacher", "student") for key, value in figures.items()
+    }
+    teacher, student = summary_table(both | {"student_parameters": 1234}).splitlines()[2:]
+    assert "1,234" in student
+    assert [cell.strip() for cell in teacher.split("|")[-5:]] == [""] * 5
+
+
 @pytest.mark.slow
 def test_a_run_learns_from_maps_and_is_measured_against_them(tmp_path):
     """From the command line to the figures; maps that are the masks are a teacher of mIoU 1."""
@@ -168,7 +180,7 @@ def test_a_run_learns_from_maps_and_is_measured_against_them(tmp_path):
     flags = train_flags(root, tmp_path / "run", "--teacher_maps", str(maps), "--report", "true")
     flags += ["--logging_steps", "1"]
     run = parse(flags)
-    results = train(run)
+    results = run_train(run)
     assert results["teacher_miou"] == pytest.approx(1)
     assert results["teacher"] == "maps"
     assert 0 < results["agreement"] <= 1

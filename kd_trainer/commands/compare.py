@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.build import RunComponents, build_run
+from kd_trainer.build import FOUND, RunComponents, build_run
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import Budget
@@ -72,6 +72,8 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, RunComponents], Budget]:
     _check(distilled)
     runs = {"baseline": build(without_teacher(settings)), "distilled": distilled}
     parts = {kind: build_run(run) for kind, run in runs.items()}
+    learned, settings = runs["distilled"].resolved(), comparison.settings
+    settings |= {name: learned[name] for name in FOUND if settings.get(name) is None}
     images = {kind: len(one.train_dataset) for kind, one in parts.items()}
     args = distilled.training
     per_epoch = {kind: steps_per_epoch(count, args) for kind, count in images.items()}

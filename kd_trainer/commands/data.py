@@ -93,6 +93,7 @@ def data_main(arguments: Sequence[str] | None = None) -> None:
     try:
         data = with_label_count(loaded.splits, data)
         rule = mask_rule(loaded.splits, data)
+        data = learned(rule, data)
     except ValueError as error:
         fault = error
     kind = kind_of(loaded.splits, data) if rule is None else rule.kind
@@ -215,7 +216,6 @@ def command(
     flags |= splits
     if loaded.held_out:
         flags["eval_fraction"] = data.eval_fraction
-    data = learned(rule, data)
     flags["num_labels"] = data.num_labels
     flags |= {name: value for name in _OF_MASKS if (value := getattr(data, name)) is not None}
     named = data.class_members or data.mask_threshold or data.category or data.reduce_labels

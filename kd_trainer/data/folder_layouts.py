@@ -337,11 +337,12 @@ def _couple(root: Path, group: Sequence[Folder]) -> dict[Folder, Folder]:
     for (kind, folders), flag in zip(sides.items(), ("image_folder", "mask_folder"), strict=True):
         if len(folders) > 1:
             paths = [str(folder.path.relative_to(root)) for folder in folders]
+            names = [folder.family or folder.parts[-1] for folder in folders]
+            names = names if names[0] != names[1] else ["/".join(f.parts) for f in folders]
             raise ValueError(
                 f"Expected one folder of {kind} in {root}, got {len(folders)}: "
                 f"{', '.join(paths[:4])}{' ...' if len(paths) > 4 else ''}. Say which with "
-                f"--{flag} {folders[0].family or folders[0].parts[-1]!r} or --{flag} "
-                f"{folders[1].family or folders[1].parts[-1]!r}."
+                f"--{flag} {names[0]!r} or --{flag} {names[1]!r}."
             )
     return {sides["images"][0]: sides["masks"][0]}
 

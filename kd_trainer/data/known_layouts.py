@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ VOC_CLASSES = (
     *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
     *("sheep", "sofa", "train", "tvmonitor"),
 )
+_VOC_STEM = re.compile(r"20\d\d_\d{6}")
 _LISTS = "ImageSets/Segmentation"
 
 CITYSCAPES_CLASSES = {
@@ -62,6 +64,8 @@ def folders_in(folder: Path) -> list[str]:
 def read_voc(root: Path, image_folder: str | None, mask_folder: str | None) -> Layout | None:
     """Pascal VOC: images and masks of all splits in two folders, and a list of names a split.
 
+    Its classes are taken where the images are called as in the data set itself: 2007_000032.
+
     Args:
         root: of the data set.
         image_folder: what the folder of images is called, or None for JPEGImages.
@@ -80,13 +84,20 @@ def read_voc(root: Path, image_folder: str | None, mask_folder: str | None) -> L
             "the folder of one as --dataset."
         )
     lists = {path.stem: path for path in sorted((found[0] / _LISTS).glob("*.txt"))}
+    # Labelling tools write the same layout for classes of their own.
+    its_own = all(map(_VOC_STEM.fullmatch, _stems(next(iter(lists.values())))))
     return Layout(
         "voc",
         f"images in {sides[0]}, masks in {sides[1]}, splits in {_LISTS}",
         {split: partial(_voc_pairs, found[0], sides, path) for split, path in lists.items()},
         {"image_folder": sides[0], "mask_folder": sides[1]},
-        class_names=VOC_CLASSES,
+        class_names=VOC_CLASSES if its_own else None,
     )
+
+
+def _stems(names: Path) -> list[str]:
+    text = read_regular(names.resolve()).decode("utf-8-sig", errors="replace")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _voc_pairs(place: Path, sides: tuple[str, str], names: Path) -> list[Pair]:
@@ -96,8 +107,7 @@ def _voc_pairs(place: Path, sides: tuple[str, str], names: Path) -> list[Pair]:
         ValueError: if a name leads out of the folder, or is there twice; if the list is empty.
         FileNotFoundError: if an image or a mask is missing.
     """
-    text = read_regular(names.resolve()).decode("utf-8-sig", errors="replace")
-    stems = [line.strip() for line in text.splitlines() if line.strip()]
+    stems = _stems(names)
     if not stems:
         raise ValueError(f"Expected a name in each line of {names}, got an empty split.")
     if len({*stems}) < len(stems):

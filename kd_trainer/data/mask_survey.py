@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -267,10 +268,13 @@ def count_labels(
     Raises:
         ValueError: if they show neither.
     """
+    masks = list(masks)
     survey = survey_masks(masks, ignore_index, kind, skip_bad=skip_bad)
     if survey.kind == "colors":
         return color_count(survey.pixels, survey.seen)
     survey = survey.without(ignored)
+    if skip_bad and not reduced and _most_are_binary(masks, survey.kind):
+        return 2  # what the others hold is bad
     try:
         if not reduced:
             _binary_rule(survey, ignore_index)
@@ -282,6 +286,18 @@ def count_labels(
             raise
         return highest if ids == {*range(1, highest + 1)} else highest + 1
     return max({*survey.seen} - {ignore_index, 255}, default=2)
+
+
+def _most_are_binary(masks: Sequence[EncodedImage | None], kind: str) -> bool:
+    """Whether more than half of the masks that can be read hold nothing but 0, 1 and 255."""
+    binary = count = 0
+    for index, cell in enumerate(masks):
+        if cell is not None:
+            with suppress(BadSampleError):
+                values = value_counts(read_mask(cell, index, kind).values)
+                binary += values.keys() <= {0, 1, 255}
+                count += 1
+    return binary > count / 2
 
 
 _KINDS = {

@@ -84,8 +84,10 @@ def mask_rule(
 def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArguments:
     """The settings with the number of classes that the data has, where nobody has named it.
 
+    Two where its masks do not show it: `mask_rule` says what does not fit.
+
     Raises:
-        ValueError: if the masks do not say it.
+        ValueError: if there may be several labels a pixel, which only the user knows.
     """
     if data.num_labels is not None:
         return data
@@ -95,14 +97,16 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
     if count is not None:
         return replace(data, num_labels=count)
     masks = [row["mask"] for split in splits.values() for row in sample_rows(split)]
-    found = count_labels(
-        masks,
-        ignore_index=data.ignore_index,
-        reduced=bool(data.reduce_labels),
-        ignored=data.ignore_values or (),
-        kind=data.mask_kind,
-        skip_bad=data.on_bad_sample == "skip",
-    )
+    found = 2
+    with suppress(ValueError):
+        found = count_labels(
+            masks,
+            ignore_index=data.ignore_index,
+            reduced=bool(data.reduce_labels),
+            ignored=data.ignore_values or (),
+            kind=data.mask_kind,
+            skip_bad=data.on_bad_sample == "skip",
+        )
     return replace(data, num_labels=found)
 
 
