@@ -10,15 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kd_trainer.fields import closest, expanded
 from kd_trainer.files import read_yaml
-from kd_trainer.models.configuration_smp import MULTI_LABEL
-from kd_trainer.models.weights import SUFFIXES
 
 Groups = tuple[tuple[int, ...], ...]
 """The teacher's classes of each of the student's, by id."""
@@ -26,6 +24,7 @@ Groups = tuple[tuple[int, ...], ...]
 REST = "*"
 _SUFFIXES = (".yaml", ".yml", ".json")
 _SHOWN = 8
+_NO_NAME = re.compile(r"(class|label)[ _-]?\d+", re.IGNORECASE)
 _SIGNS = re.compile(r"[;=+\n]")
 
 
@@ -132,7 +131,9 @@ def _by_names(teacher: Mapping[int, str], student: Mapping[int, str], source: st
     """Of a teacher with another number of classes: the student's names, the rest is background."""
     background = _background(student)
     found = {i: _lookup(name, teacher) for i, name in student.items() if i != background}
-    unknown = [student[i] for i, ids in found.items() if len(ids) != 1]
+    # `class_1` is what nobody has named: it says nothing of what it shows.
+    unnamed = {i for i in found if _NO_NAME.fullmatch(student[i])}
+    unknown = [student[i] for i, ids in found.items() if len(ids) != 1 or i in unnamed]
     if len(teacher) > len(student) and not unknown:
         return _complete({**found}, teacher, student, itself=True)
     got = f"got {len(teacher)} in {source!r} ({_listed(teacher.values(), 5)})"
@@ -304,11 +305,13 @@ def _listed(names: Iterable[str], most: int = _SHOWN) -> str:
     return ", ".join(shown[:most]) + more
 
 
-def several_labels(config: Any, wanted: bool | None, groups: Groups | None, source: str) -> bool:
-    """Whether a pixel may have several of a teacher's labels, as the student's do or do not.
+def check_several_labels(
+    several: bool, wanted: bool | None, groups: Groups | None, source: str
+) -> None:
+    """Refuse a teacher whose logits mean something else than the student's.
 
     Args:
-        config: of the teacher's network.
+        several: whether a pixel may have several of its labels.
         wanted: what the student's are; None takes the teacher as it is.
         groups: of the classes that would be merged, as only those of a softmax can be.
         source: of the teacher.
@@ -316,8 +319,6 @@ def several_labels(config: Any, wanted: bool | None, groups: Groups | None, sour
     Raises:
         ValueError: if they differ.
     """
-    several = getattr(config, "problem_type", None) == MULTI_LABEL
-    several |= bool(wanted) and source.endswith(SUFFIXES)  # bare weights do not say
     merged = several and any(len(group) > 1 for group in groups or ())
     if wanted not in (None, several) or merged:
         kind = "several labels" if several else "one class"
@@ -326,4 +327,3 @@ def several_labels(config: Any, wanted: bool | None, groups: Groups | None, sour
             f"student's classes, got {source} of {kind}{' in classes to merge' * merged}. Its "
             "logits mean something else: choose another teacher."
         )
-    return several

@@ -23,6 +23,7 @@ from kd_trainer.models.modeling import SmpForSemanticSegmentation, check_image_s
 from kd_trainer.models.weights import SUFFIXES, check_finite_weights
 from kd_trainer.parsing import convert
 from kd_trainer.sources import model_source, not_here
+from kd_trainer.stock_models import load_stock, saved_preprocessing, saved_statistics, take_rgb
 from kd_trainer.students import (
     as_student,
     channels_seen,
@@ -34,14 +35,7 @@ from kd_trainer.students import (
     traits_of,
     units_of,
 )
-from kd_trainer.teacher import (
-    Teacher,
-    load_stock,
-    load_teacher,
-    saved_preprocessing,
-    saved_statistics,
-    take_rgb,
-)
+from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.teacher_ensemble import TeacherEnsemble, ensemble_of
 
 

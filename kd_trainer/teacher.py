@@ -7,49 +7,46 @@ Re-normalising the student's input follows the idea of timm's distillation task.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
-from transformers.image_processing_base import ImageProcessingMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils import IMAGE_PROCESSOR_NAME
-from transformers.utils.hub import cached_file
 
-from kd_trainer.class_map import Groups, merge_logits, several_labels, translate
-from kd_trainer.errors import announce, is_own, printable
+from kd_trainer.class_map import Groups, check_several_labels, merge_logits, translate
+from kd_trainer.errors import announce
 from kd_trainer.fast_layers import folded, logits_of
-from kd_trainer.models.config_checks import check_statistics, is_finite_number, read_config
+from kd_trainer.models.config_checks import read_config
 from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    MULTI_LABEL,
     default_labels,
 )
 from kd_trainer.models.image_sizes import AnySize, as_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.models.weights import (
     SUFFIXES,
-    load_pretrained,
 )
 from kd_trainer.sources import model_source, not_here, public_name
+from kd_trainer.stock_models import (
+    Statistics,
+    load_stock,
+    saved_preprocessing,
+    saved_statistics,
+    take_rgb,
+)
 from kd_trainer.teacher_files import network_from_file
 from kd_trainer.universal import (
-    MODEL_TYPES,
     fixed_side,
     is_universal,
     mask_size,
     semantic_logits,
 )
-
-Statistics = Sequence[float]
 
 
 class Teacher(nn.Module):
@@ -188,9 +185,6 @@ def _resize(maps: Tensor, size: tuple[int, int], *, antialias: bool = False) -> 
     return F.interpolate(maps, size, mode="bilinear", align_corners=False, antialias=antialias)
 
 
-_FLIPPED = "do_flip_channel_order"
-
-
 def load_teacher(
     source: str,
     *,
@@ -224,8 +218,7 @@ def load_teacher(
         std: likewise.
         input_mean: the student's.
         input_std: the student's.
-        id2label: names of the student's classes; a teacher with the same names in another order
-            is put into this one, one of more classes is translated.
+        id2label: names of the student's classes, by which those of the teacher are found.
         class_map: which of its classes are which of the student's, as in `class_map.py`.
         multi_label: whether the student has several labels a pixel; None takes what the teacher is.
         trust_remote_code: run code that comes with the teacher.
@@ -236,9 +229,10 @@ def load_teacher(
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
     source = model_source(source)
-    described = (arch, encoder, options or {})
-    network, saved = _load_network(source, described, trust_remote_code, hub)
+    network, saved = _load_network(source, (arch, encoder, options or {}), trust_remote_code, hub)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
+    several = _several_labels(network.config, multi_label, source)
+    check_several_labels(several, multi_label, groups, source)
     return Teacher(
         network,
         num_labels=len(names),
@@ -249,8 +243,13 @@ def load_teacher(
         input_std=input_std,
         id2label=names,
         class_map=groups,
-        multi_label=several_labels(network.config, multi_label, groups, source),
+        multi_label=several,
     )
+
+
+def _several_labels(config: Any, wanted: bool | None, source: str) -> bool:
+    bare = source.endswith(SUFFIXES)  # weights alone do not say
+    return (bare and bool(wanted)) or getattr(config, "problem_type", None) == MULTI_LABEL
 
 
 def _load_network(
@@ -339,100 +338,6 @@ def _from_folder(
     return model
 
 
-def load_stock(
-    source: str, config: dict[str, Any], *, trust_remote_code: bool = False, **options: Any
-) -> tuple[Any, dict[str, Any]]:
-    """A saved model of `AutoModelForSemanticSegmentation`, and what was found of its weights.
-
-    Args:
-        source: folder or Hub id.
-        config: what its config.json holds.
-        trust_remote_code: run code that comes with it.
-        **options: of `load_pretrained`.
-
-    Raises:
-        ValueError: if it is no such model, contradicts itself, or would fetch code.
-    """
-    if trust_remote_code:
-        _announce_code(source, config)
-    else:
-        check_sources(config, source)
-    # Of a config.json that contradicts itself, each model complains with an error of its own; those
-    # of code that the user trusts are the user's to see.
-    wrong = ValueError if trust_remote_code else Exception
-    try:
-        kind: Any = AutoModelForSemanticSegmentation
-        if config.get("model_type") in MODEL_TYPES:
-            kind = AutoModelForUniversalSegmentation
-        return load_pretrained(
-            kind.from_pretrained, source, trust_remote_code=trust_remote_code, **options
-        )
-    except wrong as error:
-        if is_own(error):
-            raise
-        if config.get("model_type") in _KNOWN_TYPES:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
-                f"Expected a config.json that describes a {config['model_type']} in {source!r}, "
-                f"got: {reason[:300].rstrip('.')}. Correct it, or download the model again."
-            ) from error
-        raise ValueError(
-            f"Expected a semantic segmentation model in {source!r}, got model_type "
-            f"{config.get('model_type')!r}. {_other_kind(config, trust_remote_code, error)}"
-        ) from error
-
-
-_KNOWN_TYPES = {*MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, *MODEL_TYPES}
-
-
-def _other_kind(config: dict[str, Any], trust_remote_code: bool, error: Exception) -> str:
-    """What to do about a model that AutoModelForSemanticSegmentation does not know."""
-    if not config.get("auto_map"):
-        return (
-            "That kind of model is not supported: choose one that "
-            f"AutoModelForSemanticSegmentation loads, a {', '.join(MODEL_TYPES)}, or one of smp."
-        )
-    if trust_remote_code:
-        return f"Its own code ended with: {' '.join(str(error).split())[:300].rstrip('.')}."
-    return (
-        "If you trust the code that it brings along, add --trust_remote_code to this command "
-        "line: no file can choose it."
-    )
-
-
-def check_sources(config: dict[str, Any], source: str) -> None:
-    """Refuse what makes transformers fetch code, or timm read another place than the model's own.
-
-    Raises:
-        ValueError: names the entry.
-    """
-    waiting: list[Any] = [config]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, list):
-            waiting += value
-        if not isinstance(value, dict):
-            continue
-        for name, entry in value.items():
-            kernel = name.endswith("_implementation") and "/" in str(entry)
-            if kernel or (name == "backbone" and ":" in str(entry)):
-                raise ValueError(
-                    f"Expected a model that is built of known parts in {source!r}, got {name} "
-                    f"{str(entry)[:80]!r} in its config.json. Delete the entry, if you do not need "
-                    "what it points to."
-                )
-            waiting.append(entry)
-
-
-def _announce_code(source: str, config: dict[str, Any]) -> None:
-    """Say whose code is about to run: that of the model, or of a repository that it points to."""
-    named = config.get("auto_map")
-    values = [str(v) for v in named.values()] if isinstance(named, dict) else []
-    owners = dict.fromkeys(v.split("--")[0] if "--" in v else source for v in values)
-    for owner in map(printable, owners):
-        print(f"Running Python code of {owner}, as --trust_remote_code asks for.", file=sys.stderr)
-
-
 def reduces_labels(source: str, **hub: Any) -> bool:
     """Whether a saved model counts classes from mask value 1 on, as its preprocessing says.
 
@@ -459,64 +364,6 @@ def saved_class_names(source: str, **hub: Any) -> list[str] | None:
     except (LookupError, OSError, TypeError, ValueError):  # said where the model is loaded
         return None
     return None if names and any(name.startswith("LABEL_") for name in names) else names
-
-
-def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:
-    """The preprocessor_config.json of a model; empty without one."""
-    may_be_missing = {"_raise_exceptions_for_missing_entries": False, **hub}
-    if cached_file(source, IMAGE_PROCESSOR_NAME, **may_be_missing) is None:
-        return {}
-    settings: Any = None
-    with contextlib.suppress(AttributeError, TypeError, RecursionError):  # of what is no object
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(source, **hub)
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"Expected one JSON object in the {IMAGE_PROCESSOR_NAME} of {source}, got something "
-            "else. Correct it, or delete it."
-        )
-    return settings
-
-
-def saved_statistics(
-    source: str, config: dict[str, Any], **hub: Any
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std that a saved model's own preprocessing applies to values in 0..1.
-
-    Raises:
-        ValueError: if no image can be normalised with them.
-    """
-    settings = saved_preprocessing(source, **hub) or config
-    mean, std = (
-        usual if settings.get(name) is None else settings[name]
-        for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
-    )
-    # transformers takes one number for all channels too.
-    mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
-    # MobileViT's processor does not normalise, and does not say so.
-    if settings.get("do_normalize", _FLIPPED not in settings) is False:
-        mean, std = (0.0,) * 3, (1.0,) * 3
-    where = f"the preprocessing of {source}"
-    check_statistics(mean, std, where, config.get("in_channels", 3))
-    factor = settings.get("rescale_factor", 1 / 255)
-    if settings.get("do_rescale") is False:
-        factor = 1.0
-    if not (is_finite_number(factor) and factor > 0):
-        raise ValueError(
-            "Expected rescale_factor as a finite number above 0 in the preprocessing of "
-            f"{source}, got {str(factor)[:80]}. Give that which it was trained with."
-        )
-    brightest = 255 * factor
-    return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
-
-
-def take_rgb(network: nn.Module, source: str, **hub: Any) -> None:
-    """Let a network whose own preprocessing turns images into BGR (MobileViT) take RGB.
-
-    Its first convolution is turned instead, once and exactly: everybody else gives RGB.
-    """
-    if saved_preprocessing(source, **hub).get(_FLIPPED):
-        first = next(m for m in network.modules() if isinstance(m, nn.Conv2d))
-        first.weight.data = first.weight.data.flip(1).contiguous()
 
 
 HALF_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

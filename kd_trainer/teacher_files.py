@@ -73,9 +73,6 @@ def network_from_file(
     content = _read(path)
     state = _own_weights(state_in(_averaged(content, path), path), path)
     read_off = options_of_shapes(state, arch)
-    if read_off and not options:
-        shown = ", ".join(f"{name} {_plain(value)}" for name, value in read_off.items())
-        announce(f"{Path(path).name}: {shown}, as its shapes say. --teacher_options overrules it.")
     config = SmpConfig(
         _model_class=architecture_class(arch).__name__,
         encoder_name=encoder,
@@ -91,6 +88,9 @@ def network_from_file(
         if hint := _written_beside(content):
             raise ValueError(f"{error} Its hyper_parameters say {hint}.") from error
         raise
+    if read_off and not options:
+        shown = ", ".join(f"{name} {_plain(value)}" for name, value in read_off.items())
+        announce(f"{Path(path).name}: {shown}, as its shapes say. --teacher_options overrules it.")
     return model
 
 

@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from kd_trainer.data import load_splits, mask_rule, source_class_names
-from kd_trainer.data.coco import file_for_split
+from kd_trainer.data.coco import file_for_split, is_coco_folder
 from kd_trainer.data.coco_annotations import without_root
 from kd_trainer.data.listing import MissingSplitError, split_names
 from kd_trainer.data_arguments import DataArguments
@@ -221,3 +221,19 @@ def test_categories_are_merged_into_classes(merge, expected, coco):
 def test_merged_categories_that_cannot_be_are_named(merge, message, coco):
     with pytest.raises(ValueError, match=message):
         labels(coco, merge_classes=merge)
+
+
+def test_a_result_json_beside_masks_is_no_annotation_of_them(tmp_path):
+    """It may be anything; that of Label Studio lies beside a folder of images alone."""
+    write(tmp_path, "result.json", "images", ANNOTATIONS)
+    assert is_coco_folder(tmp_path, ("train", "validation"))
+    (tmp_path / "masks").mkdir()
+    assert not is_coco_folder(tmp_path, ("train", "validation"))
+
+
+def test_one_of_several_files_that_name_no_split_is_not_taken(tmp_path):
+    for name in ("batch_1.json", "batch_2.json"):
+        write(tmp_path, f"annotations/{name}", "images", ANNOTATIONS)
+    for source in (tmp_path, tmp_path / "annotations/batch_1.json"):
+        with pytest.raises(MissingSplitError, match=r"^Expected "):
+            load_splits(DataArguments(dataset=str(source)))

@@ -260,7 +260,10 @@ def test_a_student_is_called_what_its_categories_are(coco, settings, names):
 
 
 def test_a_foreground_that_nobody_named_is_no_person():
-    assert DataArguments(dataset="cats/").id2label == {0: "background", 1: "foreground"}
+    assert DataArguments(dataset="cats/", num_labels=2).id2label == {
+        0: "background",
+        1: "foreground",
+    }
     assert DataArguments(dataset="cats/", category="cat").id2label[1] == "cat"
     assert DataArguments(dataset="synthetic").id2label[1] == "person"
 
@@ -353,7 +356,7 @@ def rewrite(root, **changes):
 def test_wrong_coco_data_gets_one_clear_line(coco, blob):
     cases = [
         ({"category": "persn"}, r"there are person, dog\. Did you mean 'person'\?"),
-        ({}, r"got 2 in .*: person, dog\. Name the foreground with --category"),
+        ({"num_labels": 2}, r"got 2 in .*: person, dog\. Name the foreground with --category"),
         ({"num_labels": 3, "category": "dog"}, "--num_labels 2 with --category dog"),
         ({"num_labels": 7}, "Expected 6 categories"),
     ]

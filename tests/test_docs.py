@@ -45,8 +45,8 @@ PLAN_EPOCHS = (0, 5, 8, 11, 14, 17, 20, 23, 49)
 # Flags on these pages that belong to accelerate and tensorboard.
 FOREIGN = {"--config_file", "--logdir", "--quiet", "--max", "--nproc_per_node"}  # --max-restarts
 FOREIGN |= {"--activation_checkpointing"}  # of newer versions of transformers
-# Left empty as a default, and then set from the recipe's name, the launcher and the task.
-DERIVED = ("output_dir", "mixed_precision", "label_names", "greater_is_better")
+# Left empty as a default, and then set from the recipe's name, the launcher, task and data.
+DERIVED = ("output_dir", "mixed_precision", "label_names", "greater_is_better", "num_labels")
 LOADING = ("dataloader_num_workers", "dataloader_persistent_workers")
 CLASSES = (ModelArguments, DataArguments, DistillationArguments)
 

@@ -18,7 +18,7 @@ AUGMENTATION = "kd_trainer/data/augmentation.py"
 LAYERS = (
     (
         *("losses", "schedules", "metrics", "fast_layers"),
-        *("errors", "fields", "files", "processes", PORTABLE),
+        *("errors", "fields", "files", "processes", "universal", PORTABLE),
     ),
     (
         "argument_checks",
@@ -28,8 +28,8 @@ LAYERS = (
         "mask_flags",
         "reports",
         "sources",
+        "stock_models",
         "teacher_files",
-        "universal",
     ),
     (
         "arguments",

@@ -22,7 +22,7 @@ from kd_trainer.inference import Segmenter, onnx_network
 from kd_trainer.loading import load_student
 from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.models.image_processing import SmpImageProcessor
-from kd_trainer.teacher import saved_statistics
+from kd_trainer.stock_models import saved_statistics
 
 FRAMES, RATE = 7, 12.0
 

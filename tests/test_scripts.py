@@ -125,7 +125,7 @@ TRAIN = {
         f"--teacher {{good}}/short.safetensors --teacher_encoder {ENCODER}",
         "missing",
     ),
-    "too few labels for the masks": ("data4", "", "set --num_labels 4"),
+    "too few labels for the masks": ("data4", "--num_labels 2", "set --num_labels 4"),
     "too many labels for the masks": (
         "data",
         "--num_labels 4",

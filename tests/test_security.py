@@ -196,9 +196,9 @@ def test_code_of_a_model_runs_only_if_asked_for_and_is_announced(trusted, marker
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_a_kind_of_model_without_code_is_not_answered_with_trust(trusted, tmp_path):
-    """Mask2Former gives masks and classes, no map of logits: no flag makes it a teacher."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
-    with pytest.raises(ValueError, match=r"got model_type 'mask2former'\. That kind") as caught:
+    """A detector gives boxes, no map of logits: no flag makes it a teacher."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "yolos"}))
+    with pytest.raises(ValueError, match=r"got model_type 'yolos'\. That kind") as caught:
         load_teacher(str(tmp_path), num_labels=2, trust_remote_code=trusted)
     assert "trust_remote_code" not in str(caught.value)
 

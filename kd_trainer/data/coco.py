@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, pairwise
@@ -35,6 +36,7 @@ from kd_trainer.data.listing import (
     show_names,
     split_names,
     stream_shards,
+    subfolders,
 )
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data_arguments import DataArguments
@@ -257,9 +259,10 @@ def coco_label_count(path: Path, data: DataArguments) -> int:
 def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
     """The sibling of `path` for another split: the same name with the split's name exchanged.
 
+    A file that names no split and lies alone holds the images to train on.
+
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the name of `path` holds no split's name.
+        MissingSplitError: if there is no such file, or the name of `path` holds no split's name.
     """
     wanted = split_names(split, other_splits)
     others = [name for other in other_splits for name in split_names(other, (split,))]
@@ -274,10 +277,13 @@ def file_for_split(path: Path, split: str, other_splits: Sequence[str]) -> Path:
             missing = missing_path(siblings[0], f"the file of split {split!r}")
             raise MissingSplitError(split, str(missing))
         return sibling
+    if "train" in wanted and len([*path.parent.glob(f"[!.]*{path.suffix}")]) == 1:
+        return path
     names = " or ".join(repr(n) for n in (split, *other_splits))
-    raise ValueError(
+    raise MissingSplitError(
+        split,
         f"Expected a file name that holds the split's name ({names}), got {path.name}. Rename the "
-        "file, name the splits with --train_split and --eval_split, or pass the folder."
+        "file, name the splits with --train_split and --eval_split, or pass the folder.",
     )
 
 
@@ -297,7 +303,15 @@ def is_coco_folder(root: Path, splits: Sequence[str]) -> bool:
     """Whether a folder holds COCO annotations of one of the splits, or an `annotations` folder."""
     names = (name for split in splits for name in split_names(split))
     files = (file for name in names for file in _candidates(root, name))
-    return any(file.is_file() for file in files) or any((root / "annotations").glob("*.json"))
+    return any(file.is_file() for file in files) or bool(_others(root))
+
+
+def _others(root: Path) -> list[Path]:
+    """Annotation files by any name; or that of Label Studio, which lies beside `images` alone."""
+    if files := sorted((root / "annotations").glob("[!.]*.json")):
+        return files
+    exported = (root / "result.json").is_file() and subfolders(root) == ["images"]
+    return [root / "result.json"] if exported else []
 
 
 def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> tuple[Path, str]:
@@ -315,11 +329,15 @@ def find_annotations(path: Path, split: str, other_splits: Sequence[str]) -> tup
         for file in _candidates(path, name):
             if file.is_file():
                 return file, name
-    others = sorted(p.name for p in (path / "annotations").glob("*.json"))
+    others = _others(path)
+    with suppress(MissingSplitError):
+        if len(others) == 1:
+            return file_for_split(others[0], split, other_splits), split
+    found = show_names([file.name for file in others])
     raise MissingSplitError(
         split,
         f"Expected COCO annotations of split {split!r} at {_candidates(path, split)[0]} (or "
-        f"annotations/instances_{split}.json), got {show_names(others) or 'no json file'}. Name "
+        f"annotations/instances_{split}.json), got {found or 'no json file'}. Name "
         "the splits with --train_split and --eval_split.",
     )
 

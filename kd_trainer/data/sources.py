@@ -477,9 +477,9 @@ def source_class_names(data: DataArguments) -> list[str] | None:
         return None  # which has names of its own
     if not is_coco(data):
         names = names_of_values(data)
-        # Value 0, which counts nowhere, has a name too.
-        longer = names is not None and len(names) == data.label_count + 1
-        return names[1:] if names and longer and data.reduce_labels else names
+        if names and data.reduce_labels and len(names) == data.label_count + 1:
+            return names[1:]  # value 0, which counts nowhere, has a name too
+        return names
     if data.foreground is not None:
         return ["background", data.foreground]
     path = Path(data.dataset)
