@@ -195,7 +195,7 @@ def render(facts: CardFacts) -> str:
 def _loss(facts: CardFacts) -> str:
     """The sum of terms that was minimised; of a student without a teacher those that need none."""
     settings, taught = facts.settings, facts.teacher is not None
-    several = settings.get("num_labels", 2) > 2
+    several = (settings.get("num_labels") or 2) > 2
     terms = []
     for term in TERMS:
         factor = float(taught) if term.needs_teacher else settings.get("task_weight", 1.0)

@@ -26,6 +26,7 @@ VOC_CLASSES = (
     *("chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant"),
     *("sheep", "sofa", "train", "tvmonitor"),
 )
+_VOC_FOLDER = re.compile(r"VOC20\d\d")
 _VOC_STEM = re.compile(r"20\d\d_\d{6}")
 _LISTS = "ImageSets/Segmentation"
 
@@ -64,7 +65,7 @@ def folders_in(folder: Path) -> list[str]:
 def read_voc(root: Path, image_folder: str | None, mask_folder: str | None) -> Layout | None:
     """Pascal VOC: images and masks of all splits in two folders, and a list of names a split.
 
-    Its classes are taken where the images are called as in the data set itself: 2007_000032.
+    Its classes are taken where folder or images are called as there: VOC2012, 2007_000032.
 
     Args:
         root: of the data set.
@@ -85,7 +86,9 @@ def read_voc(root: Path, image_folder: str | None, mask_folder: str | None) -> L
         )
     lists = {path.stem: path for path in sorted((found[0] / _LISTS).glob("*.txt"))}
     # Labelling tools write the same layout for classes of their own.
-    its_own = all(map(_VOC_STEM.fullmatch, _stems(next(iter(lists.values())))))
+    its_own = _VOC_FOLDER.fullmatch(found[0].name) or all(
+        map(_VOC_STEM.fullmatch, _stems(next(iter(lists.values()))))
+    )
     return Layout(
         "voc",
         f"images in {sides[0]}, masks in {sides[1]}, splits in {_LISTS}",

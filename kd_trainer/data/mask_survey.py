@@ -269,12 +269,12 @@ def count_labels(
         ValueError: if they show neither.
     """
     masks = list(masks)
+    if skip_bad and not reduced and _most_are_binary(masks, kind or "values"):
+        return 2  # what the others hold is bad
     survey = survey_masks(masks, ignore_index, kind, skip_bad=skip_bad)
     if survey.kind == "colors":
         return color_count(survey.pixels, survey.seen)
     survey = survey.without(ignored)
-    if skip_bad and not reduced and _most_are_binary(masks, survey.kind):
-        return 2  # what the others hold is bad
     try:
         if not reduced:
             _binary_rule(survey, ignore_index)
