@@ -410,6 +410,10 @@ COMPARE = {
     "missing dataset": ("--dataset {good}/dta --teacher {good}/two", "Did you mean 'data'?"),
     "no teacher": ("--dataset {good}/data", "Expected a --teacher to compare"),
     "missing teacher": ("--dataset {good}/data --teacher {good}/nobody", "nobody"),
+    "maps for a teacher": (
+        "--dataset {good}/data --teacher_maps {good}/data",
+        "got --teacher_maps",
+    ),
     "no seeds": ("--seeds 0", "--seeds of at least 1, got 0"),
     "seeds twice": ("--seeds 2 --seed_list 0 1", "--seeds or --seed_list, got both"),
     "the same seed twice": ("--seed_list 1 1", "different seeds from 0, got 1 1"),

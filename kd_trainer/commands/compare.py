@@ -86,6 +86,11 @@ def _check(run: RunArguments) -> None:
             "Expected a --teacher to compare with and without, got none. Name one; train.py "
             "--teacher none makes one."
         )
+    if run.model.teacher_maps is not None:
+        raise ValueError(
+            "Expected a --teacher that can be asked, got --teacher_maps, whose answers compare.py "
+            "cannot count yet. Train with and without it, and use eval.py."
+        )
     if run.data.numbers_only:
         raise ValueError(
             "Expected one class a pixel of RGB images, got --multi_label or --in_channels, which "
