@@ -11,7 +11,7 @@ from PIL import Image
 from small_runs import write_pairs
 
 from kd_trainer.build import evaluation_dataset
-from kd_trainer.data import learned, load_splits, mask_rule, usable_splits
+from kd_trainer.data import learned, load_splits, mask_rule, usable_splits, with_label_count
 from kd_trainer.data.images import MAX_PIXELS
 from kd_trainer.data.mask_colors import voc_color
 from kd_trainer.data.mask_files import decode_mask, mask_shape
@@ -452,6 +452,15 @@ def test_few_colours_of_pascal_voc_are_as_many_classes_where_nobody_says_how_man
     stripes = encode(voc_colors(range(colors))[None].repeat(2, 0))
     assert count_labels([stripes], ignore_index=255) == classes
     assert count_labels([voc(ids(0, 3))], ignore_index=255) == 3
+
+
+def test_a_class_of_few_masks_counts_too(monkeypatch: pytest.MonkeyPatch):
+    """One that the sample did not show ended the run in the middle of its first epoch."""
+    monkeypatch.setattr("kd_trainer.data.pipeline.SAMPLE", 2)
+    rows = [{"image": IMAGE, "mask": encode(ids(i, 4 if i == 9 else 3))} for i in range(10)]
+    data = DataArguments(dataset="nowhere")
+    assert with_label_count({"train": rows}, data).num_labels == 4
+    assert with_label_count({"train": rows[:9]}, data).num_labels == 3
 
 
 def test_black_and_grey_files_among_coloured_ones_are_colours():

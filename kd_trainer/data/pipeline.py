@@ -32,6 +32,8 @@ from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
+MANY = 1000
+"""Masks of each split in which class ids are counted."""
 
 
 def mask_rule(
@@ -96,18 +98,24 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
         count = data.label_count  # an error: planes are not looked at to count them
     if count is not None:
         return replace(data, num_labels=count)
-    masks = [row["mask"] for split in splits.values() for row in sample_rows(split)]
-    found = 2
+    found = _counted(splits, data, SAMPLE)
+    if found > 2 and data.mask_kind in (None, "values"):  # a class may be rare
+        found = max(found, _counted(splits, replace(data, mask_kind="values"), MANY))
+    return replace(data, num_labels=found)
+
+
+def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> int:
+    """Classes in up to so many masks of each split; 2 where they do not show it."""
     with suppress(ValueError):
-        found = count_labels(
-            masks,
+        return count_labels(
+            [row["mask"] for split in splits.values() for row in sample_rows(split, most)],
             ignore_index=data.ignore_index,
             reduced=bool(data.reduce_labels),
             ignored=data.ignore_values or (),
             kind=data.mask_kind,
             skip_bad=data.on_bad_sample == "skip",
         )
-    return replace(data, num_labels=found)
+    return 2
 
 
 def learned(rule: MaskRule, data: DataArguments) -> DataArguments:
