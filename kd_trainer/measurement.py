@@ -13,6 +13,7 @@ import torch
 from kd_trainer.build import REDUCED, counts_from_one
 from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset
 from kd_trainer.data_arguments import DataArguments
+from kd_trainer.errors import announce
 from kd_trainer.evaluation import (
     AGREEMENT,
     EvaluatedBatch,
@@ -193,7 +194,8 @@ _HOLD_OUT = ("eval_fraction", "group_by")
 def settings_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
     """How the run of a model read the masks of the same data set, and what it held out of it.
 
-    Empty for another data set; without masks where flags say how they are read.
+    Of another data set only the colours of the classes: found anew they could be in another order.
+    Without masks where flags say how they are read.
     """
     student = Path(source)
     run = next((f for f in (student, student.parent) if (f / "config.yaml").is_file()), None)
@@ -203,7 +205,11 @@ def settings_of_run(source: str, chosen: dict[str, Any]) -> dict[str, Any]:
     names = _HOLD_OUT if own_masks else (*_HOLD_OUT, *_MASK_SETTINGS)
     settings = written_settings(run)
     if not _is_same(settings.get("dataset"), chosen.get("dataset")):
-        return {}
+        colors = None if own_masks else settings.get("mask_colors")
+        if colors is None:
+            return {}
+        announce("Mask colours are those of the run. Masks of class ids: --mask_kind values.")
+        return {"mask_colors": colors}
     return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
