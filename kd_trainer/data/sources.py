@@ -473,8 +473,8 @@ def source_class_names(data: DataArguments) -> list[str] | None:
     """Names of the classes that the data itself has, background first; None if it has none."""
     if not data.dataset:
         return None
-    if data.merge_classes is not None:
-        return None  # which has names of its own
+    if data.class_members is not None and data.class_members.names is not None:
+        return None  # the settings have names of their own
     if not is_coco(data):
         names = names_of_values(data)
         if names and data.reduce_labels and len(names) == data.label_count + 1:
