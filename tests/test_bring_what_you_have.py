@@ -172,6 +172,11 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         (3, 3),
         2,
     ),
+    "splits in the names of the images": (
+        laid_out("images/{s}_{n}.jpg", "masks/{s}_{n}.png"),
+        (3, 3),
+        2,
+    ),
     "no splits": (laid_out("images/{n}.jpg", "masks/{n}.png", "x"), HELD_OUT, 2),
     "no splits, several images of a patient": (
         laid_out("images/patient{s}_{n}.png", "masks/patient{s}_{n}.png", "1", "2", "3"),

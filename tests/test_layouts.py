@@ -137,6 +137,26 @@ def test_a_pair_folder_is_read_as_before_and_silently(pair_folder, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("mask", ["masks/{s}_{n}.png", "images/{s}_{n}_mask.png"])
+def test_names_of_images_may_begin_with_their_split(mask, tmp_path, capsys):
+    """Images to evaluate on were trained on, and a share was held out of the mixture."""
+    root = both(tmp_path, "images/{s}_{n}.jpg", mask, ("train", "val", "Test"))
+    for split, found in (("train", "train"), ("validation", "val"), ("test", "Test")):
+        assert [Path(image).name for image, _ in paths(root, split)] == [
+            f"{found}_{found[0]}{n:02}.jpg" for n in range(3)
+        ]
+    load_splits(DataArguments(dataset=str(root)))
+    assert "names begin with their split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others", [["test_1", "bus_1"], ["training", "tested_1"], ["train_7"]])
+def test_words_of_splits_in_some_names_are_no_splits(others, tmp_path):
+    names = ["train_1", "train_2", *others]
+    draw(tmp_path, *(f"{kind}/{name}.png" for name in names for kind in ("images", "masks")))
+    splits = load_splits(DataArguments(dataset=str(tmp_path)))
+    assert sum(map(len, splits.values())) == len(names)
+
+
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "test", "testing"])
 def test_the_split_to_evaluate_on_goes_by_its_usual_names(name, tmp_path):
     root = both(tmp_path, *LAYOUTS["split first"], splits=("train", name), count=2)
