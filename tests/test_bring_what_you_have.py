@@ -183,6 +183,11 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         (6, 3),
         2,
     ),
+    "no splits, a folder a patient": (
+        laid_out("images/patient{s}/{n}.png", "masks/patient{s}/{n}.png", "7", "8", "9"),
+        (6, 3),
+        2,
+    ),
     "folders of names that nobody guesses": (
         laid_out("{s}_rgb_left/{n}.jpg", "{s}_ids/{n}.png"),
         (3, 3),

@@ -193,3 +193,9 @@ def say(*lines: str, about: str = "") -> None:
     ):
         tqdm.write(text, file=sys.stderr)
     _SAID.add(about or text)
+
+
+def say_split(source: Path | str, split: str, name: str) -> None:
+    """Say which split is taken, where it goes by another name."""
+    if name != split:
+        say(f"{source}: {name} is the split {split}. Otherwise: --train_split, --eval_split.")
