@@ -204,7 +204,7 @@ def learn_from_sources(run: RunArguments, splits: Mapping[str, Any]) -> DataArgu
     run.data = with_label_count(splits, run.data)
     if run.data.reduce_labels is None and (count := _reduced_labels(run, found=given is None)):
         run.data = replace(run.data, reduce_labels=True, num_labels=count)
-    if given is None and run.data.label_count > 2:
+    if given is None and run.data.label_count > 2 and run.data.mask_colors is None:
         announce(_found_labels(run.data))
     names = source_class_names(run.data) if run.data.class_names is None else None
     if run.data.reduce_labels and names is None and run.data.class_names is None:

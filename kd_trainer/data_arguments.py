@@ -43,7 +43,8 @@ class DataArguments:
     group_by: str | None = help_field(
         None,
         "Regular expression on the images' paths: those of the same first group (or match), such "
-        "as a patient, are held out together.",
+        "as a patient, are held out together; none: each by itself (default: those of one folder, "
+        "where at least three folders hold several).",
         metavar="PATTERN",
     )
     layout: str | None = help_field(

@@ -17,6 +17,7 @@ import cv2
 import datasets
 import numpy as np
 import pytest
+import test_class_tables as tables_of_colours
 import test_coco_formats as coco
 import test_hub_columns as tables
 import test_layouts as folders
@@ -117,6 +118,19 @@ def label_studio(root: Path, name: str = "result.json") -> None:
     (root / name).write_text(json.dumps(content))
 
 
+def cvat_masks(root: Path) -> None:
+    """Three images and coloured masks under one list, as CVAT exports them."""
+    names = [f"{n}" for n in range(3)]
+    for n, name in enumerate(names):
+        for kind, cell in (("JPEGImages", masks.IMAGE), ("SegmentationClass", masks.coloured)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            encoded = cell if isinstance(cell, dict) else cell(masks.ids(n, 3))
+            (root / kind / f"{name}.png").write_bytes(encoded["bytes"])
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/default.txt").write_text("\n".join(names))
+    tables_of_colours.table(root / "labelmap.txt", {1: "cat", 2: "dog", 0: "background"})
+
+
 def parquet(root: Path) -> None:
     for path, content in tables.both("data").items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -158,9 +172,19 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         (3, 3),
         2,
     ),
+    "splits in the names of the images": (
+        laid_out("images/{s}_{n}.jpg", "masks/{s}_{n}.png"),
+        (3, 3),
+        2,
+    ),
     "no splits": (laid_out("images/{n}.jpg", "masks/{n}.png", "x"), HELD_OUT, 2),
     "no splits, several images of a patient": (
         laid_out("images/patient{s}_{n}.png", "masks/patient{s}_{n}.png", "1", "2", "3"),
+        (6, 3),
+        2,
+    ),
+    "no splits, a folder a patient": (
+        laid_out("images/patient{s}/{n}.png", "masks/patient{s}/{n}.png", "7", "8", "9"),
         (6, 3),
         2,
     ),
@@ -206,6 +230,7 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         HELD_OUT,
         3,
     ),
+    "CVAT, segmentation masks": (cvat_masks, HELD_OUT, 3),
     "one COCO file by any other name, without splits": (
         lambda file: label_studio(file.parent, file.name),
         HELD_OUT,
@@ -334,6 +359,13 @@ DRAWN_MASKS: dict[str, tuple[Drawer, int]] = {
     "more classes than wanted": (values(0, 1, 2, 3, 9), 2),
     "palette PNG": (pairs(palette, classes=4), 4),
     "colours": (pairs(masks.coloured, classes=4), 4),
+    "colours with a table of their classes beside them": (
+        lambda root: [
+            pairs(masks.coloured, classes=4)(root),
+            tables_of_colours.table(root / "class_dict.csv"),
+        ],
+        3,
+    ),
     "colours with names": (pairs(masks.coloured, classes=4), 2),
     "colours of the palette of Pascal VOC": (pairs(masks.voc, classes=3), 21),
     "floats that are whole numbers (TIFF, `.npy`)": (

@@ -401,6 +401,20 @@ def test_colours_are_classes_in_a_fixed_order_that_is_said():
         rule.labels(rule.decode(encode(np.full((2, 2, 3), (1, 2, 3), np.uint8)), 0), "later.png")
 
 
+def test_without_black_no_colour_is_called_background():
+    """The report and the card would say that the student finds no class of that name."""
+
+    def bright(mask):
+        return encode((COLORS | np.uint8([40, 0, 0]))[mask])
+
+    rule, data = understood(bright, 4, expected=np.uint8([0, 3, 2, 1]), num_labels=4)
+    assert list(data.id2label.values()) == ["class_0", "class_1", "class_2", "class_3"]
+    assert "Without black none is background; figures of the foreground omit class 0." in rule.note
+    assert "--mask_colors class_0=40,0,0 class_1=40,0,255" in refusal(bright, 4)
+    black, data = rows_of(coloured, classes=4), DataArguments(num_labels=4)
+    assert learned(mask_rule(black, data), data).id2label[0] == "background"
+
+
 def test_the_wrong_number_of_labels_gets_the_line_to_copy():
     said = refusal(coloured, 4)
     flags = said.partition("such as ")[2].partition(". One name")[0].split()

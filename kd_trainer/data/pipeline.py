@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -19,16 +21,19 @@ from kd_trainer.data.bad_samples import (
     readable_values,
 )
 from kd_trainer.data.channels import Channels, channels_shape
+from kd_trainer.data.class_tables import color_flags_of, find_class_table
 from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_shape
-from kd_trainer.data.mask_colors import color_flags, named_color_rule
+from kd_trainer.data.layouts import say
+from kd_trainer.data.mask_colors import MOST_COLORS, color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
-from kd_trainer.data.mask_survey import count_labels, find_mask_rule
+from kd_trainer.data.mask_survey import count_labels, find_mask_rule, survey_masks
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
 from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.sources import is_coco, known_label_count, names_of_values, source_layout
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
+from kd_trainer.errors import clipped
+from kd_trainer.mask_flags import REST, color_members, merged_members, numbered, show_color
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
@@ -91,6 +96,7 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
     Raises:
         ValueError: if there may be several labels a pixel, which only the user knows.
     """
+    data = with_class_table(splits, data)
     if data.num_labels is not None:
         return data
     count = known_label_count(data)
@@ -102,6 +108,49 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
     if found > 2 and data.mask_kind in (None, "values"):  # a class may be rare
         found = max(found, _counted(splits, replace(data, mask_kind="values"), MANY))
     return replace(data, num_labels=found)
+
+
+def with_class_table(splits: Mapping[str, Any], data: DataArguments) -> DataArguments:
+    """The settings with the colours and names of a table beside the masks, if they have them.
+
+    Raises:
+        ValueError: if the table cannot be read, or has another number of classes.
+    """
+    said = (data.mask_values, data.mask_colors, data.merge_classes, data.mask_threshold)
+    path = Path(data.dataset)
+    if (
+        any(said)
+        or (data.reduce_labels or data.multi_label or data.mask_kind not in (None, "colors"))
+        or (data.dataset in ("", "synthetic") or not path.exists() or is_coco(data))
+    ):
+        return data
+    first = next((row for rows in splits.values() for row in sample_rows(rows, 1)), None)
+    table = None if first is None else find_class_table(path, first["mask"]["path"])
+    if table is None:
+        return data
+    masks = [row["mask"] for rows in splits.values() for row in sample_rows(rows)]
+    with suppress(BadSampleError):  # what cannot be read is said where the rule is found
+        colors = _colors_by(table.names, masks, data)
+        if colors:
+            flags = color_flags_of(table, colors, data.num_labels, data.class_names)
+            members = color_members(flags)
+            named = clipped(", ".join(members.names or ()), 200)
+            nowhere = f"; {', '.join(map(show_color, map(int, members.ignored)))} counts nowhere"
+            say(
+                f"Masks: the {len(members.members)} colours and names of {table.file}: {named}"
+                f"{nowhere if members.ignored else ''}. --mask_colors overrules."
+            )
+            return replace(data, mask_colors=flags, num_labels=len(members.members))
+    return data
+
+
+def _colors_by(names: Collection[int], masks: Sequence[Any], data: DataArguments) -> set[int]:
+    """The colours in masks, if a table of these may be theirs; grey ones and indices may be ids."""
+    survey = partial(survey_masks, masks, data.ignore_index, skip_bad=data.on_bad_sample == "skip")
+    if (found := survey(data.mask_kind)).kind == "colors":
+        return set() if len(found.seen) > MOST_COLORS else {*found.seen}
+    colors = {*survey("colors").seen} if found.kind == "values" else set()
+    return colors if colors <= {*names} else set()
 
 
 def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> int:
