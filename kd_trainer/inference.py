@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.data.channels import resize_any
 from kd_trainer.evaluation import (
     Evaluator,
     Measured,
@@ -89,8 +88,6 @@ class Segmenter:
 
     def _input(self, image: RgbImage) -> Tensor:
         pixels = _channels_first(image)
-        if pixels.is_floating_point():  # of several channels, always stretched
-            return resize_any(pixels, *self.image_size)
         return to_input(pixels, self.image_size, keep_aspect_ratio=self.keep_aspect_ratio)
 
     def _tiled(self, image: RgbImage) -> Tensor:
