@@ -277,7 +277,7 @@ def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:
 
 
 def _pixels(values: Sequence[float]) -> Tensor:
-    return torch.tensor(list(values)).view(1, 3, 1, 1) * 255
+    return torch.tensor(list(values)).view(1, -1, 1, 1) * 255
 
 
 def onnx_network(exported: OnnxStudent) -> Network:
@@ -288,9 +288,10 @@ def onnx_network(exported: OnnxStudent) -> Network:
         if not exported.with_preprocessing:
             return torch.from_numpy(exported(images.numpy()))
         # It takes images and gives probabilities: undo what the file does itself.
-        raw_images = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        raw_images = (images * std + mean).permute(0, 2, 3, 1)
+        raw_images = raw_images / 255 if exported.own_depth else raw_images.round().to(torch.uint8)
         probability = torch.from_numpy(exported(raw_images.numpy())).double()
-        binary = probability.shape[1] == 1
+        binary = probability.shape[1] == 1 or exported.multi_label
         # A softmax may underflow to 0, whose logarithm would spread as NaN in a resize.
         smallest = torch.finfo(torch.float32).tiny
         raw = probability.logit(eps=1e-12) if binary else probability.clamp(min=smallest).log()

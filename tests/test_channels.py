@@ -13,6 +13,7 @@ from small_runs import SIDE, train_flags, write_pairs
 from transformers import AutoImageProcessor
 
 from kd_trainer.commands.evaluate import evaluate_main
+from kd_trainer.commands.export import export_main
 from kd_trainer.commands.predict import predict_main
 from kd_trainer.commands.train import train
 from kd_trainer.config import parse
@@ -27,6 +28,7 @@ from kd_trainer.data.channels import (
 from kd_trainer.data.dataset import SegmentationTransform
 from kd_trainer.data.images import BadSampleError
 from kd_trainer.data.masks import MaskRule
+from kd_trainer.export import load_onnx
 from kd_trainer.loading import load_student
 from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.models.image_processing import SmpImageProcessor, resize_image
@@ -223,6 +225,42 @@ def test_a_run_measures_its_channels_and_its_student_is_read_back_with_them(
     assert np.array_equal(found > 0, (raw >= 0).numpy())
     with pytest.raises(ValueError, match=r"^Expected a model of 8-bit RGB images"):
         load_student(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A student of four deep bands."""
+    root = tmp_path_factory.mktemp("bands")
+    data = deep_pairs(root / "data", 4, np.uint16)
+    results = train(parse(train_flags(data, root / "run", "--in_channels", "4", "--epochs", "1")))
+    return root, data, results
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_exported_file_takes_all_channels(inside, finished, tmp_path):
+    """Cut to three, or divided by 255, they would be other images."""
+    root, data, results = finished
+    shared = ["--dataset", str(data), "--output", str(tmp_path), "--latency_repeats", "0"]
+    more = ["--with_preprocessing"] if inside else []
+    export_main([str(root / "run"), *shared, "--format", "onnx", *more])
+    (file,) = tmp_path.glob("*.onnx")
+    (told,) = json.loads((tmp_path / "export.json").read_text()).values()
+    assert told["torch_miou"] == pytest.approx(results["student_miou"], abs=1e-6)
+    assert told["mask_iou"] == 1
+    image = next((data / "validation" / "images").glob("*.tif"))
+    exported = load_onnx(file)
+    assert exported.own_depth
+    assert len(exported.image_mean) == 4
+    if inside:
+        values = decode_channels({"path": str(image), "bytes": None}, 0, 4)
+        assert exported(values[None]).shape == (1, 1, SIDE, SIDE)
+    for model, name in ((root / "run", "torch"), (file, "file")):
+        predict_main([str(model), str(image), "--soft", "--output_dir", str(tmp_path / name)])
+    soft = [
+        cv2.imread(str(tmp_path / n / "soft" / f"{image.stem}.png"), -1).astype(int)
+        for n in ("torch", "file")
+    ]
+    assert np.abs(soft[0] - soft[1]).max() <= 4  # of 65535
 
 
 def test_a_teacher_of_other_channels_is_refused(tmp_path):

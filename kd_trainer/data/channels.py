@@ -24,6 +24,7 @@ from kd_trainer.data.images import (
     read_image_bytes,
 )
 from kd_trainer.data.mask_files import raw_array
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.models.image_processing import scaled_channels
 
 FloatImage = npt.NDArray[np.float32]
@@ -49,6 +50,13 @@ class Channels:
         image = decode_channels(cell, index, len(self.mean))
         mean, std = (np.asarray(values, np.float32) for values in (self.mean, self.std))
         return np.asarray((image - mean) / std, np.float32)
+
+
+def channels_of_data(data: DataArguments) -> Channels | None:
+    """How images are read that are not 8-bit RGB; None where they are, or were not measured yet."""
+    if data.channel_mean is None or data.channel_std is None:
+        return None
+    return Channels(tuple(data.channel_mean), tuple(data.channel_std))
 
 
 def decode_channels(cell: EncodedImage, index: int, count: int) -> FloatImage:
