@@ -234,7 +234,6 @@ class DataArguments:
             )
         wrong = ["on_bad_sample"] if self.on_bad_sample == "skip" else []
         wrong += ["unlabelled"] if self.unlabelled is not None else []
-        wrong += ["resize"] if self.resize != "stretch" else []
         wrong += ["dataset"] if self.dataset == "synthetic" else []
         if wrong:
             raise ValueError(

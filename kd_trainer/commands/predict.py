@@ -160,7 +160,13 @@ def load_segmenter(args: PredictArguments) -> Loaded:
     options = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
     if args.model.endswith(".onnx"):
         exported = load_onnx(args.model)
-        return Loaded(onnx_segmenter(exported, **options), len(exported.class_names))
+        mean, std, own_depth = exported.image_mean, exported.image_std, exported.own_depth
+        return Loaded(
+            onnx_segmenter(exported, **options),
+            len(exported.class_names),
+            exported.multi_label,
+            Channels(tuple(mean), tuple(std)) if own_depth else None,
+        )
     student = load_student(args.model, multi_label=True)
     segmenter = torch_segmenter(student, image_size_of(student), **options)
     mean, std = input_statistics(student)

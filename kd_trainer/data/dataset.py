@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data.augmentation import OUTSIDE, Augmentation
-from kd_trainer.data.channels import Channels, resize_any
+from kd_trainer.data.channels import Channels
 from kd_trainer.data.images import (
     BadSample,
     BadSampleError,
@@ -26,7 +26,7 @@ from kd_trainer.data.images import (
 )
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.planes import PlaneRule
-from kd_trainer.models.image_processing import PADDING, fitted_size, to_input
+from kd_trainer.models.image_processing import PADDING, fitted_size, resize_image, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
 
 Pixel = TypeVar("Pixel", bound=np.generic)
@@ -135,7 +135,7 @@ class SegmentationTransform:
         labels = self._labels(row, image.shape[:2], index)
         view = self._view(image.shape[:2], epoch=epoch, index=index)
         size = self.image_size if self.eval_size == "input" else view.size
-        pixels = resize_any(torch.from_numpy(image).permute(2, 0, 1), *view.size)
+        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *view.size)
         mask = view.part(resize_labels(labels, view.size))
         clean = view.part(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
         if logits is None:

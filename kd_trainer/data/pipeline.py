@@ -20,7 +20,7 @@ from kd_trainer.data.bad_samples import (
     check_split,
     readable_values,
 )
-from kd_trainer.data.channels import Channels, channels_shape
+from kd_trainer.data.channels import channels_of_data, channels_shape
 from kd_trainer.data.class_tables import color_flags_of, find_class_table
 from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_shape
@@ -345,9 +345,6 @@ def transforms(
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    channels = None
-    if data.channel_mean is not None and data.channel_std is not None:
-        channels = Channels(tuple(data.channel_mean), tuple(data.channel_std))
     rule: MaskRule | PlaneRule
     data = with_label_count(splits, data)
     if data.multi_label:
@@ -365,7 +362,7 @@ def transforms(
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
-            channels=channels,
+            channels=channels_of_data(data),
         )
         for kind, resize in ((data.augmentation, data.resize), ("none", whole))
     )
