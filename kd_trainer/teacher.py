@@ -39,6 +39,7 @@ from kd_trainer.stock_models import (
     saved_preprocessing,
     saved_statistics,
     take_rgb,
+    with_task,
 )
 from kd_trainer.teacher_files import network_from_file
 from kd_trainer.universal import (
@@ -207,7 +208,7 @@ def load_teacher(
 
     Args:
         source: folder or Hub id of an smp model, of one of our students (or their run) or of any
-            AutoModelForSemanticSegmentation, a Mask2Former, MaskFormer or EoMT; or a
+            AutoModelForSemanticSegmentation, a Mask2Former, MaskFormer, OneFormer or EoMT; or a
             `.safetensors` or `.pth` state dict.
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
@@ -335,7 +336,7 @@ def _from_folder(
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
     model, _ = load_stock(source, config, trust_remote_code=trust_remote_code, **hub)
     take_rgb(model, source, **hub)
-    return model
+    return with_task(model, source, **hub)
 
 
 def reduces_labels(source: str, **hub: Any) -> bool:
