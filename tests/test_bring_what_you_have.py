@@ -165,6 +165,14 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         2,
     ),
     "ISIC": (laid_out(*folders.LAYOUTS["ISIC"], "Training", "Validation"), (3, 3), 2),
+    "DRIVE": (
+        lambda root: [
+            folders.both(root, "{s}/images/{n}.tif", f"{{s}}/{kind}.png", ("training", "test"))
+            for kind in ("mask/{n}_mask", "1st_manual/{n}_manual1")
+        ],
+        (3, 3),
+        2,
+    ),
     "a folder more on both sides": (laid_out(*folders.LAYOUTS["cities"]), (3, 3), 2),
     "both in one folder": (laid_out("{n}.jpg", "{n}_mask.png", "x"), HELD_OUT, 2),
     "both in one folder, told apart by the ending": (
