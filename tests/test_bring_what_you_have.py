@@ -226,6 +226,17 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
     "csv whose files lie elsewhere": (partial(csv_file, folded=False), HELD_OUT, 2),
     "COCO as published": (published, (2, 2), 4),
     "COCO of which one category, or several as one, is the foreground": (published, (2, 2), 2),
+    "COCO whose validation file lacks some categories, or numbers them anew": (
+        lambda root: [
+            coco.write(root, "annotations/train.json", "images/train", coco.ANNOTATIONS),
+            coco.write(
+                *(root, "annotations/val.json", "images/val", [coco.entry(1, coco.SQUARE)]),
+                categories=coco.FEWER,
+            ),
+        ],
+        (2, 2),
+        4,
+    ),
     "COCO whose categories make fewer classes": (published, (2, 2), 3),
     "Roboflow, COCO export": (
         coco_folder("{}/_annotations.coco.json", "{}", "train", "valid"),
