@@ -370,6 +370,7 @@ DRAWN_MASKS: dict[str, tuple[Drawer, int]] = {
     "cut-out photos, transparent elsewhere": (pairs(cut_out), 2),
     "one colour on black": (pairs(masks.coloured), 2),
     "class ids from 0, 255 ignored": (values(0, 1, 2, 3, 255), 4),
+    "class ids with a gap": (values(0, 1, 2, 4), 4),
     "class ids with large gaps": (values(0, 11, 20), 21),
     "class ids from 1, no 0": (values(1, 2, 3), 3),
     "class ids from 1, 0 is not labelled": (values(0, 1, 2, 3), 3),
