@@ -478,6 +478,7 @@ def test_few_colours_of_pascal_voc_are_as_many_classes_where_nobody_says_how_man
 def test_a_class_of_few_masks_counts_too(monkeypatch: pytest.MonkeyPatch):
     """One that the sample did not show ended the run in the middle of its first epoch."""
     monkeypatch.setattr("kd_trainer.data.pipeline.SAMPLE", 2)
+    monkeypatch.setattr("kd_trainer.data.pipeline.known_label_count", lambda _: None)
     rows = [{"image": IMAGE, "mask": encode(ids(i, 4 if i == 9 else 3))} for i in range(10)]
     data = DataArguments(dataset="nowhere")
     assert with_label_count({"train": rows}, data).num_labels == 4
@@ -491,6 +492,7 @@ def test_a_class_of_few_masks_counts_too(monkeypatch: pytest.MonkeyPatch):
 def test_a_gap_in_the_class_ids_is_said(values, unseen, cure, capsys, monkeypatch):
     """BraTS has 0, 1, 2 and 4: one more class than there is, with a figure of its own."""
     monkeypatch.setattr(layouts, "_SAID", set())
+    monkeypatch.setattr("kd_trainer.data.pipeline.known_label_count", lambda _: None)
     rows = rows_of(lambda mask: encode(np.uint8(values)[mask]), classes=4)
     data = with_label_count(rows, DataArguments(dataset="nowhere"))
     assert data.num_labels == max(values) + 1
