@@ -165,6 +165,14 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         2,
     ),
     "ISIC": (laid_out(*folders.LAYOUTS["ISIC"], "Training", "Validation"), (3, 3), 2),
+    "DRIVE": (
+        lambda root: [
+            folders.both(root, "{s}/images/{n}.tif", f"{{s}}/{kind}.png", ("training", "test"))
+            for kind in ("mask/{n}_mask", "1st_manual/{n}_manual1")
+        ],
+        (3, 3),
+        2,
+    ),
     "a folder more on both sides": (laid_out(*folders.LAYOUTS["cities"]), (3, 3), 2),
     "both in one folder": (laid_out("{n}.jpg", "{n}_mask.png", "x"), HELD_OUT, 2),
     "both in one folder, told apart by the ending": (
@@ -218,6 +226,17 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
     "csv whose files lie elsewhere": (partial(csv_file, folded=False), HELD_OUT, 2),
     "COCO as published": (published, (2, 2), 4),
     "COCO of which one category, or several as one, is the foreground": (published, (2, 2), 2),
+    "COCO whose validation file lacks some categories, or numbers them anew": (
+        lambda root: [
+            coco.write(root, "annotations/train.json", "images/train", coco.ANNOTATIONS),
+            coco.write(
+                *(root, "annotations/val.json", "images/val", [coco.entry(1, coco.SQUARE)]),
+                categories=coco.FEWER,
+            ),
+        ],
+        (2, 2),
+        4,
+    ),
     "COCO whose categories make fewer classes": (published, (2, 2), 3),
     "Roboflow, COCO export": (
         coco_folder("{}/_annotations.coco.json", "{}", "train", "valid"),
@@ -351,6 +370,7 @@ DRAWN_MASKS: dict[str, tuple[Drawer, int]] = {
     "cut-out photos, transparent elsewhere": (pairs(cut_out), 2),
     "one colour on black": (pairs(masks.coloured), 2),
     "class ids from 0, 255 ignored": (values(0, 1, 2, 3, 255), 4),
+    "class ids with a gap": (values(0, 1, 2, 4), 4),
     "class ids with large gaps": (values(0, 11, 20), 21),
     "class ids from 1, no 0": (values(1, 2, 3), 3),
     "class ids from 1, 0 is not labelled": (values(0, 1, 2, 3), 3),

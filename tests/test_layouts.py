@@ -117,6 +117,27 @@ def test_nn_unet_folders_are_found(tmp_path):
     assert paths(tmp_path)[1] == ("imagesTr/case_1_0000.png", "labelsTr/case_1.png")
 
 
+def test_vessels_of_drive_are_what_is_drawn_by_hand_and_not_the_field_of_view(tmp_path, capsys):
+    """Both pair with the images; a student of the other one finds a disc."""
+    for split, last in (("training", 3), ("test", 2)):
+        for n in range(1, last + 1):
+            name = f"{split}/{{}}/{n + (20 if split == 'training' else 0):02}_{{}}.png"
+            draw(tmp_path, name.format("images", split), name.format("mask", f"{split}_mask"))
+            draw(tmp_path, name.format("1st_manual", "manual1"))
+    draw(tmp_path, *(f"test/2nd_manual/0{n}_manual2.png" for n in (1, 2)))
+    assert paths(tmp_path)[0] == (
+        "training/images/21_training.png",
+        "training/1st_manual/21_manual1.png",
+    )
+    assert paths(tmp_path, "validation")[1][1] == "test/1st_manual/02_manual1.png"
+    assert "masks in SPLIT/1st_manual" in capsys.readouterr().err
+    assert paths(tmp_path, mask_folder="mask")[0][1] == "training/mask/21_training_mask.png"
+    shutil.rmtree(tmp_path / "test/1st_manual")  # as the challenge gives it away
+    shutil.rmtree(tmp_path / "test/2nd_manual")
+    loaded = load_source(DataArguments(dataset=str(tmp_path)))
+    assert [len(rows) for rows in loaded.splits.values()] == [2, 1]
+
+
 def test_what_was_found_is_said_in_two_lines_with_the_way_to_overrule_it(tmp_path, capsys):
     load_splits(DataArguments(dataset=str(both(tmp_path, *LAYOUTS["CamVid"]))))
     said = capsys.readouterr().err.splitlines()

@@ -50,6 +50,8 @@ OTHER_WORDS = frozenset(
     | {"instanceids", "object", "overlay", "overlays", "preview", "previews", "visualization"}
     | {"visualizations", "vis", "viz", "depth", "disparity", "edge", "edges", "polygons"}
 )
+# Of DRIVE: its `mask` is where the camera sees anything, its `2nd_manual` another's opinion.
+_BY_HAND = "1st_manual"
 _FILLERS = frozenset({"dir", "dirs", "folder", "data", "set", "files", "of", "and", "the"})
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
 _FIRST_WORD = re.compile(r"[^\W\d_]+")
@@ -255,8 +257,9 @@ def read_folders(
     Raises:
         ValueError: if the folders can be read in several ways; lists them.
     """
-    named = {"images": image_folder, "masks": mask_folder}
     found = sorted(walk(root), key=lambda folder: folder[1])
+    drawn = any(_BY_HAND in parts for _, parts, _ in found)
+    named = {"images": image_folder, "masks": mask_folder or (_BY_HAND if drawn else None)}
     above = _common_parts([parts for _, parts, _ in found])
     folders = []
     for path, parts, has_images in found:

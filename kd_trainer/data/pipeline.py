@@ -27,8 +27,8 @@ from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_
 from kd_trainer.data.layouts import say
 from kd_trainer.data.mask_colors import MOST_COLORS, color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
-from kd_trainer.data.mask_survey import count_labels, find_mask_rule, survey_masks
-from kd_trainer.data.masks import MaskRule, merged_rule, present_values
+from kd_trainer.data.mask_survey import LabelCount, count_labels, find_mask_rule, survey_masks
+from kd_trainer.data.masks import MaskRule, merged_rule, present_values, show_values
 from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.sources import is_coco, known_label_count, names_of_values, source_layout
 from kd_trainer.data_arguments import DataArguments
@@ -39,6 +39,7 @@ SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
 MANY = 1000
 """Masks of each split in which class ids are counted."""
+_SHOWN = 20  # class ids that somebody would copy
 
 
 def mask_rule(
@@ -105,9 +106,17 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
     if count is not None:
         return replace(data, num_labels=count)
     found = _counted(splits, data, SAMPLE)
-    if found > 2 and data.mask_kind in (None, "values"):  # a class may be rare
-        found = max(found, _counted(splits, replace(data, mask_kind="values"), MANY))
-    return replace(data, num_labels=found)
+    if found.classes > 2 and data.mask_kind in (None, "values"):  # a class may be rare
+        many = _counted(splits, replace(data, mask_kind="values"), MANY)
+        found = many if many.classes >= found.classes else found
+    if found.ids and (unseen := {*range(found.classes)} - {*found.ids}):
+        values = " ".join(map(str, found.ids)) if len(found.ids) <= _SHOWN else "..."
+        say(
+            f"Masks: ids up to {found.classes - 1}, but none of those looked at holds "
+            f"{show_values(unseen)}: classes all the same. Without them: --mask_values "
+            f"{values} and --class_names; --merge_classes merges."
+        )
+    return replace(data, num_labels=found.classes)
 
 
 def with_class_table(splits: Mapping[str, Any], data: DataArguments) -> DataArguments:
@@ -153,7 +162,7 @@ def _colors_by(names: Collection[int], masks: Sequence[Any], data: DataArguments
     return colors if colors <= {*names} else set()
 
 
-def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> int:
+def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> LabelCount:
     """Classes in up to so many masks of each split; 2 where they do not show it."""
     with suppress(ValueError):
         return count_labels(
@@ -164,7 +173,7 @@ def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> int:
             kind=data.mask_kind,
             skip_bad=data.on_bad_sample == "skip",
         )
-    return 2
+    return LabelCount(2)
 
 
 def learned(rule: MaskRule, data: DataArguments) -> DataArguments:
