@@ -119,6 +119,7 @@ def _bad_share(data: DataArguments) -> float | None:
 FOUND = (
     *("num_labels", "class_names", "reduce_labels", "class_weights"),
     *("mask_kind", "mask_values", "mask_colors", "mask_threshold"),
+    *("channel_mean", "channel_std"),
 )
 """Settings that a run finds in the data where they are not given."""
 REDUCED = (
@@ -308,14 +309,13 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
 
 
 def _check_numbers_only(run: RunArguments) -> None:
-    """Refuse what knows one class a pixel of RGB images only, and say what is left out."""
+    """Refuse what knows one class a pixel of RGB images only."""
     args, several = run.training, run.data.multi_label
     flag = "multi_label" if several else "in_channels"
     asked = {
         "class_weights": several and args.class_weights is not None,
         "pos_weight": several and args.pos_weight is not None,
         "teacher_targets": args.teacher_targets == "cached",
-        "push_to_hub": args.push_to_hub,
     }
     if wrong := [name for name, is_asked in asked.items() if is_asked]:
         raise ValueError(
@@ -325,7 +325,6 @@ def _check_numbers_only(run: RunArguments) -> None:
     if several:
         names = clipped(", ".join(run.data.id2label.values()), 200)
         announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
-    announce(f"There are no preflight, panels and report with --{flag} yet.")
 
 
 def _measure_channels(run: RunArguments, rows: Any) -> DataArguments:

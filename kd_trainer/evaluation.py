@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from kd_trainer.data import collate
+from kd_trainer.data.channels import visible
 from kd_trainer.fields import closest
 from kd_trainer.losses import (
     TERMS,
@@ -39,6 +41,7 @@ from kd_trainer.students import (
     channels_of,
     has_several_labels,
     labels_of_student,
+    reads_own_depth,
     statistics_of,
     student_logits,
 )
@@ -112,6 +115,19 @@ def classes_of(raw_logits: Tensor) -> Tensor:
     if raw_logits.shape[1] == 1:
         return (raw_logits[:, 0] > 0).long()
     return raw_logits.argmax(dim=1)
+
+
+def masks_of(raw_logits: Tensor, *, multi_label: bool) -> Tensor:
+    """Classes (B, H, W) in raw logits; of several labels a pixel planes (B, K, H, W) of 0 and 1."""
+    return (raw_logits > 0).long() if multi_label else classes_of(raw_logits)
+
+
+def visible_images(pixels: Tensor, model: Measured) -> npt.NDArray[np.uint8]:
+    """Images of a batch for people, RGB (B, H, W, 3): bytes as they are, others by `visible`."""
+    if not isinstance(model, Teacher) and reads_own_depth(model):
+        return np.stack([visible(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()])
+    images = bytes_of(pixels, pixel_statistics(model, pixels.device))
+    return np.asarray(images.permute(0, 2, 3, 1).cpu().numpy())
 
 
 @dataclass(frozen=True)

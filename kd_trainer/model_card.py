@@ -76,8 +76,13 @@ class CardFacts:
         return "_model_class" in self.config
 
     @property
+    def several(self) -> bool:
+        """Whether a pixel may have several labels."""
+        return bool(self.config.get("problem_type") == MULTI_LABEL)
+
+    @property
     def labels(self) -> list[str]:
-        """Names of the classes, background first."""
+        """Names of the classes, background first where there is one."""
         names = {int(index): str(name) for index, name in self.config["id2label"].items()}
         return [names[index] for index in sorted(names)]
 
@@ -162,12 +167,6 @@ _TEMPLATES.filters["code"] = code
 
 def render(facts: CardFacts) -> str:
     """The whole README.md."""
-    if facts.config.get("problem_type") == MULTI_LABEL or facts.config.get("own_depth"):
-        raise ValueError(
-            "Expected a student of one class a pixel of RGB images to publish, got one of "
-            "--multi_label or --in_channels, whose card cannot be written yet. Upload its folder "
-            "yourself."
-        )
     height, width = as_size(facts.config["image_size"])
     card = _TEMPLATES.get_template("model_card.md").render(
         facts=facts,
@@ -180,6 +179,8 @@ def render(facts: CardFacts) -> str:
         height=height,
         width=width,
         fitted=facts.config.get("keep_aspect_ratio", False),
+        several=facts.several,
+        channels=len(facts.config["image_mean"]) if facts.config.get("own_depth") else 0,
         taught=facts.teacher is not None,
         loss=_loss(facts),
         softened=any(term.softened and facts.settings.get(term.flag) for term in TERMS),
@@ -195,13 +196,13 @@ def render(facts: CardFacts) -> str:
 def _loss(facts: CardFacts) -> str:
     """The sum of terms that was minimised; of a student without a teacher those that need none."""
     settings, taught = facts.settings, facts.teacher is not None
-    several = (settings.get("num_labels") or 2) > 2
+    softmax = (settings.get("num_labels") or 2) > 2 and not facts.several
     terms = []
     for term in TERMS:
         factor = float(taught) if term.needs_teacher else settings.get("task_weight", 1.0)
         weight = settings.get(term.flag, 0.0) * factor
         if weight:
-            terms.append(f"{weight:g} {(several and term.softmax_title) or term.title}")
+            terms.append(f"{weight:g} {(softmax and term.softmax_title) or term.title}")
     return " + ".join(terms)
 
 
@@ -219,8 +220,9 @@ def _figures(facts: CardFacts) -> Table | None:
     }
     if "student" not in measured:
         return None
-    binary = len(facts.labels) == 2  # whose foreground is the one class
-    wanted = [(key, name) for key, _, name in FIGURES if not (binary and key == "iou_foreground")]
+    # Of a binary model it is the one class, without a background the mIoU.
+    twice = ["iou_foreground"] if len(facts.labels) == 2 or facts.several else []
+    wanted = [(key, name) for key, _, name in FIGURES if key not in twice]
     wanted += [(f"iou_{label}", f"IoU of {label}") for label in facts.labels]
     rows = []
     for key, name in wanted:

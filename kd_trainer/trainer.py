@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,11 @@ from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
     DataSetFigures,
     check_best_metric,
-    classes_of,
     evaluation_rows,
     figure_names,
     input_statistics,
     labels_of,
+    masks_of,
     normalise,
     pixel_statistics,
     settings_for,
@@ -71,7 +72,6 @@ from kd_trainer.students import (
     hold_frozen,
     load_renamed,
     raw_logits_of,
-    reads_own_depth,
     save_traits,
     student_logits,
     units_of,
@@ -177,9 +177,7 @@ class DistillationTrainer(Trainer):
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
-        # A panel shows one class a pixel, on an RGB image.
-        shown = not self.settings.multi_label and not reads_own_depth(model)
-        if args.panel_images > 0 and eval_dataset is not None and shown:
+        if args.panel_images > 0 and eval_dataset is not None:
             self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
 
     def _follow(
@@ -634,11 +632,12 @@ class DistillationTrainer(Trainer):
             return None, (*rows, student), labels
         return None, rows, torch.zeros(len(labels), device=labels.device)
 
-    def predict_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
+    def predict_masks(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What student and teacher (if any) find in a batch of the collator, see `masks_of`."""
         self._take_model()
         student, teacher = self._logits(self.model.eval(), self._prepare_inputs(batch))
-        return classes_of(student), None if teacher is None else classes_of(teacher)
+        found = partial(masks_of, multi_label=self.settings.multi_label)
+        return found(student), None if teacher is None else found(teacher)
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor | None]:

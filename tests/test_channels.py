@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from small_runs import SIDE, train_flags, write_pairs
+from small_runs import SIDE, run_card, train_flags, write_pairs
 from transformers import AutoImageProcessor
 
+from kd_trainer.commands.doctor import examine
 from kd_trainer.commands.evaluate import evaluate_main
 from kd_trainer.commands.export import export_main
 from kd_trainer.commands.predict import predict_main
+from kd_trainer.commands.push import push_main
 from kd_trainer.commands.train import train
 from kd_trainer.config import parse
 from kd_trainer.data.augmentation import Augmentation
@@ -32,6 +34,7 @@ from kd_trainer.export import load_onnx
 from kd_trainer.loading import load_student
 from kd_trainer.models.configuration_smp import SmpConfig
 from kd_trainer.models.image_processing import SmpImageProcessor, resize_image
+from kd_trainer.web_demo.models import load_demo_student
 
 RANDOM = np.random.default_rng(0)
 
@@ -207,7 +210,7 @@ def test_a_run_measures_its_channels_and_its_student_is_read_back_with_them(
     results = train(parse(train_flags(data, tmp_path / "run", *more, teacher=teacher)))
     assert results["teacher_miou"] >= 0
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    student = load_student(tmp_path / "run", multi_label=True)
+    student = load_student(tmp_path / "run")
     assert list(student.config.image_mean) == pytest.approx(settings["channel_mean"])
     assert (student.config.in_channels, student.config.own_depth) == (channels, True)
     out = tmp_path / "out"
@@ -223,8 +226,6 @@ def test_a_run_measures_its_channels_and_its_student_is_read_back_with_them(
     with torch.no_grad():
         raw = student.eval()(pixels.permute(2, 0, 1)[None]).raw_logits[0, 0]
     assert np.array_equal(found > 0, (raw >= 0).numpy())
-    with pytest.raises(ValueError, match=r"^Expected a model of 8-bit RGB images"):
-        load_student(tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +233,24 @@ def finished(tmp_path_factory):
     """A student of four deep bands."""
     root = tmp_path_factory.mktemp("bands")
     data = deep_pairs(root / "data", 4, np.uint16)
-    results = train(parse(train_flags(data, root / "run", "--in_channels", "4", "--epochs", "1")))
+    shown = ["--in_channels", "4", "--epochs", "1", "--report", "true", "--panel_images", "2"]
+    results = train(parse(train_flags(data, root / "run", *shown)))
     return root, data, results
+
+
+def test_report_and_panels_show_the_first_three_channels(finished):
+    """Normalised floats taken for bytes are black."""
+    root, data, _ = finished
+    page = (root / "run" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 2 * 4
+    (panel,) = (root / "run" / "panels").glob("*.png")
+    shown = cv2.imread(str(panel))[18 : 18 + 192, 4 : 4 + 192]
+    stored = cv2.imread(str(sorted((data / "validation" / "images").glob("*.tif"))[0]), -1)
+    wanted = cv2.resize(stored[..., :3].astype(np.float32), (192, 192))
+    for channel in range(3):
+        pair = shown[..., channel].ravel(), wanted[..., channel].ravel()
+        assert np.corrcoef(*pair)[0, 1] > 0.95
+        assert np.ptp(pair[0]) > 200
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -261,6 +278,45 @@ def test_an_exported_file_takes_all_channels(inside, finished, tmp_path):
         for n in ("torch", "file")
     ]
     assert np.abs(soft[0] - soft[1]).max() <= 4  # of 65535
+
+
+def test_code_of_the_card_reads_all_channels(finished, tmp_path):
+    """Without the scale of 16 bits a stranger's copy would see white."""
+    root, data, _ = finished
+    hub = tmp_path / "hub"
+    flags = ["--dry_run", "--license", "mit", "--output_dir", str(hub)]
+    push_main([str(root / "run"), "me/bands", *flags])
+    image = next((data / "validation" / "images").glob("*.tif"))
+    stored = cv2.imread(str(image), cv2.IMREAD_UNCHANGED)[..., [2, 1, 0, 3]]
+    np.save(tmp_path / "image.npy", stored)
+    found = run_card(hub, "me/bands", tmp_path, "classes", "mask", "logits")
+    student = load_student(root / "run").eval()
+    reader = Channels(tuple(student.config.image_mean), tuple(student.config.image_std))
+    pixels = torch.from_numpy(reader.image({"path": str(image), "bytes": None}, 0))
+    with torch.no_grad():
+        raw = student(pixels.permute(2, 0, 1)[None]).raw_logits[0, 0].numpy()
+    assert found["logits"][0, 0] == pytest.approx(raw, abs=1e-4)
+    assert np.array_equal(found["mask"], raw > 0)
+    assert np.array_equal(found["classes"], raw > 0)
+    assert "pipeline(" not in (hub / "README.md").read_text()
+
+
+def test_the_doctor_looks_at_such_images(finished, tmp_path):
+    """Read as RGB they would be an error, or other images."""
+    root, data, _ = finished
+    more = ["--in_channels", "4", "--resize", "fit"]
+    run = parse(train_flags(data, tmp_path / "run", *more, teacher=root / "run"))
+    findings = {finding.check: finding for finding in examine(run)}
+    wanted = {"masks, train", "masks, validation", "teacher output", "teacher quality"}
+    wanted |= {"normalisation", "shared images", "loss", "gradients", "plan", "disk", "time"}
+    assert wanted <= findings.keys()
+    assert findings["normalisation"].text.startswith("not tried in other ways")
+
+
+def test_the_demo_says_that_browsers_send_rgb(finished):
+    """The first image of a visitor would be the one to fail."""
+    with pytest.raises(ValueError, match=r"8-bit RGB images, .* of 4 channels .* Use predict\.py"):
+        load_demo_student(str(finished[0] / "run"))
 
 
 def test_a_teacher_of_other_channels_is_refused(tmp_path):

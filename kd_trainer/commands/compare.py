@@ -91,11 +91,6 @@ def _check(run: RunArguments) -> None:
             "Expected a --teacher that can be asked, got --teacher_maps, whose answers compare.py "
             "cannot count yet. Train with and without it, and use eval.py."
         )
-    if run.data.numbers_only:
-        raise ValueError(
-            "Expected one class a pixel of RGB images, got --multi_label or --in_channels, which "
-            "compare.py cannot read yet. Train with and without the teacher, and use eval.py."
-        )
     if run.training.eval_strategy == "no":
         raise ValueError(
             "Expected --eval_strategy epoch or steps, got no: a comparison needs figures."

@@ -66,7 +66,7 @@ def export_main(arguments: Sequence[str] | None = None) -> None:
             "Expected either --dataset or --images, the images to check the export on, got "
             f"{'both' if args.images else 'neither'}. Name images like those the device sees."
         )
-    student = load_student(source, num_labels=flags.get("num_labels"), multi_label=True)
+    student = load_student(source, num_labels=flags.get("num_labels"))
     data = data_arguments_of(student, source, settings_of(DataArguments, flags))
     result = export_student(student, args, data)
     if result.get("kept_in_fp32"):

@@ -104,7 +104,7 @@ def prepare(
     if args.push_to_hub and first:
         check_access(str(args.hub_model_id), private=args.hub_private_repo is not False)
     parts = build_run(run)
-    if checkpoint is None and not args.no_preflight and not run.data.numbers_only:
+    if checkpoint is None and not args.no_preflight:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
     speed_up(parts.student, args)
     trainer = DistillationTrainer(
@@ -166,7 +166,7 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     Also what they were measured with, which the report shows.
     """
     args, size, teacher = run.training, run.data.input_size, parts.teacher
-    student = load_student(run.output / "student", multi_label=True)
+    student = load_student(run.output / "student")
     networks: dict[str, nn.Module] = {"student": student}
     files, sizes = {"student": [str(run.output / "student")]}, {"student": size}
     if teacher is not None and not teacher.from_samples:
@@ -217,7 +217,7 @@ def publish(
     if run.data.on_bad_sample == "skip":
         results["bad_samples"] = write_bad_samples(run.output, parts.bad_samples)
     write_json(run.output / "results.json", results)
-    if args.report and not run.data.numbers_only:
+    if args.report:
         shown = ReportArguments(batch_size=args.per_device_eval_batch_size)
         build_report(run.output, shown, loaded=measured, device=args.device)
     if args.push_to_hub:

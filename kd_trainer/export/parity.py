@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kd_trainer.evaluation import classes_of, figures_of, labels_of
+from kd_trainer.evaluation import figures_of, labels_of, masks_of
 from kd_trainer.export.graph import uses_sigmoid
 from kd_trainer.metrics import image_counts, plane_counts
 from kd_trainer.students import has_several_labels, processor_of, student_logits
@@ -91,10 +91,10 @@ class Reference:
         return raw.sigmoid() if self.sigmoid else raw.softmax(dim=1)
 
     def classes(self, output: Tensor) -> Tensor:
-        """Classes (B, H, W) of an output; of several labels a pixel bool planes (B, K, H, W)."""
+        """Masks of an output, see `masks_of`."""
         if self.sigmoid and self.probabilities:
             output = output - 0.5
-        return output > 0 if self.multi_label else classes_of(output)
+        return masks_of(output, multi_label=self.multi_label)
 
 
 @torch.no_grad()
