@@ -19,8 +19,6 @@ from kd_trainer.teacher import Teacher
 _REFUSED = {
     "compute_loss_func": "the loss is the sum of our terms. Set their weights, or add a term as "
     "docs/losses.md says",
-    "optimizers": "its groups are the encoder's units, which are freed one after the other. Give "
-    "the class as optimizer_cls_and_kwargs",
     "preprocess_logits_for_metrics": "an evaluation keeps counts of each image, and no logits. "
     "Leave it out",
 }
@@ -69,6 +67,7 @@ def check_accepted(
     for name, reason in _REFUSED.items():
         if options.get(name) not in (None, (None, None)):
             raise ValueError(f"Expected no {name}, got one: {reason}.")
+    _check_optimizers(*(options.get("optimizers") or (None, None)), args=args)
     _, own = options.get("optimizer_cls_and_kwargs") or (None, {})
     for name, setting in _OF_THE_GROUPS.items():
         if name in own:
@@ -77,6 +76,34 @@ def check_accepted(
                 "optimizer_cls_and_kwargs. Each group has its own."
             )
     return args
+
+
+def _check_optimizers(optimizer: Any, scheduler: Any, *, args: DistillationArguments) -> None:
+    """Refuse a scheduler, and an optimizer whose settings its new groups would not have.
+
+    Its groups are replaced by those of the free parts, which have the rates and the weight decay of
+    the arguments; everything else of it stays.
+    """
+    if scheduler is not None:
+        raise ValueError(
+            f"Expected no scheduler in optimizers, got a {type(scheduler).__name__}: each part has "
+            "a rate of its own from when it is freed. Leave it None, and set lr_scheduler_type."
+        )
+    if optimizer is None:
+        return
+    if len(optimizer.param_groups) > 1:
+        raise ValueError(
+            f"Expected an optimizer of one group, got {len(optimizer.param_groups)}: its groups "
+            "become those of the units that are free. Make it of network.parameters()."
+        )
+    for name, setting in _OF_THE_GROUPS.items():
+        own = optimizer.defaults.get(name, getattr(args, setting))
+        if own != getattr(args, setting):
+            raise ValueError(
+                f"Expected {name} of the optimizer to be {setting} of the arguments, "
+                f"{getattr(args, setting):g}, got {own:g}. Each part has a rate of its own, made "
+                "from the arguments: give the same number there."
+            )
 
 
 def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:

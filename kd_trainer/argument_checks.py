@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
 from collections.abc import Collection
 from typing import Any
 
+from transformers import SchedulerType
+
 from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
 from kd_trainer.models.image_sizes import as_size, plain_size
+from kd_trainer.schedules import RATE_SHAPES
 
 _NO_RECOMPUTING = (
     "networks of smp cannot recompute their activations. To save memory, lower --batch_size and "
@@ -29,7 +34,6 @@ UNUSABLE = {
     "neftune_noise_alpha": "it is noise for the embeddings of words. Leave it out",
     "label_smoothing_factor": "the loss is a sum of our own terms on hard labels. Leave it out; "
     "the soft labels are those of the teacher (--kl_weight)",
-    "lr_scheduler_kwargs": "the cosine takes none. Use --min_learning_rate and --warmup_epochs",
     "optim_target_modules": "the groups of the optimizer are the encoder's units. Leave it out",
     "save_only_model": "no run could go on from such a checkpoint. Leave it out; fewer of them are "
     "kept with --save_total_limit",
@@ -164,6 +168,40 @@ def check_ends(args: Any, given: Collection[str] = ()) -> None:
                 f"Expected --{name} {value:g} as in --temperature_points, got {own:g}. Leave it "
                 "out, or change the points."
             )
+
+
+def check_rate_shape(args: Any) -> None:
+    """Refuse a shape of the learning rate that is no function of the step alone."""
+    kind = SchedulerType(args.lr_scheduler_type).value
+    check_choice("lr_scheduler_type", kind, tuple(RATE_SHAPES))
+    rate_options(args)
+
+
+def rate_options(args: Any) -> tuple[tuple[str, float], ...]:
+    """The options of that shape, an object or its JSON.
+
+    Raises:
+        ValueError: if it has no such options, or none of such a value.
+    """
+    kind = SchedulerType(args.lr_scheduler_type).value
+    given, known = args.lr_scheduler_kwargs or {}, RATE_SHAPES[kind]
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            given = json.loads(given)
+    if not isinstance(given, dict) or given.keys() - known.keys():
+        takes = f"an object of {', '.join(known)}" if known else "none"
+        raise ValueError(
+            f"Expected --lr_scheduler_kwargs of {kind} as {takes}, got {str(given)[:80]}. Write "
+            """'{"power": 0.9}', say, with polynomial."""
+        )
+    for name, value in given.items():
+        whole = name == "num_cycles"
+        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
+            raise ValueError(
+                f"Expected {name} in --lr_scheduler_kwargs as a {'whole ' * whole}number above 0, "
+                f"got {str(value)[:80]}."
+            )
+    return tuple(given.items())
 
 
 def _default(args: Any, name: str) -> Any:

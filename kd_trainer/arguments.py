@@ -13,17 +13,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from kd_trainer.argument_checks import (
     check_class_weights,
     check_ends,
     check_hub,
+    check_rate_shape,
     check_reports,
     check_run,
     check_staged,
     check_sync_batchnorm,
     check_targets,
+    rate_options,
 )
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
 from kd_trainer.losses import TERMS, LossWeights
@@ -103,11 +105,18 @@ class DistillationArguments(TrainingArguments):
     # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
     encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
-    min_learning_rate: float = help_field(1e-6, "Where the cosine ends (encoder: its share of it).")
+    min_learning_rate: float = help_field(1e-6, "Where the rates end (encoder: its share of it).")
     warmup_epochs: float = help_field(5.0, "Linear warm-up in epochs.")
     weight_decay: float = help_field(1e-4, "AdamW weight decay (none on one-dimensional weights).")
     max_grad_norm: float = help_field(5.0, "Gradient clipping over all trainable parameters.")
-    lr_scheduler_type: str = help_field("cosine", "Only cosine.")
+    lr_scheduler_type: str = help_field(
+        "cosine",
+        "How the learning rates fall after the warm-up: cosine, linear, polynomial, "
+        "cosine_with_restarts, constant or constant_with_warmup.",
+    )
+    lr_scheduler_kwargs: dict[str, Any] | str | None = help_field(
+        None, 'Options of it as JSON: {"power": 0.9} of polynomial, {"num_cycles": 3} of restarts.'
+    )
     # The run.
     output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
     num_train_epochs: float = help_field(50, "Epochs.", aliases=["--epochs"])
@@ -242,11 +251,12 @@ class DistillationArguments(TrainingArguments):
                 f"Expected --min_learning_rate of at most the learning rate {self.learning_rate:g},"
                 f" got {self.min_learning_rate:g}."
             )
-        if self.lr_scheduler_type != "cosine" or self.warmup_steps:
+        check_rate_shape(self)
+        if self.warmup_steps:
             raise ValueError(
-                "Expected the cosine schedule with --warmup_epochs, got --lr_scheduler_type "
-                f"{self.lr_scheduler_type} and --warmup_steps {self.warmup_steps}. The learning "
-                "rates are set by --learning_rate, --min_learning_rate and --warmup_epochs."
+                f"Expected a warm-up as --warmup_epochs, got --warmup_steps {self.warmup_steps}. "
+                "The learning rates are set by --learning_rate, --min_learning_rate and "
+                "--warmup_epochs."
             )
 
     def _set_precision(self) -> None:
@@ -337,6 +347,8 @@ class DistillationArguments(TrainingArguments):
             warmup_epochs=self.warmup_epochs,
             unfreeze_warmup_epochs=self.unfreeze_warmup_epochs,
             min_rate=self.min_learning_rate / self.learning_rate,
+            rate_shape=SchedulerType(self.lr_scheduler_type).value,
+            rate_options=rate_options(self),
             plan_epochs=self.plan_epochs,
         )
 

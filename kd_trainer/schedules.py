@@ -9,6 +9,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+RATE_SHAPES: dict[str, dict[str, float]] = {
+    "cosine": {},
+    "linear": {},
+    "polynomial": {"power": 1.0},
+    "cosine_with_restarts": {"num_cycles": 1},
+    "constant": {},
+    "constant_with_warmup": {},
+}
+"""How a learning rate falls after its warm-up, by transformers' names and with its options."""
+
 TEMPERATURE_KINDS = ("cosine", "linear", "exponential", "constant", "piecewise")
 
 
@@ -182,6 +192,8 @@ class TrainingSchedule:
         warmup_epochs: of the learning rate, at the start of the run.
         unfreeze_warmup_epochs: of the learning rate of a part that becomes free later.
         min_rate: learning rate at the end of the run, as a share of the base rate.
+        rate_shape: of the learning rate after its warm-up, one of `RATE_SHAPES`.
+        rate_options: of that shape.
         plan_epochs: length that warm-up and unfreezing are written for; None means this run's.
     """
 
@@ -194,6 +206,8 @@ class TrainingSchedule:
     warmup_epochs: float = 0.0
     unfreeze_warmup_epochs: float = 0.0
     min_rate: float = 0.0
+    rate_shape: str = "cosine"
+    rate_options: tuple[tuple[str, float], ...] = ()
     plan_epochs: float | None = None
 
     @property
@@ -229,21 +243,33 @@ class TrainingSchedule:
     def rate_at(self, epoch: float, free_from: float = 0.0) -> float:
         """Learning rate as a share of the base rate at a fractional epoch.
 
-        Linear warm-up over `warmup_epochs`, then a cosine to `min_learning_rate`. A part that is
+        Linear warm-up over `warmup_epochs`, then down to `min_learning_rate` at the end, but for
+        the constant shapes. A part that is
         freed at `free_from` has 0 before it, and ramps up over `unfreeze_warmup_epochs` after it.
         """
         if epoch < free_from:
             return 0.0
-        factor = self._warmup_cosine(epoch)
+        factor = self._curve(epoch)
         if self.unfreeze_warmup_epochs > 0 and free_from > 0:
             ramp = self.unfreeze_warmup_epochs * self.scale
             factor *= min(1.0, (epoch - free_from) / ramp)
         return factor
 
-    def _warmup_cosine(self, epoch: float) -> float:
+    def _curve(self, epoch: float) -> float:
         warmup = min(self.warmup_epochs * self.scale, self.epochs)
         if epoch < warmup:
             return epoch / warmup
         rest = self.epochs - warmup
         progress = min((epoch - warmup) / rest, 1.0) if rest > 0 else 1.0
-        return self.min_rate + (1 - self.min_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_rate + (1 - self.min_rate) * self._fallen(progress)
+
+    def _fallen(self, progress: float) -> float:
+        """What is left at a progress from 0 to 1, as a share: 1 at first, and 0 at the end."""
+        options = RATE_SHAPES[self.rate_shape] | dict(self.rate_options)
+        if self.rate_shape.startswith("constant"):
+            return 1.0
+        if self.rate_shape in ("linear", "polynomial"):
+            return (1 - progress) ** options.get("power", 1.0)
+        if self.rate_shape == "cosine_with_restarts" and progress < 1:
+            progress = options["num_cycles"] * progress % 1
+        return 0.5 * (1 + math.cos(math.pi * progress))

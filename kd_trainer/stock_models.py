@@ -147,26 +147,43 @@ def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:
     return settings
 
 
+def image_channels(config: Any) -> int:
+    """Channels of the images that a saved model takes, as its configuration says."""
+    backbone = getattr(config, "backbone_config", None)
+    said = (("in_channels", config), ("num_channels", config), ("num_channels", backbone))
+    return int(next((n for name, one in said if (n := getattr(one, name, None))), 3))
+
+
 def saved_statistics(
-    source: str, config: dict[str, Any], **hub: Any
+    source: str,
+    config: dict[str, Any],
+    usual: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD),
+    **hub: Any,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std that a saved model's own preprocessing applies to values in 0..1.
+
+    Args:
+        source: where it is.
+        config: what its config.json holds.
+        usual: what is taken where it says nothing; as many numbers as its images have channels.
+        **hub: as in `load_teacher`.
 
     Raises:
         ValueError: if no image can be normalised with them.
     """
     settings = saved_preprocessing(source, **hub) or config
+    channels = len(usual[0])
     mean, std = (
-        usual if settings.get(name) is None else settings[name]
-        for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+        values if settings.get(name) is None else settings[name]
+        for name, values in zip(("image_mean", "image_std"), usual, strict=True)
     )
     # transformers takes one number for all channels too.
-    mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
+    mean, std = ([v] * channels if isinstance(v, int | float) else v for v in (mean, std))
     # MobileViT's processor does not normalise, and does not say so.
     if settings.get("do_normalize", _FLIPPED not in settings) is False:
-        mean, std = (0.0,) * 3, (1.0,) * 3
+        mean, std = (0.0,) * channels, (1.0,) * channels
     where = f"the preprocessing of {source}"
-    check_statistics(mean, std, where, config.get("in_channels", 3))
+    check_statistics(mean, std, where, channels)
     factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
         factor = 1.0

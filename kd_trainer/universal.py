@@ -46,7 +46,7 @@ class OneFormerForSemanticSegmentation(nn.Module):
         self.register_buffer("task", task, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> Any:
-        """Output of the network for images (B, 3, H, W)."""
+        """Output of the network for images (B, C, H, W)."""
         return self.network(pixel_values, self.task.expand(len(pixel_values), -1))
 
 
