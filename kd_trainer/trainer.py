@@ -45,6 +45,7 @@ from kd_trainer.checkpointing.resume import (
 from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import BadSample, StreamedDataset, collate
+from kd_trainer.data.quota import quota_sampler
 from kd_trainer.data.streaming import seed_loader, stream_loader
 from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
@@ -61,7 +62,7 @@ from kd_trainer.evaluation import (
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
 from kd_trainer.hub import Pushed
-from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
+from kd_trainer.losses import distillation_terms, labelled_images, unlabelled_images, weighted_sum
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import PartLR, parameter_groups, regroup
 from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
@@ -80,7 +81,7 @@ from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
-DICE_IMAGES = "dice_images"
+DICE_IMAGES, PSEUDO_IMAGES = "dice_images", "pseudo_images"
 COLUMNS = ("pixel_values", "labels", "distil_mask", "teacher_logits")
 
 
@@ -155,7 +156,7 @@ class DistillationTrainer(Trainer):
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
         self._follow(args, model, teacher, ignore_index)
         if self.own_metrics is None:  # whose figures nobody knows yet
-            names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
+            names = figure_names(self.id2label, self.settings.weights, teacher=teacher is not None)
             check_best_metric(args, names, sets)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
@@ -233,7 +234,13 @@ class DistillationTrainer(Trainer):
         inputs = self._normalised(inputs)
         teacher = self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
         hold_frozen(self.model)
-        labels = inputs["labels"]
+        labels, followed = inputs["labels"], inputs.get("distil_mask")
+        if followed is None and self.loss_weights.pseudo > 0:
+            raise ValueError(
+                "Expected distil_mask in every sample with pseudo_weight above 0, got "
+                f"{', '.join(inputs)}: it says which pixels without a label are followed. Give it "
+                "with the data, bool (H, W)."
+            )
         outputs = model(inputs["pixel_values"])
         logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
         terms = distillation_terms(
@@ -242,10 +249,12 @@ class DistillationTrainer(Trainer):
             labels,
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
-            distil_mask=inputs.get("distil_mask"),
+            distil_mask=followed,
             weights=self.loss_weights,
             pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
+            pseudo=self.args.pseudo,
+            pseudo_images=inputs.get(PSEUDO_IMAGES),
         )
         loss = weighted_sum(terms, self.loss_weights)
         self.tracked.add(terms, logits)
@@ -296,10 +305,21 @@ class DistillationTrainer(Trainer):
         """The batches of a step, each with the number of images its Dice is divided by."""
         batches, items = super().get_batch_samples(*args)
         if batches and all("labels" in batch for batch in batches):
-            images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
-            images = self.accelerator.reduce(images, reduction="mean")
-            batches = [{**batch, DICE_IMAGES: images} for batch in batches]
+            counts = {DICE_IMAGES: labelled_images}
+            if self.loss_weights.pseudo > 0 and all("distil_mask" in batch for batch in batches):
+                counts[PSEUDO_IMAGES] = unlabelled_images
+            for name, count in counts.items():
+                images = count(batches, self.settings.ignore_index).to(self.args.device)
+                images = self.accelerator.reduce(images, reduction="mean")
+                batches = [{**batch, name: images} for batch in batches]
         return batches, items
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """With `--labelled_share` one of ours: each batch then has its share of masks."""
+        if self.args.labelled_share is None:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return quota_sampler(dataset, self.args)
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any

@@ -167,7 +167,7 @@ def load_segmenter(args: PredictArguments) -> Loaded:
             exported.multi_label,
             Channels(tuple(mean), tuple(std)) if own_depth else None,
         )
-    student = load_student(args.model, multi_label=True)
+    student = load_student(args.model)
     segmenter = torch_segmenter(student, image_size_of(student), **options)
     mean, std = input_statistics(student)
     channels = Channels(tuple(mean), tuple(std)) if reads_own_depth(student) else None
