@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from kd_trainer.argument_checks import (
     check_class_weights,
+    check_ema,
     check_ends,
     check_hub,
     check_reports,
@@ -108,6 +109,11 @@ class DistillationArguments(TrainingArguments):
     weight_decay: float = help_field(1e-4, "AdamW weight decay (none on one-dimensional weights).")
     max_grad_norm: float = help_field(5.0, "Gradient clipping over all trainable parameters.")
     lr_scheduler_type: str = help_field("cosine", "Only cosine.")
+    ema_decay: float | None = help_field(
+        None,
+        "Keep a moving average of the student too, with this decay a step (0.999, say): measured "
+        "beside it as ema_miou, ..., and saved beside it in ema/.",
+    )
     # The run.
     output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
     num_train_epochs: float = help_field(50, "Epochs.", aliases=["--epochs"])
@@ -199,6 +205,7 @@ class DistillationArguments(TrainingArguments):
         set_loading(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         check_run(self)
         check_targets(self)
+        check_ema(self)
         check_hub(self)
         self._set_precision()
         if self.data_seed is None:

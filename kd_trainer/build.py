@@ -359,6 +359,12 @@ def _check_together(run: RunArguments) -> None:
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
             "photographs. Name a teacher, or leave --unlabelled out."
         )
+    shown = run.training.per_device_train_batch_size * max(1, run.data.strong_views)
+    if run.data.cutmix > 0 and shown < 2:
+        raise ValueError(
+            "Expected --batch_size of at least 2 with --cutmix, got 1: an image is mixed with "
+            "another one of its batch. Raise it, or leave --cutmix out."
+        )
     if run.training.teacher_targets == "cached":
         if not run.model.has_teacher:
             raise ValueError(

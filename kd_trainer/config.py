@@ -41,6 +41,7 @@ ONLY_TRAINING = frozenset(
         "augmentation",
         "brightness_contrast_probability",
     }
+    | {"scale_jitter", "cutmix", "cutmix_mode", "strong_views"}
     | {
         "channel_mean",
         "channel_std",
@@ -221,6 +222,8 @@ _FIRST = (
 # The heading in --help of a field, and of those that follow it in its class.
 _HEADINGS = {
     "dataset": "data",
+    "scale_jitter": "views",
+    "synthetic_train": "data",
     "teacher": "teacher",
     "student_arch": "student",
     "kl_weight": "loss",
