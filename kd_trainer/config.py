@@ -17,6 +17,7 @@ from kd_trainer.files import read_yaml
 from kd_trainer.foreign_flags import flag_hint
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import Parser, convert, hints_of, settings_of
+from kd_trainer.sources import SELF
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
@@ -86,6 +87,11 @@ _OF_A_NEW_STUDENT = (
     *("student_arch", "student_encoder", "encoder_weights", "decoder_channels"),
     "student_options",
 )
+
+
+# What `--teacher self` sets where nobody else does: UniMatch V2, arXiv 2410.10777. The weights of a
+# recipe were written for a teacher that knows more than the student.
+_SELF_TAUGHT = {"ema_decay": 0.996, "strong_views": 2, "kl_weight": 0.0, "mse_weight": 0.0}
 
 
 @dataclasses.dataclass
@@ -395,4 +401,7 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"Expected --{name} on the command line, got it from {config}. A file cannot "
                 "choose it: add the flag, or delete the line."
             )
+    if (recipe | given).get("teacher") in (SELF, [SELF]):
+        own = recipe.get("teacher") in (SELF, [SELF])
+        recipe = _SELF_TAUGHT | recipe if own else recipe | _SELF_TAUGHT
     return recipe | given

@@ -75,6 +75,7 @@ from kd_trainer.processes import (
 )
 from kd_trainer.push_callback import PushCallback, check_only_message, check_push, push_student
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.sources import SELF
 from kd_trainer.students import (
     free_units,
     hold_frozen,
@@ -104,7 +105,8 @@ class DistillationTrainer(Trainer):
             images (B, 3, H, W) with logits, see `students.as_student`.
         args: the run's arguments.
         teacher: frozen network whose logits the student follows; None trains without one, and the
-            weights of the terms that need one are then 0. A student is wrapped.
+            weights of the terms that need one are then 0. A student is wrapped. "self" asks the
+            student's moving average (`args.ema_decay`).
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
             samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
             with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
@@ -150,7 +152,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module | None = None,
         args: DistillationArguments | None = None,
         *,
-        teacher: Teacher | None = None,
+        teacher: Teacher | str | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         ignore_index: int = 255,
@@ -164,13 +166,15 @@ class DistillationTrainer(Trainer):
             model = super().call_model_init()
         model = accepted_student(model, kwargs.pop("units", None), args)
         self.id2label = labels_of(model)
+        self.teaches_itself = teacher == SELF
+        teacher = None if isinstance(teacher, str) else teacher
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
         self._follow(args, model, teacher, ignore_index)
         self.ema = None if args.ema_decay is None else StudentEma(args.ema_decay)
         if self.own_metrics is None:  # whose figures nobody knows yet
             beside = {"teacher": teacher is not None, "ema": self.ema is not None}
-            names = figure_names(self.id2label, self.loss_weights, **beside)
+            names = figure_names(self.id2label, self.settings.weights, **beside)
             check_best_metric(args, names, sets)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
@@ -202,8 +206,10 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Set what is derived from the arguments, which a search changes for each trial."""
         weights = args.loss_weights
-        self.loss_weights = weights if teacher is not None else weights.without_teacher()
-        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
+        alone = weights if teacher is not None else weights.without_teacher()
+        self.loss_weights = weights if self.teaches_itself else alone
+        # An evaluation has nobody to compare with but a teacher of its own.
+        self.settings = settings_for(model, ignore_index, alone, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
 
@@ -269,7 +275,10 @@ class DistillationTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _asked(self, inputs: Batch) -> Tensor | None:
-        return self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
+        """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
+        if not self.loss_weights.ask_teacher:
+            return None
+        return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs)
 
     def teacher_logits(self, inputs: Batch) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
@@ -461,7 +470,8 @@ class DistillationTrainer(Trainer):
         """What makes this run the one it is, as plain values."""
         student = self.accelerator.unwrap_model(self.model)
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
-        return fingerprint_of(self.args, student, self.teacher, data, self.facts)
+        run = fingerprint_of(self.args, student, self.teacher, data, self.facts)
+        return run | ({"teacher_weights": SELF} if self.teaches_itself else {})
 
     def check_resume(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that this run cannot go on from: see `check_resumable`."""

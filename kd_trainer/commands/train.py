@@ -41,9 +41,11 @@ from kd_trainer.files import (
 from kd_trainer.hub import check_access
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.measurement import evaluate_model
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
 from kd_trainer.run_folder import check_no_links, write_bad_samples, write_held_out
+from kd_trainer.sources import SELF
 from kd_trainer.teacher_targets import use_cached_targets
 from kd_trainer.trainer import DistillationTrainer
 
@@ -111,7 +113,7 @@ def prepare(
     trainer = DistillationTrainer(
         parts.student,
         args,
-        teacher=parts.teacher,
+        teacher=SELF if run.model.teaches_itself else parts.teacher,
         train_dataset=parts.train_dataset,
         eval_dataset=parts.eval_dataset,
         ignore_index=run.data.ignore_index,
@@ -211,11 +213,17 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
         "eval_size": run.data.eval_size,
         "mixed_precision": args.mixed_precision,
         "device": str(args.device),
-        "teacher": None if teacher is None else run.model.teacher_name,
+        "teacher": _teacher_name(run.model),
         **image_milliseconds(networks, sizes),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     return results, Loaded(teacher, images, evaluation)
+
+
+def _teacher_name(model: ModelArguments) -> str | None:
+    if model.teaches_itself:
+        return SELF
+    return model.teacher_name if model.has_teacher else None
 
 
 def _ema_figures(average: nn.Module, images: Any, run: RunArguments) -> dict[str, float]:
