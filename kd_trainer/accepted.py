@@ -67,8 +67,7 @@ def check_accepted(
             ", num_labels=..., mean=..., std=...), with the mean and std that "
             "it was trained with."
         )
-    if teacher is not None:
-        args.loss_weights.check_teacher()
+    args.loss_weights.check_teacher(taught=teacher is not None)
     for name, reason in _REFUSED.items():
         if options.get(name) not in (None, (None, None)):
             raise ValueError(f"Expected no {name}, got one: {reason}.")

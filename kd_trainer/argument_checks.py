@@ -221,6 +221,25 @@ def _number(word: Any) -> float:
         return math.nan
 
 
+def check_pseudo(args: Any) -> None:
+    """Refuse settings of pseudo labels that nobody follows."""
+    for name in ("pseudo_labels", "pseudo_confidence"):
+        if args.pseudo_weight == 0 and getattr(args, name) != _default(args, name):
+            raise ValueError(
+                f"Expected --pseudo_weight above 0 with --{name} {getattr(args, name)}, got 0, "
+                "which follows no pseudo labels. Set it to 1, or leave the other out."
+            )
+
+
+def check_labelled_share(args: Any) -> None:
+    """Refuse a share of images with masks that is none, or an order that it cannot keep."""
+    if args.labelled_schedule is not None and args.train_sampling_strategy != "random":
+        raise ValueError(
+            "Expected --train_sampling_strategy random with --labelled_share, got "
+            f"{args.train_sampling_strategy}: its batches are drawn. Leave one of them out."
+        )
+
+
 TARGETS = ("online", "cached")
 
 

@@ -20,6 +20,8 @@ from kd_trainer.argument_checks import (
     check_ema,
     check_ends,
     check_hub,
+    check_labelled_share,
+    check_pseudo,
     check_reports,
     check_run,
     check_staged,
@@ -27,8 +29,13 @@ from kd_trainer.argument_checks import (
     check_targets,
 )
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
-from kd_trainer.losses import TERMS, LossWeights
-from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
+from kd_trainer.losses import TERMS, LossWeights, PseudoLabels
+from kd_trainer.schedules import (
+    LabelledShare,
+    TemperatureSchedule,
+    TrainingSchedule,
+    UnfreezeSchedule,
+)
 
 BALANCED = ["balanced"]
 PRECISIONS = ("auto", "bf16", "fp16", "no")
@@ -55,6 +62,23 @@ class DistillationArguments(TrainingArguments):
         None,
         "Weights of the classes in the BCE (cross entropy): one number a class, background first, "
         "or `balanced`, which measures their shares in the training masks.",
+    )
+    # Images without masks.
+    pseudo_weight: float = help_field(
+        0.0,
+        "Factor of the terms that compare with labels where the teacher's answers stand for them, "
+        "on images without a mask; 0 leaves these to the KL and the MSE.",
+    )
+    pseudo_labels: str = help_field(
+        "hard", "What stands for a label there: the teacher's class (`hard`) or its probabilities."
+    )
+    pseudo_confidence: float = help_field(
+        0.0, "Leave pixels out at which the teacher's class has less than this probability."
+    )
+    labelled_share: list[str] | None = help_field(
+        None,
+        "Share of the images of each batch that have masks, repeated as often as the others need: "
+        "a number, or EPOCH:SHARE points (0:0.5 36:1 ends with masks alone); default: as it comes.",
     )
     # The teacher's answers.
     teacher_targets: str = help_field(
@@ -230,8 +254,10 @@ class DistillationArguments(TrainingArguments):
         self._check_precision()
 
     def _check_schedules(self) -> None:
-        self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
+        check_pseudo(self)
+        self.pseudo.check(self.loss_weights.effective())  # and on a negative or non-finite weight
         self.temperature  # noqa: B018
+        check_labelled_share(self)
         check_class_weights(self)
         check_ends(self)
         check_choice("temperature_per", self.temperature_per, ("epoch", "step"))
@@ -300,8 +326,12 @@ class DistillationArguments(TrainingArguments):
     @property
     def loss_weights(self) -> LossWeights:
         """Weights of the loss terms."""
-        weights = {term.name: getattr(self, term.flag) for term in TERMS}
-        return LossWeights(**weights, task=self.task_weight)
+        return LossWeights.of(vars(self))
+
+    @property
+    def pseudo(self) -> PseudoLabels:
+        """What stands for labels on images without a mask."""
+        return PseudoLabels(self.pseudo_labels, self.pseudo_confidence)
 
     @property
     def class_factors(self) -> float | tuple[float, ...] | None:
@@ -319,6 +349,19 @@ class DistillationArguments(TrainingArguments):
             )
         factors = tuple(map(float, self.class_weights))
         return factors[1] / factors[0] if len(factors) == 2 else factors  # two: one logit
+
+    @property
+    def labelled_schedule(self) -> LabelledShare | None:
+        """Share of the images of a batch that have masks, by epoch; None takes them as they come.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        if self.labelled_share is None:
+            return None
+        points, like = self.labelled_share, "--labelled_share like 0.5, or 0:0.5 36:1"
+        points = [f"0:{points[0]}"] if len(points) == 1 and ":" not in points[0] else points
+        return LabelledShare([parse_point(point, like) for point in points])
 
     @property
     def temperature(self) -> TemperatureSchedule:

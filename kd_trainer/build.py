@@ -35,6 +35,7 @@ from kd_trainer.data.channels import measured
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.planes import PlaneRule
+from kd_trainer.data.quota import has_mask, quota_sampler
 from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce, clipped
@@ -353,8 +354,7 @@ def _check_together(run: RunArguments) -> None:
             "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
             "train the student alone with --teacher none."
         )
-    if run.model.is_taught:
-        run.training.loss_weights.check_teacher()
+    run.training.loss_weights.check_teacher(taught=run.model.is_taught)
     if run.data.unlabelled is not None and not run.model.is_taught:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
@@ -368,6 +368,11 @@ def _check_together(run: RunArguments) -> None:
         raise ValueError(
             "Expected --batch_size of at least 2 with --cutmix, got 1: an image is mixed with "
             "another one of its batch. Raise it, or leave --cutmix out."
+        )
+    if run.data.streaming and run.training.labelled_share is not None:
+        raise ValueError(
+            "Expected indexed data with --labelled_share, got --streaming, which reads the rows as "
+            "they come. Leave one of them out."
         )
     if run.training.teacher_targets == "cached":
         if not run.model.has_teacher:
@@ -399,8 +404,9 @@ def _check_self_taught(run: RunArguments) -> None:
         )
     announce(
         "The student teaches itself: its moving average answers on images without masks "
-        f"(--ema_decay {args.ema_decay:g}, --strong_views {run.data.strong_views}; weights of "
-        f"{_told(args.loss_weights)})."
+        f"(ema_decay {args.ema_decay:g}, pseudo_confidence {args.pseudo_confidence:g}, "
+        f"strong_views {run.data.strong_views}, labelled_share "
+        f"{' '.join(args.labelled_share or ['none'])}; weights: {_told(args.loss_weights)})."
     )
 
 
@@ -424,6 +430,27 @@ def image_count(dataset: TransformedDataset | StreamedDataset) -> int:
     return dataset.rows if isinstance(dataset, StreamedDataset) else len(dataset)
 
 
+def images_an_epoch(
+    dataset: TransformedDataset | StreamedDataset, args: DistillationArguments
+) -> int:
+    """Images that all processes draw in an epoch: with `--labelled_share` some come repeatedly."""
+    if args.labelled_share is None:
+        return image_count(dataset)
+    return len(quota_sampler(dataset, args))
+
+
+def _check_unlabelled(dataset: TransformedDataset | StreamedDataset, run: RunArguments) -> None:
+    """Refuse pseudo labels where each image has a mask; a stream does not say whether it has."""
+    if run.training.pseudo_weight == 0 or isinstance(dataset, StreamedDataset):
+        return
+    if has_mask(dataset.dataset).all():
+        raise ValueError(
+            f"Expected images without masks with --pseudo_weight {run.training.pseudo_weight:g}, "
+            f"got a mask for each of the {len(dataset):,} training images. Name a folder of images "
+            "without masks (--unlabelled), or leave it out."
+        )
+
+
 def _check_enough(
     dataset: TransformedDataset | StreamedDataset,
     run: RunArguments,
@@ -431,10 +458,11 @@ def _check_enough(
 ) -> None:
     """Refuse a training set of less than one batch: a short batch is dropped.
 
-    Also one with batches too small for the student.
+    Also one with batches too small for the student, or without what the settings need.
     """
+    _check_unlabelled(dataset, run)
     args = run.training
-    images = image_count(dataset)
+    images = images_an_epoch(dataset, args)
     needed = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and images < needed:
         raise ValueError(

@@ -89,9 +89,11 @@ _OF_A_NEW_STUDENT = (
 )
 
 
-# What `--teacher self` sets where nobody else does: UniMatch V2, arXiv 2410.10777. The weights of a
-# recipe were written for a teacher that knows more than the student.
-_SELF_TAUGHT = {"ema_decay": 0.996, "strong_views": 2, "kl_weight": 0.0, "mse_weight": 0.0}
+# What `--teacher self` sets where nobody else does: UniMatch V2, arXiv 2410.10777.
+_SELF_TAUGHT = {
+    **{"kl_weight": 0.0, "mse_weight": 0.0, "pseudo_weight": 1.0, "pseudo_confidence": 0.95},
+    **{"ema_decay": 0.996, "strong_views": 2, "labelled_share": ["0.5"]},
+}
 
 
 @dataclasses.dataclass
@@ -402,6 +404,19 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
                 "choose it: add the flag, or delete the line."
             )
     if (recipe | given).get("teacher") in (SELF, [SELF]):
-        own = recipe.get("teacher") in (SELF, [SELF])
-        recipe = _SELF_TAUGHT | recipe if own else recipe | _SELF_TAUGHT
+        recipe = _self_taught(recipe, given)
     return recipe | given
+
+
+def _self_taught(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with what a student that teaches itself needs, as far as it is not of such a one.
+
+    The weights of others were written for a teacher that knows more than the student.
+    """
+    settings = dict(_SELF_TAUGHT)
+    if (recipe | given).get("streaming"):
+        del settings["labelled_share"]  # which needs an index
+    if given.get("pseudo_weight") == 0:
+        del settings["pseudo_confidence"]
+    own = recipe.get("teacher") in (SELF, [SELF])
+    return settings | recipe if own else recipe | settings

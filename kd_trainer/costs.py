@@ -304,5 +304,8 @@ def duration(seconds: float) -> str:
 def without_teacher(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what only a teacher can use."""
     of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size", "teacher_maps")
-    kept = {name: value for name, value in settings.items() if name not in of_the_teacher}
-    return kept | {"teacher": "none", "unlabelled": None}
+    of_unlabelled = ("pseudo_labels", "pseudo_confidence")
+    kept = {n: v for n, v in settings.items() if n not in (*of_the_teacher, *of_unlabelled)}
+    if kept.get("unlabelled") is not None:
+        kept["labelled_share"] = None  # of what is left all has masks
+    return kept | {"teacher": "none", "unlabelled": None, "pseudo_weight": 0.0}

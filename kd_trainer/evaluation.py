@@ -134,12 +134,12 @@ def settings_for(
     weights: LossWeights,
     pos_weight: float | Sequence[float] | None = None,
 ) -> EvaluationSettings:
-    """Those of a student.
+    """Those of a student; images to evaluate on have masks, so that no label is a pseudo label.
 
     Raises:
         ValueError: if a term that has a weight teaches nothing to it.
     """
-    several = is_multi_label(model)
+    several, weights = is_multi_label(model), weights.without_pseudo()
     weights.check_channels(1 if several else channels_of(model))
     return EvaluationSettings(len(labels_of(model)), ignore_index, weights, pos_weight, several)
 

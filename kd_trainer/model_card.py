@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from kd_trainer.errors import printable
-from kd_trainer.losses import TERMS
+from kd_trainer.losses import TERMS, LossWeights
 from kd_trainer.models.configuration_smp import MULTI_LABEL, uses_timm_loader
 from kd_trainer.models.image_sizes import as_size
 from kd_trainer.sources import SELF, is_hub_id, public_name
@@ -203,15 +203,14 @@ def render(facts: CardFacts) -> str:
 
 def _loss(facts: CardFacts) -> str:
     """The sum of terms that was minimised; of a student without a teacher those that need none."""
-    settings, taught = facts.settings, facts.teacher is not None
-    several = (settings.get("num_labels") or 2) > 2
-    terms = []
-    for term in TERMS:
-        factor = float(taught) if term.needs_teacher else settings.get("task_weight", 1.0)
-        weight = settings.get(term.flag, 0.0) * factor
-        if weight:
-            terms.append(f"{weight:g} {(several and term.softmax_title) or term.title}")
-    return " + ".join(terms)
+    weights = LossWeights.of(facts.settings)
+    factors = (weights if facts.teacher is not None else weights.without_teacher()).effective()
+    several = (facts.settings.get("num_labels") or 2) > 2
+    return " + ".join(
+        f"{factors[term.name]:g} {(several and term.softmax_title) or term.title}"
+        for term in TERMS
+        if factors[term.name]
+    )
 
 
 def _figures(facts: CardFacts) -> Table | None:

@@ -164,6 +164,55 @@ class UnfreezeSchedule:
         return self.start_epoch + unit_rank * self.every
 
 
+@dataclass(frozen=True)
+class LabelledShare:
+    """Share of the images of a batch that have masks, constant from each point to the next.
+
+    Attributes:
+        points: (epoch, share) pairs, whole epochs rising from 0, shares from 0 to 1.
+
+    Raises:
+        ValueError: if they are not.
+    """
+
+    points: Sequence[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((float(x), float(s)) for x, s in self.points))
+        epochs, shares = ([point[i] for point in self.points] for i in (0, 1))
+        rising = all(a < b for a, b in itertools.pairwise([*epochs, math.inf]))
+        if not epochs or epochs[0] != 0 or not rising or not all(x.is_integer() for x in epochs):
+            raise ValueError(
+                f"Expected --labelled_share at whole epochs rising from 0, got epochs {epochs}. "
+                "Write one share, or EPOCH:SHARE pairs such as 0:0.5 36:1."
+            )
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"Expected --labelled_share from 0 to 1, got {shares}. 0.5 gives masks to half the "
+                "images of each batch."
+            )
+
+    def __call__(self, epoch: int) -> float:
+        """The share in an epoch, counted from 0."""
+        return self.points[bisect.bisect_right([x for x, _ in self.points], epoch) - 1][1]
+
+    def images(self, epoch: int, batch: int) -> int:
+        """Images with masks in a batch of an epoch: of both kinds one at least, between 0 and 1.
+
+        Raises:
+            ValueError: if there is no place for both.
+        """
+        share = self(epoch)
+        if share in (0, 1):
+            return int(share) * batch
+        if batch < 2:
+            raise ValueError(
+                f"Expected --batch_size 2 or more with --labelled_share {share:g}, got {batch}: a "
+                "batch holds both kinds of images. Raise it, or leave the share out."
+            )
+        return min(max(round(share * batch), 1), batch - 1)
+
+
 _ROUNDING = 1e-6  # of an epoch that is scaled to another length
 
 

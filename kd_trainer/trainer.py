@@ -44,6 +44,7 @@ from kd_trainer.checkpointing.resume import (
 from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import BadSample, StreamedDataset, collate
+from kd_trainer.data.quota import quota_sampler
 from kd_trainer.data.streaming import seed_loader, stream_loader
 from kd_trainer.data.views import MIX_BOX, MIX_CLASSES, STRONG, has_views, student_batch
 from kd_trainer.ema import StudentEma
@@ -63,7 +64,7 @@ from kd_trainer.evaluation import (
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
 from kd_trainer.hub import Pushed
-from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
+from kd_trainer.losses import distillation_terms, labelled_images, unlabelled_images, weighted_sum
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import PartLR, parameter_groups, regroup
 from kd_trainer.processes import (
@@ -90,7 +91,7 @@ from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
-DICE_IMAGES, ASKED = "dice_images", "asked"
+DICE_IMAGES, PSEUDO_IMAGES, ASKED = "dice_images", "pseudo_images", "asked"
 COLUMNS = (
     *("pixel_values", "labels", "distil_mask", "teacher_logits"),
     *(STRONG, MIX_BOX, MIX_CLASSES),
@@ -256,7 +257,13 @@ class DistillationTrainer(Trainer):
         inputs = self._normalised(inputs)
         teacher = inputs.get("teacher_logits") if ASKED in inputs else self._asked(inputs)
         hold_frozen(self.model)
-        labels = inputs["labels"]
+        labels, followed = inputs["labels"], inputs.get("distil_mask")
+        if followed is None and self.loss_weights.pseudo > 0:
+            raise ValueError(
+                "Expected distil_mask in every sample with pseudo_weight above 0, got "
+                f"{', '.join(inputs)}: it says which pixels without a label are followed. Give it "
+                "with the data, bool (H, W)."
+            )
         outputs = model(inputs["pixel_values"])
         logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
         terms = distillation_terms(
@@ -265,10 +272,12 @@ class DistillationTrainer(Trainer):
             labels,
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
-            distil_mask=inputs.get("distil_mask"),
+            distil_mask=followed,
             weights=self.loss_weights,
             pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
+            pseudo=self.args.pseudo,
+            pseudo_images=inputs.get(PSEUDO_IMAGES),
         )
         loss = weighted_sum(terms, self.loss_weights)
         self.tracked.add(terms, logits)
@@ -326,9 +335,13 @@ class DistillationTrainer(Trainer):
         batches, items = super().get_batch_samples(*args)
         batches = [self._as_seen(batch) if has_views(batch) else batch for batch in batches]
         if batches and all("labels" in batch for batch in batches):
-            images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
-            images = self.accelerator.reduce(images, reduction="mean")
-            batches = [{**batch, DICE_IMAGES: images} for batch in batches]
+            counts = {DICE_IMAGES: labelled_images}
+            if self.loss_weights.pseudo > 0 and all("distil_mask" in batch for batch in batches):
+                counts[PSEUDO_IMAGES] = unlabelled_images
+            for name, count in counts.items():
+                images = count(batches, self.settings.ignore_index).to(self.args.device)
+                images = self.accelerator.reduce(images, reduction="mean")
+                batches = [{**batch, name: images} for batch in batches]
         return batches, items
 
     def _as_seen(self, batch: Batch) -> Batch:
@@ -341,6 +354,13 @@ class DistillationTrainer(Trainer):
         classes = None if teacher is None or self.settings.multi_label else classes_of(teacher)
         batch = {**batch, "teacher_logits": teacher, ASKED: True}
         return student_batch(batch, classes, ignore_index=self.settings.ignore_index)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """With `--labelled_share` one of ours: each batch then has its share of masks."""
+        if self.args.labelled_share is None:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return quota_sampler(dataset, self.args)
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any

@@ -28,7 +28,7 @@ from kd_trainer.losses import distillation_terms, weighted_sum
 from kd_trainer.students import student_logits
 from kd_trainer.trainer import DistillationTrainer
 
-WEIGHTS = {"kl_weight": 1.0, "mse_weight": 0.0}
+WEIGHTS = {"kl_weight": 1.0, "mse_weight": 0.0, "pseudo_weight": 1.0, "pseudo_confidence": 0.51}
 
 
 def trainer_in(folder: Path, *, blank: bool = False, **options: Any) -> DistillationTrainer:
@@ -68,8 +68,9 @@ def test_its_average_answers_about_the_weak_view_and_the_student_sees_the_strong
         temperature=trainer.schedule.temperature(trainer.state.global_step),
         distil_mask=by_hand["distil_mask"],
         weights=trainer.args.loss_weights,
+        pseudo=trainer.args.pseudo,
     )
-    assert terms.kl > 0
+    assert min(terms.kl, terms.pseudo_bce, terms.pseudo_dice) > 0
     torch.testing.assert_close(loss, weighted_sum(terms, trainer.args.loss_weights))
     loss.backward()
     assert all(p.grad is None for p in average.parameters())
@@ -108,7 +109,11 @@ def test_one_flag_beside_the_images_makes_a_sensible_run(folders: Path, tmp_path
     run = parse(flags(folders, tmp_path))
     args = run.training
     assert (args.ema_decay, run.data.strong_views) == (0.996, 2)
-    assert (args.kl_weight, args.mse_weight) == (0, 0)
+    assert (args.kl_weight, args.mse_weight, args.pseudo_weight) == (0, 0, 1)
+    assert (args.pseudo_confidence, args.pseudo_labels) == (0.95, "hard")
+    assert args.labelled_share == ["0.5"]
+    assert parse(flags(folders, tmp_path, "--pseudo_weight", "0")).training.pseudo_confidence == 0
+    assert parse(flags(folders, tmp_path, "--streaming")).training.labelled_share is None
     named = parse(flags(folders, tmp_path, "--kl_weight", "0.2", "--ema_decay", "0.9"))
     assert (named.training.kl_weight, named.training.ema_decay) == (0.2, 0.9)
     build_run(named)
@@ -118,7 +123,7 @@ def test_one_flag_beside_the_images_makes_a_sensible_run(folders: Path, tmp_path
 @pytest.fixture(scope="module")
 def finished(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "own"
-    words = flags(folders, out, "--kl_weight", "1", "--save_strategy", "epoch")
+    words = flags(folders, out, "--ema_decay", "0.5", "--save_strategy", "epoch")
     words[words.index("--report") + 1] = "true"
     words.remove("--no_preflight")
     run_train(parse(words))
@@ -134,7 +139,8 @@ def test_what_a_run_leaves_claims_no_teacher(finished: Path):
     assert (finished / "ema" / "model.safetensors").is_file()
     state = json.loads((finished / "trainer_state.json").read_text())
     logged = {name for log in state["log_history"] for name in log}
-    assert "kl" in logged
+    assert {"pseudo_bce", "pseudo_dice"} < logged
+    assert "kl" not in logged
     assert "eval_ema_miou" in logged
     assert not any("teacher" in name or "agreement" in name for name in logged)
     assert "taught by" not in (finished / "report.html").read_text()
@@ -144,7 +150,8 @@ def test_its_configuration_is_the_run(finished: Path, folders: Path):
     """Read again, it must not get the weights of the first command line's recipe."""
     again = parse(["--config", str(finished)])
     assert again.model.teaches_itself
-    assert again.training.kl_weight == 1
+    assert again.training.kl_weight == 0
+    assert again.training.ema_decay == 0.5
     assert again.data.strong_views == 2
 
 
@@ -171,12 +178,12 @@ def test_what_only_a_teacher_with_a_file_has_is_refused(
 ):
     """Taken without a word, each would do nothing."""
     with pytest.raises(ValueError, match=message):
-        build_run(parse(flags(folders, tmp_path, "--kl_weight", "1", *more)))
+        build_run(parse(flags(folders, tmp_path, *more)))
 
 
 def test_without_images_to_teach_on_it_is_refused(folders: Path, tmp_path: Path):
     """Its hard answers teach on images without masks alone."""
-    words = train_flags(folders / "data", tmp_path, "--pseudo_weight", "1", teacher="self")
+    words = train_flags(folders / "data", tmp_path, teacher="self")
     with pytest.raises(ValueError, match="Expected --unlabelled with --teacher self"):
         build_run(parse(words))
 
@@ -186,12 +193,12 @@ def test_figures_of_a_teacher_cannot_be_asked_of_it(folders: Path, finished: Pat
     data = ["--dataset", str(folders / "data")]
     with pytest.raises(ValueError, match="got self: the average"):
         evaluate_main([str(finished / "student"), *data, "--teacher", "self"])
-    words = flags(folders, finished / "compared", "--kl_weight", "1")
+    words = flags(folders, finished / "compared")
     with pytest.raises(ValueError, match="got self: there is no gap"):
         run_compare(parse_comparison(words))
 
 
 def test_the_plan_says_who_teaches(folders: Path, tmp_path: Path, capsys):
     """A plan that is silent on it looks like one of a student alone."""
-    run_train(parse(flags(folders, tmp_path, "--kl_weight", "1", "--dry_run")))
+    run_train(parse(flags(folders, tmp_path, "--dry_run")))
     assert "moving average, its teacher (decay 0.996)" in capsys.readouterr().out

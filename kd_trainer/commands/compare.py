@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.build import FOUND, RunComponents, build_run
+from kd_trainer.build import FOUND, RunComponents, build_run, images_an_epoch
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import Budget
@@ -76,7 +76,8 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, RunComponents], Budget]:
     settings |= {name: learned[name] for name in FOUND if settings.get(name) is None}
     images = {kind: len(one.train_dataset) for kind, one in parts.items()}
     args = distilled.training
-    per_epoch = {kind: steps_per_epoch(count, args) for kind, count in images.items()}
+    drawn = {k: images_an_epoch(parts[k].train_dataset, runs[k].training) for k in parts}
+    per_epoch = {kind: steps_per_epoch(count, args) for kind, count in drawn.items()}
     return parts, Budget(total_steps(args, per_epoch["distilled"]), per_epoch, images)
 
 

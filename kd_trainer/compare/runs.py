@@ -32,6 +32,7 @@ COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
     | {"temperature_per", "teacher_targets", "teacher_shares", "teacher_flip", "class_map"}
+    | {"pseudo_labels", "pseudo_confidence", "labelled_share"}
     | {*(t.flag for t in TERMS if t.needs_teacher)}
 )
 

@@ -393,10 +393,21 @@ class TransformedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         """Set the epoch of the next draws; call it before the DataLoader's iterator is made."""
         self._epoch.set(epoch)
 
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self._epoch.get()
+
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The sample of row `index` in the current epoch."""
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        """The sample of row `index` in the current epoch.
+
+        Of a pair the second number says how often the epoch has shown the row before: each time it
+        is drawn as if it were another row.
+        """
+        index, turn = index if isinstance(index, tuple) else (index, 0)
         index = range(len(self))[index]  # a negative index means the same row, so the same draw
-        return self.transform(self.dataset[index], epoch=self._epoch.get(), index=index)
+        draw = index + turn * len(self)
+        return self.transform(self.dataset[index], epoch=self.epoch, index=draw)

@@ -26,6 +26,7 @@ from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import count_labels, find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values
 from kd_trainer.data.planes import PlaneRule, check_planes
+from kd_trainer.data.quota import has_mask
 from kd_trainer.data.sources import is_coco, known_label_count, names_of_values, source_layout
 from kd_trainer.data.views import Views
 from kd_trainer.data_arguments import DataArguments
@@ -341,8 +342,6 @@ def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
     most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
         return (row for row in islice(rows, most) if row["mask"] is not None)
-    # As an arrow column: 100,000 rows are looked through without reading any image.
-    masks = rows.select_columns("mask").with_format("arrow")[:]["mask"]
-    labelled = np.flatnonzero(masks.is_valid().to_numpy())
+    labelled = np.flatnonzero(has_mask(rows))
     count = min(most, len(labelled))
     return (rows[int(labelled[len(labelled) * i // count])] for i in range(count))

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.build import RunComponents
+from kd_trainer.build import RunComponents, images_an_epoch
 from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
 from kd_trainer.costs import length_in_epochs, steps_per_epoch
@@ -141,7 +141,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
     """The whole plan as text."""
     args = run.training
     train = len(parts.train_dataset)
-    steps = steps_per_epoch(train, args)
+    steps = steps_per_epoch(images_an_epoch(parts.train_dataset, args), args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
         "source": printable(run.data.dataset),

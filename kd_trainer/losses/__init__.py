@@ -2,12 +2,14 @@
 
 from kd_trainer.losses.checks import class_ids
 from kd_trainer.losses.functions import TERMS, Term
+from kd_trainer.losses.pseudo import PseudoLabels
 from kd_trainer.losses.terms import (
     TEACHER_TERMS,
     LossTerms,
     LossWeights,
     distillation_terms,
     labelled_images,
+    unlabelled_images,
     weight_hint,
     weighted_sum,
 )
@@ -17,10 +19,12 @@ __all__ = [
     "TERMS",
     "LossTerms",
     "LossWeights",
+    "PseudoLabels",
     "Term",
     "class_ids",
     "distillation_terms",
     "labelled_images",
+    "unlabelled_images",
     "weight_hint",
     "weighted_sum",
 ]
