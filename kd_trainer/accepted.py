@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.sources import SELF
 from kd_trainer.students import as_student, is_student, units_of
 from kd_trainer.teacher import Teacher
 
@@ -56,7 +57,9 @@ def check_accepted(
             "SmpForSemanticSegmentation.create() or from_pretrained(), or give any module that "
             "answers with logits."
         )
-    if teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
+    if teacher == SELF:
+        check_self_taught(args)
+    elif teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
         raise TypeError(
             f"Expected a kd_trainer.Teacher, got {type(teacher).__name__}. Wrap it: Teacher(network"
             ", num_labels=..., mean=..., std=...), with the mean and std that "
@@ -103,6 +106,15 @@ def _check_optimizers(optimizer: Any, scheduler: Any, *, args: DistillationArgum
                 f"{getattr(args, setting):g}, got {own:g}. Each part has a rate of its own, made "
                 "from the arguments: give the same number there."
             )
+
+
+def check_self_taught(args: DistillationArguments) -> None:
+    """Refuse a student that is to be taught by an average that nobody keeps."""
+    if args.ema_decay is None:
+        raise ValueError(
+            "Expected --ema_decay with --teacher self, got none: the average of the student is its "
+            "teacher. Set it to 0.996, say."
+        )
 
 
 def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:

@@ -317,6 +317,24 @@ def check_staged(args: Any) -> None:
         )
 
 
+def check_ema(args: Any) -> None:
+    """Refuse a decay that averages nothing, and weights of which each process holds a part."""
+    decay = args.ema_decay
+    if decay is None:
+        return
+    if not 0 < decay < 1:
+        raise ValueError(
+            f"Expected --ema_decay between 0 and 1, got {decay:g}. 0.999 is an average over about "
+            "1,000 steps."
+        )
+    for name, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(flag, "").lower() in ("true", "1", "yes"):
+            raise ValueError(
+                f"Expected DDP or one process with --ema_decay, got {name}, where each process "
+                "holds a part of the weights alone. Leave one of them out."
+            )
+
+
 HUB_STRATEGIES = ("end", "every_save")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")

@@ -17,6 +17,7 @@ from transformers import SchedulerType, TrainingArguments
 
 from kd_trainer.argument_checks import (
     check_class_weights,
+    check_ema,
     check_ends,
     check_hub,
     check_labelled_share,
@@ -141,6 +142,11 @@ class DistillationArguments(TrainingArguments):
     lr_scheduler_kwargs: dict[str, Any] | str | None = help_field(
         None, 'Options of it as JSON: {"power": 0.9} of polynomial, {"num_cycles": 3} of restarts.'
     )
+    ema_decay: float | None = help_field(
+        None,
+        "Keep a moving average of the student too, with this decay a step (0.999, say): measured "
+        "beside it as ema_miou, ..., and saved beside it in ema/.",
+    )
     # The run.
     output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
     num_train_epochs: float = help_field(50, "Epochs.", aliases=["--epochs"])
@@ -232,6 +238,7 @@ class DistillationArguments(TrainingArguments):
         set_loading(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         check_run(self)
         check_targets(self)
+        check_ema(self)
         check_hub(self)
         self._set_precision()
         if self.data_seed is None:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import set_seed
 from transformers.image_processing_backends import TorchvisionBackend
 
+from kd_trainer.accepted import check_self_taught
 from kd_trainer.arguments import BALANCED, DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
@@ -151,7 +152,7 @@ def build_run(run: RunArguments) -> RunComponents:
     channels = 1 if data.label_count == 2 or data.multi_label else data.label_count
     if args.class_weights != BALANCED:
         check_pos_weight(args.class_factors, channels)
-    weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
+    weights = args.loss_weights if run.model.is_taught else args.loss_weights.without_teacher()
     weights.check_channels(channels)
     if data.numbers_only:
         _check_numbers_only(run)
@@ -347,16 +348,25 @@ def _check_together(run: RunArguments) -> None:
     """Refuse settings of model, data and training that do not go together."""
     if run.model.student is None:
         student_options(run.model)
-    if not run.model.teacher and not run.model.has_teacher:
+    if not run.model.teacher and not run.model.is_taught:
         raise ValueError(
             "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
             "train the student alone with --teacher none."
         )
-    run.training.loss_weights.check_teacher(taught=run.model.has_teacher)
-    if run.data.unlabelled is not None and not run.model.has_teacher:
+    run.training.loss_weights.check_teacher(taught=run.model.is_taught)
+    if run.data.unlabelled is not None and not run.model.is_taught:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
-            "photographs. Name a teacher, or leave --unlabelled out."
+            "photographs. Name a teacher, let the student teach itself with --teacher self, or "
+            "leave --unlabelled out."
+        )
+    if run.model.teaches_itself:
+        _check_self_taught(run)
+    shown = run.training.per_device_train_batch_size * max(1, run.data.strong_views)
+    if run.data.cutmix > 0 and shown < 2:
+        raise ValueError(
+            "Expected --batch_size of at least 2 with --cutmix, got 1: an image is mixed with "
+            "another one of its batch. Raise it, or leave --cutmix out."
         )
     if run.data.streaming and run.training.labelled_share is not None:
         raise ValueError(
@@ -374,6 +384,34 @@ def _check_together(run: RunArguments) -> None:
                 "Expected indexed data with --teacher_targets cached, got --streaming, which does "
                 "not read the data before the training. Leave one of them out."
             )
+
+
+def _check_self_taught(run: RunArguments) -> None:
+    """Refuse what only a teacher with a file has, and say what teaches the student."""
+    args = run.training
+    cached = args.teacher_targets == "cached"
+    for name in ["teacher_targets"] * cached + ["compile_teacher"] * args.compile_teacher:
+        raise ValueError(
+            f"Expected no --{name} with --teacher self, got {getattr(args, name)}: the average of "
+            "the student changes in each step. Leave one of them out."
+        )
+    check_self_taught(args)
+    if run.data.unlabelled is None and not (args.kl_weight or args.mse_weight):
+        raise ValueError(
+            "Expected --unlabelled with --teacher self, got none: it teaches on images without "
+            "masks. Name a folder of them, or train with --teacher none."
+        )
+    announce(
+        "The student teaches itself: its moving average answers on images without masks "
+        f"(ema_decay {args.ema_decay:g}, pseudo_confidence {args.pseudo_confidence:g}, "
+        f"strong_views {run.data.strong_views}, labelled_share "
+        f"{' '.join(args.labelled_share or ['none'])}; weights: {_told(args.loss_weights)})."
+    )
+
+
+def _told(weights: LossWeights) -> str:
+    factors = weights.effective().items()
+    return ", ".join(f"{name} {factor:g}" for name, factor in factors if factor)
 
 
 def _check_channels(student: nn.Module) -> None:

@@ -20,7 +20,7 @@ from kd_trainer.errors import printable
 from kd_trainer.losses import TERMS, LossWeights
 from kd_trainer.models.configuration_smp import MULTI_LABEL, uses_timm_loader
 from kd_trainer.models.image_sizes import as_size
-from kd_trainer.sources import is_hub_id, public_name
+from kd_trainer.sources import SELF, is_hub_id, public_name
 
 TASK = "image-segmentation"
 # Key in results.json, metric as the Hub lists it, name to show.
@@ -92,10 +92,19 @@ class CardFacts:
         return self.dataset if is_hub_id(self.dataset) else None
 
     @property
+    def _teacher(self) -> Any:
+        return self.results.get("teacher", self.settings.get("teacher", ""))
+
+    @property
+    def taught_itself(self) -> bool:
+        """Whether its own moving average was its teacher, which nothing can be compared with."""
+        return bool(self._teacher == SELF)
+
+    @property
     def teacher(self) -> str | None:
         """Name of the teacher, None of a student trained without one, "" if it is not known."""
-        source = self.results.get("teacher", self.settings.get("teacher", ""))
-        if source is None or str(source).lower() == "none":
+        source = self._teacher
+        if source is None or str(source).lower() == "none" or self.taught_itself:
             return None
         names = source if isinstance(source, list) else [str(source)]
         return " + ".join(map(public_name, names))

@@ -47,10 +47,13 @@ from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import BadSample, StreamedDataset, collate
 from kd_trainer.data.quota import quota_sampler
 from kd_trainer.data.streaming import seed_loader, stream_loader
+from kd_trainer.data.views import MIX_BOX, MIX_CLASSES, STRONG, has_views, student_batch
+from kd_trainer.ema import StudentEma
 from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
     DataSetFigures,
     check_best_metric,
+    classes_of,
     evaluation_rows,
     figure_names,
     input_statistics,
@@ -59,15 +62,23 @@ from kd_trainer.evaluation import (
     normalise,
     pixel_statistics,
     settings_for,
+    student_rows,
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
 from kd_trainer.hub import Pushed
 from kd_trainer.losses import distillation_terms, labelled_images, unlabelled_images, weighted_sum
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import PartLR, parameter_groups, regroup
-from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
+from kd_trainer.processes import (
+    Peer,
+    naming_dead_processes,
+    processes_of_run,
+    run_on_all_ranks,
+    share_buffers,
+)
 from kd_trainer.push_callback import PushCallback, check_only_message, check_push, push_student
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.sources import SELF
 from kd_trainer.students import (
     free_units,
     hold_frozen,
@@ -81,8 +92,11 @@ from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
-DICE_IMAGES, PSEUDO_IMAGES = "dice_images", "pseudo_images"
-COLUMNS = ("pixel_values", "labels", "distil_mask", "teacher_logits")
+DICE_IMAGES, PSEUDO_IMAGES, ASKED = "dice_images", "pseudo_images", "asked"
+COLUMNS = (
+    *("pixel_values", "labels", "distil_mask", "teacher_logits"),
+    *(STRONG, MIX_BOX, MIX_CLASSES),
+)
 
 
 class DistillationTrainer(Trainer):
@@ -93,7 +107,8 @@ class DistillationTrainer(Trainer):
             images (B, 3, H, W) with logits, see `students.as_student`.
         args: the run's arguments.
         teacher: frozen network whose logits the student follows; None trains without one, and the
-            weights of the terms that need one are then 0. A student is wrapped.
+            weights of the terms that need one are then 0. A student is wrapped. "self" asks the
+            student's moving average (`args.ema_decay`).
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
             samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
             with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
@@ -108,6 +123,7 @@ class DistillationTrainer(Trainer):
         teacher: a plain attribute: inside the student it would be saved, trained and counted.
         epochs: counts them, and knows the schedules.
         tracked: sums of the loss terms since the last log.
+        ema: the moving average of the student, as `args.ema_decay` asks for; None without one.
         facts: what is compared on resume beside the arguments, the networks and the number of
             images: set by who knows more, such as the content of the data.
         peers: the processes of the training, by rank.
@@ -138,7 +154,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module | None = None,
         args: DistillationArguments | None = None,
         *,
-        teacher: Teacher | None = None,
+        teacher: Teacher | str | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         ignore_index: int = 255,
@@ -152,15 +168,19 @@ class DistillationTrainer(Trainer):
             model = super().call_model_init()
         model = accepted_student(model, kwargs.pop("units", None), args)
         self.id2label = labels_of(model)
+        self.teaches_itself = teacher == SELF
+        teacher = None if isinstance(teacher, str) else teacher
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
         self._follow(args, model, teacher, ignore_index)
+        self.ema = None if args.ema_decay is None else StudentEma(args.ema_decay)
         if self.own_metrics is None:  # whose figures nobody knows yet
-            names = figure_names(self.id2label, self.settings.weights, teacher=teacher is not None)
+            beside = {"teacher": teacher is not None, "ema": self.ema is not None}
+            names = figure_names(self.id2label, self.settings.weights, **beside)
             check_best_metric(args, names, sets)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
-        ours = [self.epochs, ProgressiveUnfreezing(self.epochs)]
+        ours = [self.epochs, ProgressiveUnfreezing(self.epochs), *filter(None, [self.ema])]
         super().__init__(
             model=model,
             args=args,
@@ -186,8 +206,10 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Set what is derived from the arguments, which a search changes for each trial."""
         weights = args.loss_weights
-        self.loss_weights = weights if teacher is not None else weights.without_teacher()
-        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
+        alone = weights if teacher is not None else weights.without_teacher()
+        self.loss_weights = weights if self.teaches_itself else alone
+        # An evaluation has nobody to compare with but a teacher of its own.
+        self.settings = settings_for(model, ignore_index, alone, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
 
@@ -232,7 +254,7 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         inputs = self._normalised(inputs)
-        teacher = self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
+        teacher = inputs.get("teacher_logits") if ASKED in inputs else self._asked(inputs)
         hold_frozen(self.model)
         labels, followed = inputs["labels"], inputs.get("distil_mask")
         if followed is None and self.loss_weights.pseudo > 0:
@@ -259,6 +281,12 @@ class DistillationTrainer(Trainer):
         loss = weighted_sum(terms, self.loss_weights)
         self.tracked.add(terms, logits)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _asked(self, inputs: Batch) -> Tensor | None:
+        """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
+        if not self.loss_weights.ask_teacher:
+            return None
+        return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs)
 
     def teacher_logits(self, inputs: Batch) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
@@ -304,6 +332,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
         """The batches of a step, each with the number of images its Dice is divided by."""
         batches, items = super().get_batch_samples(*args)
+        batches = [self._as_seen(batch) if has_views(batch) else batch for batch in batches]
         if batches and all("labels" in batch for batch in batches):
             counts = {DICE_IMAGES: labelled_images}
             if self.loss_weights.pseudo > 0 and all("distil_mask" in batch for batch in batches):
@@ -313,6 +342,17 @@ class DistillationTrainer(Trainer):
                 images = self.accelerator.reduce(images, reduction="mean")
                 batches = [{**batch, name: images} for batch in batches]
         return batches, items
+
+    def _as_seen(self, batch: Batch) -> Batch:
+        """The batch as the student sees it, with what the teacher says of the images as they are.
+
+        Before the step and not in its loss, because mixing decides which images have labels.
+        """
+        batch = self._prepare_inputs(batch)
+        teacher = self._asked(self._normalised(batch))
+        classes = None if teacher is None or self.settings.multi_label else classes_of(teacher)
+        batch = {**batch, "teacher_logits": teacher, ASKED: True}
+        return student_batch(batch, classes, ignore_index=self.settings.ignore_index)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """With `--labelled_share` one of ours: each batch then has its share of masks."""
@@ -427,6 +467,8 @@ class DistillationTrainer(Trainer):
             units = len(units_of(self.model))
             self.epochs.schedule = args.schedule(units, args.num_train_epochs)
         self.epochs.start(args, self.state, steps=values[1])
+        if self.ema is not None:
+            self.ema.start(self.model)
         return (max(values[0], args.max_steps), *values[1:])
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override] # all have names
@@ -447,7 +489,8 @@ class DistillationTrainer(Trainer):
         """What makes this run the one it is, as plain values."""
         student = self.accelerator.unwrap_model(self.model)
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
-        return fingerprint_of(self.args, student, self.teacher, data, self.facts)
+        run = fingerprint_of(self.args, student, self.teacher, data, self.facts)
+        return run | ({"teacher_weights": SELF} if self.teaches_itself else {})
 
     def check_resume(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that this run cannot go on from: see `check_resumable`."""
@@ -481,6 +524,8 @@ class DistillationTrainer(Trainer):
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             self._save_progress(folder)  # first: without it a folder is no half save of ours
+            if self.ema is not None and self.args.should_save:
+                self.ema.save(folder)
             with no_stock_rotation(self.args):
                 super(DistillationTrainer, self)._save_checkpoint(model, trial)
 
@@ -528,6 +573,8 @@ class DistillationTrainer(Trainer):
         self._globalstep_last_logged = saved["last_logged"]
         self._initial_global_step = 0  # so that means and speeds are those of the whole run
         self.tracked.restore(saved["terms"], self.args.device)
+        if self.ema is not None:
+            self.ema.restore(self._resumed)
 
     def _saved_progress(self) -> dict[str, Any]:
         return read_progress(self._resumed, self.args) if self._resumed else {}
@@ -572,9 +619,12 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Likewise."""
-        if not load_renamed(self.model, str(self.state.best_model_checkpoint)):
+        """Likewise, and the average that was saved with it."""
+        best = str(self.state.best_model_checkpoint)
+        if not load_renamed(self.model, best):
             super()._load_best_model()
+        if self.ema is not None:
+            self.ema.restore(Path(best))
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Count the seconds of the parts before as well, by a clock that nobody can set.
@@ -595,9 +645,7 @@ class DistillationTrainer(Trainer):
         All processes measure the student that the first one saves: each has BatchNorm statistics
         of its own, which DDP takes from the first one at the next step anyway.
         """
-        if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        share_buffers(self.model)
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
@@ -650,7 +698,20 @@ class DistillationTrainer(Trainer):
         )
         if self._keeps_logits:
             return None, (*rows, student), labels
+        if (average := self._averaged(inputs)) is not None:
+            rows = (*rows, student_rows(average, labels, self.settings))
         return None, rows, torch.zeros(len(labels), device=labels.device)
+
+    @property
+    def _has_average(self) -> bool:
+        return self.ema is not None and self.ema.network is not None
+
+    def _averaged(self, inputs: Batch) -> Tensor | None:
+        """Raw logits of the moving average for a batch on the device; None without one."""
+        if self.ema is None or self.ema.network is None:
+            return None
+        with self.accelerator.autocast():
+            return self.ema(self._normalised(inputs)["pixel_values"])
 
     def predict_masks(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What student and teacher (if any) find in a batch of the collator, see `masks_of`."""
@@ -670,10 +731,13 @@ class DistillationTrainer(Trainer):
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Our metrics of the data set, and those of the user's `compute_metrics`."""
         rows: tuple[Any, ...] = tuple(prediction.predictions)
-        if self._keeps_logits:
+        last = rows[-1]  # of the average, or all logits
+        if self._keeps_logits or self._has_average:
             rows = rows[:-1]
             prediction = EvalPrediction(predictions=rows, label_ids=prediction.label_ids)
         figures = self.figures(rows, self.teacher, self.callback_handler.eval_dataloader)
+        if self._has_average and not self._keeps_logits:
+            figures |= self.figures.of_average(last)
         more = self.own_metrics(prediction) if self.own_metrics is not None else {}
         twice = sorted(figures.keys() & more.keys())
         if twice:

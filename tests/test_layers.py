@@ -43,7 +43,7 @@ LAYERS = (
     ),
     ("config", "data", "optim", "teacher_ensemble"),
     ("evaluation", "teacher_maps"),
-    ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),
+    ("accepted", "callbacks", "checkpointing", "ema", "loading", "run_folder", "tracking"),
     ("build", "costs", "hub", "teacher_cache"),
     ("export", "push_callback", "teacher_targets"),
     ("inference", "trainer"),

@@ -82,6 +82,11 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, RunComponents], Budget]:
 
 
 def _check(run: RunArguments) -> None:
+    if run.model.teaches_itself:
+        raise ValueError(
+            "Expected a --teacher that can be measured, got self: there is no gap between a "
+            "student and its own average. Train with --teacher self and with none, and use eval.py."
+        )
     if not run.model.has_teacher:
         raise ValueError(
             "Expected a --teacher to compare with and without, got none. Name one; train.py "

@@ -32,6 +32,7 @@ from kd_trainer.data.masks import MaskRule, merged_rule, present_values, show_va
 from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.quota import has_mask
 from kd_trainer.data.sources import is_coco, known_label_count, names_of_values, source_layout
+from kd_trainer.data.views import Views
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import clipped
 from kd_trainer.mask_flags import REST, color_members, merged_members, numbered, show_color
@@ -364,6 +365,14 @@ def transforms(
     else:
         rule = mask_rule(splits, data, every_class=every_class)
     whole = "fit" if data.resize == "crop" else data.resize
+    only_training: dict[str, Any] = {
+        "scales": None if data.scale_jitter is None else tuple(data.scale_jitter),
+        "views": Views(
+            strong=data.strong_views,
+            mix=data.cutmix,
+            classes=data.label_count if data.cutmix_mode == "class" else 0,
+        ),
+    }
     training, evaluation = (
         SegmentationTransform(
             data.input_size,
@@ -373,8 +382,12 @@ def transforms(
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
             channels=channels_of_data(data),
+            **more,
         )
-        for kind, resize in ((data.augmentation, data.resize), ("none", whole))
+        for kind, resize, more in (
+            (data.augmentation, data.resize, only_training),
+            ("none", whole, {}),
+        )
     )
     return training, evaluation
 
