@@ -59,10 +59,11 @@ from kd_trainer.evaluation import (
     settings_for,
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
+from kd_trainer.feature_maps import FeatureMatching, first_trained, recorded
 from kd_trainer.hub import Pushed
-from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
+from kd_trainer.losses import distillation_terms, feature_terms, labelled_images, weighted_sum
 from kd_trainer.models.weights import check_finite_weights
-from kd_trainer.optim import PartLR, parameter_groups, regroup
+from kd_trainer.optim import NamedParameters, PartLR, parameter_groups, regroup
 from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
 from kd_trainer.push_callback import PushCallback, check_only_message, check_push, push_student
 from kd_trainer.schedules import TrainingSchedule
@@ -155,11 +156,13 @@ class DistillationTrainer(Trainer):
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
         self._follow(args, model, teacher, ignore_index)
         if self.own_metrics is None:  # whose figures nobody knows yet
-            names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
+            weights = self.settings.weights
+            names = figure_names(self.id2label, weights, teacher=teacher is not None)
             check_best_metric(args, names, sets)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
-        ours = [self.epochs, ProgressiveUnfreezing(self.epochs)]
+        projections = self._projections
+        ours = [self.epochs, ProgressiveUnfreezing(self.epochs, projections)]
         super().__init__(
             model=model,
             args=args,
@@ -174,6 +177,7 @@ class DistillationTrainer(Trainer):
         # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
         self.label_names = list(dict.fromkeys([*self.label_names, *COLUMNS]))
         self.teacher = as_teacher(teacher, model)
+        self.matching = FeatureMatching(args, self.loss_weights, model, self.teacher)
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
@@ -188,7 +192,8 @@ class DistillationTrainer(Trainer):
         """Set what is derived from the arguments, which a search changes for each trial."""
         weights = args.loss_weights
         self.loss_weights = weights if teacher is not None else weights.without_teacher()
-        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
+        evaluated = self.loss_weights.without_features()
+        self.settings = settings_for(model, ignore_index, evaluated, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
 
@@ -233,10 +238,13 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         inputs = self._normalised(inputs)
-        teacher = self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
+        seen: dict[str, Tensor] = {}
+        shown: dict[str, Tensor] = {}
+        teacher = self.teacher_logits(inputs, shown) if self.loss_weights.ask_teacher else None
         hold_frozen(self.model)
         labels = inputs["labels"]
-        outputs = model(inputs["pixel_values"])
+        with recorded(self.model, self.matching.of_student, seen):
+            outputs = model(inputs["pixel_values"])
         logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
         terms = distillation_terms(
             logits,
@@ -249,16 +257,29 @@ class DistillationTrainer(Trainer):
             pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
         )
+        compared = self.matching.compared(
+            seen, shown, self._distilled(inputs), self.loss_weights.feature_terms
+        )
+        vars(terms).update(feature_terms(compared))
         loss = weighted_sum(terms, self.loss_weights)
-        self.tracked.add(terms, logits)
+        self.tracked.add(terms, first_trained(seen, logits))
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def teacher_logits(self, inputs: Batch) -> Tensor | None:
+    def _distilled(self, inputs: Batch) -> Tensor:
+        """The pixels on which student and teacher are compared, bool (B, H, W)."""
+        if "distil_mask" in inputs:
+            return inputs["distil_mask"]
+        valid: Tensor = inputs["labels"] != self.settings.ignore_index
+        return valid.flatten(1, -3).any(dim=1) if valid.ndim == 4 else valid
+
+    def teacher_logits(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
 
         Args:
             inputs: a batch on the device, with images that are normalised for the student, and with
                 `teacher_logits` where they are cached.
+            maps: gets the feature maps that the terms compare, for which the teacher is asked also
+                where its logits are cached.
 
         Raises:
             ValueError: if they should be cached and are not there.
@@ -271,12 +292,23 @@ class DistillationTrainer(Trainer):
                     "Expected teacher_logits in every sample with --teacher_targets cached, got "
                     f"{', '.join(inputs)}. Give them with the data, or use online."
                 )
+            if maps is not None and self.matching.of_teacher:
+                self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
             return inputs["teacher_logits"].float()
-        if self._inference is None or self._inference.teacher is not self.teacher:
-            self._inference = self._make_inference(self.teacher)  # a callback may put another here
+        return self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
+
+    def _ask_teacher(
+        self, teacher: Teacher, pixels: Tensor, maps: dict[str, Tensor] | None
+    ) -> Tensor:
+        if self._inference is None or self._inference.teacher is not teacher:
+            self._inference = self._make_inference(teacher)  # a callback may put another here
         # Without autocast the teacher would run in fp32 beside a bf16 student.
         with torch.no_grad(), self.accelerator.autocast():
-            return self._inference(inputs["pixel_values"])
+            ready = self._inference.ready(pixels)
+            places = () if maps is None else self.matching.of_teacher
+            with recorded(ready.network, places, {} if maps is None else maps):
+                logits: Tensor = ready(pixels)
+                return logits
 
     def _make_inference(self, teacher: Teacher) -> TeacherInference:
         teacher.expect_input(*input_statistics(self.model))
@@ -297,6 +329,7 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
         """The batches of a step, each with the number of images its Dice is divided by."""
         batches, items = super().get_batch_samples(*args)
+        self.matching.heads.zero_grad()  # the Trainer knows the student's gradients alone
         if batches and all("labels" in batch for batch in batches):
             images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
             images = self.accelerator.reduce(images, reduction="mean")
@@ -328,14 +361,22 @@ class DistillationTrainer(Trainer):
 
     # ---- The optimizer ----
 
+    def _projections(self) -> NamedParameters:
+        """What the terms on features train beside the student.
+
+        Clipping leaves them alone: it would hold the student back while they are still random.
+        """
+        return self.matching.parameters()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Its groups are those of the free parts; `ProgressiveUnfreezing` adds the others."""
+        self.matching.prepare(self.accelerator)
         if self.optimizer is not None and self.lr_scheduler is not None:
             return self.optimizer  # of the running training
         free = self.schedule.free_units(self.epochs.index)
         if self._resumed is not None:  # the state that is loaded next has the groups of its save
             free = self._saved_progress()["free_units"]
-        groups = parameter_groups(self.model, self.args, free)
+        groups = parameter_groups(self.model, self.args, free, self._projections())
         if self.optimizer is None:
             wanted = self.optimizer_cls_and_kwargs
             kind, options = wanted or self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -406,6 +447,7 @@ class DistillationTrainer(Trainer):
         use_safe_layers(self.model)  # no constructor changes a network, and this may be a new one
         if self._trial is not None:
             self._follow(args, self.model, self.teacher, self.settings.ignore_index)
+            self.matching = FeatureMatching(args, self.loss_weights, self.model, self.teacher)
             units = len(units_of(self.model))
             self.epochs.schedule = args.schedule(units, args.num_train_epochs)
         self.epochs.start(args, self.state, steps=values[1])
@@ -463,6 +505,8 @@ class DistillationTrainer(Trainer):
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             self._save_progress(folder)  # first: without it a folder is no half save of ours
+            if self.args.process_index == 0:
+                self.matching.save(folder)
             with no_stock_rotation(self.args):
                 super(DistillationTrainer, self)._save_checkpoint(model, trial)
 
@@ -550,6 +594,7 @@ class DistillationTrainer(Trainer):
         transformers saves some models under the names of their first release, and the Trainer only
         warns of names that it does not know: the run would go on from other weights.
         """
+        self.matching.load(resume_from_checkpoint)
         if not load_renamed(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

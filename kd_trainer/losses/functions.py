@@ -15,9 +15,18 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_trainer.losses.checks import check_pos_weight
+from kd_trainer.losses.features import (
+    Alignment,
+    MaskedGenerator,
+    Projection,
+    attention_transfer,
+    channel_wise,
+    fitnet,
+    generated,
+)
 
 Logits = Tensor  # (B, K, H, W)
 Labels = Tensor  # (B, H, W), int64, a class id at each pixel that counts
@@ -290,7 +299,9 @@ def _image_mean(values: Tensor, mask: Mask, images: Tensor | None) -> Scalar:
     return torch.where(counted, values, 0.0).sum() / images.to(values.dtype).clamp(min=1e-6)
 
 
-Input = Literal["student", "teacher", "labels", "mask", "temperature", "pos_weight", "images"]
+Input = Literal[
+    "student", "teacher", "labels", "mask", "temperature", "pos_weight", "images", "features"
+]
 
 
 @dataclass(frozen=True)
@@ -308,6 +319,8 @@ class Term:
         softmax_title: the same for a student of several, where it differs.
         also_metric: a metric has its name too, so that an evaluation calls it `NAME_loss`.
         extra: computed only where it has a weight, not where no weights are given.
+        head: of a term on features: what is learned to make a map of so many channels (student's,
+            teacher's) comparable; None compares the maps themselves.
     """
 
     name: str
@@ -320,6 +333,7 @@ class Term:
     degenerate: str = ""
     also_metric: bool = False
     extra: bool = False
+    head: Callable[[int, int], nn.Module] | None = None
 
     @property
     def flag(self) -> str:
@@ -329,7 +343,12 @@ class Term:
     @property
     def needs_teacher(self) -> bool:
         """Whether it follows the teacher; the others follow the labels."""
-        return any(name.startswith("teacher") for name in self.takes)
+        return self.on_features or "teacher" in self.takes
+
+    @property
+    def on_features(self) -> bool:
+        """Whether it compares maps inside of both networks, while they are trained only."""
+        return "features" in self.takes
 
     @property
     def softened(self) -> bool:
@@ -402,5 +421,14 @@ TERMS = (
         softmax=softmax_tversky,
         title="Tversky",
         extra=True,
+    ),
+    *(
+        Term(name, ("features",), function, function, title, extra=True, head=head)
+        for name, function, title, head in (
+            ("fitnet", fitnet, "FitNet", Projection),
+            ("at", attention_transfer, "attention transfer", None),
+            ("feature_cwd", channel_wise, "CWD of features", Alignment),
+            ("mgd", generated, "MGD", MaskedGenerator),
+        )
     ),
 )

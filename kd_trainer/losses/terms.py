@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from kd_trainer.losses.checks import check_inputs, check_temperature, class_ids
+from kd_trainer.losses.features import ComparedMaps
 from kd_trainer.losses.functions import TERMS
 
 NAMES = tuple(term.name for term in TERMS)
 TEACHER_TERMS = frozenset(term.name for term in TERMS if term.needs_teacher)
+FEATURE_TERMS = tuple(term.name for term in TERMS if term.on_features)
 
 
 class LossTerms(SimpleNamespace):
@@ -79,6 +81,15 @@ class LossWeights(SimpleNamespace):
         """The same without the terms that need one."""
         return LossWeights(**vars(self) | dict.fromkeys(TEACHER_TERMS, 0.0))
 
+    @property
+    def feature_terms(self) -> list[str]:
+        """Names of the terms on features that count."""
+        return [name for name in FEATURE_TERMS if getattr(self, name) > 0]
+
+    def without_features(self) -> LossWeights:
+        """The same without the terms on features, which an evaluation does not compute."""
+        return LossWeights(**vars(self) | dict.fromkeys(FEATURE_TERMS, 0.0))
+
     def check_teacher(self) -> None:
         """Refuse a teacher that would be loaded, and never be asked.
 
@@ -123,7 +134,7 @@ def distillation_terms(
     pos_weight: float | Sequence[float] | None = None,
     dice_images: Tensor | None = None,
 ) -> LossTerms:
-    """Compute the terms; one channel is a binary model, more are a softmax model.
+    """Compute the terms on logits; one channel is a binary model, more are a softmax model.
 
     What logits, labels and mask hold at pixels that do not count has no influence, NaN included.
     Labels that count must be class ids; others fail in an index operation.
@@ -167,10 +178,18 @@ def distillation_terms(
         # One tensor for all terms of a side, whose gradients then meet in it.
         inputs |= {"student": _keep_pixels(student, mask), "mask": mask}
         for term in TERMS:
-            function = term.function(student.shape[1])
+            function = None if term.on_features else term.function(student.shape[1])
             if function and term.needs_teacher == needs_teacher and factors[term.name] > 0:
                 terms[term.name] = function(**{name: inputs[name] for name in term.takes})
     return LossTerms(**terms)
+
+
+def feature_terms(compared: Mapping[str, Sequence[ComparedMaps]]) -> dict[str, Tensor]:
+    """The terms on features, by name, of the maps that each of them compares."""
+    functions = {term.name: term.binary for term in TERMS if term.on_features}
+    return {
+        name: function(maps) for name, maps in compared.items() if (function := functions[name])
+    }
 
 
 def binary_maps(
