@@ -369,4 +369,4 @@ def test_each_term_falls_while_a_student_is_trained_on_it(tmp_path: Path):
     one.train()
     for name in NAMES:
         values = [log[name] for log in one.state.log_history if name in log]
-        assert values[-1] < 0.85 * values[0], (name, values)
+        assert values[-1] < 0.9 * values[0], (name, values)

@@ -135,10 +135,10 @@ class Projection(nn.Sequential):
 
 
 class Alignment(nn.Conv2d):
-    """A 1x1 convolution alone: a scale of each channel's own would change its distribution."""
+    """A 1x1 convolution alone: a softmax sees no bias, whose gradient would be rounding alone."""
 
     def __init__(self, student: int, teacher: int) -> None:
-        super().__init__(student, teacher, 1)
+        super().__init__(student, teacher, 1, bias=False)
 
 
 class MaskedGenerator(nn.Module):
