@@ -115,6 +115,11 @@ def check_self_taught(args: DistillationArguments) -> None:
             "Expected --ema_decay with --teacher self, got none: the average of the student is its "
             "teacher. Set it to 0.996, say."
         )
+    if terms := args.loss_weights.feature_terms:
+        raise ValueError(
+            f"Expected no --{terms[0]}_weight with --teacher self, got it: the average of the "
+            "student has the student's own features. Leave one of them out."
+        )
 
 
 def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:

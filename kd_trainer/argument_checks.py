@@ -14,6 +14,7 @@ from typing import Any
 from transformers import SchedulerType
 
 from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
+from kd_trainer.losses import FEATURE_TERMS, TERMS
 from kd_trainer.models.image_sizes import as_size, plain_size
 from kd_trainer.schedules import RATE_SHAPES
 
@@ -220,6 +221,44 @@ def check_reports(args: Any) -> None:
             f"Expected --report_to to be none or installed ({', '.join(installed)}), got "
             f"{' '.join(missing)}. Install it, or leave it out."
         )
+
+
+def check_features(args: Any) -> None:
+    """Refuse what terms on feature maps cannot be trained with, and their settings without them."""
+    terms = args.loss_weights.feature_terms
+    learned = [term.name for term in TERMS if term.head is not None]
+    needed = {"feature_pairs": FEATURE_TERMS, "projection_learning_rate": learned}
+    for name, some in needed.items():
+        if getattr(args, name) is not None and not set(terms) & set(some):
+            flags = " or ".join(f"--{term}_weight" for term in some)
+            raise ValueError(f"Expected {flags} above 0 with --{name}, got none. Leave it out.")
+    if not terms:
+        return
+    flag = f"--{terms[0]}_weight"
+    sharded = [f"ACCELERATE_USE_{kind}" for kind in ("FSDP", "DEEPSPEED")]
+    wrong = {
+        "--torch_compile": args.torch_compile,
+        "--compile_teacher": args.compile_teacher,
+        "DeepSpeed": args.deepspeed is not None or os.environ.get(sharded[1], "false") == "true",
+        "FSDP": os.environ.get(sharded[0], "false") == "true",
+        "several GPUs in one process": args.n_gpu > 1,
+    }
+    for name in (name for name, is_asked in wrong.items() if is_asked):
+        raise ValueError(
+            f"Expected one process, or DDP, and networks that are not compiled with {flag}, whose "
+            f"feature maps are taken out of their forward passes, got {name}. Leave one out."
+        )
+    if not any(args.loss_weights.without_features().effective().values()):
+        raise ValueError(
+            f"Expected a term on logits beside {flag}, got none: nothing would train the head. "
+            "Give --kl_weight or --bce_weight a value."
+        )
+    for pair in args.feature_pairs or ():
+        if pair.count("=") != 1 or not all(pair.split("=")):
+            raise ValueError(
+                "Expected --feature_pairs as STUDENT=TEACHER by names of modules, got "
+                f"{pair!r}. Write encoder.layer2=encoder.blocks.2, say."
+            )
 
 
 def check_sync_batchnorm(args: Any, on_gpu: bool) -> None:

@@ -19,6 +19,7 @@ from kd_trainer.argument_checks import (
     check_class_weights,
     check_ema,
     check_ends,
+    check_features,
     check_hub,
     check_labelled_share,
     check_pseudo,
@@ -57,6 +58,26 @@ class DistillationArguments(TrainingArguments):
     lovasz_weight: float = help_field(0.0, "Weight of the Lovász loss, a surrogate of 1 - IoU.")
     tversky_weight: float = help_field(
         0.0, "Weight of the Tversky loss, a Dice in which a miss costs more than a false alarm."
+    )
+    fitnet_weight: float = help_field(
+        0.0,
+        "Weight of FitNet: the student's feature maps, projected, follow the teacher's (try 2). "
+        "A stage counts from when the encoder's unit is free.",
+    )
+    at_weight: float = help_field(
+        0.0, "Weight of attention transfer: where feature maps are large (try 2)."
+    )
+    feature_cwd_weight: float = help_field(
+        0.0, "Weight of the channel-wise distillation of feature maps, T = 4 (try 50)."
+    )
+    mgd_weight: float = help_field(
+        0.0, "Weight of MGD: the teacher's feature maps from a quarter of the student's (try 2)."
+    )
+    feature_pairs: list[str] | None = help_field(
+        None,
+        "Feature maps to compare, STUDENT=TEACHER by names of modules (default: the encoders' "
+        "stages of stride 8, 16 and 32, and what the decoders end with).",
+        metavar="STUDENT=TEACHER",
     )
     task_weight: float = help_field(1.0, "Common factor of the terms that compare with labels.")
     pos_weight: float | None = help_field(None, "Weight of the foreground in a binary BCE.")
@@ -130,6 +151,9 @@ class DistillationArguments(TrainingArguments):
     # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
     encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
+    projection_learning_rate: float | None = help_field(
+        None, "Learning rate of the projections of feature maps (default: the decoder's)."
+    )
     min_learning_rate: float = help_field(1e-6, "Where the rates end (encoder: its share of it).")
     warmup_epochs: float = help_field(5.0, "Linear warm-up in epochs.")
     weight_decay: float = help_field(1e-4, "AdamW weight decay (none on one-dimensional weights).")
@@ -256,6 +280,7 @@ class DistillationArguments(TrainingArguments):
         wanted = self.mixed_precision
         super().__post_init__()
         check_reports(self)
+        check_features(self)
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         check_sync_batchnorm(self, on_gpu=on_gpu)
         # The flag wins over the accelerate configuration, which arrives through the environment.
@@ -279,6 +304,8 @@ class DistillationArguments(TrainingArguments):
                 f"Expected --plan_epochs above 0, got {self.plan_epochs:g}. Name the epochs that "
                 "warm-up and unfreezing are written for, or leave it out."
             )
+        if self.projection_learning_rate is not None:
+            check_at_least("projection_learning_rate", self.projection_learning_rate, 0)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"Expected --min_learning_rate of at most the learning rate {self.learning_rate:g},"

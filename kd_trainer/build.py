@@ -40,6 +40,7 @@ from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce, clipped
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
+from kd_trainer.feature_maps import check_one_network
 from kd_trainer.loading import make_student, make_teacher, network_name, student_options
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
@@ -354,6 +355,10 @@ def _check_together(run: RunArguments) -> None:
             "train the student alone with --teacher none."
         )
     run.training.loss_weights.check_teacher(taught=run.model.is_taught)
+    if run.model.has_teacher:
+        several = len(run.model.teachers) > 1 or run.model.teacher_flip
+        maps = run.model.teacher_maps is not None
+        check_one_network(run.training.loss_weights, several=several, maps=maps)
     if run.data.unlabelled is not None and not run.model.is_taught:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "

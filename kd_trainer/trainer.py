@@ -65,10 +65,17 @@ from kd_trainer.evaluation import (
     student_rows,
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
+from kd_trainer.feature_maps import FeatureMatching, first_trained, recorded
 from kd_trainer.hub import Pushed
-from kd_trainer.losses import distillation_terms, labelled_images, unlabelled_images, weighted_sum
+from kd_trainer.losses import (
+    distillation_terms,
+    feature_terms,
+    labelled_images,
+    unlabelled_images,
+    weighted_sum,
+)
 from kd_trainer.models.weights import check_finite_weights
-from kd_trainer.optim import PartLR, parameter_groups, regroup
+from kd_trainer.optim import NamedParameters, PartLR, parameter_groups, regroup
 from kd_trainer.processes import (
     Peer,
     naming_dead_processes,
@@ -180,7 +187,8 @@ class DistillationTrainer(Trainer):
             check_best_metric(args, names, sets)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
-        ours = [self.epochs, ProgressiveUnfreezing(self.epochs), *filter(None, [self.ema])]
+        freed = ProgressiveUnfreezing(self.epochs, self._projections)
+        ours = [self.epochs, freed, *filter(None, [self.ema])]
         super().__init__(
             model=model,
             args=args,
@@ -195,6 +203,7 @@ class DistillationTrainer(Trainer):
         # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
         self.label_names = list(dict.fromkeys([*self.label_names, *COLUMNS]))
         self.teacher = as_teacher(teacher, model)
+        self.matching = FeatureMatching(args, self.loss_weights, model, self.teacher)
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
@@ -209,7 +218,8 @@ class DistillationTrainer(Trainer):
         alone = weights if teacher is not None else weights.without_teacher()
         self.loss_weights = weights if self.teaches_itself else alone
         # An evaluation has nobody to compare with but a teacher of its own.
-        self.settings = settings_for(model, ignore_index, alone, args.class_factors)
+        evaluated = alone.without_features()
+        self.settings = settings_for(model, ignore_index, evaluated, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
 
@@ -254,7 +264,13 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         inputs = self._normalised(inputs)
-        teacher = inputs.get("teacher_logits") if ASKED in inputs else self._asked(inputs)
+        seen: dict[str, Tensor] = {}
+        shown: dict[str, Tensor] = {}
+        if ASKED in inputs:
+            teacher = inputs["teacher_logits"]
+            self._show(inputs, shown)
+        else:
+            teacher = self._asked(inputs, shown)
         hold_frozen(self.model)
         labels, followed = inputs["labels"], inputs.get("distil_mask")
         if followed is None and self.loss_weights.pseudo > 0:
@@ -263,7 +279,8 @@ class DistillationTrainer(Trainer):
                 f"{', '.join(inputs)}: it says which pixels without a label are followed. Give it "
                 "with the data, bool (H, W)."
             )
-        outputs = model(inputs["pixel_values"])
+        with recorded(self.model, self.matching.of_student, seen):
+            outputs = model(inputs["pixel_values"])
         logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
         terms = distillation_terms(
             logits,
@@ -278,22 +295,40 @@ class DistillationTrainer(Trainer):
             pseudo=self.args.pseudo,
             pseudo_images=inputs.get(PSEUDO_IMAGES),
         )
+        compared = self.matching.compared(
+            seen, shown, self._distilled(inputs), self.loss_weights.feature_terms
+        )
+        vars(terms).update(feature_terms(compared))
         loss = weighted_sum(terms, self.loss_weights)
-        self.tracked.add(terms, logits)
+        self.tracked.add(terms, first_trained(seen, logits))
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _asked(self, inputs: Batch) -> Tensor | None:
+    def _asked(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
         """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
         if not self.loss_weights.ask_teacher:
             return None
-        return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs)
+        return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs, maps)
 
-    def teacher_logits(self, inputs: Batch) -> Tensor | None:
+    def _show(self, inputs: Batch, maps: dict[str, Tensor]) -> None:
+        """Ask the teacher for its feature maps alone, of the images as the student sees them."""
+        if self.teacher is not None and self.matching.of_teacher:
+            self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
+
+    def _distilled(self, inputs: Batch) -> Tensor:
+        """The pixels on which student and teacher are compared, bool (B, H, W)."""
+        if "distil_mask" in inputs:
+            return inputs["distil_mask"]
+        valid: Tensor = inputs["labels"] != self.settings.ignore_index
+        return valid.flatten(1, -3).any(dim=1) if valid.ndim == 4 else valid
+
+    def teacher_logits(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
 
         Args:
             inputs: a batch on the device, with images that are normalised for the student, and with
                 `teacher_logits` where they are cached.
+            maps: gets the feature maps that the terms compare, for which the teacher is asked also
+                where its logits are cached.
 
         Raises:
             ValueError: if they should be cached and are not there.
@@ -306,12 +341,23 @@ class DistillationTrainer(Trainer):
                     "Expected teacher_logits in every sample with --teacher_targets cached, got "
                     f"{', '.join(inputs)}. Give them with the data, or use online."
                 )
+            if maps is not None:
+                self._show(inputs, maps)
             return inputs["teacher_logits"].float()
-        if self._inference is None or self._inference.teacher is not self.teacher:
-            self._inference = self._make_inference(self.teacher)  # a callback may put another here
+        return self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
+
+    def _ask_teacher(
+        self, teacher: Teacher, pixels: Tensor, maps: dict[str, Tensor] | None
+    ) -> Tensor:
+        if self._inference is None or self._inference.teacher is not teacher:
+            self._inference = self._make_inference(teacher)  # a callback may put another here
         # Without autocast the teacher would run in fp32 beside a bf16 student.
         with torch.no_grad(), self.accelerator.autocast():
-            return self._inference(inputs["pixel_values"])
+            ready = self._inference.ready(pixels)
+            places = () if maps is None else self.matching.of_teacher
+            with recorded(ready.network, places, {} if maps is None else maps):
+                logits: Tensor = ready(pixels)
+                return logits
 
     def _make_inference(self, teacher: Teacher) -> TeacherInference:
         teacher.expect_input(*input_statistics(self.model))
@@ -333,6 +379,7 @@ class DistillationTrainer(Trainer):
         """The batches of a step, each with the number of images its Dice is divided by."""
         batches, items = super().get_batch_samples(*args)
         batches = [self._as_seen(batch) if has_views(batch) else batch for batch in batches]
+        self.matching.heads.zero_grad()  # the Trainer knows the student's gradients alone
         if batches and all("labels" in batch for batch in batches):
             counts = {DICE_IMAGES: labelled_images}
             if self.loss_weights.pseudo > 0 and all("distil_mask" in batch for batch in batches):
@@ -386,14 +433,22 @@ class DistillationTrainer(Trainer):
 
     # ---- The optimizer ----
 
+    def _projections(self) -> NamedParameters:
+        """What the terms on features train beside the student.
+
+        Clipping leaves them alone: it would hold the student back while they are still random.
+        """
+        return self.matching.parameters()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Its groups are those of the free parts; `ProgressiveUnfreezing` adds the others."""
+        self.matching.prepare(self.accelerator)
         if self.optimizer is not None and self.lr_scheduler is not None:
             return self.optimizer  # of the running training
         free = self.schedule.free_units(self.epochs.index)
         if self._resumed is not None:  # the state that is loaded next has the groups of its save
             free = self._saved_progress()["free_units"]
-        groups = parameter_groups(self.model, self.args, free)
+        groups = parameter_groups(self.model, self.args, free, self._projections())
         if self.optimizer is None:
             wanted = self.optimizer_cls_and_kwargs
             kind, options = wanted or self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -464,6 +519,7 @@ class DistillationTrainer(Trainer):
         use_safe_layers(self.model)  # no constructor changes a network, and this may be a new one
         if self._trial is not None:
             self._follow(args, self.model, self.teacher, self.settings.ignore_index)
+            self.matching = FeatureMatching(args, self.loss_weights, self.model, self.teacher)
             units = len(units_of(self.model))
             self.epochs.schedule = args.schedule(units, args.num_train_epochs)
         self.epochs.start(args, self.state, steps=values[1])
@@ -526,6 +582,8 @@ class DistillationTrainer(Trainer):
             self._save_progress(folder)  # first: without it a folder is no half save of ours
             if self.ema is not None and self.args.should_save:
                 self.ema.save(folder)
+            if self.args.process_index == 0:
+                self.matching.save(folder)
             with no_stock_rotation(self.args):
                 super(DistillationTrainer, self)._save_checkpoint(model, trial)
 
@@ -615,6 +673,7 @@ class DistillationTrainer(Trainer):
         transformers saves some models under the names of their first release, and the Trainer only
         warns of names that it does not know: the run would go on from other weights.
         """
+        self.matching.load(resume_from_checkpoint)
         if not load_renamed(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

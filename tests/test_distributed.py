@@ -125,6 +125,24 @@ def test_two_ranks_take_the_updates_of_one_process_with_the_whole_batch(two: Pat
         assert kept == pytest.approx({k: other[k] for k in kept}, rel=1e-5)
 
 
+def test_projections_of_feature_maps_are_those_of_one_process(two: Path, tmp_path: Path):
+    """They are outside of the student: whose gradients alone DDP averages."""
+    first, second = ranks(two, "features")
+    assert first["digest"] == second["digest"]
+    with one_thread():
+        alone = two_ranks.features(tmp_path, 4)
+    assert alone["world"] == 1
+    expected = torch.load(tmp_path / "features.pt", weights_only=True)
+    found = torch.load(two / "features.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert sum(name.startswith("of.feature_cwd") for name in found) == 2
+    assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 1e-5
+    assert len(first["logs"]) == len(alone["logs"]) == 13
+    for log, other in zip(first["logs"][:-1], alone["logs"][:-1], strict=True):
+        for name in ("at", "feature_cwd", "loss"):
+            assert log[name] == pytest.approx(other[name], rel=1e-5), name
+
+
 def test_dice_of_unevenly_labelled_ranks_is_that_of_one_process(two: Path, tmp_path: Path):
     """A mean of the means of the ranks would weigh the images beside unlabelled ones twice."""
     with one_thread():

@@ -201,7 +201,7 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
         )
         results = evaluation.results()
         if args.ema_decay is not None:
-            average = load_student(run.output / EMA, multi_label=True)
+            average = load_student(run.output / EMA)
             results |= _ema_figures(average, images, run)
     for name, network in networks.items():
         results[f"{name}_parameters"] = network_size(network)[0]

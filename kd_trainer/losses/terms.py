@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from kd_trainer.losses.checks import check_inputs, check_temperature, class_ids
+from kd_trainer.losses.features import ComparedMaps
 from kd_trainer.losses.functions import TERMS
 from kd_trainer.losses.pseudo import PseudoLabels
 
 NAMES = tuple(term.name for term in TERMS)
 WEIGHTED = tuple(term.name for term in TERMS if not term.pseudo_of)  # with a weight of their own
 TEACHER_TERMS = frozenset(term.name for term in TERMS if term.needs_teacher)
+FEATURE_TERMS = tuple(term.name for term in TERMS if term.on_features)
 
 
 class LossTerms(SimpleNamespace):
@@ -97,6 +99,15 @@ class LossWeights(SimpleNamespace):
         """The same for images that all have masks."""
         return LossWeights(**vars(self) | {"pseudo": 0.0})
 
+    @property
+    def feature_terms(self) -> list[str]:
+        """Names of the terms on features that count."""
+        return [name for name in FEATURE_TERMS if getattr(self, name) > 0]
+
+    def without_features(self) -> LossWeights:
+        """The same without the terms on features, which an evaluation does not compute."""
+        return LossWeights(**vars(self) | dict.fromkeys(FEATURE_TERMS, 0.0))
+
     def check_teacher(self, *, taught: bool) -> None:
         """Refuse a teacher that would be loaded and never be asked, and pseudo labels of nobody.
 
@@ -151,7 +162,7 @@ def distillation_terms(
     pseudo: PseudoLabels | None = None,
     pseudo_images: Tensor | None = None,
 ) -> LossTerms:
-    """Compute the terms; one channel is a binary model, more are a softmax model.
+    """Compute the terms on logits; one channel is a binary model, more are a softmax model.
 
     What logits, labels and mask hold at pixels that do not count has no influence, NaN included.
     Labels that count must be class ids; others fail in an index operation.
@@ -212,11 +223,19 @@ def _terms_of_sides(
         given = {**inputs, "student": _keep_pixels(student, mask), "mask": mask}
         for term in TERMS:
             function = term.function(student.shape[1])
-            if term.pseudo_of or not function or term.needs_teacher != needs_teacher:
+            if term.pseudo_of or term.on_features or not function:
                 continue
-            if factors[term.name] > 0:
+            if term.needs_teacher == needs_teacher and factors[term.name] > 0:
                 terms[term.name] = function(**{name: given[name] for name in term.takes})
     return terms
+
+
+def feature_terms(compared: Mapping[str, Sequence[ComparedMaps]]) -> dict[str, Tensor]:
+    """The terms on features, by name, of the maps that each of them compares."""
+    functions = {term.name: term.binary for term in TERMS if term.on_features}
+    return {
+        name: function(maps) for name, maps in compared.items() if (function := functions[name])
+    }
 
 
 def binary_maps(
