@@ -8,8 +8,6 @@ from typing import Any
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.costs import without_teacher
 
-KINDS = ("baseline", "distilled")
-
 
 @dataclass(frozen=True)
 class Budget:
