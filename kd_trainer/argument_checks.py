@@ -166,6 +166,30 @@ def check_ends(args: Any, given: Collection[str] = ()) -> None:
             )
 
 
+def check_weight_schedule(args: Any, given: Collection[str] = ()) -> None:
+    """Refuse weights that cannot be, and schedules that leave a stretch without any term.
+
+    Also a weight beside the schedule that takes its place, if it is among the fields `given`.
+    """
+    weights, schedules = args.loss_weights, args.weight_schedules  # each raises on wrong ones
+    for name, schedule in schedules.items():
+        flag = f"{name}_weight"
+        if flag in given and getattr(args, flag) != schedule.peak:
+            raise ValueError(
+                f"Expected --{flag} or a --weight_schedule for {name}, got both, of which the "
+                "schedule alone would count. Leave one out."
+            )
+    # Linear between points, so that a stretch without terms begins at one of them.
+    for epoch in sorted({0.0, *(e for s in schedules.values() for e, _ in s.points)}):
+        now = weights.following({name: schedule(epoch) for name, schedule in schedules.items()})
+        if schedules and not any(now.effective().values()):
+            raise ValueError(
+                "Expected a loss term with a weight above 0 at any time, got a --weight_schedule "
+                f"that leaves none at epoch {epoch:g}. Let terms overlap, or jump: "
+                "kl=0:1,20:1,20:0 bce=0:0,20:0,20:1."
+            )
+
+
 def _default(args: Any, name: str) -> Any:
     return type(args).__dataclass_fields__[name].default
 

@@ -24,10 +24,17 @@ from kd_trainer.argument_checks import (
     check_staged,
     check_sync_batchnorm,
     check_targets,
+    check_weight_schedule,
 )
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
-from kd_trainer.losses import TERMS, LossWeights
-from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
+from kd_trainer.losses import SCHEDULED, TERMS, LossWeights
+from kd_trainer.schedules import (
+    TemperatureSchedule,
+    TrainingSchedule,
+    UnfreezeSchedule,
+    WeightSchedule,
+    read_weight_schedules,
+)
 
 BALANCED = ["balanced"]
 PRECISIONS = ("auto", "bf16", "fp16", "no")
@@ -54,6 +61,12 @@ class DistillationArguments(TrainingArguments):
         None,
         "Weights of the classes in the BCE (cross entropy): one number a class, background first, "
         "or `balanced`, which measures their shares in the training masks.",
+    )
+    weight_schedule: list[str] | None = help_field(
+        None,
+        "Weights that change over the run, in place of those above: NAME=EPOCH:WEIGHT,... for a "
+        "term or `task`, linear between the points; two points of one epoch are a jump.",
+        metavar="NAME=POINTS",
     )
     # The teacher's answers.
     teacher_targets: str = help_field(
@@ -97,8 +110,8 @@ class DistillationArguments(TrainingArguments):
     )
     plan_epochs: float | None = help_field(
         None,
-        "Epochs that warm-up and unfreezing are written for (the recipes: 50): scale them to those "
-        "of the run, or to --max_steps.",
+        "Epochs that warm-up, unfreezing and weights are written for (the recipes: 50): scale them "
+        "to those of the run, or to --max_steps.",
     )
     # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
@@ -223,7 +236,7 @@ class DistillationArguments(TrainingArguments):
         self._check_precision()
 
     def _check_schedules(self) -> None:
-        self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
+        check_weight_schedule(self)
         self.temperature  # noqa: B018
         check_class_weights(self)
         check_ends(self)
@@ -292,9 +305,15 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """Weights of the loss terms."""
+        """Weights of the loss terms; of those that follow a schedule the highest."""
         weights = {term.name: getattr(self, term.flag) for term in TERMS}
-        return LossWeights(**weights, task=self.task_weight)
+        weights |= {"task": self.task_weight}
+        return LossWeights(**weights | {n: s.peak for n, s in self.weight_schedules.items()})
+
+    @property
+    def weight_schedules(self) -> dict[str, WeightSchedule]:
+        """Schedules of the weights that have one, by the name of the term."""
+        return read_weight_schedules(self.weight_schedule, SCHEDULED)
 
     @property
     def class_factors(self) -> float | tuple[float, ...] | None:
@@ -338,6 +357,7 @@ class DistillationArguments(TrainingArguments):
             unfreeze_warmup_epochs=self.unfreeze_warmup_epochs,
             min_rate=self.min_learning_rate / self.learning_rate,
             plan_epochs=self.plan_epochs,
+            weight_schedules=self.weight_schedules,
         )
 
 

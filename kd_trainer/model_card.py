@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from kd_trainer.errors import printable
-from kd_trainer.losses import TERMS
+from kd_trainer.losses import SCHEDULED, TERMS
 from kd_trainer.models.configuration_smp import MULTI_LABEL, uses_timm_loader
 from kd_trainer.models.image_sizes import as_size
+from kd_trainer.schedules import read_weight_schedules
 from kd_trainer.sources import is_hub_id, public_name
 
 TASK = "image-segmentation"
@@ -182,7 +184,7 @@ def render(facts: CardFacts) -> str:
         fitted=facts.config.get("keep_aspect_ratio", False),
         taught=facts.teacher is not None,
         loss=_loss(facts),
-        softened=any(term.softened and facts.settings.get(term.flag) for term in TERMS),
+        softened=any(term.softened and _weights(facts.settings, term.name) for term in TERMS),
         figures=_figures(facts),
         sizes=_sizes(facts),
         device=str(facts.results.get("device", "cpu")).split(":")[0],
@@ -198,11 +200,26 @@ def _loss(facts: CardFacts) -> str:
     several = (settings.get("num_labels") or 2) > 2
     terms = []
     for term in TERMS:
-        factor = float(taught) if term.needs_teacher else settings.get("task_weight", 1.0)
-        weight = settings.get(term.flag, 0.0) * factor
-        if weight:
-            terms.append(f"{weight:g} {(several and term.softmax_title) or term.title}")
+        factors = _weights(settings, "task", 1.0)
+        if term.needs_teacher:
+            factors = [1.0] if taught else []
+        weights = _weights(settings, term.name)
+        if weights and factors:
+            text = " → ".join(f"{weight * factors[0]:g}" for weight in weights)
+            if len(factors) > 1:
+                each = (" → ".join(f"{one:g}" for one in some) for some in (factors, weights))
+                text = "({})·({})".format(*each)
+            terms.append(f"{text} {(several and term.softmax_title) or term.title}")
     return " + ".join(terms)
+
+
+def _weights(settings: dict[str, Any], name: str, default: float = 0.0) -> list[float]:
+    """Weights of a term in turn: one, or those of its schedule; none where it is never above 0."""
+    schedule = read_weight_schedules(settings.get("weight_schedule"), SCHEDULED).get(name)
+    if schedule is not None:
+        return [weight for weight, _ in groupby(w for _, w in schedule.points)]
+    weight = settings.get(f"{name}_weight", default)
+    return [weight] if weight else []
 
 
 def _figures(facts: CardFacts) -> Table | None:

@@ -60,7 +60,7 @@ from kd_trainer.evaluation import (
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
 from kd_trainer.hub import Pushed
-from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
+from kd_trainer.losses import LossWeights, distillation_terms, labelled_images, weighted_sum
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import PartLR, parameter_groups, regroup
 from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
@@ -222,6 +222,11 @@ class DistillationTrainer(Trainer):
         """What happens when, for the length that the running epoch has."""
         return self.epochs.schedule
 
+    @property
+    def current_weights(self) -> LossWeights:
+        """Weights of the loss terms at the running step."""
+        return self.loss_weights.following(self.schedule.weights(self.state.global_step))
+
     # ---- The loss ----
 
     def compute_loss(
@@ -232,8 +237,8 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
-        inputs = self._normalised(inputs)
-        teacher = self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
+        inputs, weights = self._normalised(inputs), self.current_weights
+        teacher = self.teacher_logits(inputs) if weights.ask_teacher else None
         hold_frozen(self.model)
         labels = inputs["labels"]
         outputs = model(inputs["pixel_values"])
@@ -245,12 +250,12 @@ class DistillationTrainer(Trainer):
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
             distil_mask=inputs.get("distil_mask"),
-            weights=self.loss_weights,
+            weights=weights,
             pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
         )
-        loss = weighted_sum(terms, self.loss_weights)
-        self.tracked.add(terms, logits)
+        loss = weighted_sum(terms, weights)
+        self.tracked.add(terms, logits, weights)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def teacher_logits(self, inputs: Batch) -> Tensor | None:

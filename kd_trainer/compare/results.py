@@ -34,7 +34,7 @@ _ROUNDING = 1e-3
 # Two machines keep the same things in other places.
 _PATHS = ("dataset", "teacher", "unlabelled", "encoder_weights", "student")
 _BY_SEED = frozenset({"seed", "use_cpu"}) | WITHOUT_EFFECT
-_BY_TEACHER = frozenset({"teacher", "unlabelled"}) | OF_THE_DISTILLATION
+_BY_TEACHER = frozenset({"teacher", "unlabelled", "weight_schedule"}) | OF_THE_DISTILLATION
 # Stretched for a baseline without the unlabelled images.
 _STRETCHED = frozenset(
     {"max_steps", "num_train_epochs", "warmup_epochs", "unfreeze_warmup_epochs"}

@@ -3,6 +3,7 @@
 from kd_trainer.losses.checks import class_ids
 from kd_trainer.losses.functions import TERMS, Term
 from kd_trainer.losses.terms import (
+    SCHEDULED,
     TEACHER_TERMS,
     LossTerms,
     LossWeights,
@@ -13,6 +14,7 @@ from kd_trainer.losses.terms import (
 )
 
 __all__ = [
+    "SCHEDULED",
     "TEACHER_TERMS",
     "TERMS",
     "LossTerms",

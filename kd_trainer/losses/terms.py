@@ -70,6 +70,16 @@ class LossWeights(SimpleNamespace):
             for term in TERMS
         }
 
+    def following(self, weights: Mapping[str, float]) -> LossWeights:
+        """The same with the weights of schedules at one time.
+
+        A weight of 0 here stays 0: without a teacher its terms have none, whatever a schedule says.
+        """
+        if not weights:
+            return self
+        own = vars(self)
+        return LossWeights(**own | {n: w for n, w in weights.items() if own[n] > 0})
+
     @property
     def ask_teacher(self) -> bool:
         """Whether a term that counts needs the teacher."""
@@ -106,6 +116,9 @@ class LossWeights(SimpleNamespace):
                     f"{getattr(self, term.name):g}: {term.degenerate}. Set --{term.flag} 0."
                 )
 
+
+SCHEDULED = (*NAMES, "task")
+"""Names of the weights that may follow a schedule."""
 
 ALL_TERMS = LossWeights(**dict.fromkeys(NAMES, 1.0))
 UNWEIGHTED = LossWeights(**{term.name: 1.0 for term in TERMS if not term.extra})
