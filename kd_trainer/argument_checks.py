@@ -188,6 +188,16 @@ def check_weight_schedule(args: Any, given: Collection[str] = ()) -> None:
                 f"that leaves none at epoch {epoch:g}. Let terms overlap, or jump: "
                 "kl=0:1,20:1,20:0 bce=0:0,20:0,20:1."
             )
+        if args.adaptive_weight and not any(now.without_teacher().effective().values()):
+            raise ValueError(
+                "Expected a loss term that compares with labels beside --adaptive_weight, which "
+                f"may switch the others off, got none at epoch {epoch:g}. Give one a weight."
+            )
+    if args.adaptive_weight and args.eval_strategy == "no":
+        raise ValueError(
+            "Expected --eval_strategy epoch or steps with --adaptive_weight, got no: it follows "
+            "the evaluations. Set one, or leave it out."
+        )
 
 
 def _default(args: Any, name: str) -> Any:

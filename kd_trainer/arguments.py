@@ -68,6 +68,11 @@ class DistillationArguments(TrainingArguments):
         "term or `task`, linear between the points; two points of one epoch are a jump.",
         metavar="NAME=POINTS",
     )
+    adaptive_weight: bool = help_field(
+        False,
+        "Fade the terms that need the teacher, and switch them off, where the student's mIoU is "
+        "above the teacher's at two evaluations in a row; below it they are back.",
+    )
     # The teacher's answers.
     teacher_targets: str = help_field(
         "online",

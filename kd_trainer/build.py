@@ -354,6 +354,11 @@ def _check_together(run: RunArguments) -> None:
         )
     if run.model.has_teacher:
         run.training.loss_weights.check_teacher()
+    if run.training.adaptive_weight and not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher with --adaptive_weight, got none. Name a teacher, or leave it "
+            "out."
+        )
     if run.data.unlabelled is not None and not run.model.has_teacher:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "

@@ -305,7 +305,10 @@ def duration(seconds: float) -> str:
 
 def without_teacher(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what only a teacher can use."""
-    of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size", "teacher_maps")
+    of_the_teacher = (
+        *("teacher_targets", "teacher_cache", "teacher_cache_size", "teacher_maps"),
+        "adaptive_weight",
+    )
     kept = {name: value for name, value in settings.items() if name not in of_the_teacher}
     schedules = read_weight_schedules(kept.get("weight_schedule"), SCHEDULED)
     of_labels = {name: s for name, s in schedules.items() if name not in TEACHER_TERMS}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput, has_length
 
-from kd_trainer.accepted import accepted_student, as_teacher, check_accepted
+from kd_trainer.accepted import accepted_student, as_teacher, check_accepted, check_one_set
+from kd_trainer.adaptive_weight import AdaptiveWeight
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import (
     EpochCounter,
@@ -111,6 +113,7 @@ class DistillationTrainer(Trainer):
             images: set by who knows more, such as the content of the data.
         peers: the processes of the training, by rank.
         stop: a request to stop, looked at after each step; None without one.
+        adaptive: how far the evaluations let the teacher have its say, with `args.adaptive_weight`.
     """
 
     model: Any  # a network: of smp, of transformers, or a module of the user's
@@ -153,6 +156,7 @@ class DistillationTrainer(Trainer):
         self.id2label = labels_of(model)
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
+        check_one_set(args, sets)
         self._follow(args, model, teacher, ignore_index)
         if self.own_metrics is None:  # whose figures nobody knows yet
             names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
@@ -191,6 +195,8 @@ class DistillationTrainer(Trainer):
         self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
+        adapts = args.adaptive_weight and teacher is not None
+        self.adaptive = AdaptiveWeight() if adapts else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of the user's `model_init`."""
@@ -225,7 +231,10 @@ class DistillationTrainer(Trainer):
     @property
     def current_weights(self) -> LossWeights:
         """Weights of the loss terms at the running step."""
-        return self.loss_weights.following(self.schedule.weights(self.state.global_step))
+        weights = self.loss_weights.following(self.schedule.weights(self.state.global_step))
+        if self.adaptive is None:
+            return weights
+        return weights.scaled(self.adaptive.distillation, self.adaptive.task(weights.task))
 
     # ---- The loss ----
 
@@ -489,6 +498,7 @@ class DistillationTrainer(Trainer):
             "terms": self.tracked.saved(),
             "position": self.epochs.position(self.state, self.control, self.train_dataset),
             "free_units": free_units(self.model),
+            "adaptive": asdict(self.adaptive) if self.adaptive is not None else {},
         }
         torch.save(progress, progress_file(folder, self.args))
 
@@ -501,6 +511,8 @@ class DistillationTrainer(Trainer):
         """Set what the Trainer starts at zero, private fields too, to what it was at the save."""
         self.peers = processes_of_run()
         self._began, self._earlier_seconds = time.monotonic(), 0.0
+        if self.adaptive is not None:
+            self.adaptive = AdaptiveWeight(**self._saved_progress().get("adaptive", {}))
         if self._resumed is None:
             return
         # Steps between logs and evaluations are the old run's in the file; a new logging counts.
@@ -586,7 +598,10 @@ class DistillationTrainer(Trainer):
             for buffer in self.model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
         with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
+            figures = super().evaluate(*args, **kwargs)
+        if self.adaptive is not None and self.is_in_train:
+            self.adaptive.update(figures["eval_miou"], figures["eval_teacher_miou"])
+        return figures
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """In the precision of this trainer, also for `predict`."""
@@ -682,6 +697,7 @@ class DistillationTrainer(Trainer):
                 self.args,
                 max(self.state.global_step - 1, 0),  # the step that is logged, not the next
             )
+            logs |= self.adaptive.logs() if self.adaptive is not None else {}
         super().log(logs, start_time)
 
     # ---- The Hub ----

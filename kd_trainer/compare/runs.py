@@ -34,6 +34,7 @@ COUNTS, FINAL_COUNTS, NOTE = "image_counts.npz", "final_counts.npz", "comparison
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
     | {"temperature_per", "teacher_targets", "teacher_shares", "teacher_flip", "class_map"}
+    | {"adaptive_weight"}
     | {*(t.flag for t in TERMS if t.needs_teacher)}
 )
 

@@ -80,6 +80,11 @@ class LossWeights(SimpleNamespace):
         own = vars(self)
         return LossWeights(**own | {n: w for n, w in weights.items() if own[n] > 0})
 
+    def scaled(self, teacher: float, task: float) -> LossWeights:
+        """With this factor on each term that needs a teacher, and another `task`."""
+        taught = {name: teacher * getattr(self, name) for name in TEACHER_TERMS}
+        return LossWeights(**vars(self) | taught | {"task": task})
+
     @property
     def ask_teacher(self) -> bool:
         """Whether a term that counts needs the teacher."""
