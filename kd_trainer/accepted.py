@@ -170,3 +170,12 @@ def as_teacher(
 def kind_of(model: Measured) -> str:
     """What the logits of a model mean, in words."""
     return "several labels a pixel (sigmoids)" if is_multi_label(model) else "one class a pixel"
+
+
+def check_one_set(args: DistillationArguments, sets: Mapping[str, Any]) -> None:
+    """Refuse several evaluation sets beside a weight that follows the ratio on one."""
+    if sets and args.adaptive_weight:
+        raise ValueError(
+            f"Expected one evaluation set with adaptive_weight, got {', '.join(sets)}, whose "
+            "figures may say different things. Give one, or leave it out."
+        )

@@ -205,6 +205,40 @@ def rate_options(args: Any) -> tuple[tuple[str, float], ...]:
     return tuple(given.items())
 
 
+def check_weight_schedule(args: Any, given: Collection[str] = ()) -> None:
+    """Refuse weights that cannot be, and schedules that leave a stretch without any term.
+
+    Also a weight beside the schedule that takes its place, if it is among the fields `given`.
+    """
+    weights, schedules = args.loss_weights, args.weight_schedules  # each raises on wrong ones
+    for name, schedule in schedules.items():
+        flag = f"{name}_weight"
+        if flag in given and getattr(args, flag) != schedule.peak:
+            raise ValueError(
+                f"Expected --{flag} or a --weight_schedule for {name}, got both, of which the "
+                "schedule alone would count. Leave one out."
+            )
+    # Linear between points, so that a stretch without terms begins at one of them.
+    for epoch in sorted({0.0, *(e for s in schedules.values() for e, _ in s.points)}):
+        now = weights.following({name: schedule(epoch) for name, schedule in schedules.items()})
+        if schedules and not any(now.effective().values()):
+            raise ValueError(
+                "Expected a loss term with a weight above 0 at any time, got a --weight_schedule "
+                f"that leaves none at epoch {epoch:g}. Let terms overlap, or jump: "
+                "kl=0:1,20:1,20:0 bce=0:0,20:0,20:1."
+            )
+        if args.adaptive_weight and not any(now.without_teacher().effective().values()):
+            raise ValueError(
+                "Expected a loss term that compares with labels beside --adaptive_weight, which "
+                f"may switch the others off, got none at epoch {epoch:g}. Give one a weight."
+            )
+    if args.adaptive_weight and args.eval_strategy == "no":
+        raise ValueError(
+            "Expected --eval_strategy epoch or steps with --adaptive_weight, got no: it follows "
+            "the evaluations. Set one, or leave it out."
+        )
+
+
 def _default(args: Any, name: str) -> Any:
     return type(args).__dataclass_fields__[name].default
 

@@ -29,15 +29,18 @@ from kd_trainer.argument_checks import (
     check_staged,
     check_sync_batchnorm,
     check_targets,
+    check_weight_schedule,
     rate_options,
 )
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
-from kd_trainer.losses import TERMS, LossWeights, PseudoLabels
+from kd_trainer.losses import SCHEDULED, TERMS, LossWeights, PseudoLabels
 from kd_trainer.schedules import (
     LabelledShare,
     TemperatureSchedule,
     TrainingSchedule,
     UnfreezeSchedule,
+    WeightSchedule,
+    read_weight_schedules,
 )
 
 BALANCED = ["balanced"]
@@ -103,6 +106,17 @@ class DistillationArguments(TrainingArguments):
         "Share of the images of each batch that have masks, repeated as often as the others need: "
         "a number, or EPOCH:SHARE points (0:0.5 36:1 ends with masks alone); default: as it comes.",
     )
+    weight_schedule: list[str] | None = help_field(
+        None,
+        "Weights that change over the run, in place of those above: NAME=EPOCH:WEIGHT,... for a "
+        "term or `task`, linear between the points; two points of one epoch are a jump.",
+        metavar="NAME=POINTS",
+    )
+    adaptive_weight: bool = help_field(
+        False,
+        "Fade the terms that need the teacher, and switch them off, where the student's mIoU is "
+        "above the teacher's at two evaluations in a row; below it they are back.",
+    )
     # The teacher's answers.
     teacher_targets: str = help_field(
         "online",
@@ -145,8 +159,8 @@ class DistillationArguments(TrainingArguments):
     )
     plan_epochs: float | None = help_field(
         None,
-        "Epochs that warm-up and unfreezing are written for (the recipes: 50): scale them to those "
-        "of the run, or to --max_steps.",
+        "Epochs that warm-up, unfreezing and weights are written for (the recipes: 50): scale them "
+        "to those of the run, or to --max_steps.",
     )
     # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
@@ -288,8 +302,9 @@ class DistillationArguments(TrainingArguments):
         self._check_precision()
 
     def _check_schedules(self) -> None:
+        check_weight_schedule(self)
         check_pseudo(self)
-        self.pseudo.check(self.loss_weights.effective())  # and on a negative or non-finite weight
+        self.pseudo.check(self.loss_weights.effective())
         self.temperature  # noqa: B018
         check_labelled_share(self)
         check_class_weights(self)
@@ -362,8 +377,14 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """Weights of the loss terms."""
-        return LossWeights.of(vars(self))
+        """Weights of the loss terms; of those that follow a schedule the highest."""
+        weights = vars(LossWeights.of(vars(self)))
+        return LossWeights(**weights | {n: s.peak for n, s in self.weight_schedules.items()})
+
+    @property
+    def weight_schedules(self) -> dict[str, WeightSchedule]:
+        """Schedules of the weights that have one, by the name of the term."""
+        return read_weight_schedules(self.weight_schedule, SCHEDULED)
 
     @property
     def pseudo(self) -> PseudoLabels:
@@ -427,6 +448,7 @@ class DistillationArguments(TrainingArguments):
             rate_shape=SchedulerType(self.lr_scheduler_type).value,
             rate_options=rate_options(self),
             plan_epochs=self.plan_epochs,
+            weight_schedules=self.weight_schedules,
         )
 
 

@@ -359,6 +359,11 @@ def _check_together(run: RunArguments) -> None:
         several = len(run.model.teachers) > 1 or run.model.teacher_flip
         maps = run.model.teacher_maps is not None
         check_one_network(run.training.loss_weights, several=several, maps=maps)
+    if run.training.adaptive_weight and not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher with --adaptive_weight, got none. Name a teacher, or leave it "
+            "out."
+        )
     if run.data.unlabelled is not None and not run.model.is_taught:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "

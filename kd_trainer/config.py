@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.argument_checks import UNUSABLE, check_ends
+from kd_trainer.argument_checks import UNUSABLE, check_ends, check_weight_schedule
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import is_own
@@ -379,6 +379,7 @@ def check_given(run: RunArguments, given: Collection[str]) -> None:
         if name in run.given:
             raise ValueError(f"Expected no --{name}: {UNUSABLE[name]}.")
     check_ends(run.training, given)
+    check_weight_schedule(run.training, given)
     decided = [name for name in _OF_A_NEW_STUDENT if name in given]
     if run.model.student is not None and decided:
         raise ValueError(

@@ -6,9 +6,11 @@ and settings may be a stranger's.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from kd_trainer.errors import printable
-from kd_trainer.losses import TERMS, LossWeights
+from kd_trainer.losses import SCHEDULED, TERMS
 from kd_trainer.models.configuration_smp import MULTI_LABEL, uses_timm_loader
 from kd_trainer.models.image_sizes import as_size
+from kd_trainer.schedules import read_weight_schedules
 from kd_trainer.sources import SELF, is_hub_id, public_name
 
 TASK = "image-segmentation"
@@ -192,7 +195,7 @@ def render(facts: CardFacts) -> str:
         channels=len(facts.config["image_mean"]) if facts.config.get("own_depth") else 0,
         taught=facts.teacher is not None,
         loss=_loss(facts),
-        softened=any(term.softened and facts.settings.get(term.flag) for term in TERMS),
+        softened=any(term.softened and _weights(facts.settings, term.name) for term in TERMS),
         figures=_figures(facts),
         sizes=_sizes(facts),
         device=str(facts.results.get("device", "cpu")).split(":")[0],
@@ -204,14 +207,36 @@ def render(facts: CardFacts) -> str:
 
 def _loss(facts: CardFacts) -> str:
     """The sum of terms that was minimised; of a student without a teacher those that need none."""
-    weights = LossWeights.of(facts.settings)
-    factors = (weights if facts.teacher is not None else weights.without_teacher()).effective()
-    softmax = (facts.settings.get("num_labels") or 2) > 2 and not facts.several
-    return " + ".join(
-        f"{factors[term.name]:g} {(softmax and term.softmax_title) or term.title}"
-        for term in TERMS
-        if factors[term.name]
-    )
+    settings, taught = facts.settings, facts.teacher is not None
+    softmax = (settings.get("num_labels") or 2) > 2 and not facts.several
+    terms = []
+    for term in TERMS:
+        names = [term.pseudo_of or term.name, *(["pseudo"] if term.pseudo_of else [])]
+        names += ["task"] if term.pseudo_of or not term.needs_teacher else []
+        factors = [_weights(settings, name, float(name == "task")) for name in names]
+        if all(factors) and (taught or not term.needs_teacher):
+            terms.append(f"{_product(factors)} {(softmax and term.softmax_title) or term.title}")
+    return " + ".join(terms)
+
+
+def _product(factors: list[list[float]]) -> str:
+    """A product of weights as text, those that change with an arrow."""
+    constant = math.prod(weights[0] for weights in factors if len(weights) == 1)
+    changing = [weights for weights in factors if len(weights) > 1] or [[1.0]]
+    first = " → ".join(f"{constant * weight:g}" for weight in changing[0])
+    if len(changing) == 1:
+        return first
+    rest = [" → ".join(f"{weight:g}" for weight in weights) for weights in changing[1:]]
+    return "·".join(f"({text})" for text in [*reversed(rest), first])
+
+
+def _weights(settings: dict[str, Any], name: str, default: float = 0.0) -> list[float]:
+    """Weights of a term in turn: one, or those of its schedule; none where it is never above 0."""
+    schedule = read_weight_schedules(settings.get("weight_schedule"), SCHEDULED).get(name)
+    if schedule is not None:
+        return [weight for weight, _ in groupby(w for _, w in schedule.points)]
+    weight = settings.get(f"{name}_weight", default)
+    return [weight] if weight else []
 
 
 def _figures(facts: CardFacts) -> Table | None:

@@ -54,10 +54,11 @@ EXPORTS_SHAPE = {
 }
 _LATENCY = {"engine": str, "threads": float, "median": float, "percentile_95": float}
 COMPARISON_SHAPE = {
-    "baseline": {"metrics": {"*": {"mean": float}}},
+    "students": {"*": {"metrics": {"*": {"mean": float}}, "baseline": str}},
     "costs": {"student": {"latency": [_LATENCY]}, "teacher": {"latency": [_LATENCY]}},
 }
 NOTE_SHAPE = {"starts": float, "updates": float, "left_out": float, "teacher_weights": str}
+NOTE_SHAPE |= dict.fromkeys(("baseline", "flags", "final"), str)
 
 # What a training writes into its output folder, or reads there when it goes on.
 _OF_A_RUN = re.compile(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +22,8 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput, has_length
 
-from kd_trainer.accepted import accepted_student, as_teacher, check_accepted
+from kd_trainer.accepted import accepted_student, as_teacher, check_accepted, check_one_set
+from kd_trainer.adaptive_weight import AdaptiveWeight
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import (
     EpochCounter,
@@ -68,6 +70,7 @@ from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, u
 from kd_trainer.feature_maps import FeatureMatching, first_trained, recorded
 from kd_trainer.hub import Pushed
 from kd_trainer.losses import (
+    LossWeights,
     distillation_terms,
     feature_terms,
     labelled_images,
@@ -135,6 +138,7 @@ class DistillationTrainer(Trainer):
             images: set by who knows more, such as the content of the data.
         peers: the processes of the training, by rank.
         stop: a request to stop, looked at after each step; None without one.
+        adaptive: how far the evaluations let the teacher have its say, with `args.adaptive_weight`.
     """
 
     model: Any  # a network: of smp, of transformers, or a module of the user's
@@ -179,6 +183,7 @@ class DistillationTrainer(Trainer):
         teacher = None if isinstance(teacher, str) else teacher
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
+        check_one_set(args, sets)
         self._follow(args, model, teacher, ignore_index)
         self.ema = None if args.ema_decay is None else StudentEma(args.ema_decay)
         if self.own_metrics is None:  # whose figures nobody knows yet
@@ -222,6 +227,8 @@ class DistillationTrainer(Trainer):
         self.settings = settings_for(model, ignore_index, evaluated, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
+        adapts = args.adaptive_weight and teacher is not None
+        self.adaptive = AdaptiveWeight() if adapts else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of the user's `model_init`."""
@@ -253,6 +260,14 @@ class DistillationTrainer(Trainer):
         """What happens when, for the length that the running epoch has."""
         return self.epochs.schedule
 
+    @property
+    def current_weights(self) -> LossWeights:
+        """Weights of the loss terms at the running step."""
+        weights = self.loss_weights.following(self.schedule.weights(self.state.global_step))
+        if self.adaptive is None:
+            return weights
+        return weights.scaled(self.adaptive.distillation, self.adaptive.task(weights.task))
+
     # ---- The loss ----
 
     def compute_loss(
@@ -263,9 +278,9 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
-        inputs = self._normalised(inputs)
-        seen: dict[str, Tensor] = {}
-        shown: dict[str, Tensor] = {}
+        inputs, weights = self._normalised(inputs), self.current_weights
+        seen: dict[str, Tensor] = {}  # feature maps, of the student
+        shown: dict[str, Tensor] = {}  # and of the teacher
         if ASKED in inputs:
             teacher = inputs["teacher_logits"]
             self._show(inputs, shown)
@@ -289,23 +304,22 @@ class DistillationTrainer(Trainer):
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
             distil_mask=followed,
-            weights=self.loss_weights,
+            weights=weights,
             pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
             pseudo=self.args.pseudo,
             pseudo_images=inputs.get(PSEUDO_IMAGES),
         )
-        compared = self.matching.compared(
-            seen, shown, self._distilled(inputs), self.loss_weights.feature_terms
-        )
+        features = weights.feature_terms
+        compared = self.matching.compared(seen, shown, self._distilled(inputs), features)
         vars(terms).update(feature_terms(compared))
-        loss = weighted_sum(terms, self.loss_weights)
-        self.tracked.add(terms, first_trained(seen, logits))
+        loss = weighted_sum(terms, weights)
+        self.tracked.add(terms, first_trained(seen, logits), weights)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def _asked(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
         """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
-        if not self.loss_weights.ask_teacher:
+        if not self.current_weights.ask_teacher:
             return None
         return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs, maps)
 
@@ -605,6 +619,7 @@ class DistillationTrainer(Trainer):
             "terms": self.tracked.saved(),
             "position": self.epochs.position(self.state, self.control, self.train_dataset),
             "free_units": free_units(self.model),
+            "adaptive": asdict(self.adaptive) if self.adaptive is not None else {},
         }
         torch.save(progress, progress_file(folder, self.args))
 
@@ -617,6 +632,8 @@ class DistillationTrainer(Trainer):
         """Set what the Trainer starts at zero, private fields too, to what it was at the save."""
         self.peers = processes_of_run()
         self._began, self._earlier_seconds = time.monotonic(), 0.0
+        if self.adaptive is not None:
+            self.adaptive = AdaptiveWeight(**self._saved_progress().get("adaptive", {}))
         if self._resumed is None:
             return
         # Steps between logs and evaluations are the old run's in the file; a new logging counts.
@@ -706,7 +723,10 @@ class DistillationTrainer(Trainer):
         """
         share_buffers(self.model)
         with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
+            figures = super().evaluate(*args, **kwargs)
+        if self.adaptive is not None and self.is_in_train:
+            self.adaptive.update(figures["eval_miou"], figures["eval_teacher_miou"])
+        return figures
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """In the precision of this trainer, also for `predict`."""
@@ -819,6 +839,7 @@ class DistillationTrainer(Trainer):
                 self.args,
                 max(self.state.global_step - 1, 0),  # the step that is logged, not the next
             )
+            logs |= self.adaptive.logs() if self.adaptive is not None else {}
         super().log(logs, start_time)
 
     # ---- The Hub ----

@@ -18,7 +18,7 @@ AUGMENTATION = "kd_trainer/data/augmentation.py"
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
     (
-        *("losses", "schedules", "metrics", "fast_layers"),
+        *("losses", "schedules", "adaptive_weight", "metrics", "fast_layers"),
         *("errors", "fields", "files", "processes", "universal", PORTABLE),
     ),
     (

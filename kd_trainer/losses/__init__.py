@@ -6,6 +6,7 @@ from kd_trainer.losses.functions import TERMS, Term
 from kd_trainer.losses.pseudo import PseudoLabels
 from kd_trainer.losses.terms import (
     FEATURE_TERMS,
+    SCHEDULED,
     TEACHER_TERMS,
     LossTerms,
     LossWeights,
@@ -19,6 +20,7 @@ from kd_trainer.losses.terms import (
 
 __all__ = [
     "FEATURE_TERMS",
+    "SCHEDULED",
     "TEACHER_TERMS",
     "TERMS",
     "ComparedMaps",

@@ -85,6 +85,22 @@ class LossWeights(SimpleNamespace):
             factors[term.name] = factor * self.pseudo if term.pseudo_of else factor
         return factors
 
+    def following(self, weights: Mapping[str, float]) -> LossWeights:
+        """The same with the weights of schedules at one time.
+
+        A weight of 0 here stays 0: without a teacher its terms have none, whatever a schedule says.
+        """
+        if not weights:
+            return self
+        own = vars(self)
+        return LossWeights(**own | {n: w for n, w in weights.items() if own[n] > 0})
+
+    def scaled(self, teacher: float, task: float) -> LossWeights:
+        """With this factor on each term that needs a teacher, and another `task`."""
+        names = ("pseudo", *(name for name in WEIGHTED if name in TEACHER_TERMS))
+        taught = {name: teacher * getattr(self, name) for name in names}
+        return LossWeights(**vars(self) | taught | {"task": task})
+
     @property
     def ask_teacher(self) -> bool:
         """Whether a term that counts needs the teacher."""
@@ -143,6 +159,9 @@ class LossWeights(SimpleNamespace):
                     f"{self.effective()[term.name]:g}: {term.degenerate}. Set --{term.flag} 0."
                 )
 
+
+SCHEDULED = (*WEIGHTED, "pseudo", "task")
+"""Names of the weights that may follow a schedule."""
 
 ALL_TERMS = LossWeights(**dict.fromkeys(WEIGHTED, 1.0), pseudo=1.0)
 UNWEIGHTED = LossWeights(**{term.name: 1.0 for term in TERMS if not term.extra})
