@@ -283,9 +283,10 @@ class DistillationTrainer(Trainer):
         shown: dict[str, Tensor] = {}  # and of the teacher
         if ASKED in inputs:
             teacher = inputs["teacher_logits"]
-            self._show(inputs, shown)
+            if weights.feature_terms:
+                self._show(inputs, shown)
         else:
-            teacher = self._asked(inputs, shown)
+            teacher = self._asked(inputs, shown if weights.feature_terms else None)
         hold_frozen(self.model)
         labels, followed = inputs["labels"], inputs.get("distil_mask")
         if followed is None and self.loss_weights.pseudo > 0:
