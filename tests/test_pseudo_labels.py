@@ -292,6 +292,13 @@ def test_settings_that_would_do_nothing_or_nonsense_are_refused(options, message
         arguments(tmp_path, **options)
 
 
+def test_a_weight_by_schedule_is_a_weight(tmp_path: Path):
+    """Asked for `--pseudo_weight` alone, a run that starts them later could set no confidence."""
+    later = ["pseudo=0:0,10:1"]
+    args = arguments(tmp_path, weight_schedule=later, pseudo_confidence=0.9)
+    assert (args.loss_weights.pseudo, args.pseudo.confidence) == (1.0, 0.9)
+
+
 def test_pseudo_labels_without_a_teacher_are_refused(tmp_path: Path):
     """The weights of terms that need one are set to 0 without it: nothing would be left of them."""
     args = arguments(tmp_path, pseudo_weight=1.0)

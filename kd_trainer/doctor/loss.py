@@ -66,7 +66,9 @@ def loss_of(run: RunArguments, parts: RunComponents) -> Loss:
     return loss
 
 
-def degenerate_finding(channels: int, loss: Loss, *, teacher: bool = True) -> Finding:
+def degenerate_finding(
+    channels: int, loss: Loss, *, teacher: bool = True, multi_label: bool = False
+) -> Finding:
     """Whether every term that has a weight can teach a student of so many logits a pixel.
 
     A term cannot, whatever the data say, if for random logits and labels it is not finite, or has
@@ -76,6 +78,7 @@ def degenerate_finding(channels: int, loss: Loss, *, teacher: bool = True) -> Fi
         channels: logits of the student at each pixel.
         loss: its terms.
         teacher: whether there is one.
+        multi_label: whether a pixel may have several labels.
     """
     check, logits = "loss", several(channels, "logit")
     random = torch.Generator().manual_seed(0)
@@ -83,6 +86,8 @@ def degenerate_finding(channels: int, loss: Loss, *, teacher: bool = True) -> Fi
     student = (2 * torch.randn(shape, generator=random)).requires_grad_()
     guide = 4 * torch.randn(shape, generator=random)
     labels = torch.randint(0, max(channels, 2), (2, 16, 16), generator=random)
+    if multi_label:
+        labels = torch.randint(0, 2, shape, generator=random)
     tracked = TermSums(ALL_TERMS)
     tracked.add(loss(student, guide if teacher else None, {"labels": labels}), student)
     if not tracked.sums:

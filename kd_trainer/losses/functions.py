@@ -15,9 +15,18 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_trainer.losses.checks import check_pos_weight
+from kd_trainer.losses.features import (
+    Alignment,
+    MaskedGenerator,
+    Projection,
+    attention_transfer,
+    channel_wise,
+    fitnet,
+    generated,
+)
 
 Logits = Tensor  # (B, K, H, W)
 Labels = Tensor  # (B, H, W), int64, a class id at each pixel that counts
@@ -342,7 +351,9 @@ def _image_mean(values: Tensor, mask: Mask, images: Tensor | None) -> Scalar:
     return torch.where(counted, values, 0.0).sum() / images.to(values.dtype).clamp(min=1e-6)
 
 
-Input = Literal["student", "teacher", "labels", "mask", "temperature", "pos_weight", "images"]
+Input = Literal[
+    "student", "teacher", "labels", "mask", "temperature", "pos_weight", "images", "features"
+]
 
 
 @dataclass(frozen=True)
@@ -363,6 +374,8 @@ class Term:
         soft_binary: `binary` with probabilities for labels; None where that makes no sense.
         soft_softmax: the same of `softmax`.
         pseudo_of: name of the term of which it is the form against the teacher's answers.
+        head: of a term on features: what is learned to make a map of so many channels (student's,
+            teacher's) comparable; None compares the maps themselves.
     """
 
     name: str
@@ -378,6 +391,7 @@ class Term:
     soft_binary: Callable[..., Scalar] | None = None
     soft_softmax: Callable[..., Scalar] | None = None
     pseudo_of: str = ""
+    head: Callable[[int, int], nn.Module] | None = None
 
     @property
     def flag(self) -> str:
@@ -387,7 +401,16 @@ class Term:
     @property
     def needs_teacher(self) -> bool:
         """Whether it follows the teacher; the others follow the labels."""
-        return bool(self.pseudo_of) or any(name.startswith("teacher") for name in self.takes)
+        return (
+            bool(self.pseudo_of)
+            or self.on_features
+            or any(name.startswith("teacher") for name in self.takes)
+        )
+
+    @property
+    def on_features(self) -> bool:
+        """Whether it compares maps inside of both networks, while they are trained only."""
+        return "features" in self.takes
 
     @property
     def softened(self) -> bool:
@@ -480,6 +503,15 @@ _TERMS = (
         softmax=softmax_tversky,
         title="Tversky",
         extra=True,
+    ),
+    *(
+        Term(name, ("features",), function, function, title, extra=True, head=head)
+        for name, function, title, head in (
+            ("fitnet", fitnet, "FitNet", Projection),
+            ("at", attention_transfer, "attention transfer", None),
+            ("feature_cwd", channel_wise, "CWD of features", Alignment),
+            ("mgd", generated, "MGD", MaskedGenerator),
+        )
     ),
 )
 PSEUDO = tuple(term.pseudo() for term in _TERMS if not term.needs_teacher)

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from kd_trainer.losses.checks import check_inputs, check_temperature, class_ids
+from kd_trainer.losses.features import ComparedMaps
 from kd_trainer.losses.functions import TERMS
 from kd_trainer.losses.pseudo import PseudoLabels
 
 NAMES = tuple(term.name for term in TERMS)
 WEIGHTED = tuple(term.name for term in TERMS if not term.pseudo_of)  # with a weight of their own
 TEACHER_TERMS = frozenset(term.name for term in TERMS if term.needs_teacher)
+FEATURE_TERMS = tuple(term.name for term in TERMS if term.on_features)
 
 
 class LossTerms(SimpleNamespace):
@@ -83,6 +85,22 @@ class LossWeights(SimpleNamespace):
             factors[term.name] = factor * self.pseudo if term.pseudo_of else factor
         return factors
 
+    def following(self, weights: Mapping[str, float]) -> LossWeights:
+        """The same with the weights of schedules at one time.
+
+        A weight of 0 here stays 0: without a teacher its terms have none, whatever a schedule says.
+        """
+        if not weights:
+            return self
+        own = vars(self)
+        return LossWeights(**own | {n: w for n, w in weights.items() if own[n] > 0})
+
+    def scaled(self, teacher: float, task: float) -> LossWeights:
+        """With this factor on each term that needs a teacher, and another `task`."""
+        names = ("pseudo", *(name for name in WEIGHTED if name in TEACHER_TERMS))
+        taught = {name: teacher * getattr(self, name) for name in names}
+        return LossWeights(**vars(self) | taught | {"task": task})
+
     @property
     def ask_teacher(self) -> bool:
         """Whether a term that counts needs the teacher."""
@@ -96,6 +114,15 @@ class LossWeights(SimpleNamespace):
     def without_pseudo(self) -> LossWeights:
         """The same for images that all have masks."""
         return LossWeights(**vars(self) | {"pseudo": 0.0})
+
+    @property
+    def feature_terms(self) -> list[str]:
+        """Names of the terms on features that count."""
+        return [name for name in FEATURE_TERMS if getattr(self, name) > 0]
+
+    def without_features(self) -> LossWeights:
+        """The same without the terms on features, which an evaluation does not compute."""
+        return LossWeights(**vars(self) | dict.fromkeys(FEATURE_TERMS, 0.0))
 
     def check_teacher(self, *, taught: bool = True) -> None:
         """Refuse a teacher that would be loaded and never be asked, and pseudo labels of nobody.
@@ -133,6 +160,9 @@ class LossWeights(SimpleNamespace):
                 )
 
 
+SCHEDULED = (*WEIGHTED, "pseudo", "task")
+"""Names of the weights that may follow a schedule."""
+
 ALL_TERMS = LossWeights(**dict.fromkeys(WEIGHTED, 1.0), pseudo=1.0)
 UNWEIGHTED = LossWeights(**{term.name: 1.0 for term in TERMS if not term.extra})
 
@@ -151,7 +181,7 @@ def distillation_terms(
     pseudo: PseudoLabels | None = None,
     pseudo_images: Tensor | None = None,
 ) -> LossTerms:
-    """Compute the terms; one channel is a binary model, more are a softmax model.
+    """Compute the terms on logits; one channel is a binary model, more are a softmax model.
 
     What logits, labels and mask hold at pixels that do not count has no influence, NaN included.
     Labels that count must be class ids; others fail in an index operation.
@@ -212,11 +242,19 @@ def _terms_of_sides(
         given = {**inputs, "student": _keep_pixels(student, mask), "mask": mask}
         for term in TERMS:
             function = term.function(student.shape[1])
-            if term.pseudo_of or not function or term.needs_teacher != needs_teacher:
+            if term.pseudo_of or term.on_features or not function:
                 continue
-            if factors[term.name] > 0:
+            if term.needs_teacher == needs_teacher and factors[term.name] > 0:
                 terms[term.name] = function(**{name: given[name] for name in term.takes})
     return terms
+
+
+def feature_terms(compared: Mapping[str, Sequence[ComparedMaps]]) -> dict[str, Tensor]:
+    """The terms on features, by name, of the maps that each of them compares."""
+    functions = {term.name: term.binary for term in TERMS if term.on_features}
+    return {
+        name: function(maps) for name, maps in compared.items() if (function := functions[name])
+    }
 
 
 def binary_maps(
