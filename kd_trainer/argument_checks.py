@@ -335,7 +335,7 @@ def _number(word: Any) -> float:
 def check_pseudo(args: Any) -> None:
     """Refuse settings of pseudo labels that nobody follows."""
     for name in ("pseudo_labels", "pseudo_confidence"):
-        if args.pseudo_weight == 0 and getattr(args, name) != _default(args, name):
+        if args.loss_weights.pseudo == 0 and getattr(args, name) != _default(args, name):
             raise ValueError(
                 f"Expected --pseudo_weight above 0 with --{name} {getattr(args, name)}, got 0, "
                 "which follows no pseudo labels. Set it to 1, or leave the other out."

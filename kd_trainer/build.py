@@ -450,13 +450,14 @@ def images_an_epoch(
 
 def _check_unlabelled(dataset: TransformedDataset | StreamedDataset, run: RunArguments) -> None:
     """Refuse pseudo labels where each image has a mask; a stream does not say whether it has."""
-    if run.training.pseudo_weight == 0 or isinstance(dataset, StreamedDataset):
+    weight = run.training.loss_weights.pseudo
+    if weight == 0 or isinstance(dataset, StreamedDataset):
         return
     if has_mask(dataset.dataset).all():
         raise ValueError(
-            f"Expected images without masks with --pseudo_weight {run.training.pseudo_weight:g}, "
-            f"got a mask for each of the {len(dataset):,} training images. Name a folder of images "
-            "without masks (--unlabelled), or leave it out."
+            f"Expected images without masks with --pseudo_weight {weight:g}, got a mask for each "
+            f"of the {len(dataset):,} training images. Name a folder of images without masks "
+            "(--unlabelled), or leave it out."
         )
 
 
