@@ -26,6 +26,7 @@ _MOST = 1e100  # of a figure: sums and logarithms of such numbers exist
 RESULTS_SHAPE = {
     "student_*": float,
     "teacher_*": float,
+    "ema_*": float,
     "teacher": str,
     "agreement": float,
     "agreement_miou": float,
@@ -61,7 +62,7 @@ NOTE_SHAPE = {"starts": float, "updates": float, "left_out": float, "teacher_wei
 # What a training writes into its output folder, or reads there when it goes on.
 _OF_A_RUN = re.compile(
     r"config\.yaml|.*results\.json|trainer_state\.json|report\.html|bad_samples\.txt|held_out\.txt|"
-    r"student|panels|runs|hub|\.?checkpoint-.*|\.training"
+    r"student|ema|panels|runs|hub|\.?checkpoint-.*|\.training"
 )
 
 

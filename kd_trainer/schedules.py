@@ -9,6 +9,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+RATE_SHAPES: dict[str, dict[str, float]] = {
+    "cosine": {},
+    "linear": {},
+    "polynomial": {"power": 1.0},
+    "cosine_with_restarts": {"num_cycles": 1},
+    "constant": {},
+    "constant_with_warmup": {},
+}
+"""How a learning rate falls after its warm-up, by transformers' names and with its options."""
+
 TEMPERATURE_KINDS = ("cosine", "linear", "exponential", "constant", "piecewise")
 
 
@@ -164,6 +174,55 @@ class UnfreezeSchedule:
         return self.start_epoch + unit_rank * self.every
 
 
+@dataclass(frozen=True)
+class LabelledShare:
+    """Share of the images of a batch that have masks, constant from each point to the next.
+
+    Attributes:
+        points: (epoch, share) pairs, whole epochs rising from 0, shares from 0 to 1.
+
+    Raises:
+        ValueError: if they are not.
+    """
+
+    points: Sequence[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((float(x), float(s)) for x, s in self.points))
+        epochs, shares = ([point[i] for point in self.points] for i in (0, 1))
+        rising = all(a < b for a, b in itertools.pairwise([*epochs, math.inf]))
+        if not epochs or epochs[0] != 0 or not rising or not all(x.is_integer() for x in epochs):
+            raise ValueError(
+                f"Expected --labelled_share at whole epochs rising from 0, got epochs {epochs}. "
+                "Write one share, or EPOCH:SHARE pairs such as 0:0.5 36:1."
+            )
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"Expected --labelled_share from 0 to 1, got {shares}. 0.5 gives masks to half the "
+                "images of each batch."
+            )
+
+    def __call__(self, epoch: int) -> float:
+        """The share in an epoch, counted from 0."""
+        return self.points[bisect.bisect_right([x for x, _ in self.points], epoch) - 1][1]
+
+    def images(self, epoch: int, batch: int) -> int:
+        """Images with masks in a batch of an epoch: of both kinds one at least, between 0 and 1.
+
+        Raises:
+            ValueError: if there is no place for both.
+        """
+        share = self(epoch)
+        if share in (0, 1):
+            return int(share) * batch
+        if batch < 2:
+            raise ValueError(
+                f"Expected --batch_size 2 or more with --labelled_share {share:g}, got {batch}: a "
+                "batch holds both kinds of images. Raise it, or leave the share out."
+            )
+        return min(max(round(share * batch), 1), batch - 1)
+
+
 _ROUNDING = 1e-6  # of an epoch that is scaled to another length
 
 
@@ -182,6 +241,8 @@ class TrainingSchedule:
         warmup_epochs: of the learning rate, at the start of the run.
         unfreeze_warmup_epochs: of the learning rate of a part that becomes free later.
         min_rate: learning rate at the end of the run, as a share of the base rate.
+        rate_shape: of the learning rate after its warm-up, one of `RATE_SHAPES`.
+        rate_options: of that shape.
         plan_epochs: length that warm-up and unfreezing are written for; None means this run's.
     """
 
@@ -194,6 +255,8 @@ class TrainingSchedule:
     warmup_epochs: float = 0.0
     unfreeze_warmup_epochs: float = 0.0
     min_rate: float = 0.0
+    rate_shape: str = "cosine"
+    rate_options: tuple[tuple[str, float], ...] = ()
     plan_epochs: float | None = None
 
     @property
@@ -229,21 +292,33 @@ class TrainingSchedule:
     def rate_at(self, epoch: float, free_from: float = 0.0) -> float:
         """Learning rate as a share of the base rate at a fractional epoch.
 
-        Linear warm-up over `warmup_epochs`, then a cosine to `min_learning_rate`. A part that is
+        Linear warm-up over `warmup_epochs`, then down to `min_learning_rate` at the end, but for
+        the constant shapes. A part that is
         freed at `free_from` has 0 before it, and ramps up over `unfreeze_warmup_epochs` after it.
         """
         if epoch < free_from:
             return 0.0
-        factor = self._warmup_cosine(epoch)
+        factor = self._curve(epoch)
         if self.unfreeze_warmup_epochs > 0 and free_from > 0:
             ramp = self.unfreeze_warmup_epochs * self.scale
             factor *= min(1.0, (epoch - free_from) / ramp)
         return factor
 
-    def _warmup_cosine(self, epoch: float) -> float:
+    def _curve(self, epoch: float) -> float:
         warmup = min(self.warmup_epochs * self.scale, self.epochs)
         if epoch < warmup:
             return epoch / warmup
         rest = self.epochs - warmup
         progress = min((epoch - warmup) / rest, 1.0) if rest > 0 else 1.0
-        return self.min_rate + (1 - self.min_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_rate + (1 - self.min_rate) * self._fallen(progress)
+
+    def _fallen(self, progress: float) -> float:
+        """What is left at a progress from 0 to 1, as a share: 1 at first, and 0 at the end."""
+        options = RATE_SHAPES[self.rate_shape] | dict(self.rate_options)
+        if self.rate_shape.startswith("constant"):
+            return 1.0
+        if self.rate_shape in ("linear", "polynomial"):
+            return (1 - progress) ** options.get("power", 1.0)
+        if self.rate_shape == "cosine_with_restarts" and progress < 1:
+            progress = options["num_cycles"] * progress % 1
+        return 0.5 * (1 + math.cos(math.pi * progress))

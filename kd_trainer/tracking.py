@@ -59,7 +59,10 @@ class TermSums:
         self.count = 0
 
     def add(self, terms: LossTerms, logits: Tensor) -> None:
-        """Add the terms of one micro-batch; no host sync."""
+        """Add the terms of one micro-batch; no host sync.
+
+        With terms on features, `logits` are a map that all terms have a gradient at.
+        """
         named = terms.named()
         if not self.shares and logits.requires_grad:
             self.shares = self._gradient_norms(named, logits)
@@ -71,7 +74,9 @@ class TermSums:
         norms = {}
         for name, value in named.items():
             if value.requires_grad:
-                (gradient,) = torch.autograd.grad(value, logits, retain_graph=True)
+                (gradient,) = torch.autograd.grad(
+                    value, logits, retain_graph=True, materialize_grads=True
+                )
                 norms[name] = self.weights[name] * gradient.float().norm()
         return norms
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.build import FOUND, RunComponents, build_run
+from kd_trainer.build import FOUND, RunComponents, build_run, images_an_epoch
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import Budget
@@ -76,11 +76,17 @@ def _prepare(comparison: Comparison) -> tuple[dict[str, RunComponents], Budget]:
     settings |= {name: learned[name] for name in FOUND if settings.get(name) is None}
     images = {kind: len(one.train_dataset) for kind, one in parts.items()}
     args = distilled.training
-    per_epoch = {kind: steps_per_epoch(count, args) for kind, count in images.items()}
+    drawn = {k: images_an_epoch(parts[k].train_dataset, runs[k].training) for k in parts}
+    per_epoch = {kind: steps_per_epoch(count, args) for kind, count in drawn.items()}
     return parts, Budget(total_steps(args, per_epoch["distilled"]), per_epoch, images)
 
 
 def _check(run: RunArguments) -> None:
+    if run.model.teaches_itself:
+        raise ValueError(
+            "Expected a --teacher that can be measured, got self: there is no gap between a "
+            "student and its own average. Train with --teacher self and with none, and use eval.py."
+        )
     if not run.model.has_teacher:
         raise ValueError(
             "Expected a --teacher to compare with and without, got none. Name one; train.py "
@@ -90,11 +96,6 @@ def _check(run: RunArguments) -> None:
         raise ValueError(
             "Expected a --teacher that can be asked, got --teacher_maps, whose answers compare.py "
             "cannot count yet. Train with and without it, and use eval.py."
-        )
-    if run.data.numbers_only:
-        raise ValueError(
-            "Expected one class a pixel of RGB images, got --multi_label or --in_channels, which "
-            "compare.py cannot read yet. Train with and without the teacher, and use eval.py."
         )
     if run.training.eval_strategy == "no":
         raise ValueError(

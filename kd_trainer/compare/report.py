@@ -66,7 +66,7 @@ def summarise(runs: Sequence[FinishedRun], resamples: int) -> dict[str, Any]:
     gap = interval = None
     if all(by_kind.values()):
         gap = _gap(teacher["miou"], by_kind)
-        tables = {k: np.stack([r.counts.confusion() for r in by_kind[k]]) for k in KINDS}
+        tables = {k: np.stack([r.confusion for r in by_kind[k]]) for k in KINDS}
         interval = asdict(
             bootstrap_difference(tables["distilled"], tables["baseline"], resamples=resamples)
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from transformers import AutoConfig
 
 from kd_trainer.checkpointing.fingerprint import DEFAULTS, WITHOUT_EFFECT, Difference, differences
@@ -66,13 +67,24 @@ class FinishedRun:
         if (student / "config.json").is_file():
             labels = AutoConfig.from_pretrained(student).id2label or {}
             return {int(index): str(name) for index, name in labels.items()}
-        names = {key: self.config.get(key) for key in ("num_labels", "class_names")}
+        keys = ("num_labels", "class_names", "multi_label")
+        names = {key: self.config.get(key) for key in keys}
         return DataArguments(**{k: v for k, v in names.items() if v is not None}).id2label
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a pixel may have several labels."""
+        return bool(self.config.get("multi_label"))
+
+    @property
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """The student's pixels of each image, see `ImageCounts.confusion`."""
+        return self.counts.confusion(multi_label=self.multi_label)
 
     @cached_property
     def figures(self) -> dict[str, dict[str, float]]:
         """Metrics of `student` and `teacher` from the counts."""
-        return self.counts.figures(self.id2label)
+        return self.counts.figures(self.id2label, multi_label=self.multi_label)
 
     @property
     def train_seconds(self) -> float | None:
@@ -186,7 +198,7 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_data(one: FinishedRun, other: FinishedRun) -> None:
-    truths = [run.counts.confusion().sum(axis=-1) for run in (one, other)]
+    truths = [run.confusion.sum(axis=-1) for run in (one, other)]
     if not np.array_equal(*truths):
         raise ValueError(
             f"Expected runs measured on the same images, got {one.name} and {other.name} with "

@@ -31,7 +31,9 @@ COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
+    | {"feature_pairs", "projection_learning_rate"}
     | {"temperature_per", "teacher_targets", "teacher_shares", "teacher_flip", "class_map"}
+    | {"pseudo_labels", "pseudo_confidence", "labelled_share"}
     | {*(t.flag for t in TERMS if t.needs_teacher)}
 )
 

@@ -20,7 +20,7 @@ from kd_trainer.data.bad_samples import (
     check_split,
     readable_values,
 )
-from kd_trainer.data.channels import Channels, channels_shape
+from kd_trainer.data.channels import channels_of_data, channels_shape
 from kd_trainer.data.class_tables import color_flags_of, find_class_table
 from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_shape
@@ -30,7 +30,9 @@ from kd_trainer.data.mask_files import mask_shape
 from kd_trainer.data.mask_survey import LabelCount, count_labels, find_mask_rule, survey_masks
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values, show_values
 from kd_trainer.data.planes import PlaneRule, check_planes
+from kd_trainer.data.quota import has_mask
 from kd_trainer.data.sources import class_layout, is_coco, known_label_count, names_of_values
+from kd_trainer.data.views import Views
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import clipped
 from kd_trainer.mask_flags import REST, color_members, merged_members, numbered, show_color
@@ -356,9 +358,6 @@ def transforms(
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    channels = None
-    if data.channel_mean is not None and data.channel_std is not None:
-        channels = Channels(tuple(data.channel_mean), tuple(data.channel_std))
     rule: MaskRule | PlaneRule
     data = with_label_count(splits, data)
     if data.multi_label:
@@ -368,6 +367,14 @@ def transforms(
     else:
         rule = mask_rule(splits, data, every_class=every_class)
     whole = "fit" if data.resize == "crop" else data.resize
+    only_training: dict[str, Any] = {
+        "scales": None if data.scale_jitter is None else tuple(data.scale_jitter),
+        "views": Views(
+            strong=data.strong_views,
+            mix=data.cutmix,
+            classes=data.label_count if data.cutmix_mode == "class" else 0,
+        ),
+    }
     training, evaluation = (
         SegmentationTransform(
             data.input_size,
@@ -376,9 +383,13 @@ def transforms(
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
-            channels=channels,
+            channels=channels_of_data(data),
+            **more,
         )
-        for kind, resize in ((data.augmentation, data.resize), ("none", whole))
+        for kind, resize, more in (
+            (data.augmentation, data.resize, only_training),
+            ("none", whole, {}),
+        )
     )
     return training, evaluation
 
@@ -388,8 +399,6 @@ def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
     most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
         return (row for row in islice(rows, most) if row["mask"] is not None)
-    # As an arrow column: 100,000 rows are looked through without reading any image.
-    masks = rows.select_columns("mask").with_format("arrow")[:]["mask"]
-    labelled = np.flatnonzero(masks.is_valid().to_numpy())
+    labelled = np.flatnonzero(has_mask(rows))
     count = min(most, len(labelled))
     return (rows[int(labelled[len(labelled) * i // count])] for i in range(count))

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.build import RunComponents
+from kd_trainer.build import RunComponents, images_an_epoch
 from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
 from kd_trainer.costs import length_in_epochs, steps_per_epoch
@@ -95,6 +95,15 @@ def sizes_table(parts: RunComponents) -> str:
     return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
 
 
+def _average_line(run: RunArguments) -> str:
+    """What is kept beside the student, and whether it teaches."""
+    decay = run.training.ema_decay
+    if decay is None:
+        return ""
+    role = ", its teacher" if run.model.teaches_itself else ""
+    return f"\n\nBeside it the student's moving average{role} (decay {decay:g}), as large again"
+
+
 def _units_line(student: nn.Module) -> str:
     """The units of a stock model by name, in the order in which they are freed."""
     if isinstance(student, SmpForSemanticSegmentation):
@@ -132,7 +141,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
     """The whole plan as text."""
     args = run.training
     train = len(parts.train_dataset)
-    steps = steps_per_epoch(train, args)
+    steps = steps_per_epoch(images_an_epoch(parts.train_dataset, args), args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
         "source": printable(run.data.dataset),
@@ -147,7 +156,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
         [
             "# Plan: " + str(args.output_dir),
             "## Data\n" + "\n".join(f"- {k}: {v}" for k, v in data.items()),
-            "## Networks\n" + sizes_table(parts) + _units_line(parts.student),
+            "## Networks\n" + sizes_table(parts) + _average_line(run) + _units_line(parts.student),
             f"## Loss\ntotal = {loss}",
             "## Timeline\n" + _timeline(parts, args, steps),
             "## Configuration\n" + yaml.safe_dump(run.resolved(), sort_keys=False).strip(),

@@ -247,15 +247,18 @@ METRICS = {
 """Keys of a network's figures and their names, in the order of tables and legends."""
 
 
-def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
-    """All charts for which something was logged, as `<svg>` elements."""
+def history_charts(logs: Logs, class_names: Sequence[str], *, background: bool = True) -> list[str]:
+    """All charts for which something was logged, as `<svg>` elements.
+
+    Without a `background` two classes are two figures; with it they are that of the foreground.
+    """
     mious = {
         "eval_miou": "student",
         "eval_teacher_miou": "teacher",
         "eval_agreement_miou": "student against teacher",
     }
     metrics = {f"eval_{key}": name for key, name in METRICS.items() if key != "miou"}
-    several = class_names if len(class_names) > 2 else ()
+    several = class_names if len(class_names) > 2 or not background else ()
     classes = {f"eval_iou_{name}": name for name in several}
     losses = {"loss": "training", "eval_loss": "evaluation (T = 1)"}
     terms = {term.name: term.name for term in TERMS}
