@@ -9,6 +9,7 @@ from test_layouts import both, nothing_said_before
 from test_mask_formats import COLORS, SIDE, ids
 
 from kd_trainer.build import learn_from_sources
+from kd_trainer.commands.data import data_main
 from kd_trainer.config import parse
 from kd_trainer.data import load_splits, mask_rule, with_label_count
 from kd_trainer.data_arguments import DataArguments
@@ -62,6 +63,14 @@ def test_colours_and_names_are_those_of_the_table(name, place, tmp_path, capsys)
     said = capsys.readouterr().err
     assert f"the 3 colours and names of {tmp_path / place / name}: sky, car, road" in said
     assert "255,0,0 counts nowhere. --mask_colors overrules." in said
+
+
+def test_who_looks_at_the_data_is_told(tmp_path, capsys):
+    table(folder(tmp_path / "photos") / "class_dict.csv")
+    data_main([str(tmp_path / "photos"), "--output", str(tmp_path / "look.png")])
+    said = capsys.readouterr().out
+    assert "class_dict.csv: sky, car, road; 255,0,0 counts nowhere" in said
+    assert "--mask_colors sky=0,0,0 car=0,0,255 ignore=255,0,0 road=0,255,0" in said
 
 
 def test_a_run_writes_down_what_the_table_says(tmp_path):

@@ -17,7 +17,7 @@ from kd_trainer.build import evaluation_dataset
 from kd_trainer.commands.data import data_main
 from kd_trainer.commands.train import prepare
 from kd_trainer.config import build, parse
-from kd_trainer.data import layouts, load_splits
+from kd_trainer.data import folder_layouts, layouts, load_splits
 from kd_trainer.data.folder_layouts import words_of
 from kd_trainer.data.hold_out import folders_of, held_out, row_names
 from kd_trainer.data.known_layouts import CITYSCAPES_CLASSES
@@ -633,6 +633,19 @@ def test_words_are_told_apart_in_names_of_folders():
 
 
 # --- kd-trainer data ------------------------------------------------------------------------------
+
+
+def test_a_folder_is_walked_through_once(tmp_path, monkeypatch):
+    """Of a million files each walk takes seconds, and who asks for names of classes needs none."""
+    root, walks = both(tmp_path, *LAYOUTS["kind first"]), []
+    walk = folder_layouts.walk
+    monkeypatch.setattr(folder_layouts, "walk", lambda root: walks.append(root) or walk(root))
+    data = DataArguments(dataset=str(root))
+    splits = load_splits(data)
+    data = with_label_count(splits, data)
+    mask_rule(splits, data)
+    assert source_class_names(data) is None
+    assert walks == [root]
 
 
 def test_the_data_is_shown_and_the_flags_that_it_prints_read_the_same(tmp_path, capsys):

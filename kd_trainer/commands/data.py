@@ -91,7 +91,8 @@ def data_main(arguments: Sequence[str] | None = None) -> None:
     fault: ValueError | None = None
     rule: MaskRule | None = None
     try:
-        data = with_label_count(loaded.splits, data)
+        with redirect_stderr(sys.stdout):
+            data = with_label_count(loaded.splits, data)
         rule = mask_rule(loaded.splits, data)
         data = learned(rule, data)
     except ValueError as error:

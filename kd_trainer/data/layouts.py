@@ -81,13 +81,26 @@ def find_layout(data: DataArguments) -> Layout:
     return table
 
 
+def known_layout(data: DataArguments) -> Layout | None:
+    """The layout of a folder as that of a well-known data set, which may say what its classes are.
+
+    None if it is another one. Looks into few folders, where `find_layout` walks through all.
+    """
+    root, layout = Path(data.dataset), None
+    if root.is_dir() and data.layout in (None, "voc"):
+        layout = read_voc(root, data.image_folder, data.mask_folder)
+    if root.is_dir() and layout is None and data.layout in (None, "cityscapes"):
+        layout = None if data.mask_folder else read_cityscapes(root)
+    return layout
+
+
 def _readings(root: Path, data: DataArguments) -> list[Layout | None]:
     if root.is_file():
         return [read_csv_files(root, data)]
+    if (known := known_layout(data)) is not None:  # more than its folders say
+        return [known]
     splits = (data.train_split, data.eval_split)
     readers: dict[str, Callable[[], Layout | None]] = {
-        "voc": lambda: read_voc(root, data.image_folder, data.mask_folder),
-        "cityscapes": lambda: None if data.mask_folder else read_cityscapes(root),
         "metadata": lambda: read_metadata(root, data),
         "csv": lambda: read_csv_files(root, data),
         "folders": lambda: read_folders(
@@ -96,10 +109,8 @@ def _readings(root: Path, data: DataArguments) -> list[Layout | None]:
     }
     if data.layout is not None:
         return [readers[data.layout]()] if data.layout in readers else []
-    for name in ("voc", "cityscapes", "metadata", "csv"):
+    for name in ("metadata", "csv"):
         layout = readers[name]()
-        if layout is not None and name in ("voc", "cityscapes"):  # more than their folders say
-            return [layout]
         if layout is not None:
             return [layout, readers["folders"]()]
     return [readers["folders"]()]

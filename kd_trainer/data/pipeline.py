@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -31,7 +31,7 @@ from kd_trainer.data.mask_survey import LabelCount, count_labels, find_mask_rule
 from kd_trainer.data.masks import MaskRule, merged_rule, present_values, show_values
 from kd_trainer.data.planes import PlaneRule, check_planes
 from kd_trainer.data.quota import has_mask
-from kd_trainer.data.sources import is_coco, known_label_count, names_of_values, source_layout
+from kd_trainer.data.sources import class_layout, is_coco, known_label_count, names_of_values
 from kd_trainer.data.views import Views
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import clipped
@@ -108,7 +108,9 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
     if count is not None:
         return replace(data, num_labels=count)
     found = _counted(splits, data, SAMPLE)
-    if found.classes > 2 and data.mask_kind in (None, "values"):  # a class may be rare
+    of_ids = found.classes > 2 and data.mask_kind in (None, "values")
+    if of_ids and not all(isinstance(s, Sized) and len(s) <= SAMPLE for s in splits.values()):
+        # A class may be rare.
         many = _counted(splits, replace(data, mask_kind="values"), MANY)
         found = many if many.classes >= found.classes else found
     if found.ids and (unseen := {*range(found.classes)} - {*found.ids}):
@@ -255,7 +257,7 @@ def _rule_of_layout(
     data: DataArguments, ignored: tuple[int, ...], options: dict[str, Any]
 ) -> MaskRule | None:
     """The rule of a data set whose layout says which value is which class; None if it does not."""
-    layout = None if data.dataset == "synthetic" or is_coco(data) else source_layout(data)
+    layout = class_layout(data)
     if layout is None or layout.mask_values is None or len(layout.mask_values) != data.label_count:
         return None
     ignored = tuple(sorted({*ignored, *layout.ignored_values}))

@@ -27,6 +27,7 @@ from kd_trainer.data.layouts import (
     find_layout,
     find_pairs,
     in_pair_folder,
+    known_layout,
     say,
     say_split,
     split_of,
@@ -421,6 +422,12 @@ def source_layout(data: DataArguments) -> Layout | None:
     return find_layout(data) if laid_out else None
 
 
+def class_layout(data: DataArguments) -> Layout | None:
+    """The layout of a well-known data set, the only one that says its classes; else None."""
+    laid_out = _is_laid_out(data, (data.train_split, data.eval_split))
+    return known_layout(data) if laid_out else None
+
+
 def source_class_names(data: DataArguments) -> list[str] | None:
     """Names of the classes that the data itself has, background first; None if it has none."""
     if not data.dataset:
@@ -453,7 +460,7 @@ def names_of_values(data: DataArguments) -> list[str] | None:
     """Names of the values in mask files: of the layout, or of an id2label.json; else None."""
     if not data.dataset or data.dataset == "synthetic":
         return None
-    layout = source_layout(data)
+    layout = class_layout(data)
     if layout is not None and layout.class_names is not None:
         return [*layout.class_names]
     return class_names_beside(data.dataset)
