@@ -204,7 +204,8 @@ def render(facts: CardFacts) -> str:
 def _loss(facts: CardFacts) -> str:
     """The sum of terms that was minimised; of a student without a teacher those that need none."""
     weights = LossWeights.of(facts.settings)
-    factors = (weights if facts.teacher is not None else weights.without_teacher()).effective()
+    taught = facts.teacher is not None or facts.taught_itself
+    factors = (weights if taught else weights.without_teacher()).effective()
     several = (facts.settings.get("num_labels") or 2) > 2
     return " + ".join(
         f"{factors[term.name]:g} {(several and term.softmax_title) or term.title}"
