@@ -235,6 +235,7 @@ _HEADINGS = {
     "teacher": "teacher",
     "student_arch": "student",
     "kl_weight": "loss",
+    "pseudo_weight": "images without masks",
     "teacher_targets": "teacher",
     "temperature_schedule": "temperature and unfreezing",
     "learning_rate": "optimisation",

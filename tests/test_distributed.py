@@ -130,11 +130,13 @@ def test_dice_of_unevenly_labelled_ranks_is_that_of_one_process(two: Path, tmp_p
     with one_thread():
         alone = two_ranks.dice(tmp_path, 4)
     assert alone["world"] == 1
-    logged, wanted = (
-        [log["dice"] for log in run["logs"][:-1]] for run in (ranks(two, "dice")[0], alone)
-    )
-    assert logged == pytest.approx(wanted, rel=1e-6)
-    assert len(wanted) == 2
+    for name in ("dice", "pseudo_dice"):
+        logged, wanted = (
+            [log[name] for log in run["logs"][:-1]] for run in (ranks(two, "dice")[0], alone)
+        )
+        assert logged == pytest.approx(wanted, rel=1e-6)
+        assert len(wanted) == 2
+        assert sum(wanted) > 0.1
     steps = zip(
         *(torch.load(f / "gradients.pt", weights_only=True) for f in (two, tmp_path)), strict=True
     )
@@ -177,6 +179,21 @@ def test_a_streamed_run_of_two_processes_sees_and_measures_every_image(tmp_path:
     assert results["student_miou"] == pytest.approx(measured.student["miou"], rel=1e-9)
     best = max(log["eval_miou"] for log in state["log_history"] if "eval_miou" in log)
     assert best == pytest.approx(measured.student["miou"], rel=1e-9)
+
+
+def test_two_processes_share_the_batches_of_a_quota(tmp_path: Path):
+    """Nine images without masks, one a batch: a tenth batch is filled up, and each takes five."""
+    data = write_pairs(tmp_path / "data", train=3)
+    more = write_pairs(tmp_path / "more", train=9) / "train" / "images"
+    teacher, output = save_network(tmp_path / "teacher"), tmp_path / "out"
+    options = ["--unlabelled", str(more), "--labelled_share", "0.5", "--pseudo_weight", "1"]
+    flags = train_flags(data, output, *options, "--logging_steps", "1", teacher=teacher)
+    launch(str(TESTS.parent / "scripts" / "train.py"), *flags)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["max_steps"] == 2 * 5
+    logs = [log for log in state["log_history"] if "pseudo_bce" in log]
+    assert len(logs) == 10
+    assert all(log["bce"] > 0 and log["pseudo_bce"] > 0 for log in logs)
 
 
 def test_groups_of_a_sharded_student_hold_what_is_trained(tmp_path: Path):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from preflight_runs import flags as preflight_flags
+from preflight_runs import knowing, looked, teach
 from small_runs import save_network, train_flags, write_pairs
 from test_resume import assert_resumes_exactly, maker
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
@@ -248,3 +250,24 @@ def test_the_doctor_says_how_many_batches_will_hold_no_label():
     assert "about 43% of the batches of 8 will hold none" in finding.text
     assert "--labelled_share" in finding.cure
     assert label_finding(500, 600, 8).grade == "ok"
+
+
+def test_the_preflight_tries_pseudo_labels_on_an_image_as_if_it_had_no_mask(
+    tmp_path: Path, monkeypatch
+):
+    """Tried on labelled images alone they would have no gradient, and pass for a fault."""
+    data = write_pairs(tmp_path / "data", train=4)
+    more = write_pairs(tmp_path / "more", train=6) / "train" / "images"
+    teach(monkeypatch, knowing())
+    flags = preflight_flags(
+        data, tmp_path / "out", "--unlabelled", str(more), "--pseudo_weight", "1", teacher="one"
+    )
+    found = looked(parse(flags))
+    assert "4 of 10 images have a mask: about 33% of the batches of 2" in found["labels"].text
+    assert found["labels"].grade == "note"
+    for name in ("bce", "pseudo_bce", "pseudo_dice"):
+        assert f"{name} 0%" not in found["loss terms"].text
+        assert f"{name} " in found["loss terms"].text
+    assert found["loss terms"].grade != "fault"
+    quota = looked(parse([*flags, "--labelled_share", "0.5"]))
+    assert "labels" not in quota

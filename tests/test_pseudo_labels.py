@@ -9,6 +9,7 @@ import torch
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 
 from kd_trainer.accepted import check_accepted
+from kd_trainer.console import console_line
 from kd_trainer.doctor.loss import Gradients, share_finding
 from kd_trainer.losses import (
     TERMS,
@@ -20,6 +21,7 @@ from kd_trainer.losses import (
     weighted_sum,
 )
 from kd_trainer.model_card import CardFacts, render
+from kd_trainer.reports.charts import history_charts
 from kd_trainer.trainer import DistillationTrainer
 
 IGNORE = 255
@@ -336,6 +338,9 @@ def test_a_training_logs_them_and_their_shares_and_its_evaluation_leaves_them_ou
     assert logs[0]["grad_share/pseudo_bce"] > 0
     shares = [log[f"grad_share/{name}"] for log in logs for name in factors]
     assert sum(shares) == pytest.approx(len(logs))
+    charts = history_charts(trainer.state.log_history, ["a", "b"])
+    assert sum(">pseudo_bce<" in chart for chart in charts) == 2  # training, shares
+    assert "pseudo_dice " in str(console_line(logs[0]))
     evaluation = next(log for log in trainer.state.log_history if "eval_miou" in log)
     assert not any("pseudo" in name for name in evaluation)
     assert evaluation["eval_loss"] > 0
@@ -408,7 +413,7 @@ def test_the_card_of_a_student_names_them():
     """Without them the loss on the card would be that of another run."""
     settings = {"bce_weight": 0.5, "dice_weight": 1.0, "task_weight": 0.5, "pseudo_weight": 2.0}
     config = tiny_student().config.to_dict()
-    for teacher, shown in (({"teacher": "big"}, True), ({}, False)):
+    for teacher, shown in (({"teacher": "big"}, True), ({"teacher": None}, False)):
         facts = CardFacts("me/x", "mit", config, (1, 0), 1.0, "photos", teacher, settings)
         text = render(facts)
         assert "0.25 BCE + 0.5 Dice" in text

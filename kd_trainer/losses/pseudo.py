@@ -62,7 +62,9 @@ class PseudoLabels:
                     f"--{term.pseudo_of}_weight 0."
                 )
 
-    def terms(self, inputs: Mapping[str, Any], factors: Mapping[str, float]) -> dict[str, Tensor]:
+    def terms(
+        self, inputs: Mapping[str, Any], labelled: Mask, factors: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """The pseudo terms that have a factor, by name.
 
         The sum of a mean over pixels is divided by all unlabelled pixels, not by the confident
@@ -70,8 +72,9 @@ class PseudoLabels:
         over those with unlabelled pixels, each measured where the teacher is confident.
 
         Args:
-            inputs: of the terms of the table; `mask` (B, H, W) are the unlabelled pixels, and
-                `images` may be what `unlabelled_images` says of a step.
+            inputs: of the terms of the table; `mask` (B, H, W) are the pixels that are followed,
+                and `images` may be what `unlabelled_images` says of a step.
+            labelled: the pixels that carry a label.
             factors: `LossWeights.effective()`.
 
         Raises:
@@ -81,7 +84,8 @@ class PseudoLabels:
         if not wanted:
             return {}
         self.check(factors)
-        student, unlabelled, images = (inputs[name] for name in ("student", "mask", "images"))
+        student, images = inputs["student"], inputs["images"]
+        unlabelled = inputs["mask"] & ~labelled
         labels, sure = self._answers(inputs["teacher"], unlabelled)
         share = sure.sum().to(student.dtype) / unlabelled.sum().clamp(min=1)
         if images is None:

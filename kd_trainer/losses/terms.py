@@ -97,7 +97,7 @@ class LossWeights(SimpleNamespace):
         """The same for images that all have masks."""
         return LossWeights(**vars(self) | {"pseudo": 0.0})
 
-    def check_teacher(self, *, taught: bool) -> None:
+    def check_teacher(self, *, taught: bool = True) -> None:
         """Refuse a teacher that would be loaded and never be asked, and pseudo labels of nobody.
 
         Args:
@@ -194,8 +194,8 @@ def distillation_terms(
         sides.append((True, valid if distil_mask is None else distil_mask))
     terms = _terms_of_sides(student, sides, inputs, factors)
     if distil_mask is not None and "teacher" in inputs:
-        inputs |= {"student": student, "mask": distil_mask & ~valid, "images": pseudo_images}
-        terms |= (pseudo or PseudoLabels()).terms(inputs, factors)
+        inputs |= {"student": student, "mask": distil_mask, "images": pseudo_images}
+        terms |= (pseudo or PseudoLabels()).terms(inputs, valid, factors)
     return LossTerms(**terms)
 
 

@@ -123,7 +123,7 @@ def plain(folder: Path, batch: int) -> dict[str, Any]:
 
 
 def dice(folder: Path, batch: int) -> dict[str, Any]:
-    """Two steps of the Dice alone, on images of which three of eight have no label."""
+    """Two steps of both kinds of Dice, on images of which three of eight have no label."""
     spy = Gradients()
     args = arguments(
         folder,
@@ -132,10 +132,15 @@ def dice(folder: Path, batch: int) -> dict[str, Any]:
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
         bce_weight=0.0,
+        kl_weight=0.0,
+        mse_weight=0.0,
+        pseudo_weight=1.0,
     )
-    student = tiny_student(norm=False)
+    student, teacher = tiny_student(norm=False), tiny_teacher()
     data = PartlyLabelled(8)
-    trainer = DistillationTrainer(student, args, train_dataset=data, callbacks=[spy])
+    trainer = DistillationTrainer(
+        student, args, teacher=teacher, train_dataset=data, callbacks=[spy]
+    )
     trainer.train()
     if args.process_index == 0:
         torch.save(spy.steps, folder / "gradients.pt")
