@@ -258,7 +258,7 @@ def _load(run: RunArguments) -> LoadedSplits:
     """The splits of the run; says how to train where there is none to evaluate on."""
     data, evaluates = run.data, run.training.eval_strategy != "no"
     try:
-        return load_source(data, [data.train_split, *([data.eval_split] if evaluates else [])])
+        loaded = load_source(data, [data.train_split, *([data.eval_split] if evaluates else [])])
     except MissingSplitError as error:
         if error.split != data.eval_split:
             raise
@@ -266,6 +266,8 @@ def _load(run: RunArguments) -> LoadedSplits:
             error.split,
             f"{error} A set that has none is trained on by train.py with --eval_strategy no.",
         ) from None
+    _check_some_unlabelled(run, loaded.splits[data.train_split])
+    return loaded
 
 
 def counts_from_one(source: str, data: DataArguments) -> bool:
@@ -406,17 +408,22 @@ def _check_self_taught(run: RunArguments) -> None:
             "the student changes in each step. Leave one of them out."
         )
     check_self_taught(args)
-    if run.data.unlabelled is None and not (args.kl_weight or args.mse_weight):
-        raise ValueError(
-            "Expected --unlabelled with --teacher self, got none: it teaches on images without "
-            "masks. Name a folder of them, or train with --teacher none."
-        )
     announce(
         "The student teaches itself: its moving average answers on images without masks "
         f"(ema_decay {args.ema_decay:g}, pseudo_confidence {args.pseudo_confidence:g}, "
         f"strong_views {run.data.strong_views}, labelled_share "
         f"{' '.join(args.labelled_share or ['none'])}; weights: {_told(args.loss_weights)})."
     )
+
+
+def _check_some_unlabelled(run: RunArguments, rows: Any) -> None:
+    """Refuse a student that would teach itself on no image; of a stream nobody knows."""
+    if run.model.teaches_itself and not run.data.streaming and has_mask(rows).all():
+        raise ValueError(
+            "Expected images without masks with --teacher self, got masks of all "
+            f"{len(rows):,}: it is on the others that the student teaches itself. Name a folder "
+            "with --unlabelled, or train with --teacher none."
+        )
 
 
 def _told(weights: LossWeights) -> str:

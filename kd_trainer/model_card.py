@@ -207,7 +207,7 @@ def render(facts: CardFacts) -> str:
 
 def _loss(facts: CardFacts) -> str:
     """The sum of terms that was minimised; of a student without a teacher those that need none."""
-    settings, taught = facts.settings, facts.teacher is not None
+    settings, taught = facts.settings, facts.teacher is not None or facts.taught_itself
     softmax = (settings.get("num_labels") or 2) > 2 and not facts.several
     terms = []
     for term in TERMS:

@@ -25,6 +25,8 @@ from kd_trainer.config import parse
 from kd_trainer.data import collate
 from kd_trainer.data.views import Views, student_batch
 from kd_trainer.losses import distillation_terms, weighted_sum
+from kd_trainer.model_card import CardFacts, render
+from kd_trainer.run_folder import written_settings
 from kd_trainer.students import student_logits
 from kd_trainer.trainer import DistillationTrainer
 
@@ -146,6 +148,17 @@ def test_what_a_run_leaves_claims_no_teacher(finished: Path):
     assert "taught by" not in (finished / "report.html").read_text()
 
 
+def test_its_card_names_what_taught_it(finished: Path):
+    """`Distilled from self` would send a reader looking for that teacher."""
+    results = json.loads((finished / "results.json").read_text())
+    settings = written_settings(finished)
+    config = tiny_student().config.to_dict()
+    card = render(CardFacts("me/x", "mit", config, (1, 0), 1.0, "photos", results, settings))
+    assert "Its own moving average taught it" in card
+    assert "pseudo BCE" in card
+    assert "distilled from" not in card
+
+
 def test_its_configuration_is_the_run(finished: Path, folders: Path):
     """Read again, it must not get the weights of the first command line's recipe."""
     again = parse(["--config", str(finished)])
@@ -184,7 +197,7 @@ def test_what_only_a_teacher_with_a_file_has_is_refused(
 def test_without_images_to_teach_on_it_is_refused(folders: Path, tmp_path: Path):
     """Its hard answers teach on images without masks alone."""
     words = train_flags(folders / "data", tmp_path, teacher="self")
-    with pytest.raises(ValueError, match="Expected --unlabelled with --teacher self"):
+    with pytest.raises(ValueError, match="Expected images without masks with --teacher self"):
         build_run(parse(words))
 
 
