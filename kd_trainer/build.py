@@ -41,7 +41,13 @@ from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce, clipped
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.feature_maps import check_one_network
-from kd_trainer.loading import make_student, make_teacher, network_name, student_options
+from kd_trainer.loading import (
+    make_student,
+    make_teacher,
+    network_name,
+    saved_channels,
+    student_options,
+)
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
@@ -155,8 +161,8 @@ def build_run(run: RunArguments) -> RunComponents:
         check_pos_weight(args.class_factors, channels)
     weights = args.loss_weights if run.model.is_taught else args.loss_weights.without_teacher()
     weights.check_channels(channels)
-    if data.numbers_only:
-        _check_numbers_only(run)
+    if data.multi_label:
+        _check_several(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     data = _measure_channels(run, splits[data.train_split])
@@ -313,30 +319,32 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
     return processor_of(student, **({"do_reduce_labels": True} if data.reduce_labels else {}))
 
 
-def _check_numbers_only(run: RunArguments) -> None:
-    """Refuse what knows one class a pixel of RGB images only."""
-    args, several = run.training, run.data.multi_label
-    flag = "multi_label" if several else "in_channels"
-    asked = {
-        "class_weights": several and args.class_weights is not None,
-        "pos_weight": several and args.pos_weight is not None,
-        "teacher_targets": args.teacher_targets == "cached",
-    }
-    if wrong := [name for name, is_asked in asked.items() if is_asked]:
+def _check_several(run: RunArguments) -> None:
+    """Say what several labels a pixel mean, and refuse what knows one only."""
+    args = run.training
+    asked = ("class_weights", "pos_weight")
+    if wrong := [name for name in asked if getattr(args, name) is not None]:
         raise ValueError(
-            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --{flag}, got it: that "
-            "knows one class a pixel of RGB images only, so far. Leave it out."
+            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --multi_label, got it: that "
+            "knows one class a pixel only, so far. Leave it out."
         )
-    if several:
-        names = clipped(", ".join(run.data.id2label.values()), 200)
-        announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
+    names = clipped(", ".join(run.data.id2label.values()), 200)
+    announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
 
 
 def _measure_channels(run: RunArguments, rows: Any) -> DataArguments:
-    """Mean and std of the channels of the images, as the configuration then has them."""
+    """Mean and std of the channels, as the configuration then has them.
+
+    A saved student goes on with its own: its weights expect them.
+    """
     data = run.data
     if data.in_channels is None or data.channel_mean is not None:
         return data
+    source = run.model.student
+    if source is not None and (saved := saved_channels(source, data.in_channels)):
+        announce(f"Channels are normalised as those of {source}, the student, were.")
+        run.data = replace(data, channel_mean=saved[0], channel_std=saved[1])
+        return run.data
     mean, std, images = measured(sample_rows(rows), data.in_channels)
     told = ", ".join(f"{m:g} ± {s:g}" for m, s in zip(mean, std, strict=True))
     announce(

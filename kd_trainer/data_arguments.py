@@ -296,11 +296,6 @@ class DataArguments:
                 "that knows 8-bit RGB images only, so far. Leave one of them out."
             )
 
-    @property
-    def numbers_only(self) -> bool:
-        """Whether panels, report and preflight do not know such data yet."""
-        return self.multi_label or self.in_channels is not None
-
     def _check_multi_label(self) -> None:
         """Refuse what says how one class a pixel is read."""
         others = ("mask_values", "mask_colors", "mask_kind", "mask_threshold", "merge_classes")

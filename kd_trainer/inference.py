@@ -305,19 +305,13 @@ def planes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
     return np.asarray((logits.sigmoid() >= threshold).to(torch.uint8).cpu().numpy())
 
 
-def strongest(logits: Tensor, planes: np.ndarray) -> np.ndarray:
-    """The likeliest of the labels that a pixel has, from 1 on, and 0 where it has none, (H, W)."""
-    likeliest = logits.argmax(dim=0).cpu().numpy().astype(np.uint8) + 1
-    return np.where(planes.any(axis=0), likeliest, 0).astype(np.uint8)
-
-
 def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
     """One kind of output for an image.
 
     Args:
         output: a name of OUTPUTS.
         image: uint8 RGB (H, W, 3).
-        mask: class ids, uint8 (H, W).
+        mask: class ids, uint8 (H, W), or planes (K, H, W); of these no `masks`.
         num_labels: of the model, background included.
 
     Returns:
@@ -327,5 +321,6 @@ def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) ->
         return mask * 255 if num_labels == 2 else mask
     if output == "overlays":
         return overlay(image, mask, num_labels=num_labels)
-    opaque = np.where(mask > 0, 255, 0).astype(np.uint8)
+    found = mask.any(axis=0) if mask.ndim == 3 else mask > 0
+    opaque = np.where(found, 255, 0).astype(np.uint8)
     return np.dstack([image, opaque])

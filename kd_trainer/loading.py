@@ -95,15 +95,44 @@ def _go_on_from(source: str, data: DataArguments) -> nn.Module:
             f"{'several labels' if several else 'one class'} a pixel. "
             f"{'Add it' if several else 'Leave it out'}, or take another --student."
         )
-    if reads_own_depth(student) or data.in_channels is not None:
-        raise ValueError(
-            f"Expected a new student with --in_channels, got {source} as --student. Leave it out: "
-            "to go on with a run there is --resume."
-        )
+    _take_channels(student, source, data)
     if data.class_names is not None:
         name_classes(student, data.id2label)
     student.config.semantic_loss_ignore_index = data.ignore_index
     return student
+
+
+def _take_channels(student: Any, source: str, data: DataArguments) -> None:
+    """Have a saved student read the images of the run, where these are not 8-bit RGB.
+
+    Raises:
+        ValueError: if it knows other images.
+    """
+    seen, of_smp = channels_seen(student), isinstance(student, SmpForSemanticSegmentation)
+    deep = reads_own_depth(student)
+    if deep and data.in_channels is None:
+        raise ValueError(
+            f"Expected --in_channels {seen} with {source}, which reads images by their own bit "
+            "depth, got none. Add it, or take another --student."
+        )
+    if data.in_channels is None:
+        return
+    if not of_smp or seen != data.in_channels:
+        kind = f"{seen} channels" if of_smp else "8-bit RGB images, a stock model"
+        raise ValueError(
+            f"Expected a --student of {data.in_channels} channels (--in_channels), got {source} of "
+            f"{kind}. Leave it out: a new student is made for these images."
+        )
+    student.config.own_depth = True
+    student.config.image_mean, student.config.image_std = data.channel_mean, data.channel_std
+
+
+def saved_channels(source: str, count: int) -> tuple[list[float], list[float]] | None:
+    """Mean and std of so many channels with which a saved student was trained, if it says them."""
+    config = _config_of_saved(source)
+    told: list[Any] = [config.get(name) for name in ("image_mean", "image_std")]
+    fitting = all(isinstance(one, list) and len(one) == count for one in told)
+    return (told[0], told[1]) if fitting else None
 
 
 def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Module:

@@ -302,6 +302,28 @@ def test_code_of_the_card_reads_all_channels(finished, tmp_path):
     assert "pipeline(" not in (hub / "README.md").read_text()
 
 
+def test_a_saved_student_goes_on_with_its_own_statistics(finished, tmp_path, capsys):
+    """Normalised by those of other data, its images would be shifted under its weights."""
+    root, _, _ = finished
+    student, brighter = ["--student", str(root / "run")], deep_pairs(tmp_path / "d", 4, np.uint8)
+    more = ["--in_channels", "4", "--max_steps", "1", *student]
+    train(parse(train_flags(brighter, tmp_path / "run", *more)))
+    assert "normalised as those of" in capsys.readouterr().err
+    first, second = (load_student(run / "run").config for run in (root, tmp_path))
+    assert list(second.image_mean) == list(first.image_mean)
+    assert second.own_depth
+    for flags, match in (
+        (
+            ["--in_channels", "1", *student],
+            r"student of 1 channels .* of 4 channels\. Leave",
+        ),
+        (student, r"^Expected --in_channels 4 with"),
+    ):
+        data = deep_pairs(tmp_path / flags[1][-1], 1, np.uint8)
+        with pytest.raises(ValueError, match=match):
+            train(parse(train_flags(data, tmp_path / "other", *flags)))
+
+
 def test_the_doctor_looks_at_such_images(finished, tmp_path):
     """Read as RGB they would be an error, or other images."""
     root, data, _ = finished

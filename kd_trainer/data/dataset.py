@@ -139,8 +139,7 @@ class SegmentationTransform:
         one_thread_per_worker(os.getpid())
         targets: dict[str, Tensor] = {}
         cell, logits = self._with_targets(row["image"], index)
-        channels = self.channels
-        image = decode_image(cell, index) if channels is None else channels.image(cell, index)
+        image = self._image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
         view = self._view(image.shape[:2], epoch=epoch, index=index)
         size = self.image_size if self.eval_size == "input" else view.size
@@ -160,7 +159,7 @@ class SegmentationTransform:
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
         shown = self._views(changed, size, [self.augment.seed, epoch, index])
-        changed = padded(changed, size, PADDING if channels is None else 0)
+        changed = padded(changed, size, PADDING if self.channels is None else 0)
         changed_mask = padded(changed_mask, size, OUTSIDE)
         inside = changed_mask != OUTSIDE  # (H, W, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
@@ -197,9 +196,17 @@ class SegmentationTransform:
         return {STRONG: torch.from_numpy(stacked), **mixing}
 
     def clean_image(self, cell: EncodedImage, index: int) -> Tensor:
-        """An image as every network sees it before any augmentation, uint8 (3, H, W)."""
-        image = torch.from_numpy(decode_image(cell, index)).permute(2, 0, 1)
+        """An image as every network sees it before any augmentation, uint8 (3, H, W).
+
+        With `channels` normalised float32 (C, H, W).
+        """
+        image = torch.from_numpy(self._image(cell, index)).permute(2, 0, 1)
         return to_input(image, self.image_size, keep_aspect_ratio=self.resize != "stretch")
+
+    def _image(self, cell: EncodedImage, index: int) -> npt.NDArray[Any]:
+        if self.channels is None:
+            return decode_image(cell, index)
+        return self.channels.image(cell, index)
 
     def content_size(self, shape: tuple[int, ...]) -> Size:
         """(height, width) of an image of this shape in the input, without the padding."""
