@@ -721,6 +721,7 @@ class DistillationTrainer(Trainer):
                 self.schedule,
                 self.args,
                 max(self.state.global_step - 1, 0),  # the step that is logged, not the next
+                self._projections(),
             )
         super().log(logs, start_time)
 
