@@ -417,8 +417,14 @@ class FeatureMatching:
             self.pairs = feature_pairs(student, teacher, args.feature_pairs)
             if args.feature_pairs and args.fold_teacher:
                 check_not_folded(self.pairs, teacher)
-            if args.process_index == 0:
-                announce(described(self.pairs, args))
+            announce(
+                f"Features, student = teacher: {paired(self.pairs)}. --feature_pairs overrules."
+            )
+            if args.teacher_targets == "cached":
+                announce(
+                    "The teacher's logits are cached, but its feature maps are not: it runs in "
+                    "each step, on the images as the student sees them."
+                )
         self.of_student = tuple(dict.fromkeys(pair.student for pair in self.pairs))
         self.of_teacher = tuple(dict.fromkeys(pair.teacher for pair in self.pairs))
         # The student's first weights and its draws of DropPath must not depend on these.
@@ -499,16 +505,9 @@ def first_trained(outputs: Mapping[str, Tensor], logits: Tensor) -> Tensor:
     return next((one for one in outputs.values() if one.requires_grad), logits)
 
 
-def described(pairs: Sequence[Pair], args: DistillationArguments) -> str:
-    """The pairs in a line, and how the teacher is asked for them."""
-    told = ", ".join(f"{pair.student} = {pair.teacher}" for pair in pairs)
-    cached = (
-        " Its logits are cached, but its maps are not: it runs in each step, on the images as the "
-        "student sees them."
-        if args.teacher_targets == "cached"
-        else ""
-    )
-    return f"Features, student = teacher: {told}. --feature_pairs overrules.{cached}"
+def paired(pairs: Sequence[Pair]) -> str:
+    """The pairs in a line."""
+    return ", ".join(f"{pair.student} = {pair.teacher}" for pair in pairs)
 
 
 def check_one_network(weights: LossWeights, *, several: bool, maps: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.fast_layers import compiled_graphs
 from kd_trainer.losses import LossTerms, LossWeights
-from kd_trainer.optim import base_rate, unit_parameters
+from kd_trainer.optim import PROJECTIONS, NamedParameters, base_rate, unit_parameters
 from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.students import free_units, parameter_counts
 
@@ -23,6 +23,7 @@ def schedule_logs(
     schedule: TrainingSchedule,
     args: DistillationArguments,
     step: int,
+    projections: NamedParameters | None = None,
 ) -> dict[str, float]:
     """What the schedules do at a step: temperature, free units, learning rate of each part.
 
@@ -30,7 +31,7 @@ def schedule_logs(
     """
     rates = {
         f"lr/{part}": base_rate(part, args) * schedule.rate(part)(step)
-        for part, parameters in unit_parameters(model).items()
+        for part, parameters in (unit_parameters(model) | {PROJECTIONS: projections}).items()
         if parameters
     }
     compiled = args.torch_compile or args.compile_teacher

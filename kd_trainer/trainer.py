@@ -839,6 +839,7 @@ class DistillationTrainer(Trainer):
                 self.schedule,
                 self.args,
                 max(self.state.global_step - 1, 0),  # the step that is logged, not the next
+                self._projections(),
             )
             logs |= self.adaptive.logs() if self.adaptive is not None else {}
         super().log(logs, start_time)

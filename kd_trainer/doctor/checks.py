@@ -71,6 +71,7 @@ from kd_trainer.evaluation import (
     masks_of,
 )
 from kd_trainer.fast_layers import keep_freed_memory, logits_of, use_fast_layers
+from kd_trainer.feature_maps import feature_pairs, paired
 from kd_trainer.models.config_checks import read_config
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.contents import STUDENT, TEACHER
@@ -318,6 +319,9 @@ class Preflight:
         yield degenerate_finding(channels, loss, teacher=taught, multi_label=self.several)
         if not self.samples or not any(parts.loss_weights.effective().values()):
             return
+        if parts.teacher is not None and parts.loss_weights.feature_terms:
+            named = self.run.training.feature_pairs
+            yield ok("feature maps", paired(feature_pairs(self.student, parts.teacher, named)))
         start = time.monotonic()
         logits = self.outputs.teacher_logits
         gradients = first_gradients(self.student, self.samples, logits, loss, parts)

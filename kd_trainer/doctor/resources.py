@@ -234,6 +234,7 @@ def measure_update(
     }
     cached = run.training.teacher_targets == "cached"
     settings = without_teacher(run.given) if cached else run.given
+    maps = run.training.loss_weights.feature_terms  # for which the teacher runs in any case
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = build(settings | quiet | changed | {"output_dir": folder}).training
@@ -241,7 +242,7 @@ def measure_update(
         trainer = DistillationTrainer(
             parts.student,
             args,
-            teacher=None if cached else parts.teacher,
+            teacher=None if cached and not maps else parts.teacher,
             train_dataset=parts.train_dataset,
             ignore_index=run.data.ignore_index,
             processing_class=parts.processor,
