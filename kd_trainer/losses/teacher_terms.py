@@ -129,6 +129,7 @@ def decoupled_kl(
     teacher: Logits,
     labels: Labels,
     mask: Mask,
+    *,
     valid: Mask,
     temperature: float,
 ) -> Scalar:
@@ -165,6 +166,7 @@ def binary_boundary_kl(
     teacher: Logits,
     labels: Labels,
     mask: Mask,
+    *,
     valid: Mask,
     temperature: float,
 ) -> Scalar:
@@ -192,6 +194,7 @@ def softmax_boundary_kl(
     teacher: Logits,
     labels: Labels,
     mask: Mask,
+    *,
     valid: Mask,
     temperature: float,
 ) -> Scalar:
