@@ -62,6 +62,19 @@ class DistillationArguments(TrainingArguments):
     tversky_weight: float = help_field(
         0.0, "Weight of the Tversky loss, a Dice in which a miss costs more than a false alarm."
     )
+    cwd_weight: float = help_field(0.0, "Weight of the channel-wise KL of the logits (3, say).")
+    dist_intra_weight: float = help_field(
+        0.0, "Weight of 1 - correlation with the teacher over the pixels of a class (1, say)."
+    )
+    dist_inter_weight: float = help_field(
+        0.0, "Weight of 1 - correlation with the teacher over the classes, from 3 on (1, say)."
+    )
+    dkd_weight: float = help_field(
+        0.0, "Weight of the decoupled KL, from 3 classes on (1, say, with a warm-up)."
+    )
+    boundary_kl_weight: float = help_field(
+        0.0, "Weight of the KL that counts more near boundaries (0.3, say)."
+    )
     fitnet_weight: float = help_field(
         0.0,
         "Weight of FitNet: the student's feature maps, projected, follow the teacher's (try 2). "

@@ -18,10 +18,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "losses.md"
 # Beside the page's own: one that teaches nothing to a student of one logit.
 REFUSED_ROW = """
 Term(
-    "inter",
+    "twin",
     takes=("student", "teacher", "mask", "temperature"),
     binary=None,
-    softmax=channel_kl,
+    softmax=huber,
     softmax_from=3,
     degenerate="two classes always correlate",
     title="DIST",
@@ -58,19 +58,19 @@ def refusal(run):
 def trainer(**weights):
     return DistillationTrainer(tiny_student(), arguments(out, **none | weights), teacher=teacher)
 
-args = arguments(out, max_steps=2, eval_strategy="steps", eval_steps=2, cwd_weight=3.0, **none)
+args = arguments(out, max_steps=2, eval_strategy="steps", eval_steps=2, huber_weight=3.0, **none)
 data = {"train_dataset": Squares(4), "eval_dataset": Squares(2)}
 distillation = DistillationTrainer(tiny_student(), args, teacher=teacher, **data)
 distillation.train()
 logs = distillation.state.log_history
-settings = {"cwd_weight": 3.0, "dice_weight": 1.0, "max_steps": 2}
+settings = {"huber_weight": 3.0, "dice_weight": 1.0, "max_steps": 2}
 settings |= {"temperature_schedule": "constant", "temperature_start": 3.0}
 facts = CardFacts(
     "me/x", "mit", tiny_student().config.to_dict(), (1, 0), 1.0, "photos",
     {"teacher": "big"}, settings,
 )
-few = {"cwd": 9.9, "bce": 0.1}
-flags = ["--dataset", "synthetic", "--teacher", "some", "--inter_weight", "1"]
+few = {"huber": 9.9, "bce": 0.1}
+flags = ["--dataset", "synthetic", "--teacher", "some", "--twin_weight", "1"]
 logits, labels = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.long)
 every = kd_trainer.distillation_terms(logits, logits, labels, temperature=1.0)
 print(json.dumps({
@@ -82,10 +82,10 @@ print(json.dumps({
     "card": render(facts),
     "doctor": share_finding(Gradients(few, few, [], [], {})).text,
     "compare": sorted(OF_THE_DISTILLATION),
-    "flag": parse(["--cwd_weight", "0.5"]).training.loss_weights.cwd,
+    "flag": parse(["--huber_weight", "0.5"]).training.loss_weights.huber,
     "without terms": refusal(trainer),
     "degenerate": [
-        refusal(lambda: trainer(inter_weight=1.0)), refusal(lambda: build_run(parse(flags)))
+        refusal(lambda: trainer(twin_weight=1.0)), refusal(lambda: build_run(parse(flags)))
     ],
     "every": sorted(every.named()),
 }))
@@ -111,7 +111,7 @@ def test_a_teacher_term_of_any_name_is_computed_logged_and_shown(tmp_path: Path)
     put(functions, "Input = Literal[", f"{function}\n\n")
     rows = f"{row.rstrip()},{REFUSED_ROW.rstrip()},\n"
     put(functions, '    Term(\n        "bce",', indent(rows, "    "))
-    fields = field + field.replace("cwd", "inter")
+    fields = field + field.replace("huber", "twin")
     put(settings, "    bce_weight: float", indent(fields, "    "))
     paths = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parent)!r}]\n"
     command = [sys.executable, "-c", paths + RUN, str(tmp_path / "out")]
@@ -120,24 +120,24 @@ def test_a_teacher_term_of_any_name_is_computed_logged_and_shown(tmp_path: Path)
     seen = json.loads(done.stdout.strip().splitlines()[-1])
     assert seen["package"].startswith(str(tmp_path))
     log = seen["train"]
-    assert log["cwd"] > 0
-    assert log["loss"] == pytest.approx(3 * log["cwd"] + 0.5 * log["bce"] + log["dice"], rel=1e-4)
-    assert log["grad_share/cwd"] > 0
-    assert seen["eval"]["eval_cwd"] > 0
-    assert "cwd " in seen["console"]
+    assert log["huber"] > 0
+    assert log["loss"] == pytest.approx(3 * log["huber"] + 0.5 * log["bce"] + log["dice"], rel=1e-4)
+    assert log["grad_share/huber"] > 0
+    assert seen["eval"]["eval_huber"] > 0
+    assert "huber " in seen["console"]
     assert " T 4.00" in seen["console"]
     charts = seen["charts"]
-    assert sum(">cwd<" in chart for chart in charts) == 3  # training, evaluation, shares
+    assert sum(">huber<" in chart for chart in charts) == 3  # training, evaluation, shares
     assert any(">Temperature<" in chart for chart in charts)
-    assert "3 CWD + 1 Dice" in seen["card"]
+    assert "3 Huber + 1 Dice" in seen["card"]
     assert "3 throughout" in seen["card"]
-    assert "cwd makes up 99%" in seen["doctor"]
-    assert "cwd_weight" in seen["compare"]
+    assert "huber makes up 99%" in seen["doctor"]
+    assert "huber_weight" in seen["compare"]
     assert seen["flag"] == 0.5
     assert seen["without terms"].startswith("Expected a loss term that follows the teacher")
-    assert "--cwd_weight" in seen["without terms"]
+    assert "--huber_weight" in seen["without terms"]
     assert all("two classes always correlate" in message for message in seen["degenerate"])
-    assert seen["every"] == ["bce", "cwd", "dice", "kl", "mse"]
+    assert seen["every"] == ["bce", "dice", "huber", "kl", "mse"]
 
 
 def test_a_teacher_that_no_term_needs_is_refused(tmp_path: Path):

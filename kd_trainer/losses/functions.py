@@ -1,4 +1,4 @@
-"""The loss functions, and the table of terms that everybody reads.
+"""The loss functions on labels, and the table of all terms that everybody reads.
 
 The functions are pure. Those called `binary` are for one logit a pixel (K = 1, read through a
 sigmoid), the others for a softmax over K >= 2 channels. Each gives a mean over the pixels that
@@ -27,75 +27,28 @@ from kd_trainer.losses.features import (
     fitnet,
     generated,
 )
+from kd_trainer.losses.pixels import Labels, Logits, Mask, Scalar, masked_mean
+from kd_trainer.losses.teacher_terms import (
+    binary_boundary_kl,
+    binary_intra,
+    binary_kl,
+    binary_mse,
+    centred_mse,
+    channel_kl,
+    decoupled_kl,
+    softmax_boundary_kl,
+    softmax_inter,
+    softmax_intra,
+    softmax_kl,
+)
 
-Logits = Tensor  # (B, K, H, W)
-Labels = Tensor  # (B, H, W), int64, a class id at each pixel that counts
 Probabilities = Tensor  # (B, K, H, W), of each class in the place of one label
-Mask = Tensor  # (B, H, W), bool, True where a pixel counts
-Scalar = Tensor  # ()
 
 # Keeps 0/0 apart: an image without foreground that is predicted empty has loss 0. In pixels, so it
 # fades where objects are large.
 EPSILON = 1.0
 FOCAL_GAMMA = 2.0  # of Lin et al. 2017, who found it best
 TVERSKY_ALPHA, TVERSKY_BETA = 0.3, 0.7  # of false alarms and of misses, as in Salehi et al. 2017
-
-
-def masked_mean(values: Tensor, mask: Mask) -> Scalar:
-    """Mean of values (B, H, W) over the True pixels of the mask; 0 where there is none.
-
-    The count stays on the device: reading it would stop the stream at every step.
-    """
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def binary_kl(student: Logits, teacher: Logits, mask: Mask, temperature: float) -> Scalar:
-    """KL(teacher || student) of each pixel's Bernoulli distribution, softened by `temperature`.
-
-    The softmax form is identically zero on one channel, so one-logit maps need this one. Its
-    gradient is T·(σ(s/T) − σ(t/T)) / |V|, and for high T it tends to (s − t)²/8. Times T².
-
-    Source: Hinton et al. 2015, arXiv 1503.02531, section 2; per label as in arXiv 2308.06453.
-    """
-    softened = teacher / temperature
-    target = torch.sigmoid(softened)
-    cross = F.binary_cross_entropy_with_logits(student / temperature, target, reduction="none")
-    entropy = F.binary_cross_entropy_with_logits(softened, target, reduction="none")
-    return temperature**2 * masked_mean((cross - entropy).squeeze(1), mask)
-
-
-def softmax_kl(student: Logits, teacher: Logits, mask: Mask, temperature: float) -> Scalar:
-    """KL(teacher || student) of each pixel's class distribution, softened by `temperature`.
-
-    A mean over pixels times T², not `batchmean`, which grows with the area of the image.
-
-    Source: Hinton et al. 2015, arXiv 1503.02531, section 2.
-    """
-    log_q = F.log_softmax(teacher / temperature, dim=1)
-    log_p = F.log_softmax(student / temperature, dim=1)
-    divergence = (log_q.exp() * (log_q - log_p)).sum(dim=1)
-    return temperature**2 * masked_mean(divergence, mask)
-
-
-def binary_mse(student: Logits, teacher: Logits, mask: Mask) -> Scalar:
-    """Mean over the pixels of the mask of the squared difference of the logits.
-
-    Source: Ba & Caruana 2014, arXiv 1312.6184; Kim et al. 2021, arXiv 2105.08919.
-    """
-    return masked_mean((student - teacher).square().squeeze(1), mask)
-
-
-def centred_mse(student: Logits, teacher: Logits, mask: Mask) -> Scalar:
-    """Mean over pixels of the mask and channels of the squared difference of centred logits.
-
-    A softmax does not see a constant added to all channels of a pixel. Subtracting each pixel's
-    channel mean keeps the student from spending capacity on copying the teacher's constant.
-
-    Source: Ba & Caruana 2014, arXiv 1312.6184; Kim et al. 2021, arXiv 2105.08919.
-    """
-    difference = student - teacher
-    centred = difference - difference.mean(dim=1, keepdim=True)
-    return masked_mean(centred.square().mean(dim=1), mask)
 
 
 def binary_cross_entropy(
@@ -351,8 +304,17 @@ def _image_mean(values: Tensor, mask: Mask, images: Tensor | None) -> Scalar:
     return torch.where(counted, values, 0.0).sum() / images.to(values.dtype).clamp(min=1e-6)
 
 
+# `mask` is of the pixels that count for the term's side, `valid` of those with a label.
 Input = Literal[
-    "student", "teacher", "labels", "mask", "temperature", "pos_weight", "images", "features"
+    "student",
+    "teacher",
+    "labels",
+    "mask",
+    "valid",
+    "temperature",
+    "pos_weight",
+    "images",
+    "features",
 ]
 
 
@@ -502,6 +464,52 @@ _TERMS = (
         binary=binary_tversky,
         softmax=softmax_tversky,
         title="Tversky",
+        extra=True,
+    ),
+    Term(
+        "cwd",
+        takes=("student", "teacher", "mask"),
+        binary=channel_kl,
+        softmax=channel_kl,
+        title="CWD",
+        extra=True,
+    ),
+    Term(
+        "dist_intra",
+        takes=("student", "teacher", "mask"),
+        binary=binary_intra,
+        softmax=softmax_intra,
+        title="DIST intra",
+        extra=True,
+    ),
+    Term(
+        "dist_inter",
+        takes=("student", "teacher", "mask"),
+        binary=None,
+        softmax=softmax_inter,
+        softmax_from=3,
+        degenerate="the probabilities of two classes always correlate by 1 or -1, those of one "
+        "by nothing, so that it has no gradient",
+        title="DIST inter",
+        extra=True,
+    ),
+    Term(
+        "dkd",
+        takes=("student", "teacher", "labels", "mask", "valid", "temperature"),
+        binary=None,
+        softmax=decoupled_kl,
+        softmax_from=3,
+        degenerate="there is one class beside the label, so that the part of the others is 0 and "
+        "the rest is the KL",
+        title="DKD",
+        extra=True,
+    ),
+    Term(
+        "boundary_kl",
+        takes=("student", "teacher", "labels", "mask", "valid", "temperature"),
+        binary=binary_boundary_kl,
+        softmax=softmax_boundary_kl,
+        title="boundary KL(T)",
         extra=True,
     ),
     *(

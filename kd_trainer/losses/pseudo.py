@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_trainer.losses.functions import PSEUDO, Logits, Mask
+from kd_trainer.losses.functions import PSEUDO
+from kd_trainer.losses.pixels import Logits, Mask
 
 KINDS = ("hard", "soft")
 

@@ -217,7 +217,7 @@ def distillation_terms(
     student, labels = _working_precision(student_logits), class_ids(labels)
     valid = labels != ignore_index
     options = {"temperature": temperature, "pos_weight": pos_weight, "images": dice_images}
-    inputs: dict[str, Any] = {"labels": labels, **options}
+    inputs: dict[str, Any] = {"labels": labels, "valid": valid, **options}
     sides = [(False, valid)]
     if teacher_logits is not None:
         inputs["teacher"] = teacher_logits.detach().to(student.dtype)
