@@ -57,6 +57,7 @@ from kd_trainer.run_folder import (
 from kd_trainer.sources import CONFIG, WEIGHTS, last_part, model_source, public_name, run_of
 from kd_trainer.students import (
     channels_of,
+    has_one_logit,
     image_size_of,
     keeps_aspect_ratio,
     labels_of_student,
@@ -290,6 +291,7 @@ def _description(student: nn.Module) -> dict[str, Any]:
     return {
         "id2label": labels_of_student(student),
         "classes": channels_of(student),
+        "one_logit": has_one_logit(student),
         "image_size": plain_size(image_size_of(student)),
         "keep_aspect_ratio": keeps_aspect_ratio(student),
         "image_mean": mean,

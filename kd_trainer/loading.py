@@ -27,6 +27,7 @@ from kd_trainer.stock_models import load_stock, saved_preprocessing, saved_stati
 from kd_trainer.students import (
     as_student,
     channels_seen,
+    has_one_logit,
     is_student,
     name_classes,
     never_used,
@@ -252,6 +253,11 @@ def _say_what_is_new(model: Any, info: dict[str, Any], source: str) -> bool:
             "that config.json and the weights belong together."
         )
     head = f"keeps its head of {len(labels_of(model))} classes"
+    if has_one_logit(model):
+        head = (
+            "keeps its head of one logit, above 0 where the class is. kd_trainer reads it so; a "
+            "stock pipeline takes the argmax of one channel and finds the class everywhere"
+        )
     if new:
         parts = dict.fromkeys(".".join(name.split(".")[:2]) for name in new)
         head = f"gets a new head for {len(labels_of(model))} classes ({', '.join(parts)})"

@@ -84,6 +84,11 @@ class CardFacts:
         return bool(self.config.get("problem_type") == MULTI_LABEL)
 
     @property
+    def one_logit(self) -> bool:
+        """Whether a stock model has one channel, over which every stock argmax is 0."""
+        return bool(self.config.get("one_logit"))
+
+    @property
     def labels(self) -> list[str]:
         """Names of the classes, background first where there is one."""
         names = {int(index): str(name) for index, name in self.config["id2label"].items()}

@@ -327,6 +327,13 @@ def channels_of(student: nn.Module) -> int:
     return traits_of(student).channels
 
 
+def has_one_logit(student: nn.Module) -> bool:
+    """Whether a stock model has one channel, so that every stock argmax over it is 0."""
+    if isinstance(student, SmpForSemanticSegmentation) or not isinstance(student, PreTrainedModel):
+        return False
+    return bool(student.config.num_labels == 1)
+
+
 def channels_seen(network: nn.Module) -> int:
     """Channels of its images: 3 but for a network of smp (or around one) that says otherwise."""
     of_smp = (one for one in network.modules() if isinstance(one, SmpForSemanticSegmentation))

@@ -246,3 +246,30 @@ def test_an_early_stop_shows_in_the_card(ran: float | None, said: str):
     results = RESULTS if ran is None else RESULTS | {"epochs": ran}
     card = render(facts(settings=settings, results=results))
     assert f"- Length: {said}, 8 images an update and device" in card
+
+
+def test_a_stock_model_of_one_logit_says_how_it_is_read():
+    """A pipeline's argmax over one channel is always class 0: the whole image is the class."""
+    config = {
+        "architectures": ["SegformerForSemanticSegmentation"],
+        "model_type": "segformer",
+        "classes": 1,
+        "one_logit": True,
+        "id2label": {"0": "rest", "1": "road"},
+        "image_size": 64,
+    }
+    card = render(facts(config=config))
+    assert "above 0 it is road" in card
+    assert "pipeline(" not in card
+    snippet = card.split("```python")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    assert "[0, 0] > 0" in snippet
+    assert "pipeline(" in render(facts(config=config | {"one_logit": False}))
+
+
+def test_the_shape_of_the_rates_is_that_of_the_settings():
+    """All were called a cosine."""
+    for kind, said in (("polynomial", "then a polynomial to 1e-06"), ("constant", "then constant")):
+        settings = facts().settings | {"lr_scheduler_type": kind}
+        assert said in " ".join(render(facts(settings=settings)).split())
+    assert "then a cosine to" in " ".join(render(facts()).split())

@@ -30,6 +30,7 @@ from kd_trainer.students import (
     as_student,
     channels_of,
     has_new_head,
+    has_one_logit,
     hold_frozen,
     image_size_of,
     labels_of_student,
@@ -95,16 +96,19 @@ def test_units_of_a_plain_transformer_are_groups_with_what_is_around_them():
     assert any(".layer.15." in name for name, _ in deepest.parameters())
 
 
-def test_a_saved_model_of_one_logit_keeps_it(tmp_path: Path):
+def test_a_saved_model_of_one_logit_keeps_it_and_says_how_to_read_it(tmp_path: Path, capsys):
     """Two classes are two channels in transformers, but people train one logit with a BCE."""
     source = saved("segformer", tmp_path, num_labels=1)
     student = made(source)
+    assert "one logit, above 0 where the class is" in capsys.readouterr().err
     assert not has_new_head(student)
     assert channels_of(student) == 1
     assert labels_of_student(student) == {0: "background", 1: "background"}
     named = made(source, class_names=["rest", "road"])
     assert labels_of_student(named) == {0: "rest", 1: "road"}
     assert named.config.id2label == {0: "road"}
+    assert has_one_logit(named)
+    assert not has_one_logit(as_student(stock_model("segformer")))
     with torch.no_grad():
         stock = named.eval()(torch.ones(1, 3, 64, 64)).logits
         logits = student_logits(named, torch.ones(1, 3, 64, 64))
