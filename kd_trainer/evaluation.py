@@ -48,7 +48,7 @@ from kd_trainer.students import (
 from kd_trainer.teacher import Teacher, state_of
 
 NAMES = tuple(term.name for term in TERMS)
-AGREEMENT = "agreement"
+AGREEMENT, EMA = "agreement", "ema"
 
 
 Measured = nn.Module
@@ -150,12 +150,12 @@ def settings_for(
     weights: LossWeights,
     pos_weight: float | Sequence[float] | None = None,
 ) -> EvaluationSettings:
-    """Those of a student.
+    """Those of a student; images to evaluate on have masks, so that no label is a pseudo label.
 
     Raises:
         ValueError: if a term that has a weight teaches nothing to it.
     """
-    several = is_multi_label(model)
+    several, weights = is_multi_label(model), weights.without_pseudo()
     weights.check_channels(1 if several else channels_of(model))
     return EvaluationSettings(len(labels_of(model)), ignore_index, weights, pos_weight, several)
 
@@ -383,15 +383,19 @@ def figures_of(
     return SegmentationCounts.zero(len(id2label)).add(rows).metrics(id2label)
 
 
-def figure_names(id2label: dict[int, str], weights: LossWeights, *, teacher: bool) -> list[str]:
+def figure_names(
+    id2label: dict[int, str], weights: LossWeights, *, teacher: bool, ema: bool = False
+) -> list[str]:
     """Names of the figures that each evaluation of a training gives, whatever the kind of task."""
+    metrics = list(SegmentationCounts.zero(len(id2label)).metrics(id2label))
     factors = weights.effective()
     terms = [term.evaluated_as for term in TERMS if factors[term.name] > 0]
     return [
-        *SegmentationCounts.zero(len(id2label)).metrics(id2label),
+        *metrics,
         *terms,
         "loss",
         *(("agreement", "agreement_miou") if teacher else ()),
+        *(f"{EMA}_{name}" for name in metrics if ema),
     ]
 
 
@@ -492,3 +496,8 @@ class DataSetFigures:
             self._measured = (loader.dataset, state_of(teacher))
         figures |= agreement_of(rest[0], self.id2label, **self.options)
         return figures | {f"teacher_{name}": value for name, value in self._of_teacher.items()}
+
+    def of_average(self, rows: np.ndarray) -> dict[str, float]:
+        """Those of the student's moving average, from its `student_rows`."""
+        figures = figures_of(np.asarray(rows), self.id2label, **self.options)
+        return {f"{EMA}_{name}": value for name, value in figures.items()}

@@ -37,6 +37,7 @@ from kd_trainer.students import (
 )
 from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.teacher_ensemble import TeacherEnsemble, ensemble_of
+from kd_trainer.universal import MODEL_TYPES
 
 
 def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
@@ -204,6 +205,11 @@ def load_stock_student(
     Raises:
         ValueError: if it is no such model, or weights of its encoder are missing or misshapen.
     """
+    if (kind := config.get("model_type")) in MODEL_TYPES:
+        raise ValueError(
+            f"Expected a student that gives each pixel a logit for each class, got a {kind} of "
+            f"masks and their classes at {source}. Name it as --teacher."
+        )
     options: dict[str, Any] = {"dtype": torch.float32}
     check_labels(config.get("id2label"), None)
     classes = len(config.get("id2label") or (0, 1))
@@ -284,7 +290,8 @@ def load_measured(
             config = read_config(source)
         except OSError:
             config = {"_model_class": ""}  # `load_student` says what is missing
-        if not (trust_remote_code and config.get("auto_map")):
+        foreign = trust_remote_code and config.get("auto_map")
+        if not foreign and config.get("model_type") not in MODEL_TYPES:
             return load_student(source, num_labels=num_labels)
     return load_teacher(
         source,

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 import yaml
 from small_runs import SIDE, run_card, train_flags, write_pairs
@@ -347,8 +348,24 @@ def test_a_teacher_of_other_channels_is_refused(tmp_path):
     train(parse(train_flags(rgb, tmp_path / "teacher", "--max_steps", "1")))
     data = deep_pairs(tmp_path / "data", 4, np.uint8)
     flags = train_flags(data, tmp_path / "run", "--in_channels", "4", teacher=tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"teacher of 3 channels, got .* the student's channels"):
+    with pytest.raises(ValueError, match=r"a teacher of 4 channels, .*, got one of 3\. Take"):
         train(parse(flags))
+
+
+def test_a_weight_file_of_the_same_channels_teaches_and_says_how_it_is_fed(tmp_path, capsys):
+    """The shape of its first convolution says how many channels it takes, and nothing the mean."""
+    data = deep_pairs(tmp_path / "data", 4, np.uint16)
+    teacher = smp.Unet("resnet18", encoder_weights=None, in_channels=4)
+    torch.save(teacher.state_dict(), tmp_path / "four.pth")
+    names = ["--teacher_arch", "unet", "--teacher_encoder", "resnet18"]
+    flags = ["--in_channels", "4", "--augmentation", "light", "--max_steps", "1", *names]
+    flags = train_flags(data, tmp_path / "run", *flags, teacher=tmp_path / "four.pth")
+    results = train(parse(flags))
+    assert results["teacher_miou"] >= 0
+    mean = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["channel_mean"]
+    told = " ".join(f"{value:.4g}" for value in mean)
+    said = capsys.readouterr().err
+    assert f"made for images of 4 channels, it sees the student's, with {told} and" in said
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,12 @@ def test_ranks_have_the_same_weights_after_each_update_while_units_are_freed(two
     assert first["free"] == second["free"] == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_ranks_have_the_same_moving_average_of_the_student(two: Path):
+    """Each has BatchNorm statistics of its own, of which an average would be its own too."""
+    first, second = ranks(two, "averaged")
+    assert first["digest"] == second["digest"]
+
+
 def test_ranks_measure_the_student_that_is_saved(two: Path, tmp_path: Path):
     """Each has BatchNorm statistics of its own, and a mean over two students is that of none."""
     first, second = ranks(two, "staged")
@@ -117,6 +123,24 @@ def test_two_ranks_take_the_updates_of_one_process_with_the_whole_batch(two: Pat
     for log, other in zip(logged[:-1], wanted[:-1], strict=True):
         kept = {k: v for k, v in log.items() if not k.startswith("grad_share")}
         assert kept == pytest.approx({k: other[k] for k in kept}, rel=1e-5)
+
+
+def test_projections_of_feature_maps_are_those_of_one_process(two: Path, tmp_path: Path):
+    """They are outside of the student: whose gradients alone DDP averages."""
+    first, second = ranks(two, "features")
+    assert first["digest"] == second["digest"]
+    with one_thread():
+        alone = two_ranks.features(tmp_path, 4)
+    assert alone["world"] == 1
+    expected = torch.load(tmp_path / "features.pt", weights_only=True)
+    found = torch.load(two / "features.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert sum(name.startswith("of.feature_cwd") for name in found) == 2
+    assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 1e-5
+    assert len(first["logs"]) == len(alone["logs"]) == 13
+    for log, other in zip(first["logs"][:-1], alone["logs"][:-1], strict=True):
+        for name in ("at", "feature_cwd", "loss"):
+            assert log[name] == pytest.approx(other[name], rel=1e-5), name
 
 
 def test_dice_of_unevenly_labelled_ranks_is_that_of_one_process(two: Path, tmp_path: Path):

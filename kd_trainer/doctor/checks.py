@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from kd_trainer.build import RunComponents, image_count
+from kd_trainer.build import RunComponents, images_an_epoch
 from kd_trainer.config import RunArguments
 from kd_trainer.costs import length_in_epochs, steps_per_epoch
+from kd_trainer.data import TransformedDataset
+from kd_trainer.data.quota import has_mask
 from kd_trainer.doctor.data import (
     SplitMasks,
     choose_samples,
     inverted_finding,
+    label_finding,
     mask_finding,
     occurrence_finding,
     read_masks,
@@ -196,6 +199,14 @@ class Preflight:
         elif self._reference() is None:
             apart = {split: inverted_finding(m.masks) for split, m in self.masks.items()}
             yield worst(_of_split(finding, split) for split, finding in apart.items())
+        yield from self._labels()
+
+    def _labels(self) -> Iterator[Finding]:
+        dataset, args = self.parts.train_dataset, self.run.training
+        if args.labelled_share is None and isinstance(dataset, TransformedDataset):
+            labelled, batch = has_mask(dataset.dataset), args.train_batch_size
+            if not labelled.all() and batch <= len(labelled):
+                yield label_finding(int(labelled.sum()), len(labelled), batch)
 
     def _reference(self) -> str | None:
         """The network that has seen such images: the teacher or a saved student, if any."""
@@ -317,7 +328,7 @@ class Preflight:
 
     def _plan(self) -> Iterator[Finding]:
         args, units = self.run.training, len(units_of(self.parts.student))
-        steps = steps_per_epoch(image_count(self.parts.train_dataset), args)
+        steps = steps_per_epoch(images_an_epoch(self.parts.train_dataset, args), args)
         yield plan_finding(args.schedule(units, length_in_epochs(args, steps), steps))
 
     def _disk(self) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -116,6 +117,27 @@ class SplitMasks:
     masks: Sequence[MaskStatistics]
     complete: bool
     lost: int = 0
+
+
+_WITHOUT_LABEL = 0.05  # of the batches
+
+
+def label_finding(labelled: int, images: int, batch: int) -> Finding:
+    """How many batches, drawn as they come, will hold no image with a mask.
+
+    Args:
+        labelled: training images with a mask.
+        images: all training images.
+        batch: images of one.
+    """
+    without = math.comb(images - labelled, batch) / math.comb(images, batch)
+    text = (
+        f"{labelled:,} of {images:,} images have a mask: about {without:.0%} of the batches of "
+        f"{batch} will hold none"
+    )
+    if without < _WITHOUT_LABEL:
+        return ok("labels", text)
+    return note("labels", text, "Give each batch its share with --labelled_share 0.5, say.")
 
 
 def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> SplitMasks:

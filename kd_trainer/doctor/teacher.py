@@ -236,7 +236,8 @@ _WORSE = 0.02  # of mIoU
 def student_finding(teacher: float, student: float) -> Finding:
     """Whether a saved student is ahead of its teacher already (mIoU on the same images)."""
     if student > teacher + _WORSE:
-        flags = " and ".join(f"--{term.flag}" for term in TERMS if term.needs_teacher)
+        own = [term for term in TERMS if term.needs_teacher and not term.pseudo_of]
+        flags = " and ".join(f"--{term.flag}" for term in own)
         return note(
             "student",
             f"the student is at mIoU {student:.3f} before it starts, its teacher at {teacher:.3f}",

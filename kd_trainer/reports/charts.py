@@ -264,12 +264,10 @@ def history_charts(logs: Logs, class_names: Sequence[str], *, background: bool =
     terms = {term.name: term.name for term in TERMS}
     evaluated = {f"eval_{term.evaluated_as}": term.name for term in TERMS}
     shares = {f"grad_share/{name}": name for name in terms}
-    rates = {
-        key: key.removeprefix("lr/").replace("_", " ")
-        for log in logs
-        for key in log
-        if key.startswith("lr/")
-    }
+    rates, weights = (
+        {key: name.replace("_", " ") for key, name in _named(logs, prefix).items()}
+        for prefix in ("lr/", "weight/")
+    )
     softened = {term.name for term in TERMS if term.softened}
     is_softened = any(softened & log.keys() for log in logs)
     temperature = {"temperature": "temperature"} if is_softened else {}
@@ -284,10 +282,16 @@ def history_charts(logs: Logs, class_names: Sequence[str], *, background: bool =
         _chart(logs, "Shares of the gradient", shares, "share"),
         _chart(logs, "Gradient norm before clipping", {"grad_norm": "norm"}, "norm"),
         _chart(logs, "Learning rates", rates, "rate"),
+        _chart(logs, "Weights of the terms", weights, "weight"),
         _chart(logs, "Temperature", temperature, "T"),
         _chart(logs, "Free encoder units", {"free_units": "free units"}, "units"),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def _named(logs: Logs, prefix: str) -> dict[str, str]:
+    """What stands behind the prefix, of each key that begins with it."""
+    return {k: k.removeprefix(prefix) for log in logs for k in log if k.startswith(prefix)}
 
 
 def _chart(logs: Logs, title: str, names: Mapping[str, str], y_label: str = "") -> str | None:
