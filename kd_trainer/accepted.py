@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.sources import SELF
 from kd_trainer.students import as_student, is_student, units_of
 from kd_trainer.teacher import Teacher
 
@@ -19,8 +20,6 @@ from kd_trainer.teacher import Teacher
 _REFUSED = {
     "compute_loss_func": "the loss is the sum of our terms. Set their weights, or add a term as "
     "docs/losses.md says",
-    "optimizers": "its groups are the encoder's units, which are freed one after the other. Give "
-    "the class as optimizer_cls_and_kwargs",
     "preprocess_logits_for_metrics": "an evaluation keeps counts of each image, and no logits. "
     "Leave it out",
 }
@@ -58,17 +57,19 @@ def check_accepted(
             "SmpForSemanticSegmentation.create() or from_pretrained(), or give any module that "
             "answers with logits."
         )
-    if teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
+    if teacher == SELF:
+        check_self_taught(args)
+    elif teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
         raise TypeError(
             f"Expected a kd_trainer.Teacher, got {type(teacher).__name__}. Wrap it: Teacher(network"
             ", num_labels=..., mean=..., std=...), with the mean and std that "
             "it was trained with."
         )
-    if teacher is not None:
-        args.loss_weights.check_teacher()
+    args.loss_weights.check_teacher(taught=teacher is not None)
     for name, reason in _REFUSED.items():
         if options.get(name) not in (None, (None, None)):
             raise ValueError(f"Expected no {name}, got one: {reason}.")
+    _check_optimizers(*(options.get("optimizers") or (None, None)), args=args)
     _, own = options.get("optimizer_cls_and_kwargs") or (None, {})
     for name, setting in _OF_THE_GROUPS.items():
         if name in own:
@@ -77,6 +78,48 @@ def check_accepted(
                 "optimizer_cls_and_kwargs. Each group has its own."
             )
     return args
+
+
+def _check_optimizers(optimizer: Any, scheduler: Any, *, args: DistillationArguments) -> None:
+    """Refuse a scheduler, and an optimizer whose settings its new groups would not have.
+
+    Its groups are replaced by those of the free parts, which have the rates and the weight decay of
+    the arguments; everything else of it stays.
+    """
+    if scheduler is not None:
+        raise ValueError(
+            f"Expected no scheduler in optimizers, got a {type(scheduler).__name__}: each part has "
+            "a rate of its own from when it is freed. Leave it None, and set lr_scheduler_type."
+        )
+    if optimizer is None:
+        return
+    if len(optimizer.param_groups) > 1:
+        raise ValueError(
+            f"Expected an optimizer of one group, got {len(optimizer.param_groups)}: its groups "
+            "become those of the units that are free. Make it of network.parameters()."
+        )
+    for name, setting in _OF_THE_GROUPS.items():
+        own = optimizer.defaults.get(name, getattr(args, setting))
+        if own != getattr(args, setting):
+            raise ValueError(
+                f"Expected {name} of the optimizer to be {setting} of the arguments, "
+                f"{getattr(args, setting):g}, got {own:g}. Each part has a rate of its own, made "
+                "from the arguments: give the same number there."
+            )
+
+
+def check_self_taught(args: DistillationArguments) -> None:
+    """Refuse a student that is to be taught by an average that nobody keeps."""
+    if args.ema_decay is None:
+        raise ValueError(
+            "Expected --ema_decay with --teacher self, got none: the average of the student is its "
+            "teacher. Set it to 0.996, say."
+        )
+    if terms := args.loss_weights.feature_terms:
+        raise ValueError(
+            f"Expected no --{terms[0]}_weight with --teacher self, got it: the average of the "
+            "student has the student's own features. Leave one of them out."
+        )
 
 
 def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:
@@ -127,3 +170,12 @@ def as_teacher(
 def kind_of(model: Measured) -> str:
     """What the logits of a model mean, in words."""
     return "several labels a pixel (sigmoids)" if is_multi_label(model) else "one class a pixel"
+
+
+def check_one_set(args: DistillationArguments, sets: Mapping[str, Any]) -> None:
+    """Refuse several evaluation sets beside a weight that follows the ratio on one."""
+    if sets and args.adaptive_weight:
+        raise ValueError(
+            f"Expected one evaluation set with adaptive_weight, got {', '.join(sets)}, whose "
+            "figures may say different things. Give one, or leave it out."
+        )

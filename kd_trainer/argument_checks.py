@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
 from collections.abc import Collection
 from typing import Any
 
+from transformers import SchedulerType
+
 from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
 from kd_trainer.losses import FEATURE_TERMS, TERMS
 from kd_trainer.models.image_sizes import as_size, plain_size
+from kd_trainer.schedules import RATE_SHAPES
 
 _NO_RECOMPUTING = (
     "networks of smp cannot recompute their activations. To save memory, lower --batch_size and "
@@ -30,7 +35,6 @@ UNUSABLE = {
     "neftune_noise_alpha": "it is noise for the embeddings of words. Leave it out",
     "label_smoothing_factor": "the loss is a sum of our own terms on hard labels. Leave it out; "
     "the soft labels are those of the teacher (--kl_weight)",
-    "lr_scheduler_kwargs": "the cosine takes none. Use --min_learning_rate and --warmup_epochs",
     "optim_target_modules": "the groups of the optimizer are the encoder's units. Leave it out",
     "save_only_model": "no run could go on from such a checkpoint. Leave it out; fewer of them are "
     "kept with --save_total_limit",
@@ -167,6 +171,74 @@ def check_ends(args: Any, given: Collection[str] = ()) -> None:
             )
 
 
+def check_rate_shape(args: Any) -> None:
+    """Refuse a shape of the learning rate that is no function of the step alone."""
+    kind = SchedulerType(args.lr_scheduler_type).value
+    check_choice("lr_scheduler_type", kind, tuple(RATE_SHAPES))
+    rate_options(args)
+
+
+def rate_options(args: Any) -> tuple[tuple[str, float], ...]:
+    """The options of that shape, an object or its JSON.
+
+    Raises:
+        ValueError: if it has no such options, or none of such a value.
+    """
+    kind = SchedulerType(args.lr_scheduler_type).value
+    given, known = args.lr_scheduler_kwargs or {}, RATE_SHAPES[kind]
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            given = json.loads(given)
+    if not isinstance(given, dict) or given.keys() - known.keys():
+        takes = f"an object of {', '.join(known)}" if known else "none"
+        raise ValueError(
+            f"Expected --lr_scheduler_kwargs of {kind} as {takes}, got {str(given)[:80]}. Write "
+            """'{"power": 0.9}', say, with polynomial."""
+        )
+    for name, value in given.items():
+        whole = name == "num_cycles"
+        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
+            raise ValueError(
+                f"Expected {name} in --lr_scheduler_kwargs as a {'whole ' * whole}number above 0, "
+                f"got {str(value)[:80]}."
+            )
+    return tuple(given.items())
+
+
+def check_weight_schedule(args: Any, given: Collection[str] = ()) -> None:
+    """Refuse weights that cannot be, and schedules that leave a stretch without any term.
+
+    Also a weight beside the schedule that takes its place, if it is among the fields `given`.
+    """
+    weights, schedules = args.loss_weights, args.weight_schedules  # each raises on wrong ones
+    for name, schedule in schedules.items():
+        flag = f"{name}_weight"
+        if flag in given and getattr(args, flag) != schedule.peak:
+            raise ValueError(
+                f"Expected --{flag} or a --weight_schedule for {name}, got both, of which the "
+                "schedule alone would count. Leave one out."
+            )
+    # Linear between points, so that a stretch without terms begins at one of them.
+    for epoch in sorted({0.0, *(e for s in schedules.values() for e, _ in s.points)}):
+        now = weights.following({name: schedule(epoch) for name, schedule in schedules.items()})
+        if schedules and not any(now.effective().values()):
+            raise ValueError(
+                "Expected a loss term with a weight above 0 at any time, got a --weight_schedule "
+                f"that leaves none at epoch {epoch:g}. Let terms overlap, or jump: "
+                "kl=0:1,20:1,20:0 bce=0:0,20:0,20:1."
+            )
+        if args.adaptive_weight and not any(now.without_teacher().effective().values()):
+            raise ValueError(
+                "Expected a loss term that compares with labels beside --adaptive_weight, which "
+                f"may switch the others off, got none at epoch {epoch:g}. Give one a weight."
+            )
+    if args.adaptive_weight and args.eval_strategy == "no":
+        raise ValueError(
+            "Expected --eval_strategy epoch or steps with --adaptive_weight, got no: it follows "
+            "the evaluations. Set one, or leave it out."
+        )
+
+
 def _default(args: Any, name: str) -> Any:
     return type(args).__dataclass_fields__[name].default
 
@@ -260,6 +332,25 @@ def _number(word: Any) -> float:
         return math.nan
 
 
+def check_pseudo(args: Any) -> None:
+    """Refuse settings of pseudo labels that nobody follows."""
+    for name in ("pseudo_labels", "pseudo_confidence"):
+        if args.pseudo_weight == 0 and getattr(args, name) != _default(args, name):
+            raise ValueError(
+                f"Expected --pseudo_weight above 0 with --{name} {getattr(args, name)}, got 0, "
+                "which follows no pseudo labels. Set it to 1, or leave the other out."
+            )
+
+
+def check_labelled_share(args: Any) -> None:
+    """Refuse a share of images with masks that is none, or an order that it cannot keep."""
+    if args.labelled_schedule is not None and args.train_sampling_strategy != "random":
+        raise ValueError(
+            "Expected --train_sampling_strategy random with --labelled_share, got "
+            f"{args.train_sampling_strategy}: its batches are drawn. Leave one of them out."
+        )
+
+
 TARGETS = ("online", "cached")
 
 
@@ -297,6 +388,24 @@ def check_staged(args: Any) -> None:
             "Expected --ddp_find_unused_parameters true and no --ddp_static_graph with staged "
             "unfreezing, got otherwise: the graph changes when a unit is freed. Leave both out."
         )
+
+
+def check_ema(args: Any) -> None:
+    """Refuse a decay that averages nothing, and weights of which each process holds a part."""
+    decay = args.ema_decay
+    if decay is None:
+        return
+    if not 0 < decay < 1:
+        raise ValueError(
+            f"Expected --ema_decay between 0 and 1, got {decay:g}. 0.999 is an average over about "
+            "1,000 steps."
+        )
+    for name, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(flag, "").lower() in ("true", "1", "yes"):
+            raise ValueError(
+                f"Expected DDP or one process with --ema_decay, got {name}, where each process "
+                "holds a part of the weights alone. Leave one of them out."
+            )
 
 
 HUB_STRATEGIES = ("end", "every_save")

@@ -22,7 +22,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import has_length
 
 from kd_trainer.data import BadSample, StreamedDataset
-from kd_trainer.evaluation import bytes_of
+from kd_trainer.evaluation import visible_images
 from kd_trainer.optim import NamedParameters, PartLR, parameter_groups, regroup
 from kd_trainer.reports.panels import comparison_panel, save_image
 from kd_trainer.schedules import TrainingSchedule
@@ -254,7 +254,7 @@ class EvaluationPanels(TrainerCallback):
     TensorBoard gets the first of each tenth of the run.
 
     Args:
-        trainer: tells what student and teacher find in a batch, by `predict_classes`.
+        trainer: tells what student and teacher find in a batch, by `predict_masks`.
         dataset: the evaluation data; its first `args.panel_images` samples are drawn.
     """
 
@@ -268,10 +268,9 @@ class EvaluationPanels(TrainerCallback):
         if not isinstance(samples, IterableDataset):
             samples = (self.dataset[i] for i in range(len(self.dataset)))
         batch = self.trainer.data_collator(list(itertools.islice(samples, count)))
-        student, teacher = self.trainer.predict_classes(batch)
-        images = bytes_of(batch["pixel_values"], self.trainer.statistics)
+        student, teacher = self.trainer.predict_masks(batch)
         return comparison_panel(
-            images.permute(0, 2, 3, 1).cpu().numpy(),
+            visible_images(batch["pixel_values"], self.trainer.model),
             batch["labels"].cpu().numpy(),
             None if teacher is None else teacher.cpu().numpy(),
             student.cpu().numpy(),

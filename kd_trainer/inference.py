@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.data.channels import resize_any
 from kd_trainer.evaluation import (
     Evaluator,
     Measured,
@@ -89,8 +88,6 @@ class Segmenter:
 
     def _input(self, image: RgbImage) -> Tensor:
         pixels = _channels_first(image)
-        if pixels.is_floating_point():  # of several channels, always stretched
-            return resize_any(pixels, *self.image_size)
         return to_input(pixels, self.image_size, keep_aspect_ratio=self.keep_aspect_ratio)
 
     def _tiled(self, image: RgbImage) -> Tensor:
@@ -280,7 +277,7 @@ def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:
 
 
 def _pixels(values: Sequence[float]) -> Tensor:
-    return torch.tensor(list(values)).view(1, 3, 1, 1) * 255
+    return torch.tensor(list(values)).view(1, -1, 1, 1) * 255
 
 
 def onnx_network(exported: OnnxStudent) -> Network:
@@ -291,9 +288,10 @@ def onnx_network(exported: OnnxStudent) -> Network:
         if not exported.with_preprocessing:
             return torch.from_numpy(exported(images.numpy()))
         # It takes images and gives probabilities: undo what the file does itself.
-        raw_images = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        raw_images = (images * std + mean).permute(0, 2, 3, 1)
+        raw_images = raw_images / 255 if exported.own_depth else raw_images.round().to(torch.uint8)
         probability = torch.from_numpy(exported(raw_images.numpy())).double()
-        binary = probability.shape[1] == 1
+        binary = probability.shape[1] == 1 or exported.multi_label
         # A softmax may underflow to 0, whose logarithm would spread as NaN in a resize.
         smallest = torch.finfo(torch.float32).tiny
         raw = probability.logit(eps=1e-12) if binary else probability.clamp(min=smallest).log()

@@ -37,6 +37,7 @@ from kd_trainer.students import (
 )
 from kd_trainer.teacher import Teacher, load_teacher
 from kd_trainer.teacher_ensemble import TeacherEnsemble, ensemble_of
+from kd_trainer.universal import MODEL_TYPES
 
 
 def make_student(model: ModelArguments, data: DataArguments) -> nn.Module:
@@ -81,7 +82,7 @@ def _go_on_from(source: str, data: DataArguments) -> nn.Module:
     """A saved model as the student of a run; a stock one gets a head for other classes."""
     config = _config_of_saved(source)
     if "_model_class" in config:
-        student: Any = load_student(source, num_labels=data.num_labels, multi_label=True)
+        student: Any = load_student(source, num_labels=data.num_labels)
         student.config.image_size = plain_size(data.input_size)
         student.config.keep_aspect_ratio = data.keep_aspect_ratio
     else:
@@ -105,15 +106,12 @@ def _go_on_from(source: str, data: DataArguments) -> nn.Module:
     return student
 
 
-def load_student(
-    source: str | Path, *, num_labels: int | None = None, multi_label: bool = False
-) -> nn.Module:
+def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Module:
     """A saved student, from a folder (its own, or that of its run) or the Hub.
 
     Args:
         source: where it is.
         num_labels: that it has to have.
-        multi_label: whether it may have several labels a pixel, or other images than 8-bit RGB.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
@@ -127,16 +125,6 @@ def load_student(
         check_finite_weights(student, source)
     else:
         student = load_stock_student(source, config)
-    if is_multi_label(student) and not multi_label:
-        raise ValueError(
-            f"Expected a model of one class a pixel, got {source} of several labels a pixel, which "
-            "train.py, eval.py and predict.py take so far. Use its sigmoids from Python."
-        )
-    if reads_own_depth(student) and not multi_label:
-        raise ValueError(
-            f"Expected a model of 8-bit RGB images, got {source} of {channels_seen(student)} "
-            "channels (--in_channels), which train.py, eval.py and predict.py take so far."
-        )
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -188,6 +176,11 @@ def load_stock_student(
     Raises:
         ValueError: if it is no such model, or weights of its encoder are missing or misshapen.
     """
+    if (kind := config.get("model_type")) in MODEL_TYPES:
+        raise ValueError(
+            f"Expected a student that gives each pixel a logit for each class, got a {kind} of "
+            f"masks and their classes at {source}. Name it as --teacher."
+        )
     options: dict[str, Any] = {"dtype": torch.float32}
     check_labels(config.get("id2label"), None)
     classes = len(config.get("id2label") or (0, 1))
@@ -268,8 +261,9 @@ def load_measured(
             config = read_config(source)
         except OSError:
             config = {"_model_class": ""}  # `load_student` says what is missing
-        if not (trust_remote_code and config.get("auto_map")):
-            return load_student(source, num_labels=num_labels, multi_label=True)
+        foreign = trust_remote_code and config.get("auto_map")
+        if not foreign and config.get("model_type") not in MODEL_TYPES:
+            return load_student(source, num_labels=num_labels)
     return load_teacher(
         source,
         num_labels=num_labels,

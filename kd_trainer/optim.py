@@ -81,9 +81,11 @@ def regroup(optimizer: torch.optim.Optimizer, groups: Iterable[dict[str, Any]]) 
     Args:
         optimizer: tensors that stay keep their state, those that come have none, and that of those
             that go is dropped.
-        groups: as `parameter_groups` gives them.
+        groups: as `parameter_groups` gives them. Those that a user's optimizer was made with have
+            no name, and are replaced.
     """
-    present = {id(group["params"][0]): group for group in optimizer.param_groups}
+    named = [group for group in optimizer.param_groups if "name" in group]
+    present = {id(group["params"][0]): group for group in named}
     optimizer.param_groups.clear()
     for group in groups:
         _, first = group["params"][0]

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    AutoModelForUniversalSegmentation,
+    AutoTokenizer,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 from transformers.utils.hub import cached_file
 
 from kd_trainer.errors import is_own, printable
@@ -23,9 +27,7 @@ from kd_trainer.models.configuration_smp import (
 from kd_trainer.models.weights import (
     load_pretrained,
 )
-from kd_trainer.universal import (
-    MODEL_TYPES,
-)
+from kd_trainer.universal import MODEL_TYPES, TASK, OneFormerForSemanticSegmentation
 
 Statistics = Sequence[float]
 _FLIPPED = "do_flip_channel_order"
@@ -126,9 +128,13 @@ def _announce_code(source: str, config: dict[str, Any]) -> None:
 
 
 def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:
-    """The preprocessor_config.json of a model; empty without one."""
+    """What the files of a model say of its image processor; empty without one.
+
+    It has a file of its own, or a part in that of a processor for images and words.
+    """
     may_be_missing = {"_raise_exceptions_for_missing_entries": False, **hub}
-    if cached_file(source, IMAGE_PROCESSOR_NAME, **may_be_missing) is None:
+    files = (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME)
+    if all(cached_file(source, file, **may_be_missing) is None for file in files):
         return {}
     settings: Any = None
     with contextlib.suppress(AttributeError, TypeError, RecursionError):  # of what is no object
@@ -141,26 +147,43 @@ def saved_preprocessing(source: str, **hub: Any) -> dict[str, Any]:
     return settings
 
 
+def image_channels(config: Any) -> int:
+    """Channels of the images that a saved model takes, as its configuration says."""
+    backbone = getattr(config, "backbone_config", None)
+    said = (("in_channels", config), ("num_channels", config), ("num_channels", backbone))
+    return int(next((n for name, one in said if (n := getattr(one, name, None))), 3))
+
+
 def saved_statistics(
-    source: str, config: dict[str, Any], **hub: Any
+    source: str,
+    config: dict[str, Any],
+    usual: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD),
+    **hub: Any,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std that a saved model's own preprocessing applies to values in 0..1.
+
+    Args:
+        source: where it is.
+        config: what its config.json holds.
+        usual: what is taken where it says nothing; as many numbers as its images have channels.
+        **hub: as in `load_teacher`.
 
     Raises:
         ValueError: if no image can be normalised with them.
     """
     settings = saved_preprocessing(source, **hub) or config
+    channels = len(usual[0])
     mean, std = (
-        usual if settings.get(name) is None else settings[name]
-        for name, usual in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+        values if settings.get(name) is None else settings[name]
+        for name, values in zip(("image_mean", "image_std"), usual, strict=True)
     )
     # transformers takes one number for all channels too.
-    mean, std = ([v] * 3 if isinstance(v, int | float) else v for v in (mean, std))
+    mean, std = ([v] * channels if isinstance(v, int | float) else v for v in (mean, std))
     # MobileViT's processor does not normalise, and does not say so.
     if settings.get("do_normalize", _FLIPPED not in settings) is False:
-        mean, std = (0.0,) * 3, (1.0,) * 3
+        mean, std = (0.0,) * channels, (1.0,) * channels
     where = f"the preprocessing of {source}"
-    check_statistics(mean, std, where, config.get("in_channels", 3))
+    check_statistics(mean, std, where, channels)
     factor = settings.get("rescale_factor", 1 / 255)
     if settings.get("do_rescale") is False:
         factor = 1.0
@@ -171,6 +194,33 @@ def saved_statistics(
         )
     brightest = 255 * factor
     return tuple(m / brightest for m in mean), tuple(s / brightest for s in std)
+
+
+def with_task(network: Any, source: str, **hub: Any) -> Any:
+    """A OneFormer with the words for its task, as `OneFormerProcessor` reads them from its folder.
+
+    Raises:
+        ValueError: if its tokenizer is missing.
+    """
+    if network.config.model_type != "oneformer":
+        return network
+    length = network.config.task_seq_len
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **hub)
+        told = tokenizer(
+            [TASK], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        # transformers makes a tokenizer without words where there is no file of one.
+        if (read := tokenizer.decode(told["input_ids"][0], skip_special_tokens=True)) != TASK:
+            raise ValueError(f"one that reads {TASK!r} as {read!r}")
+    except Exception as error:  # of each kind of file another one
+        reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise ValueError(
+            f"Expected the tokenizer of a OneFormer, which is told its task in words, in {source}, "
+            f"got: {reason}. Save its OneFormerProcessor there, or tokenizer.json alone."
+        ) from error
+    task = told["input_ids"] * told["attention_mask"]
+    return OneFormerForSemanticSegmentation(network, task)
 
 
 def take_rgb(network: nn.Module, source: str, **hub: Any) -> None:

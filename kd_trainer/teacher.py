@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from kd_trainer.class_map import Groups, check_several_labels, merge_logits, translate
 from kd_trainer.errors import announce
 from kd_trainer.fast_layers import folded, logits_of
-from kd_trainer.models.config_checks import read_config
+from kd_trainer.models.config_checks import check_whole, read_config
 from kd_trainer.models.configuration_smp import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MULTI_LABEL,
+    SmpConfig,
     default_labels,
 )
 from kd_trainer.models.image_sizes import AnySize, as_size
@@ -35,18 +36,22 @@ from kd_trainer.models.weights import (
 from kd_trainer.sources import model_source, not_here, public_name
 from kd_trainer.stock_models import (
     Statistics,
+    image_channels,
     load_stock,
     saved_preprocessing,
     saved_statistics,
     take_rgb,
+    with_task,
 )
-from kd_trainer.teacher_files import network_from_file
+from kd_trainer.teacher_files import network_from_file, without_statistics
 from kd_trainer.universal import (
     fixed_side,
     is_universal,
     mask_size,
     semantic_logits,
 )
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and cv2 turn RGB to grey
 
 
 class Teacher(nn.Module):
@@ -55,11 +60,13 @@ class Teacher(nn.Module):
     It stays in eval mode and without gradient, whatever it is told.
 
     Args:
-        network: (B, 3, h, w) to a tensor of logits, an output with `raw_logits` or `logits`, or
+        network: (B, C, h, w) to a tensor of logits, an output with `raw_logits` or `logits`, or
             that of a universal model.
         num_labels: of the student, background included; 2 gives one logit.
         image_size: that the network wants; None takes the images as they come.
-        mean: per channel in 0..1, that the network was trained with.
+        mean: per channel in 0..1, that the network was trained with; it says how many channels it
+            takes. One of grey images sees the brightness of RGB ones, one of RGB images sees a
+            single channel three times.
         std: likewise.
         input_mean: with which the images arrive (the student's).
         input_std: likewise.
@@ -104,11 +111,21 @@ class Teacher(nn.Module):
 
     def expect_input(self, mean: Statistics, std: Statistics) -> Self:
         """Take images that are normalised so: those of a student that is trained or measured."""
-        own = self.network
-        count = int(own.config.in_channels) if isinstance(own, SmpForSemanticSegmentation) else 3
-        wanted_mean, wanted_std = _column(self.mean, "mean", count), _column(self.std, "std", count)
-        input_mean, input_std = _column(mean, "input_mean", count), _column(std, "input_std", count)
+        network: Any = self.network
+        smp = isinstance(network, SmpForSemanticSegmentation)
+        own, given = (network.config.in_channels if smp else len(self.mean)), len(mean)
+        if own != given and {own, given} != {1, 3}:
+            raise ValueError(
+                f"Expected a teacher of {given} channels, as the student's images have, got one of "
+                f"{own}. Take a teacher of the student's channels."
+            )
+        wanted_mean, wanted_std = _column(self.mean, "mean", own), _column(self.std, "std", own)
+        input_mean, input_std = _column(mean, "input_mean", given), _column(std, "input_std", given)
         self.input_mean, self.input_std = list(mean), list(std)
+        self.sees_brightness = own < given
+        if self.sees_brightness:
+            luma = torch.tensor(_LUMA).view(1, 3, 1, 1)
+            input_mean, input_std = (luma * input_mean).sum(1, keepdim=True), luma * input_std
         self.same_statistics = torch.equal(wanted_mean, input_mean) and torch.equal(
             wanted_std, input_std
         )
@@ -125,7 +142,7 @@ class Teacher(nn.Module):
         """Logits of a batch.
 
         Args:
-            pixel_values: floats (B, 3, H, W), normalised with the student's statistics.
+            pixel_values: floats (B, C, H, W), normalised with the student's statistics.
 
         Returns:
             float32 (B, K, H, W), K = 1 for two labels, otherwise num_labels.
@@ -138,7 +155,10 @@ class Teacher(nn.Module):
         height, width = pixel_values.shape[-2:]
         images = pixel_values
         if not self.same_statistics:
-            images = images * self.scale + self.shift
+            images = images * self.scale
+            if self.sees_brightness:
+                images = images.sum(1, keepdim=True)
+            images = images + self.shift
         if self.image_size is not None:
             wanted_height, wanted_width = self.image_size
             shrinks = wanted_height < height or wanted_width < width
@@ -171,10 +191,11 @@ class Teacher(nn.Module):
 def _column(values: Statistics, name: str, count: int) -> Tensor:
     finite = len(values) == count and all(map(math.isfinite, values))
     if not finite or (name.endswith("std") and min(values) <= 0):
+        wanted = {1: "one finite number", 3: "three finite numbers"}
         raise ValueError(
-            f"Expected {'three' if count == 3 else count} finite numbers (positive ones for std) "
-            f"as {name} of a teacher of {count} channels, got {list(values)}. Give one a channel, "
-            "of values in 0..1, or take a teacher of the student's channels."
+            f"Expected {wanted.get(count, f'{count} finite numbers')} (positive ones for std) "
+            f"as {name} of images of {count} channels, got {list(values)}. Give one a channel, of "
+            "values in 0..1."
         )
     return torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
 
@@ -206,9 +227,8 @@ def load_teacher(
     """Load a teacher from a folder, the Hub, or a bare state dict.
 
     Args:
-        source: folder or Hub id of an smp model, of one of our students (or their run) or of any
-            AutoModelForSemanticSegmentation, a Mask2Former, MaskFormer or EoMT; or a
-            `.safetensors` or `.pth` state dict.
+        source: folder or Hub id of an smp model, a student of ours (or its run), or any semantic or
+            universal (see `universal`) one of transformers; or a `.safetensors` or `.pth` file.
         num_labels: of the student, background included; None takes the teacher's own.
         arch: smp architecture of a bare state dict.
         encoder: smp encoder of a bare state dict.
@@ -229,27 +249,66 @@ def load_teacher(
         ValueError: if its classes are not the student's, or weights are missing or left over.
     """
     source = model_source(source)
-    network, saved = _load_network(source, (arch, encoder, options or {}), trust_remote_code, hub)
+    network, config = _load_network(source, (arch, encoder, options or {}), trust_remote_code, hub)
+    mean, std = _statistics(network, (mean, std), (input_mean, input_std), (source, config), hub)
     names, groups = _classes(network.config.id2label, num_labels, id2label, class_map, source)
-    several = _several_labels(network.config, multi_label, source)
-    check_several_labels(several, multi_label, groups, source)
-    return Teacher(
+    several = _several_labels(network.config, multi_label, groups, source)
+    teacher = Teacher(
         network,
         num_labels=len(names),
         image_size=_input_side(network.config, image_size, source),
-        mean=mean or saved[0],
-        std=std or saved[1],
+        mean=mean,
+        std=std,
         input_mean=input_mean,
         input_std=input_std,
         id2label=names,
         class_map=groups,
         multi_label=several,
     )
+    return _announced(teacher, source)
 
 
-def _several_labels(config: Any, wanted: bool | None, source: str) -> bool:
+def _announced(teacher: Teacher, source: str) -> Teacher:
+    """Say what a teacher sees, where it or the student takes other images than RGB."""
+    if (channels := len(teacher.mean)) == len(teacher.input_mean) == 3:
+        return teacher
+    seen = "the brightness of RGB" if teacher.sees_brightness else "the student's"
+    shown = (" ".join(f"{value:.4g}" for value in one) for one in (teacher.mean, teacher.std))
+    announce(
+        f"{public_name(source)}: made for images of {channels} channel{'s'[: channels > 1]}, it "
+        f"sees {seen}, with {' and '.join(shown)} as --teacher_mean and --teacher_std."
+    )
+    return teacher
+
+
+def _statistics(
+    network: Any,
+    given: tuple[Statistics | None, Statistics | None],
+    students: tuple[Statistics, Statistics],
+    saved: tuple[str, dict[str, Any] | None],
+    hub: dict[str, Any],
+) -> tuple[Statistics, Statistics]:
+    """Mean and std of a teacher: as given, what its files say, ImageNet's, or the student's."""
+    (mean, std), (source, config) = given, saved
+    if mean is not None and std is not None:
+        return mean, std
+    usual: tuple[Statistics, Statistics] = (IMAGENET_MEAN, IMAGENET_STD)
+    channels = image_channels(network.config)
+    if channels == len(students[0]) != 3:
+        usual = students
+    elif channels == 1:
+        grey = [[sum(w * v for w, v in zip(_LUMA, one, strict=True))] for one in usual]
+        usual = (grey[0], grey[1])
+    if config is not None:
+        usual = saved_statistics(source, config, usual, **hub)
+    return mean or usual[0], std or usual[1]
+
+
+def _several_labels(config: Any, wanted: bool | None, groups: Groups | None, source: str) -> bool:
     bare = source.endswith(SUFFIXES)  # weights alone do not say
-    return (bare and bool(wanted)) or getattr(config, "problem_type", None) == MULTI_LABEL
+    several = (bare and bool(wanted)) or getattr(config, "problem_type", None) == MULTI_LABEL
+    check_several_labels(several, wanted, groups, source)
+    return several
 
 
 def _load_network(
@@ -257,13 +316,12 @@ def _load_network(
     described: tuple[str | None, str | None, Mapping[str, Any]],
     trust_remote_code: bool,
     hub: dict[str, Any],
-) -> tuple[Any, tuple[Statistics, Statistics]]:
-    """A network with a `config`, and the mean and std of its input."""
+) -> tuple[Any, dict[str, Any] | None]:
+    """A network with a `config`, and what its config.json holds; None of a bare file."""
     if source.endswith(SUFFIXES):
-        return _from_file(source, *described), (IMAGENET_MEAN, IMAGENET_STD)
+        return _from_file(source, *described), None
     config = _read_config(source, hub)
-    network = _from_folder(source, config, trust_remote_code, hub)
-    return network, saved_statistics(source, config, **hub)
+    return _from_folder(source, config, trust_remote_code, hub), config
 
 
 def _input_side(config: Any, image_size: AnySize | None, source: str) -> AnySize | None:
@@ -332,10 +390,15 @@ def _from_folder(
     source: str, config: dict[str, Any], trust_remote_code: bool, hub: dict[str, Any]
 ) -> Any:
     if "_model_class" in config:
+        channels = config.get("in_channels", 3)
+        if channels != 3 and "image_mean" not in config:  # smp itself writes none
+            check_whole("in_channels", channels, 1, 64)
+            told = {"model_type": SmpConfig.model_type, **without_statistics(channels)}
+            hub = {**hub, "config": SmpConfig.from_dict(config | told)}
         return SmpForSemanticSegmentation.from_pretrained(source, **hub)
     model, _ = load_stock(source, config, trust_remote_code=trust_remote_code, **hub)
     take_rgb(model, source, **hub)
-    return model
+    return with_task(model, source, **hub)
 
 
 def reduces_labels(source: str, **hub: Any) -> bool:

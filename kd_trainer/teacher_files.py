@@ -17,7 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kd_trainer.errors import announce
@@ -42,7 +41,6 @@ AVERAGED = ("ema_state_dict", "state_dict_ema", "model_ema", "ema_model", "ema")
 
 _HEAD = "segmentation_head.0.weight"
 _AUXILIARY = "classification_head."
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as PIL and cv2 turn RGB to grey
 _MOST_PICKLE = 16 * 2**20  # bytes that are searched for names
 _SHOWN = 6
 # What a state dict itself needs; the rest of torch are layers.
@@ -73,14 +71,16 @@ def network_from_file(
     content = _read(path)
     state = _own_weights(state_in(_averaged(content, path), path), path)
     read_off = options_of_shapes(state, arch)
-    config = SmpConfig(
-        _model_class=architecture_class(arch).__name__,
-        encoder_name=encoder,
-        classes=state[_HEAD].shape[0],
+    described = {
+        "_model_class": architecture_class(arch).__name__,
+        "encoder_name": encoder,
+        "classes": state[_HEAD].shape[0],
         **(read_off | dict(options)),
-    )
-    model = SmpForSemanticSegmentation(config)
-    _grey_input(state, model.encoder, path)
+    }
+    model = SmpForSemanticSegmentation(SmpConfig(**described))
+    if (channels := _channels_seen(state, model.encoder)) != 3:
+        described |= without_statistics(channels)
+        model = SmpForSemanticSegmentation(SmpConfig(**described))
     optional = unused_state_keys(model, model.never_used_parameters())
     try:
         load_strictly(model, state, source=path, optional=optional)
@@ -92,6 +92,15 @@ def network_from_file(
         shown = ", ".join(f"{name} {_plain(value)}" for name, value in read_off.items())
         announce(f"{Path(path).name}: {shown}, as its shapes say. --teacher_options overrules it.")
     return model
+
+
+def without_statistics(channels: int) -> dict[str, Any]:
+    """Settings of an smp network of other images than RGB that nobody has said the mean of."""
+    return {
+        "in_channels": channels,
+        "image_mean": [0.0] * channels,
+        "image_std": [1.0] * channels,
+    }
 
 
 def _plain(value: Any) -> str:
@@ -195,23 +204,16 @@ def _numbers(value: Tensor | None) -> str:
     return f" ({' '.join(f'{v:g}' for v in value.flatten().tolist())})"
 
 
-def _grey_input(state: State, encoder: nn.Module, path: str) -> None:
-    """Let a network of one input channel take RGB: its first filters see their brightness."""
+def _channels_seen(state: State, encoder: nn.Module) -> int:
+    """Channels of the images of a network, by the shape of its first convolution.
+
+    Args:
+        state: its weights.
+        encoder: of a network of its kind for RGB images.
+    """
     convolutions = ((n, m) for n, m in encoder.named_modules() if isinstance(m, nn.Conv2d))
     first = next((f"encoder.{n}.weight" for n, m in convolutions if m.in_channels == 3), None)
-    if first not in state or state[first].shape[1] == 3:
-        return
-    channels = state[first].shape[1]
-    if channels != 1:
-        raise ValueError(
-            f"Expected a teacher of RGB or grey images in {path!r}, got one of {channels} input "
-            f"channels ({first}). The images here have three: name another teacher."
-        )
-    state[first] = state[first] * torch.tensor(_LUMA).view(1, 3, 1, 1)
-    announce(
-        f"{Path(path).name}: made for grey images, so it sees the brightness of RGB ones. Its "
-        "mean and std are --teacher_mean M M M and --teacher_std S S S."
-    )
+    return int(state[first].shape[1]) if first in state else 3
 
 
 def _written_beside(content: Any) -> str:

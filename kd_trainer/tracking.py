@@ -39,6 +39,7 @@ def schedule_logs(
     return {
         **({"compiled_graphs": float(compiled_graphs())} if compiled else {}),
         "temperature": schedule.temperature(step),
+        **{f"weight/{name}": weight for name, weight in schedule.weights(step).items()},
         "free_units": float(free_units(model)),
         "trainable_parameters": float(trainable),
         **rates,
@@ -57,18 +58,22 @@ class TermSums:
         self.weights = weights.effective()
         self.sums: dict[str, Tensor] = {}
         self.shares: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # of the micro-batches that had the term
         self.count = 0
 
-    def add(self, terms: LossTerms, logits: Tensor) -> None:
-        """Add the terms of one micro-batch; no host sync.
+    def add(self, terms: LossTerms, logits: Tensor, weights: LossWeights | None = None) -> None:
+        """Add the terms of one micro-batch, with the weights of its step; no host sync.
 
         With terms on features, `logits` are a map that all terms have a gradient at.
         """
+        if weights is not None:
+            self.weights = weights.effective()
         named = terms.named()
         if not self.shares and logits.requires_grad:
             self.shares = self._gradient_norms(named, logits)
         for name, value in named.items():
             self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
         self.count += 1
 
     def _gradient_norms(self, named: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
@@ -100,10 +105,10 @@ class TermSums:
         if not self.count:
             return {}
         names = list(self.sums)
-        count = torch.tensor(float(self.count), device=accelerator.device)
-        flat = torch.stack([*(self.sums[n].float() for n in names), count])
-        *sums, total = self._host_list(accelerator.reduce(flat, reduction="sum"))
-        result = {name: value / total for name, value in zip(names, sums, strict=True)}
+        counts = torch.tensor([float(self.counts[n]) for n in names], device=accelerator.device)
+        flat = torch.cat([torch.stack([self.sums[n].float() for n in names]), counts])
+        totals = self._host_list(accelerator.reduce(flat, reduction="sum"))
+        result = {n: s / c for n, s, c in zip(names, totals, totals[len(names) :], strict=False)}
         norms = self._host(list(self.shares.values()))
         whole = sum(norms)
         if whole > 0:
@@ -111,18 +116,18 @@ class TermSums:
                 f"grad_share/{name}": norm / whole
                 for name, norm in zip(self.shares, norms, strict=True)
             }
-        self.sums, self.shares, self.count = {}, {}, 0
+        self.sums, self.shares, self.counts, self.count = {}, {}, {}, 0
         return result
 
     def saved(self) -> dict[str, Any]:
         """The sums as they stand, for a checkpoint between two logs; no host sync."""
-        return {"sums": self.sums, "shares": self.shares, "count": self.count}
+        return {name: getattr(self, name) for name in ("sums", "shares", "counts", "count")}
 
     def restore(self, saved: Mapping[str, Any], device: torch.device) -> None:
         """Go on summing on a device where `saved` left off."""
         self.sums = {name: value.to(device) for name, value in saved["sums"].items()}
         self.shares = {name: value.to(device) for name, value in saved["shares"].items()}
-        self.count = saved["count"]
+        self.counts, self.count = dict(saved["counts"]), saved["count"]
 
     @staticmethod
     def _host(values: list[Tensor]) -> list[float]:

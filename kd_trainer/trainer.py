@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PredictionOutput, TrainOutput, has_length
 
-from kd_trainer.accepted import accepted_student, as_teacher, check_accepted
+from kd_trainer.accepted import accepted_student, as_teacher, check_accepted, check_one_set
+from kd_trainer.adaptive_weight import AdaptiveWeight
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import (
     EpochCounter,
@@ -44,7 +47,10 @@ from kd_trainer.checkpointing.resume import (
 from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.console import ConsoleLines, ConsoleProgress
 from kd_trainer.data import BadSample, StreamedDataset, collate
+from kd_trainer.data.quota import quota_sampler
 from kd_trainer.data.streaming import seed_loader, stream_loader
+from kd_trainer.data.views import MIX_BOX, MIX_CLASSES, STRONG, has_views, student_batch
+from kd_trainer.ema import StudentEma
 from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
     DataSetFigures,
@@ -54,25 +60,40 @@ from kd_trainer.evaluation import (
     figure_names,
     input_statistics,
     labels_of,
+    masks_of,
     normalise,
     pixel_statistics,
     settings_for,
+    student_rows,
 )
 from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
 from kd_trainer.feature_maps import FeatureMatching, first_trained, recorded
 from kd_trainer.hub import Pushed
-from kd_trainer.losses import distillation_terms, feature_terms, labelled_images, weighted_sum
+from kd_trainer.losses import (
+    LossWeights,
+    distillation_terms,
+    feature_terms,
+    labelled_images,
+    unlabelled_images,
+    weighted_sum,
+)
 from kd_trainer.models.weights import check_finite_weights
 from kd_trainer.optim import NamedParameters, PartLR, parameter_groups, regroup
-from kd_trainer.processes import Peer, naming_dead_processes, processes_of_run, run_on_all_ranks
+from kd_trainer.processes import (
+    Peer,
+    naming_dead_processes,
+    processes_of_run,
+    run_on_all_ranks,
+    share_buffers,
+)
 from kd_trainer.push_callback import PushCallback, check_only_message, check_push, push_student
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.sources import SELF
 from kd_trainer.students import (
     free_units,
     hold_frozen,
     load_renamed,
     raw_logits_of,
-    reads_own_depth,
     save_traits,
     student_logits,
     units_of,
@@ -81,8 +102,11 @@ from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
-DICE_IMAGES = "dice_images"
-COLUMNS = ("pixel_values", "labels", "distil_mask", "teacher_logits")
+DICE_IMAGES, PSEUDO_IMAGES, ASKED = "dice_images", "pseudo_images", "asked"
+COLUMNS = (
+    *("pixel_values", "labels", "distil_mask", "teacher_logits"),
+    *(STRONG, MIX_BOX, MIX_CLASSES),
+)
 
 
 class DistillationTrainer(Trainer):
@@ -93,7 +117,8 @@ class DistillationTrainer(Trainer):
             images (B, 3, H, W) with logits, see `students.as_student`.
         args: the run's arguments.
         teacher: frozen network whose logits the student follows; None trains without one, and the
-            weights of the terms that need one are then 0. A student is wrapped.
+            weights of the terms that need one are then 0. A student is wrapped. "self" asks the
+            student's moving average (`args.ema_decay`).
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
             samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
             with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
@@ -108,10 +133,12 @@ class DistillationTrainer(Trainer):
         teacher: a plain attribute: inside the student it would be saved, trained and counted.
         epochs: counts them, and knows the schedules.
         tracked: sums of the loss terms since the last log.
+        ema: the moving average of the student, as `args.ema_decay` asks for; None without one.
         facts: what is compared on resume beside the arguments, the networks and the number of
             images: set by who knows more, such as the content of the data.
         peers: the processes of the training, by rank.
         stop: a request to stop, looked at after each step; None without one.
+        adaptive: how far the evaluations let the teacher have its say, with `args.adaptive_weight`.
     """
 
     model: Any  # a network: of smp, of transformers, or a module of the user's
@@ -138,7 +165,7 @@ class DistillationTrainer(Trainer):
         model: nn.Module | None = None,
         args: DistillationArguments | None = None,
         *,
-        teacher: Teacher | None = None,
+        teacher: Teacher | str | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         ignore_index: int = 255,
@@ -152,17 +179,21 @@ class DistillationTrainer(Trainer):
             model = super().call_model_init()
         model = accepted_student(model, kwargs.pop("units", None), args)
         self.id2label = labels_of(model)
+        self.teaches_itself = teacher == SELF
+        teacher = None if isinstance(teacher, str) else teacher
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
+        check_one_set(args, sets)
         self._follow(args, model, teacher, ignore_index)
+        self.ema = None if args.ema_decay is None else StudentEma(args.ema_decay)
         if self.own_metrics is None:  # whose figures nobody knows yet
-            weights = self.settings.weights
-            names = figure_names(self.id2label, weights, teacher=teacher is not None)
+            beside = {"teacher": teacher is not None, "ema": self.ema is not None}
+            names = figure_names(self.id2label, self.settings.weights, **beside)
             check_best_metric(args, names, sets)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
-        projections = self._projections
-        ours = [self.epochs, ProgressiveUnfreezing(self.epochs, projections)]
+        freed = ProgressiveUnfreezing(self.epochs, self._projections)
+        ours = [self.epochs, freed, *filter(None, [self.ema])]
         super().__init__(
             model=model,
             args=args,
@@ -181,9 +212,7 @@ class DistillationTrainer(Trainer):
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
-        # A panel shows one class a pixel, on an RGB image.
-        shown = not self.settings.multi_label and not reads_own_depth(model)
-        if args.panel_images > 0 and eval_dataset is not None and shown:
+        if args.panel_images > 0 and eval_dataset is not None:
             self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
 
     def _follow(
@@ -191,11 +220,15 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Set what is derived from the arguments, which a search changes for each trial."""
         weights = args.loss_weights
-        self.loss_weights = weights if teacher is not None else weights.without_teacher()
-        evaluated = self.loss_weights.without_features()
+        alone = weights if teacher is not None else weights.without_teacher()
+        self.loss_weights = weights if self.teaches_itself else alone
+        # An evaluation has nobody to compare with but a teacher of its own.
+        evaluated = alone.without_features()
         self.settings = settings_for(model, ignore_index, evaluated, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
+        adapts = args.adaptive_weight and teacher is not None
+        self.adaptive = AdaptiveWeight() if adapts else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of the user's `model_init`."""
@@ -227,6 +260,14 @@ class DistillationTrainer(Trainer):
         """What happens when, for the length that the running epoch has."""
         return self.epochs.schedule
 
+    @property
+    def current_weights(self) -> LossWeights:
+        """Weights of the loss terms at the running step."""
+        weights = self.loss_weights.following(self.schedule.weights(self.state.global_step))
+        if self.adaptive is None:
+            return weights
+        return weights.scaled(self.adaptive.distillation, self.adaptive.task(weights.task))
+
     # ---- The loss ----
 
     def compute_loss(
@@ -237,12 +278,22 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
-        inputs = self._normalised(inputs)
-        seen: dict[str, Tensor] = {}
-        shown: dict[str, Tensor] = {}
-        teacher = self.teacher_logits(inputs, shown) if self.loss_weights.ask_teacher else None
+        inputs, weights = self._normalised(inputs), self.current_weights
+        seen: dict[str, Tensor] = {}  # feature maps, of the student
+        shown: dict[str, Tensor] = {}  # and of the teacher
+        if ASKED in inputs:
+            teacher = inputs["teacher_logits"]
+            self._show(inputs, shown)
+        else:
+            teacher = self._asked(inputs, shown)
         hold_frozen(self.model)
-        labels = inputs["labels"]
+        labels, followed = inputs["labels"], inputs.get("distil_mask")
+        if followed is None and self.loss_weights.pseudo > 0:
+            raise ValueError(
+                "Expected distil_mask in every sample with pseudo_weight above 0, got "
+                f"{', '.join(inputs)}: it says which pixels without a label are followed. Give it "
+                "with the data, bool (H, W)."
+            )
         with recorded(self.model, self.matching.of_student, seen):
             outputs = model(inputs["pixel_values"])
         logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
@@ -252,18 +303,30 @@ class DistillationTrainer(Trainer):
             labels,
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
-            distil_mask=inputs.get("distil_mask"),
-            weights=self.loss_weights,
+            distil_mask=followed,
+            weights=weights,
             pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
+            pseudo=self.args.pseudo,
+            pseudo_images=inputs.get(PSEUDO_IMAGES),
         )
-        compared = self.matching.compared(
-            seen, shown, self._distilled(inputs), self.loss_weights.feature_terms
-        )
+        features = weights.feature_terms
+        compared = self.matching.compared(seen, shown, self._distilled(inputs), features)
         vars(terms).update(feature_terms(compared))
-        loss = weighted_sum(terms, self.loss_weights)
-        self.tracked.add(terms, first_trained(seen, logits))
+        loss = weighted_sum(terms, weights)
+        self.tracked.add(terms, first_trained(seen, logits), weights)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _asked(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
+        """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
+        if not self.current_weights.ask_teacher:
+            return None
+        return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs, maps)
+
+    def _show(self, inputs: Batch, maps: dict[str, Tensor]) -> None:
+        """Ask the teacher for its feature maps alone, of the images as the student sees them."""
+        if self.teacher is not None and self.matching.of_teacher:
+            self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
 
     def _distilled(self, inputs: Batch) -> Tensor:
         """The pixels on which student and teacher are compared, bool (B, H, W)."""
@@ -292,8 +355,8 @@ class DistillationTrainer(Trainer):
                     "Expected teacher_logits in every sample with --teacher_targets cached, got "
                     f"{', '.join(inputs)}. Give them with the data, or use online."
                 )
-            if maps is not None and self.matching.of_teacher:
-                self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
+            if maps is not None:
+                self._show(inputs, maps)
             return inputs["teacher_logits"].float()
         return self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
 
@@ -329,12 +392,35 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
         """The batches of a step, each with the number of images its Dice is divided by."""
         batches, items = super().get_batch_samples(*args)
+        batches = [self._as_seen(batch) if has_views(batch) else batch for batch in batches]
         self.matching.heads.zero_grad()  # the Trainer knows the student's gradients alone
         if batches and all("labels" in batch for batch in batches):
-            images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
-            images = self.accelerator.reduce(images, reduction="mean")
-            batches = [{**batch, DICE_IMAGES: images} for batch in batches]
+            counts = {DICE_IMAGES: labelled_images}
+            if self.loss_weights.pseudo > 0 and all("distil_mask" in batch for batch in batches):
+                counts[PSEUDO_IMAGES] = unlabelled_images
+            for name, count in counts.items():
+                images = count(batches, self.settings.ignore_index).to(self.args.device)
+                images = self.accelerator.reduce(images, reduction="mean")
+                batches = [{**batch, name: images} for batch in batches]
         return batches, items
+
+    def _as_seen(self, batch: Batch) -> Batch:
+        """The batch as the student sees it, with what the teacher says of the images as they are.
+
+        Before the step and not in its loss, because mixing decides which images have labels.
+        """
+        batch = self._prepare_inputs(batch)
+        teacher = self._asked(self._normalised(batch))
+        classes = None if teacher is None or self.settings.multi_label else classes_of(teacher)
+        batch = {**batch, "teacher_logits": teacher, ASKED: True}
+        return student_batch(batch, classes, ignore_index=self.settings.ignore_index)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """With `--labelled_share` one of ours: each batch then has its share of masks."""
+        if self.args.labelled_share is None:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return quota_sampler(dataset, self.args)
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any
@@ -451,6 +537,8 @@ class DistillationTrainer(Trainer):
             units = len(units_of(self.model))
             self.epochs.schedule = args.schedule(units, args.num_train_epochs)
         self.epochs.start(args, self.state, steps=values[1])
+        if self.ema is not None:
+            self.ema.start(self.model)
         return (max(values[0], args.max_steps), *values[1:])
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override] # all have names
@@ -471,7 +559,8 @@ class DistillationTrainer(Trainer):
         """What makes this run the one it is, as plain values."""
         student = self.accelerator.unwrap_model(self.model)
         data = {"train": self.train_dataset, "eval": self.eval_dataset}
-        return fingerprint_of(self.args, student, self.teacher, data, self.facts)
+        run = fingerprint_of(self.args, student, self.teacher, data, self.facts)
+        return run | ({"teacher_weights": SELF} if self.teaches_itself else {})
 
     def check_resume(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that this run cannot go on from: see `check_resumable`."""
@@ -505,6 +594,8 @@ class DistillationTrainer(Trainer):
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             self._save_progress(folder)  # first: without it a folder is no half save of ours
+            if self.ema is not None and self.args.should_save:
+                self.ema.save(folder)
             if self.args.process_index == 0:
                 self.matching.save(folder)
             with no_stock_rotation(self.args):
@@ -528,6 +619,7 @@ class DistillationTrainer(Trainer):
             "terms": self.tracked.saved(),
             "position": self.epochs.position(self.state, self.control, self.train_dataset),
             "free_units": free_units(self.model),
+            "adaptive": asdict(self.adaptive) if self.adaptive is not None else {},
         }
         torch.save(progress, progress_file(folder, self.args))
 
@@ -540,6 +632,8 @@ class DistillationTrainer(Trainer):
         """Set what the Trainer starts at zero, private fields too, to what it was at the save."""
         self.peers = processes_of_run()
         self._began, self._earlier_seconds = time.monotonic(), 0.0
+        if self.adaptive is not None:
+            self.adaptive = AdaptiveWeight(**self._saved_progress().get("adaptive", {}))
         if self._resumed is None:
             return
         # Steps between logs and evaluations are the old run's in the file; a new logging counts.
@@ -554,6 +648,8 @@ class DistillationTrainer(Trainer):
         self._globalstep_last_logged = saved["last_logged"]
         self._initial_global_step = 0  # so that means and speeds are those of the whole run
         self.tracked.restore(saved["terms"], self.args.device)
+        if self.ema is not None:
+            self.ema.restore(self._resumed)
 
     def _saved_progress(self) -> dict[str, Any]:
         return read_progress(self._resumed, self.args) if self._resumed else {}
@@ -599,9 +695,12 @@ class DistillationTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        """Likewise."""
-        if not load_renamed(self.model, str(self.state.best_model_checkpoint)):
+        """Likewise, and the average that was saved with it."""
+        best = str(self.state.best_model_checkpoint)
+        if not load_renamed(self.model, best):
             super()._load_best_model()
+        if self.ema is not None:
+            self.ema.restore(Path(best))
 
     def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
         """Count the seconds of the parts before as well, by a clock that nobody can set.
@@ -622,11 +721,12 @@ class DistillationTrainer(Trainer):
         All processes measure the student that the first one saves: each has BatchNorm statistics
         of its own, which DDP takes from the first one at the next step anyway.
         """
-        if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        share_buffers(self.model)
         with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
+            figures = super().evaluate(*args, **kwargs)
+        if self.adaptive is not None and self.is_in_train:
+            self.adaptive.update(figures["eval_miou"], figures["eval_teacher_miou"])
+        return figures
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """In the precision of this trainer, also for `predict`."""
@@ -677,13 +777,27 @@ class DistillationTrainer(Trainer):
         )
         if self._keeps_logits:
             return None, (*rows, student), labels
+        if (average := self._averaged(inputs)) is not None:
+            rows = (*rows, student_rows(average, labels, self.settings))
         return None, rows, torch.zeros(len(labels), device=labels.device)
 
-    def predict_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
+    @property
+    def _has_average(self) -> bool:
+        return self.ema is not None and self.ema.network is not None
+
+    def _averaged(self, inputs: Batch) -> Tensor | None:
+        """Raw logits of the moving average for a batch on the device; None without one."""
+        if self.ema is None or self.ema.network is None:
+            return None
+        with self.accelerator.autocast():
+            return self.ema(self._normalised(inputs)["pixel_values"])
+
+    def predict_masks(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What student and teacher (if any) find in a batch of the collator, see `masks_of`."""
         self._take_model()
         student, teacher = self._logits(self.model.eval(), self._prepare_inputs(batch))
-        return classes_of(student), None if teacher is None else classes_of(teacher)
+        found = partial(masks_of, multi_label=self.settings.multi_label)
+        return found(student), None if teacher is None else found(teacher)
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor | None]:
@@ -696,10 +810,13 @@ class DistillationTrainer(Trainer):
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Our metrics of the data set, and those of the user's `compute_metrics`."""
         rows: tuple[Any, ...] = tuple(prediction.predictions)
-        if self._keeps_logits:
+        last = rows[-1]  # of the average, or all logits
+        if self._keeps_logits or self._has_average:
             rows = rows[:-1]
             prediction = EvalPrediction(predictions=rows, label_ids=prediction.label_ids)
         figures = self.figures(rows, self.teacher, self.callback_handler.eval_dataloader)
+        if self._has_average and not self._keeps_logits:
+            figures |= self.figures.of_average(last)
         more = self.own_metrics(prediction) if self.own_metrics is not None else {}
         twice = sorted(figures.keys() & more.keys())
         if twice:
@@ -723,6 +840,7 @@ class DistillationTrainer(Trainer):
                 max(self.state.global_step - 1, 0),  # the step that is logged, not the next
                 self._projections(),
             )
+            logs |= self.adaptive.logs() if self.adaptive is not None else {}
         super().log(logs, start_time)
 
     # ---- The Hub ----

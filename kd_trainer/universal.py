@@ -13,15 +13,41 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-MODEL_TYPES = ("mask2former", "maskformer", "eomt", "eomt_dinov3")
+MODEL_TYPES = ("mask2former", "maskformer", "oneformer", "eomt", "eomt_dinov3")
 """What can be a teacher."""
 
 _FLOOR = 1e-6
 """Least sum of probabilities whose logarithm is taken: where no query says anything."""
 
 Size = tuple[int, int]
+TASK = "the task is semantic"
+"""What a OneFormer is told beside each image, as its processor words it."""
+
+
+class OneFormerForSemanticSegmentation(nn.Module):
+    """A OneFormer that is asked for the classes of pixels, with images alone.
+
+    Args:
+        network: which also wants a task.
+        task: token ids of `TASK`, padded by 0 to (1, `config.task_seq_len`).
+    """
+
+    task: Tensor
+
+    def __init__(self, network: Any, task: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.config = network.config
+        for module in network.modules():
+            if "is_training" in vars(module):  # fine-tuned: it drops out, and wants words of masks
+                module.is_training = False
+        self.register_buffer("task", task, persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        """Output of the network for images (B, C, H, W)."""
+        return self.network(pixel_values, self.task.expand(len(pixel_values), -1))
 
 
 def is_universal(output: Any) -> bool:

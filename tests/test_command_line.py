@@ -186,7 +186,7 @@ def test_mixed_precision_without_a_value_is_bf16_on_a_cpu(arguments: list[str], 
         (["--teacher_mean", "0", "0", "0"], r"Expected --teacher_mean and --teacher_std together"),
         (["--mixed_precision", "fp16", "--use_cpu"], r"Expected --mixed_precision bf16 or no"),
         (["--mixed_precision", "fp8"], r"Expected --mixed_precision to be one of"),
-        (["--warmup_steps", "10"], r"Expected the cosine schedule with --warmup_epochs"),
+        (["--warmup_steps", "10"], r"Expected a warm-up as --warmup_epochs"),
         (["--min_learning_rate", "1"], r"Expected --min_learning_rate of at most"),
         (["--temperature_schedule", "sine"], r"^Expected .*cosine, linear, exponential"),
         (["--kl_weight", "-1"], r"^Expected "),
@@ -347,7 +347,8 @@ def test_resolved_configuration_loads_again_and_gives_the_same_settings(tmp_path
         shlex.split(
             "--dataset photos --teacher t --epochs 3 --batch_size 2 --mixed_precision bf16 "
             "--mask_values 0 255 --class_names background 'street person' --output_dir out "
-            "--eval_strategy no --eval_steps 7 --lr_scheduler_kwargs {} --seed 5 "
+            "--eval_strategy no --eval_steps 7 --seed 5 "
+            "--lr_scheduler_type polynomial --lr_scheduler_kwargs '{\"power\": 0.9}' "
             "--temperature_schedule piecewise --temperature_points 0:4 2:1 --use_cpu "
             "--report_to none"
         )

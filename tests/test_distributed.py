@@ -87,6 +87,12 @@ def test_ranks_have_the_same_weights_after_each_update_while_units_are_freed(two
     assert first["free"] == second["free"] == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_ranks_have_the_same_moving_average_of_the_student(two: Path):
+    """Each has BatchNorm statistics of its own, of which an average would be its own too."""
+    first, second = ranks(two, "averaged")
+    assert first["digest"] == second["digest"]
+
+
 def test_ranks_measure_the_student_that_is_saved(two: Path, tmp_path: Path):
     """Each has BatchNorm statistics of its own, and a mean over two students is that of none."""
     first, second = ranks(two, "staged")

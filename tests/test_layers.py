@@ -18,7 +18,7 @@ AUGMENTATION = "kd_trainer/data/augmentation.py"
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
     (
-        *("losses", "schedules", "metrics", "fast_layers"),
+        *("losses", "schedules", "adaptive_weight", "metrics", "fast_layers"),
         *("errors", "fields", "files", "processes", "universal", PORTABLE),
     ),
     (
@@ -43,7 +43,7 @@ LAYERS = (
     ),
     ("config", "data", "optim", "teacher_ensemble"),
     ("evaluation", "feature_maps", "teacher_maps"),
-    ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),
+    ("accepted", "callbacks", "checkpointing", "ema", "loading", "run_folder", "tracking"),
     ("build", "costs", "hub", "teacher_cache"),
     ("export", "push_callback", "teacher_targets"),
     ("inference", "trainer"),

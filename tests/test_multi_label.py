@@ -285,11 +285,30 @@ def test_predictions_are_planes_that_a_training_could_read(finished, tmp_path):
     assert PlaneRule(CLASSES).planes(npy(tmp_path, planes), 0, (SIDE, SIDE)).shape[-1] == CLASSES
 
 
-def test_what_knows_one_class_a_pixel_refuses_such_a_student(finished, tmp_path):
-    """A softmax in an exported file would silently drop labels."""
-    root, data, _ = finished
-    with pytest.raises(ValueError, match=r"^Expected a model of one class a pixel"):
-        export_main([str(root / "run"), "--format", "onnx", "--dataset", str(data)])
+@pytest.mark.parametrize("more", [["onnx", "--with_preprocessing"], ["onnx-int8"]])
+def test_an_exported_file_gives_a_plane_a_label(more, finished, tmp_path):
+    """A softmax over them, or their argmax, would silently drop labels."""
+    root, data, results = finished
+    shared = ["--dataset", str(data), "--output", str(tmp_path), "--latency_repeats", "0"]
+    export_main([str(root / "run"), *shared, "--format", *more])
+    (file,) = tmp_path.glob("*.onnx")
+    (told,) = json.loads((tmp_path / "export.json").read_text()).values()
+    exact = "int8" not in file.name
+    assert told["torch_miou"] == pytest.approx(results["student_miou"], abs=1e-6)
+    assert not exact or (told["mask_iou"] == 1 and told["largest_difference"] < 1e-4)
+    image = data / "validation" / "images" / "p0.png"
+    for model, name in ((root / "run", "torch"), (file, "file")):
+        predict_main([str(model), str(image), "--soft", "--output_dir", str(tmp_path / name)])
+    found = [np.load(tmp_path / name / "masks" / "p0.npy") for name in ("torch", "file")]
+    soft = [np.load(tmp_path / name / "soft" / "p0.npy") for name in ("torch", "file")]
+    assert found[1].shape == (CLASSES, SIDE, SIDE)
+    assert not exact or np.array_equal(*found)
+    assert np.abs(soft[0] - soft[1]).max() < (0.002 if exact else 0.2)
+
+
+def test_another_kind_of_student_or_teacher_is_refused(finished, tmp_path):
+    """Its logits mean something else."""
+    root = finished[0]
     one_class = train_flags(write_pairs(tmp_path / "pairs", num_labels=3), tmp_path / "out")
     one_class += ["--num_labels", "3"]
     with pytest.raises(

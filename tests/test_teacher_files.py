@@ -8,6 +8,7 @@ import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from kd_trainer.loading import teacher_options
 from kd_trainer.model_arguments import ModelArguments
@@ -138,18 +139,71 @@ def test_options_that_no_shape_says_are_flags(tmp_path):
         ModelArguments(teacher="x", teacher_options=["classes"])
 
 
-def test_a_teacher_of_grey_images_sees_the_brightness(tmp_path, capsys):
-    """Its first filters on each channel by the weight that the channel has in the brightness."""
+def test_a_teacher_of_grey_images_sees_the_brightness_of_rgb_ones(tmp_path, capsys):
+    """In its own normalisation, and not in that of one of the colours."""
     model = unet(in_channels=1)
     torch.save(model.state_dict(), tmp_path / "grey.pth")
-    luma = (IMAGES * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    teacher = load(tmp_path / "grey.pth")
+    mean, std, luma = (
+        torch.tensor(v).view(1, 3, 1, 1)
+        for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], [0.299, 0.587, 0.114])
+    )
+    brightness = ((IMAGES * std + mean) * luma).sum(1, keepdim=True)
+    given = load(tmp_path / "grey.pth", mean=(0.3,), std=(0.2,))
     with torch.no_grad():
-        torch.testing.assert_close(teacher(IMAGES), model(luma), rtol=1e-3, atol=1e-3)
-    assert "made for grey images" in capsys.readouterr().err
-    torch.save(unet(in_channels=4).state_dict(), tmp_path / "four.pth")
-    with pytest.raises(ValueError, match="got one of 4 input channels"):
+        expected = model((brightness - 0.3) / 0.2)
+    torch.testing.assert_close(given(IMAGES), expected, rtol=1e-3, atol=1e-3)
+    capsys.readouterr()
+    usual = load(tmp_path / "grey.pth")
+    assert usual.mean == pytest.approx([0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406])
+    assert "1 channel, it sees the brightness of RGB, with 0.459 and" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="one finite number"):
+        load(tmp_path / "grey.pth", mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2))
+
+
+def test_a_teacher_of_more_channels_teaches_students_of_as_many(tmp_path):
+    """Its first convolution says how many; a file that says no mean is fed as the student is."""
+    model = unet(in_channels=4)
+    torch.save(model.state_dict(), tmp_path / "four.pth")
+    smp_folder = tmp_path / "folder"
+    model.save_pretrained(smp_folder)
+    images = torch.randn(1, 4, 64, 64)
+    bands = {"input_mean": [0.1, 0.2, 0.3, 0.4], "input_std": [0.1] * 4}
+    for teacher in (
+        load(tmp_path / "four.pth", **bands),
+        load_teacher(str(smp_folder), num_labels=2, **bands),
+    ):
+        assert_same(teacher, model, images)
+    own = load(tmp_path / "four.pth", mean=[0.0] * 4, std=[1.0] * 4, **bands)
+    values = images * 0.1 + torch.tensor(bands["input_mean"]).view(1, 4, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(own(images), model(values), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match=r"a teacher of 3 channels, .*, got one of 4\."):
         load(tmp_path / "four.pth")
+
+
+def test_a_teacher_of_rgb_images_sees_a_single_channel_three_times(tmp_path):
+    """Most pretrained networks are of RGB images, and many medical images are grey."""
+    model = unet()
+    torch.save(model.state_dict(), tmp_path / "rgb.pth")
+    grey = torch.randn(1, 1, 64, 64)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    teacher = load(tmp_path / "rgb.pth", input_mean=[0.4], input_std=[0.2])
+    values = (grey * 0.2 + 0.4).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        expected = model((values - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1))
+    torch.testing.assert_close(teacher(grey), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_stock_teacher_says_its_channels_itself(tmp_path):
+    """A SegFormer of four bands is made by `num_channels`."""
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "decoder_hidden_size": 8}
+    heads = {"num_attention_heads": [1] * 4, "id2label": {0: "a", 1: "b", 2: "c"}}
+    config = SegformerConfig(num_channels=4, **sizes, **heads)
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
+    bands = {"input_mean": [0.1] * 4, "input_std": [0.2] * 4}
+    teacher = load_teacher(str(tmp_path), num_labels=3, **bands)
+    assert teacher(torch.randn(1, 4, 64, 64)).shape == (1, 3, 64, 64)
+    assert teacher.same_statistics
 
 
 class Armed:

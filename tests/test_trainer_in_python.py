@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from same_run import assert_same_tensors
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import evaluation_rows, normalise
 from kd_trainer.teacher import Teacher
 from kd_trainer.trainer import DistillationTrainer
@@ -146,11 +148,38 @@ def test_data_that_draws_freely_can_be_resumed(tmp_path: Path):
     assert resumed.state.global_step == 2
 
 
+def sgd(network=None, *, lr: float = 1e-3, **options) -> torch.optim.SGD:
+    """As the arguments of these tests have rate and weight decay."""
+    parameters = (network or nn.Linear(1, 1)).parameters()
+    decay = {"weight_decay": DistillationArguments.weight_decay}
+    return torch.optim.SGD(parameters, lr=lr, **(decay | options))
+
+
+def test_an_optimizer_of_the_users_gets_the_groups_of_the_free_parts(tmp_path: Path):
+    """Left with its one group it would go on training what is frozen, at one rate for all."""
+    student = tiny_student()
+    rates = {"learning_rate": 1e-3, "max_steps": -1, "num_train_epochs": 3}
+    options = rates | {"unfreeze_start_epoch": 1, "unfreeze_every": 1}
+    given = sgd(student, momentum=0.7)
+    trainer = trainer_of(tmp_path, student=student, more={"optimizers": (given, None)}, **options)
+    trainer.train()
+    assert [group["name"] for group in given.param_groups[::2]] == ["decoder", "unit_1", "unit_0"]
+    assert {group["momentum"] for group in given.param_groups} == {0.7}
+    same = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"momentum": 0.7})}
+    other = trainer_of(tmp_path, more=same, **options)
+    other.train()
+    assert_same_tensors(other.model.state_dict(), student.state_dict())
+
+
 @pytest.mark.parametrize(
     ("more", "start"),
     [
         ({"compute_loss_func": print}, "Expected no compute_loss_func, got one"),
-        ({"optimizers": (object(), None)}, "Expected no optimizers, got one"),
+        (
+            {"optimizers": (None, torch.optim.lr_scheduler.ConstantLR(sgd()))},
+            "Expected no scheduler in optimizers, got a ConstantLR",
+        ),
+        ({"optimizers": (sgd(lr=0.5), None)}, "Expected lr of the optimizer to be learning_rate"),
         ({"preprocess_logits_for_metrics": print}, "Expected no preprocess_logits_for_metrics"),
         (
             {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})},

@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import Squares, arguments, tiny_student
+from transformers import get_scheduler
 
 from kd_trainer.config import build, load_recipe
 from kd_trainer.costs import steps_per_epoch
@@ -76,6 +78,49 @@ def test_rate_warms_up_for_five_epochs_and_ends_at_the_minimum():
     assert 1e-4 * rate(at(55)) == pytest.approx(1e-6)
     falling = [rate(update) for update in range(at(5), at(50) + 1)]
     assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("cosine", {}),
+        ("linear", {}),
+        ("polynomial", {"power": 0.9}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("constant_with_warmup", {}),
+    ],
+)
+def test_a_rate_falls_as_the_scheduler_of_that_name_in_transformers(kind, options):
+    """The name is taken from there, and with it what people expect."""
+    rate = recipe(lr_scheduler_type=kind, lr_scheduler_kwargs=options, min_learning_rate=0).rate("")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    more = {"lr_end": 0.0} if kind == "polynomial" else {}
+    own = get_scheduler(kind, optimizer, at(5), at(50), options | more)
+    for step in range(at(50) + 1):
+        assert rate(step) == pytest.approx(own.get_last_lr()[0], abs=1e-9), step
+        optimizer.step()
+        own.step()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "to be one of cosine, linear, "),
+        ({"lr_scheduler_kwargs": {"power": 2.0}}, "kwargs of cosine as none"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": "{"}, "an object of power"),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_restarts",
+                "lr_scheduler_kwargs": {"num_cycles": 0.5},
+            },
+            "as a whole number above 0",
+        ),
+    ],
+)
+def test_a_shape_that_cannot_be_followed_is_refused(changes, match):
+    """A rate that depends on figures is no function of the step, and could not be resumed."""
+    with pytest.raises(ValueError, match=match):
+        recipe(**changes)
 
 
 def test_rate_of_a_frozen_unit_is_zero_and_then_that_of_all_others():

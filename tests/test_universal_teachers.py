@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from transformers import (
+    CLIPTokenizer,
     EomtConfig,
     EomtForUniversalSegmentation,
     EomtImageProcessor,
@@ -15,9 +16,13 @@ from transformers import (
     MaskFormerForInstanceSegmentation,
     MaskFormerImageProcessor,
     OneFormerConfig,
+    OneFormerForUniversalSegmentation,
+    OneFormerImageProcessor,
+    OneFormerProcessor,
     SwinConfig,
 )
 
+from kd_trainer.loading import load_measured, load_student
 from kd_trainer.teacher import TeacherInference, load_teacher
 from kd_trainer.universal import semantic_logits
 
@@ -79,7 +84,42 @@ def eomt():
     return EomtForUniversalSegmentation(config)
 
 
+def oneformer(**options):
+    config = OneFormerConfig(
+        backbone_config=backbone(),
+        num_queries=5,
+        conv_dim=32,
+        mask_dim=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=16,
+        task_seq_len=30,
+        text_encoder_width=64,
+        text_encoder_num_layers=1,
+        text_encoder_vocab_size=50,
+        text_encoder_n_ctx=2,
+        id2label=NAMES,
+        **options,
+    )
+    return OneFormerForUniversalSegmentation(config)
+
+
+def words():
+    """A tokenizer that spells: each letter, and each at the end of a word, is a token."""
+    letters = sorted(set("the task is semantic, instance, panoptic") - set(" ,"))
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def oneformer_processor():
+    return OneFormerProcessor(OneFormerImageProcessor(), words(), task_seq_length=30)
+
+
 MODELS = {
+    "oneformer": (oneformer, oneformer_processor(), {}),
     "mask2former": (mask2former, Mask2FormerImageProcessor(), {}),
     "maskformer": (maskformer, MaskFormerImageProcessor(), {}),
     "eomt": (eomt, EomtImageProcessor(), {"size": {"shortest_edge": SIDE, "longest_edge": None}}),
@@ -113,8 +153,13 @@ def test_a_universal_model_gives_the_logits_of_transformers_own_post_processing(
     teacher = load_teacher(saved.path, num_labels=None)
     logits = teacher(pixels)
     assert logits.shape == (2, 7, SIDE, SIDE)
+    asked = {}
+    if "task" in dict(teacher.network.named_buffers()):
+        image = torch.zeros(SIDE, SIDE, 3, dtype=torch.uint8).numpy()
+        asked = dict(saved.processor(image, ["semantic"], return_tensors="pt"))
+        asked = {"task_inputs": asked["task_inputs"].expand(2, -1)}
     with torch.no_grad():
-        output = teacher.network(pixels)
+        output = saved.network(pixels, **asked)
     found = saved.processor.post_process_semantic_segmentation(
         output,
         target_sizes=[(SIDE, SIDE)] * 2,
@@ -174,8 +219,58 @@ def test_a_network_of_one_input_size_gets_that_size(tmp_path):
         load_teacher(str(tmp_path), num_labels=None, image_size=128)
 
 
-def test_models_that_need_more_than_an_image_are_refused_by_name(tmp_path):
-    """OneFormer also wants the task in words, and its tokenizer with it."""
-    OneFormerConfig(backbone_config=backbone()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'oneformer'.*a mask2former, maskformer"):
+def test_a_oneformer_answers_for_its_task_and_no_other(tmp_path):
+    """Its masks depend on the words; those of another task are not those of semantic classes."""
+    network = louder(oneformer())
+    network.save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), num_labels=None)
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    found = teacher(pixels)
+    told = words()(["the task is instance"], padding="max_length", max_length=30)
+    teacher.network.task = torch.tensor(told["input_ids"]) * torch.tensor(told["attention_mask"])
+    assert (teacher(pixels) - found).abs().max() > 1e-3
+
+
+def test_a_fine_tuned_oneformer_does_not_drop_out_and_wants_no_texts(tmp_path):
+    """Its saved `is_training` would turn dropout on in eval mode, and crash for want of texts."""
+    torch.manual_seed(0)
+    louder(oneformer(is_training=True, dropout=0.9)).save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), num_labels=None)
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    assert torch.equal(teacher(pixels), teacher(pixels))
+
+
+def test_a_oneformer_without_its_words_is_refused(tmp_path):
+    """transformers makes an empty tokenizer then, which says something else to the network."""
+    oneformer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Expected the tokenizer of a OneFormer.*Save its"):
+        load_teacher(str(tmp_path), num_labels=None)
+
+
+def test_statistics_in_the_file_of_a_whole_processor_are_found(tmp_path):
+    """transformers 5 nests the image processor there; ImageNet's would be taken in silence."""
+    oneformer().save_pretrained(tmp_path)
+    images = OneFormerImageProcessor(image_mean=[0.2, 0.3, 0.4], image_std=[0.1, 0.2, 0.3])
+    OneFormerProcessor(images, words()).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    teacher = load_teacher(str(tmp_path), num_labels=None)
+    assert teacher.mean == pytest.approx([0.2, 0.3, 0.4])
+    assert teacher.std == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_models_of_other_kinds_are_refused_by_name(tmp_path):
+    """The kinds that can teach are listed, so that one can be chosen."""
+    SwinConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'swin'.*a mask2former, maskformer, oneformer"):
         load_teacher(str(tmp_path), num_labels=2)
+
+
+def test_a_universal_model_is_measured_as_it_teaches_and_is_no_student(saved):
+    """As a student its queries were counted as classes."""
+    measured = load_measured(saved.path)
+    pixels = torch.randn(1, 3, SIDE, SIDE)
+    assert torch.equal(measured(pixels), load_teacher(saved.path, num_labels=None)(pixels))
+    with pytest.raises(ValueError, match=r"got a \w+ of masks.*as --teacher"):
+        load_student(saved.path)

@@ -160,8 +160,14 @@ def load_segmenter(args: PredictArguments) -> Loaded:
     options = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
     if args.model.endswith(".onnx"):
         exported = load_onnx(args.model)
-        return Loaded(onnx_segmenter(exported, **options), len(exported.class_names))
-    student = load_student(args.model, multi_label=True)
+        mean, std, own_depth = exported.image_mean, exported.image_std, exported.own_depth
+        return Loaded(
+            onnx_segmenter(exported, **options),
+            len(exported.class_names),
+            exported.multi_label,
+            Channels(tuple(mean), tuple(std)) if own_depth else None,
+        )
+    student = load_student(args.model)
     segmenter = torch_segmenter(student, image_size_of(student), **options)
     mean, std = input_statistics(student)
     channels = Channels(tuple(mean), tuple(std)) if reads_own_depth(student) else None

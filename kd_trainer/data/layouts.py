@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kd_trainer.data.folder_layouts import Layout, pairs_in, read_folders
+from kd_trainer.data.folder_layouts import Layout, pairs_in, read_folders, split_in
 from kd_trainer.data.known_layouts import read_cityscapes, read_voc
 from kd_trainer.data.listing import (
     MissingSplitError,
@@ -137,6 +137,8 @@ def split_of(layout: Layout, split: str, data: DataArguments) -> str:
                 f"other splits have some ({layout.description}). Add them, or name another split "
                 "with --eval_split."
             )
+    if "train" in split_names(split) and len(known) == 1 and split_in(*known) is None:
+        return known.popitem()[1]  # the one list of an export, such as default
     if (Path(data.dataset) / split).is_dir():
         check_folders(data, split)
     raise MissingSplitError(
@@ -191,3 +193,9 @@ def say(*lines: str, about: str = "") -> None:
     ):
         tqdm.write(text, file=sys.stderr)
     _SAID.add(about or text)
+
+
+def say_split(source: Path | str, split: str, name: str) -> None:
+    """Say which split is taken, where it goes by another name."""
+    if name != split:
+        say(f"{source}: {name} is the split {split}. Otherwise: --train_split, --eval_split.")

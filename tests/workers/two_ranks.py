@@ -167,6 +167,16 @@ def dice(folder: Path, batch: int) -> dict[str, Any]:
     return {"world": args.world_size, "logs": trainer.state.log_history}
 
 
+def averaged(folder: Path) -> dict[str, Any]:
+    """Digests of the student's moving average, with the statistics of its BatchNorms."""
+    args = arguments(folder, ema_decay=0.7)
+    trainer = DistillationTrainer(tiny_student(), args, train_dataset=Squares(16))
+    trainer.train()
+    tensors = trainer.ema.network.state_dict().values()
+    together = hashlib.sha256(b"".join(value.numpy().tobytes() for value in tensors))
+    return {"world": args.world_size, "digest": together.hexdigest()}
+
+
 def measured(folder: Path) -> dict[str, Any]:
     """Figures of an untrained student, of a map-style data set and of a stream."""
     args = arguments(folder, per_device_eval_batch_size=2)
@@ -188,6 +198,7 @@ def main(folder: Path, global_batch: int = 4) -> None:
         "features": features(folder, global_batch // args.world_size),
         "dice": dice(folder, global_batch // args.world_size),
         "measured": measured(folder),
+        "averaged": averaged(folder),
     }
     (folder / f"rank_{args.process_index}.json").write_text(json.dumps(results))
 
