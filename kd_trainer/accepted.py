@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
+from kd_trainer.sources import SELF
 from kd_trainer.students import as_student, is_student, units_of
 from kd_trainer.teacher import Teacher
 
@@ -56,14 +57,15 @@ def check_accepted(
             "SmpForSemanticSegmentation.create() or from_pretrained(), or give any module that "
             "answers with logits."
         )
-    if teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
+    if teacher == SELF:
+        check_self_taught(args)
+    elif teacher is not None and not isinstance(teacher, Teacher | SmpForSemanticSegmentation):
         raise TypeError(
             f"Expected a kd_trainer.Teacher, got {type(teacher).__name__}. Wrap it: Teacher(network"
             ", num_labels=..., mean=..., std=...), with the mean and std that "
             "it was trained with."
         )
-    if teacher is not None:
-        args.loss_weights.check_teacher()
+    args.loss_weights.check_teacher(taught=teacher is not None)
     for name, reason in _REFUSED.items():
         if options.get(name) not in (None, (None, None)):
             raise ValueError(f"Expected no {name}, got one: {reason}.")
@@ -104,6 +106,20 @@ def _check_optimizers(optimizer: Any, scheduler: Any, *, args: DistillationArgum
                 f"{getattr(args, setting):g}, got {own:g}. Each part has a rate of its own, made "
                 "from the arguments: give the same number there."
             )
+
+
+def check_self_taught(args: DistillationArguments) -> None:
+    """Refuse a student that is to be taught by an average that nobody keeps."""
+    if args.ema_decay is None:
+        raise ValueError(
+            "Expected --ema_decay with --teacher self, got none: the average of the student is its "
+            "teacher. Set it to 0.996, say."
+        )
+    if terms := args.loss_weights.feature_terms:
+        raise ValueError(
+            f"Expected no --{terms[0]}_weight with --teacher self, got it: the average of the "
+            "student has the student's own features. Leave one of them out."
+        )
 
 
 def accepted_student(model: nn.Module, units: Any, args: DistillationArguments) -> nn.Module:
@@ -154,3 +170,12 @@ def as_teacher(
 def kind_of(model: Measured) -> str:
     """What the logits of a model mean, in words."""
     return "several labels a pixel (sigmoids)" if is_multi_label(model) else "one class a pixel"
+
+
+def check_one_set(args: DistillationArguments, sets: Mapping[str, Any]) -> None:
+    """Refuse several evaluation sets beside a weight that follows the ratio on one."""
+    if sets and args.adaptive_weight:
+        raise ValueError(
+            f"Expected one evaluation set with adaptive_weight, got {', '.join(sets)}, whose "
+            "figures may say different things. Give one, or leave it out."
+        )

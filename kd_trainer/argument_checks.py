@@ -14,6 +14,7 @@ from typing import Any
 from transformers import SchedulerType
 
 from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
+from kd_trainer.losses import FEATURE_TERMS, TERMS
 from kd_trainer.models.image_sizes import as_size, plain_size
 from kd_trainer.schedules import RATE_SHAPES
 
@@ -204,6 +205,40 @@ def rate_options(args: Any) -> tuple[tuple[str, float], ...]:
     return tuple(given.items())
 
 
+def check_weight_schedule(args: Any, given: Collection[str] = ()) -> None:
+    """Refuse weights that cannot be, and schedules that leave a stretch without any term.
+
+    Also a weight beside the schedule that takes its place, if it is among the fields `given`.
+    """
+    weights, schedules = args.loss_weights, args.weight_schedules  # each raises on wrong ones
+    for name, schedule in schedules.items():
+        flag = f"{name}_weight"
+        if flag in given and getattr(args, flag) != schedule.peak:
+            raise ValueError(
+                f"Expected --{flag} or a --weight_schedule for {name}, got both, of which the "
+                "schedule alone would count. Leave one out."
+            )
+    # Linear between points, so that a stretch without terms begins at one of them.
+    for epoch in sorted({0.0, *(e for s in schedules.values() for e, _ in s.points)}):
+        now = weights.following({name: schedule(epoch) for name, schedule in schedules.items()})
+        if schedules and not any(now.effective().values()):
+            raise ValueError(
+                "Expected a loss term with a weight above 0 at any time, got a --weight_schedule "
+                f"that leaves none at epoch {epoch:g}. Let terms overlap, or jump: "
+                "kl=0:1,20:1,20:0 bce=0:0,20:0,20:1."
+            )
+        if args.adaptive_weight and not any(now.without_teacher().effective().values()):
+            raise ValueError(
+                "Expected a loss term that compares with labels beside --adaptive_weight, which "
+                f"may switch the others off, got none at epoch {epoch:g}. Give one a weight."
+            )
+    if args.adaptive_weight and args.eval_strategy == "no":
+        raise ValueError(
+            "Expected --eval_strategy epoch or steps with --adaptive_weight, got no: it follows "
+            "the evaluations. Set one, or leave it out."
+        )
+
+
 def _default(args: Any, name: str) -> Any:
     return type(args).__dataclass_fields__[name].default
 
@@ -220,6 +255,44 @@ def check_reports(args: Any) -> None:
             f"Expected --report_to to be none or installed ({', '.join(installed)}), got "
             f"{' '.join(missing)}. Install it, or leave it out."
         )
+
+
+def check_features(args: Any) -> None:
+    """Refuse what terms on feature maps cannot be trained with, and their settings without them."""
+    terms = args.loss_weights.feature_terms
+    learned = [term.name for term in TERMS if term.head is not None]
+    needed = {"feature_pairs": FEATURE_TERMS, "projection_learning_rate": learned}
+    for name, some in needed.items():
+        if getattr(args, name) is not None and not set(terms) & set(some):
+            flags = " or ".join(f"--{term}_weight" for term in some)
+            raise ValueError(f"Expected {flags} above 0 with --{name}, got none. Leave it out.")
+    if not terms:
+        return
+    flag = f"--{terms[0]}_weight"
+    sharded = [f"ACCELERATE_USE_{kind}" for kind in ("FSDP", "DEEPSPEED")]
+    wrong = {
+        "--torch_compile": args.torch_compile,
+        "--compile_teacher": args.compile_teacher,
+        "DeepSpeed": args.deepspeed is not None or os.environ.get(sharded[1], "false") == "true",
+        "FSDP": os.environ.get(sharded[0], "false") == "true",
+        "several GPUs in one process": args.n_gpu > 1,
+    }
+    for name in (name for name, is_asked in wrong.items() if is_asked):
+        raise ValueError(
+            f"Expected one process, or DDP, and networks that are not compiled with {flag}, whose "
+            f"feature maps are taken out of their forward passes, got {name}. Leave one out."
+        )
+    if not any(args.loss_weights.without_features().effective().values()):
+        raise ValueError(
+            f"Expected a term on logits beside {flag}, got none: nothing would train the head. "
+            "Give --kl_weight or --bce_weight a value."
+        )
+    for pair in args.feature_pairs or ():
+        if pair.count("=") != 1 or not all(pair.split("=")):
+            raise ValueError(
+                "Expected --feature_pairs as STUDENT=TEACHER by names of modules, got "
+                f"{pair!r}. Write encoder.layer2=encoder.blocks.2, say."
+            )
 
 
 def check_sync_batchnorm(args: Any, on_gpu: bool) -> None:
@@ -259,6 +332,25 @@ def _number(word: Any) -> float:
         return math.nan
 
 
+def check_pseudo(args: Any) -> None:
+    """Refuse settings of pseudo labels that nobody follows."""
+    for name in ("pseudo_labels", "pseudo_confidence"):
+        if args.loss_weights.pseudo == 0 and getattr(args, name) != _default(args, name):
+            raise ValueError(
+                f"Expected --pseudo_weight above 0 with --{name} {getattr(args, name)}, got 0, "
+                "which follows no pseudo labels. Set it to 1, or leave the other out."
+            )
+
+
+def check_labelled_share(args: Any) -> None:
+    """Refuse a share of images with masks that is none, or an order that it cannot keep."""
+    if args.labelled_schedule is not None and args.train_sampling_strategy != "random":
+        raise ValueError(
+            "Expected --train_sampling_strategy random with --labelled_share, got "
+            f"{args.train_sampling_strategy}: its batches are drawn. Leave one of them out."
+        )
+
+
 TARGETS = ("online", "cached")
 
 
@@ -296,6 +388,24 @@ def check_staged(args: Any) -> None:
             "Expected --ddp_find_unused_parameters true and no --ddp_static_graph with staged "
             "unfreezing, got otherwise: the graph changes when a unit is freed. Leave both out."
         )
+
+
+def check_ema(args: Any) -> None:
+    """Refuse a decay that averages nothing, and weights of which each process holds a part."""
+    decay = args.ema_decay
+    if decay is None:
+        return
+    if not 0 < decay < 1:
+        raise ValueError(
+            f"Expected --ema_decay between 0 and 1, got {decay:g}. 0.999 is an average over about "
+            "1,000 steps."
+        )
+    for name, flag in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(flag, "").lower() in ("true", "1", "yes"):
+            raise ValueError(
+                f"Expected DDP or one process with --ema_decay, got {name}, where each process "
+                "holds a part of the weights alone. Leave one of them out."
+            )
 
 
 HUB_STRATEGIES = ("end", "every_save")

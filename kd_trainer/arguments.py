@@ -17,19 +17,31 @@ from transformers import SchedulerType, TrainingArguments
 
 from kd_trainer.argument_checks import (
     check_class_weights,
+    check_ema,
     check_ends,
+    check_features,
     check_hub,
+    check_labelled_share,
+    check_pseudo,
     check_rate_shape,
     check_reports,
     check_run,
     check_staged,
     check_sync_batchnorm,
     check_targets,
+    check_weight_schedule,
     rate_options,
 )
 from kd_trainer.fields import check_at_least, check_choice, expanded, help_field, parse_point
-from kd_trainer.losses import TERMS, LossWeights
-from kd_trainer.schedules import TemperatureSchedule, TrainingSchedule, UnfreezeSchedule
+from kd_trainer.losses import SCHEDULED, TERMS, LossWeights, PseudoLabels
+from kd_trainer.schedules import (
+    LabelledShare,
+    TemperatureSchedule,
+    TrainingSchedule,
+    UnfreezeSchedule,
+    WeightSchedule,
+    read_weight_schedules,
+)
 
 BALANCED = ["balanced"]
 PRECISIONS = ("auto", "bf16", "fp16", "no")
@@ -50,12 +62,60 @@ class DistillationArguments(TrainingArguments):
     tversky_weight: float = help_field(
         0.0, "Weight of the Tversky loss, a Dice in which a miss costs more than a false alarm."
     )
+    fitnet_weight: float = help_field(
+        0.0,
+        "Weight of FitNet: the student's feature maps, projected, follow the teacher's (try 2). "
+        "A stage counts from when the encoder's unit is free.",
+    )
+    at_weight: float = help_field(
+        0.0, "Weight of attention transfer: where feature maps are large (try 2)."
+    )
+    feature_cwd_weight: float = help_field(
+        0.0, "Weight of the channel-wise distillation of feature maps, T = 4 (try 50)."
+    )
+    mgd_weight: float = help_field(
+        0.0, "Weight of MGD: the teacher's feature maps from a quarter of the student's (try 2)."
+    )
+    feature_pairs: list[str] | None = help_field(
+        None,
+        "Feature maps to compare, STUDENT=TEACHER by names of modules (default: the encoders' "
+        "stages of stride 8, 16 and 32, and what the decoders end with).",
+        metavar="STUDENT=TEACHER",
+    )
     task_weight: float = help_field(1.0, "Common factor of the terms that compare with labels.")
     pos_weight: float | None = help_field(None, "Weight of the foreground in a binary BCE.")
     class_weights: list[str] | None = help_field(
         None,
         "Weights of the classes in the BCE (cross entropy): one number a class, background first, "
         "or `balanced`, which measures their shares in the training masks.",
+    )
+    # Images without masks.
+    pseudo_weight: float = help_field(
+        0.0,
+        "Factor of the terms that compare with labels where the teacher's answers stand for them, "
+        "on images without a mask; 0 leaves these to the KL and the MSE.",
+    )
+    pseudo_labels: str = help_field(
+        "hard", "What stands for a label there: the teacher's class (`hard`) or its probabilities."
+    )
+    pseudo_confidence: float = help_field(
+        0.0, "Leave pixels out at which the teacher's class has less than this probability."
+    )
+    labelled_share: list[str] | None = help_field(
+        None,
+        "Share of the images of each batch that have masks, repeated as often as the others need: "
+        "a number, or EPOCH:SHARE points (0:0.5 36:1 ends with masks alone); default: as it comes.",
+    )
+    weight_schedule: list[str] | None = help_field(
+        None,
+        "Weights that change over the run, in place of those above: NAME=EPOCH:WEIGHT,... for a "
+        "term or `task`, linear between the points; two points of one epoch are a jump.",
+        metavar="NAME=POINTS",
+    )
+    adaptive_weight: bool = help_field(
+        False,
+        "Fade the terms that need the teacher, and switch them off, where the student's mIoU is "
+        "above the teacher's at two evaluations in a row; below it they are back.",
     )
     # The teacher's answers.
     teacher_targets: str = help_field(
@@ -99,12 +159,15 @@ class DistillationArguments(TrainingArguments):
     )
     plan_epochs: float | None = help_field(
         None,
-        "Epochs that warm-up and unfreezing are written for (the recipes: 50): scale them to those "
-        "of the run, or to --max_steps.",
+        "Epochs that warm-up, unfreezing and weights are written for (the recipes: 50): scale them "
+        "to those of the run, or to --max_steps.",
     )
     # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")
     encoder_lr_scale: float = help_field(0.3, "Encoder learning rate as a share of the decoder's.")
+    projection_learning_rate: float | None = help_field(
+        None, "Learning rate of the projections of feature maps (default: the decoder's)."
+    )
     min_learning_rate: float = help_field(1e-6, "Where the rates end (encoder: its share of it).")
     warmup_epochs: float = help_field(5.0, "Linear warm-up in epochs.")
     weight_decay: float = help_field(1e-4, "AdamW weight decay (none on one-dimensional weights).")
@@ -116,6 +179,11 @@ class DistillationArguments(TrainingArguments):
     )
     lr_scheduler_kwargs: dict[str, Any] | str | None = help_field(
         None, 'Options of it as JSON: {"power": 0.9} of polynomial, {"num_cycles": 3} of restarts.'
+    )
+    ema_decay: float | None = help_field(
+        None,
+        "Keep a moving average of the student too, with this decay a step (0.999, say): measured "
+        "beside it as ema_miou, ..., and saved beside it in ema/.",
     )
     # The run.
     output_dir: str = help_field("", "Where everything goes (default: runs/<recipe>).")
@@ -208,6 +276,7 @@ class DistillationArguments(TrainingArguments):
         set_loading(self, on_gpu=torch.cuda.is_available() and not self.use_cpu)
         check_run(self)
         check_targets(self)
+        check_ema(self)
         check_hub(self)
         self._set_precision()
         if self.data_seed is None:
@@ -225,6 +294,7 @@ class DistillationArguments(TrainingArguments):
         wanted = self.mixed_precision
         super().__post_init__()
         check_reports(self)
+        check_features(self)
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         check_sync_batchnorm(self, on_gpu=on_gpu)
         # The flag wins over the accelerate configuration, which arrives through the environment.
@@ -232,8 +302,11 @@ class DistillationArguments(TrainingArguments):
         self._check_precision()
 
     def _check_schedules(self) -> None:
-        self.loss_weights  # noqa: B018  -- raises on a negative or non-finite weight
+        check_weight_schedule(self)
+        check_pseudo(self)
+        self.pseudo.check(self.loss_weights.effective())
         self.temperature  # noqa: B018
+        check_labelled_share(self)
         check_class_weights(self)
         check_ends(self)
         check_choice("temperature_per", self.temperature_per, ("epoch", "step"))
@@ -246,6 +319,8 @@ class DistillationArguments(TrainingArguments):
                 f"Expected --plan_epochs above 0, got {self.plan_epochs:g}. Name the epochs that "
                 "warm-up and unfreezing are written for, or leave it out."
             )
+        if self.projection_learning_rate is not None:
+            check_at_least("projection_learning_rate", self.projection_learning_rate, 0)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"Expected --min_learning_rate of at most the learning rate {self.learning_rate:g},"
@@ -302,9 +377,19 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def loss_weights(self) -> LossWeights:
-        """Weights of the loss terms."""
-        weights = {term.name: getattr(self, term.flag) for term in TERMS}
-        return LossWeights(**weights, task=self.task_weight)
+        """Weights of the loss terms; of those that follow a schedule the highest."""
+        weights = vars(LossWeights.of(vars(self)))
+        return LossWeights(**weights | {n: s.peak for n, s in self.weight_schedules.items()})
+
+    @property
+    def weight_schedules(self) -> dict[str, WeightSchedule]:
+        """Schedules of the weights that have one, by the name of the term."""
+        return read_weight_schedules(self.weight_schedule, SCHEDULED)
+
+    @property
+    def pseudo(self) -> PseudoLabels:
+        """What stands for labels on images without a mask."""
+        return PseudoLabels(self.pseudo_labels, self.pseudo_confidence)
 
     @property
     def class_factors(self) -> float | tuple[float, ...] | None:
@@ -322,6 +407,19 @@ class DistillationArguments(TrainingArguments):
             )
         factors = tuple(map(float, self.class_weights))
         return factors[1] / factors[0] if len(factors) == 2 else factors  # two: one logit
+
+    @property
+    def labelled_schedule(self) -> LabelledShare | None:
+        """Share of the images of a batch that have masks, by epoch; None takes them as they come.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        if self.labelled_share is None:
+            return None
+        points, like = self.labelled_share, "--labelled_share like 0.5, or 0:0.5 36:1"
+        points = [f"0:{points[0]}"] if len(points) == 1 and ":" not in points[0] else points
+        return LabelledShare([parse_point(point, like) for point in points])
 
     @property
     def temperature(self) -> TemperatureSchedule:
@@ -350,6 +448,7 @@ class DistillationArguments(TrainingArguments):
             rate_shape=SchedulerType(self.lr_scheduler_type).value,
             rate_options=rate_options(self),
             plan_epochs=self.plan_epochs,
+            weight_schedules=self.weight_schedules,
         )
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import set_seed
 from transformers.image_processing_backends import TorchvisionBackend
 
+from kd_trainer.accepted import check_self_taught
 from kd_trainer.arguments import BALANCED, DistillationArguments
 from kd_trainer.config import RunArguments
 from kd_trainer.data import (
@@ -34,11 +35,19 @@ from kd_trainer.data.channels import measured
 from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.planes import PlaneRule
+from kd_trainer.data.quota import has_mask, quota_sampler
 from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce, clipped
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
-from kd_trainer.loading import make_student, make_teacher, network_name, student_options
+from kd_trainer.feature_maps import check_one_network
+from kd_trainer.loading import (
+    make_student,
+    make_teacher,
+    network_name,
+    saved_channels,
+    student_options,
+)
 from kd_trainer.losses import LossWeights
 from kd_trainer.losses.checks import check_pos_weight
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
@@ -119,6 +128,7 @@ def _bad_share(data: DataArguments) -> float | None:
 FOUND = (
     *("num_labels", "class_names", "reduce_labels", "class_weights"),
     *("mask_kind", "mask_values", "mask_colors", "mask_threshold"),
+    *("channel_mean", "channel_std"),
 )
 """Settings that a run finds in the data where they are not given."""
 REDUCED = (
@@ -149,10 +159,10 @@ def build_run(run: RunArguments) -> RunComponents:
     channels = 1 if data.label_count == 2 or data.multi_label else data.label_count
     if args.class_weights != BALANCED:
         check_pos_weight(args.class_factors, channels)
-    weights = args.loss_weights if run.model.has_teacher else args.loss_weights.without_teacher()
+    weights = args.loss_weights if run.model.is_taught else args.loss_weights.without_teacher()
     weights.check_channels(channels)
-    if data.numbers_only:
-        _check_numbers_only(run)
+    if data.multi_label:
+        _check_several(run)
     workers, several = args.dataloader_num_workers, args.world_size > 1
     splits, bad = usable_splits(loaded.splits, data, workers=workers, shared=several)
     data = _measure_channels(run, splits[data.train_split])
@@ -204,7 +214,7 @@ def learn_from_sources(run: RunArguments, splits: Mapping[str, Any]) -> DataArgu
     run.data = with_label_count(splits, run.data)
     if run.data.reduce_labels is None and (count := _reduced_labels(run, found=given is None)):
         run.data = replace(run.data, reduce_labels=True, num_labels=count)
-    if given is None and run.data.label_count > 2:
+    if given is None and run.data.label_count > 2 and run.data.mask_colors is None:
         announce(_found_labels(run.data))
     names = source_class_names(run.data) if run.data.class_names is None else None
     if run.data.reduce_labels and names is None and run.data.class_names is None:
@@ -254,7 +264,7 @@ def _load(run: RunArguments) -> LoadedSplits:
     """The splits of the run; says how to train where there is none to evaluate on."""
     data, evaluates = run.data, run.training.eval_strategy != "no"
     try:
-        return load_source(data, [data.train_split, *([data.eval_split] if evaluates else [])])
+        loaded = load_source(data, [data.train_split, *([data.eval_split] if evaluates else [])])
     except MissingSplitError as error:
         if error.split != data.eval_split:
             raise
@@ -262,6 +272,8 @@ def _load(run: RunArguments) -> LoadedSplits:
             error.split,
             f"{error} A set that has none is trained on by train.py with --eval_strategy no.",
         ) from None
+    _check_some_unlabelled(run, loaded.splits[data.train_split])
+    return loaded
 
 
 def counts_from_one(source: str, data: DataArguments) -> bool:
@@ -307,32 +319,32 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
     return processor_of(student, **({"do_reduce_labels": True} if data.reduce_labels else {}))
 
 
-def _check_numbers_only(run: RunArguments) -> None:
-    """Refuse what knows one class a pixel of RGB images only, and say what is left out."""
-    args, several = run.training, run.data.multi_label
-    flag = "multi_label" if several else "in_channels"
-    asked = {
-        "class_weights": several and args.class_weights is not None,
-        "pos_weight": several and args.pos_weight is not None,
-        "teacher_targets": args.teacher_targets == "cached",
-        "push_to_hub": args.push_to_hub,
-    }
-    if wrong := [name for name, is_asked in asked.items() if is_asked]:
+def _check_several(run: RunArguments) -> None:
+    """Say what several labels a pixel mean, and refuse what knows one only."""
+    args = run.training
+    asked = ("class_weights", "pos_weight")
+    if wrong := [name for name in asked if getattr(args, name) is not None]:
         raise ValueError(
-            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --{flag}, got it: that "
-            "knows one class a pixel of RGB images only, so far. Leave it out."
+            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --multi_label, got it: that "
+            "knows one class a pixel only, so far. Leave it out."
         )
-    if several:
-        names = clipped(", ".join(run.data.id2label.values()), 200)
-        announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
-    announce(f"There are no preflight, panels and report with --{flag} yet.")
+    names = clipped(", ".join(run.data.id2label.values()), 200)
+    announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
 
 
 def _measure_channels(run: RunArguments, rows: Any) -> DataArguments:
-    """Mean and std of the channels of the images, as the configuration then has them."""
+    """Mean and std of the channels, as the configuration then has them.
+
+    A saved student goes on with its own: its weights expect them.
+    """
     data = run.data
     if data.in_channels is None or data.channel_mean is not None:
         return data
+    source = run.model.student
+    if source is not None and (saved := saved_channels(source, data.in_channels)):
+        announce(f"Channels are normalised as those of {source}, the student, were.")
+        run.data = replace(data, channel_mean=saved[0], channel_std=saved[1])
+        return run.data
     mean, std, images = measured(sample_rows(rows), data.in_channels)
     told = ", ".join(f"{m:g} ± {s:g}" for m, s in zip(mean, std, strict=True))
     announce(
@@ -347,17 +359,39 @@ def _check_together(run: RunArguments) -> None:
     """Refuse settings of model, data and training that do not go together."""
     if run.model.student is None:
         student_options(run.model)
-    if not run.model.teacher and not run.model.has_teacher:
+    if not run.model.teacher and not run.model.is_taught:
         raise ValueError(
             "Expected --teacher (a folder, a Hub id or a weight file), got nothing. Name one, or "
             "train the student alone with --teacher none."
         )
+    run.training.loss_weights.check_teacher(taught=run.model.is_taught)
     if run.model.has_teacher:
-        run.training.loss_weights.check_teacher()
-    if run.data.unlabelled is not None and not run.model.has_teacher:
+        several = len(run.model.teachers) > 1 or run.model.teacher_flip
+        maps = run.model.teacher_maps is not None
+        check_one_network(run.training.loss_weights, several=several, maps=maps)
+    if run.training.adaptive_weight and not run.model.has_teacher:
+        raise ValueError(
+            "Expected a --teacher with --adaptive_weight, got none. Name a teacher, or leave it "
+            "out."
+        )
+    if run.data.unlabelled is not None and not run.model.is_taught:
         raise ValueError(
             "Expected a --teacher with --unlabelled, got none: nothing else says what is on these "
-            "photographs. Name a teacher, or leave --unlabelled out."
+            "photographs. Name a teacher, let the student teach itself with --teacher self, or "
+            "leave --unlabelled out."
+        )
+    if run.model.teaches_itself:
+        _check_self_taught(run)
+    shown = run.training.per_device_train_batch_size * max(1, run.data.strong_views)
+    if run.data.cutmix > 0 and shown < 2:
+        raise ValueError(
+            "Expected --batch_size of at least 2 with --cutmix, got 1: an image is mixed with "
+            "another one of its batch. Raise it, or leave --cutmix out."
+        )
+    if run.data.streaming and run.training.labelled_share is not None:
+        raise ValueError(
+            "Expected indexed data with --labelled_share, got --streaming, which reads the rows as "
+            "they come. Leave one of them out."
         )
     if run.training.teacher_targets == "cached":
         if not run.model.has_teacher:
@@ -370,6 +404,39 @@ def _check_together(run: RunArguments) -> None:
                 "Expected indexed data with --teacher_targets cached, got --streaming, which does "
                 "not read the data before the training. Leave one of them out."
             )
+
+
+def _check_self_taught(run: RunArguments) -> None:
+    """Refuse what only a teacher with a file has, and say what teaches the student."""
+    args = run.training
+    cached = args.teacher_targets == "cached"
+    for name in ["teacher_targets"] * cached + ["compile_teacher"] * args.compile_teacher:
+        raise ValueError(
+            f"Expected no --{name} with --teacher self, got {getattr(args, name)}: the average of "
+            "the student changes in each step. Leave one of them out."
+        )
+    check_self_taught(args)
+    announce(
+        "The student teaches itself: its moving average answers on images without masks "
+        f"(ema_decay {args.ema_decay:g}, pseudo_confidence {args.pseudo_confidence:g}, "
+        f"strong_views {run.data.strong_views}, labelled_share "
+        f"{' '.join(args.labelled_share or ['none'])}; weights: {_told(args.loss_weights)})."
+    )
+
+
+def _check_some_unlabelled(run: RunArguments, rows: Any) -> None:
+    """Refuse a student that would teach itself on no image; of a stream nobody knows."""
+    if run.model.teaches_itself and not run.data.streaming and has_mask(rows).all():
+        raise ValueError(
+            "Expected images without masks with --teacher self, got masks of all "
+            f"{len(rows):,}: it is on the others that the student teaches itself. Name a folder "
+            "with --unlabelled, or train with --teacher none."
+        )
+
+
+def _told(weights: LossWeights) -> str:
+    factors = weights.effective().items()
+    return ", ".join(f"{name} {factor:g}" for name, factor in factors if factor)
 
 
 def _check_channels(student: nn.Module) -> None:
@@ -387,6 +454,28 @@ def image_count(dataset: TransformedDataset | StreamedDataset) -> int:
     return dataset.rows if isinstance(dataset, StreamedDataset) else len(dataset)
 
 
+def images_an_epoch(
+    dataset: TransformedDataset | StreamedDataset, args: DistillationArguments
+) -> int:
+    """Images that all processes draw in an epoch: with `--labelled_share` some come repeatedly."""
+    if args.labelled_share is None:
+        return image_count(dataset)
+    return len(quota_sampler(dataset, args))
+
+
+def _check_unlabelled(dataset: TransformedDataset | StreamedDataset, run: RunArguments) -> None:
+    """Refuse pseudo labels where each image has a mask; a stream does not say whether it has."""
+    weight = run.training.loss_weights.pseudo
+    if weight == 0 or isinstance(dataset, StreamedDataset):
+        return
+    if has_mask(dataset.dataset).all():
+        raise ValueError(
+            f"Expected images without masks with --pseudo_weight {weight:g}, got a mask for each "
+            f"of the {len(dataset):,} training images. Name a folder of images without masks "
+            "(--unlabelled), or leave it out."
+        )
+
+
 def _check_enough(
     dataset: TransformedDataset | StreamedDataset,
     run: RunArguments,
@@ -394,10 +483,11 @@ def _check_enough(
 ) -> None:
     """Refuse a training set of less than one batch: a short batch is dropped.
 
-    Also one with batches too small for the student.
+    Also one with batches too small for the student, or without what the settings need.
     """
+    _check_unlabelled(dataset, run)
     args = run.training
-    images = image_count(dataset)
+    images = images_an_epoch(dataset, args)
     needed = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and images < needed:
         raise ValueError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import has_length
 
 from kd_trainer.data import BadSample, StreamedDataset
-from kd_trainer.evaluation import bytes_of
-from kd_trainer.optim import PartLR, parameter_groups, regroup
+from kd_trainer.evaluation import visible_images
+from kd_trainer.optim import NamedParameters, PartLR, parameter_groups, regroup
 from kd_trainer.reports.panels import comparison_panel, save_image
 from kd_trainer.schedules import TrainingSchedule
 from kd_trainer.students import set_free_units
@@ -135,10 +136,14 @@ class ProgressiveUnfreezing(TrainerCallback):
 
     Args:
         epochs: counts them: `state.epoch` lags behind after a short one.
+        projections: gives what is trained beside the student, always.
     """
 
-    def __init__(self, epochs: EpochCounter) -> None:
+    def __init__(
+        self, epochs: EpochCounter, projections: Callable[[], NamedParameters] = list
+    ) -> None:
         self.epochs = epochs
+        self.projections = projections
 
     def on_train_begin(
         self,
@@ -170,7 +175,7 @@ class ProgressiveUnfreezing(TrainerCallback):
             model.reshard()  # a forward pass without backward leaves other tensors in its place
         free = self.epochs.schedule.free_units(self.epochs.index)
         set_free_units(model, free)
-        regroup(optimizer, parameter_groups(model, args, free))
+        regroup(optimizer, parameter_groups(model, args, free, self.projections()))
         scheduler.refresh()
 
 
@@ -249,7 +254,7 @@ class EvaluationPanels(TrainerCallback):
     TensorBoard gets the first of each tenth of the run.
 
     Args:
-        trainer: tells what student and teacher find in a batch, by `predict_classes`.
+        trainer: tells what student and teacher find in a batch, by `predict_masks`.
         dataset: the evaluation data; its first `args.panel_images` samples are drawn.
     """
 
@@ -263,10 +268,9 @@ class EvaluationPanels(TrainerCallback):
         if not isinstance(samples, IterableDataset):
             samples = (self.dataset[i] for i in range(len(self.dataset)))
         batch = self.trainer.data_collator(list(itertools.islice(samples, count)))
-        student, teacher = self.trainer.predict_classes(batch)
-        images = bytes_of(batch["pixel_values"], self.trainer.statistics)
+        student, teacher = self.trainer.predict_masks(batch)
         return comparison_panel(
-            images.permute(0, 2, 3, 1).cpu().numpy(),
+            visible_images(batch["pixel_values"], self.trainer.model),
             batch["labels"].cpu().numpy(),
             None if teacher is None else teacher.cpu().numpy(),
             student.cpu().numpy(),

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.argument_checks import UNUSABLE, check_ends
+from kd_trainer.argument_checks import UNUSABLE, check_ends, check_weight_schedule
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import is_own
@@ -17,6 +17,7 @@ from kd_trainer.files import read_yaml
 from kd_trainer.foreign_flags import flag_hint
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import Parser, convert, hints_of, settings_of
+from kd_trainer.sources import SELF
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "rgb_hierarchical_unet_v2_distillation_b0_from_b3_temp_prog"
@@ -41,6 +42,7 @@ ONLY_TRAINING = frozenset(
         "augmentation",
         "brightness_contrast_probability",
     }
+    | {"scale_jitter", "cutmix", "cutmix_mode", "strong_views"}
     | {
         "channel_mean",
         "channel_std",
@@ -85,6 +87,13 @@ _OF_A_NEW_STUDENT = (
     *("student_arch", "student_encoder", "encoder_weights", "decoder_channels"),
     "student_options",
 )
+
+
+# What `--teacher self` sets where nobody else does: UniMatch V2, arXiv 2410.10777.
+_SELF_TAUGHT = {
+    **{"kl_weight": 0.0, "mse_weight": 0.0, "pseudo_weight": 1.0, "pseudo_confidence": 0.95},
+    **{"ema_decay": 0.996, "strong_views": 2, "labelled_share": ["0.5"]},
+}
 
 
 @dataclasses.dataclass
@@ -221,9 +230,12 @@ _FIRST = (
 # The heading in --help of a field, and of those that follow it in its class.
 _HEADINGS = {
     "dataset": "data",
+    "scale_jitter": "views",
+    "synthetic_train": "data",
     "teacher": "teacher",
     "student_arch": "student",
     "kl_weight": "loss",
+    "pseudo_weight": "images without masks",
     "teacher_targets": "teacher",
     "temperature_schedule": "temperature and unfreezing",
     "learning_rate": "optimisation",
@@ -368,6 +380,7 @@ def check_given(run: RunArguments, given: Collection[str]) -> None:
         if name in run.given:
             raise ValueError(f"Expected no --{name}: {UNUSABLE[name]}.")
     check_ends(run.training, given)
+    check_weight_schedule(run.training, given)
     decided = [name for name in _OF_A_NEW_STUDENT if name in given]
     if run.model.student is not None and decided:
         raise ValueError(
@@ -392,4 +405,20 @@ def merged(config: str, given: dict[str, Any]) -> dict[str, Any]:
                 f"Expected --{name} on the command line, got it from {config}. A file cannot "
                 "choose it: add the flag, or delete the line."
             )
+    if (recipe | given).get("teacher") in (SELF, [SELF]):
+        recipe = _self_taught(recipe, given)
     return recipe | given
+
+
+def _self_taught(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with what a student that teaches itself needs, as far as it is not of such a one.
+
+    The weights of others were written for a teacher that knows more than the student.
+    """
+    settings = dict(_SELF_TAUGHT)
+    if (recipe | given).get("streaming"):
+        del settings["labelled_share"]  # which needs an index
+    if given.get("pseudo_weight") == 0:
+        del settings["pseudo_confidence"]
+    own = recipe.get("teacher") in (SELF, [SELF])
+    return settings | recipe if own else recipe | settings

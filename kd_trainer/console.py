@@ -23,6 +23,7 @@ def console_line(logs: dict[str, Any]) -> str | None:
     if "eval_miou" in logs:
         shown = {
             "mIoU": "eval_miou",
+            "EMA mIoU": "eval_ema_miou",
             "Dice": "eval_dice",
             "teacher mIoU": "eval_teacher_miou",
             "agreement": "eval_agreement",
@@ -107,7 +108,7 @@ def summary_table(results: dict[str, Any]) -> str:
             number(results.get(f"{who}_file_mib"), ".1f"),
             number(results.get(f"{who}_ms"), ".1f"),
         ]
-        for who in ("teacher", "student")
+        for who in ("teacher", "student", "ema")
         if f"{who}_miou" in results
     ]
     return markdown_table(header, rows)

@@ -27,7 +27,9 @@ from tqdm import tqdm
 from kd_trainer.arguments import DistillationArguments, usable_processors
 from kd_trainer.fast_layers import give_back, logits_of
 from kd_trainer.loading import network_size
+from kd_trainer.losses import SCHEDULED, TEACHER_TERMS
 from kd_trainer.models.image_sizes import AnySize, as_size, plain_size
+from kd_trainer.schedules import read_weight_schedules, weight_schedule_words
 from kd_trainer.students import channels_seen
 
 FINAL_CALLS = 10  # measured calls of each network at the end of a training
@@ -61,7 +63,7 @@ def macs(network: nn.Module, size: AnySize) -> int:
     was_training = network.training
     network.eval()
     with FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, *as_size(size), device=device))
+        network(torch.zeros(1, channels_seen(network), *as_size(size), device=device))
     network.train(was_training)
     return counter.get_total_flops() // 2
 
@@ -106,7 +108,7 @@ def costs(
         }
     if repeats == 0:
         return rows
-    pixels = {name: noise_image(sizes[name]) for name in networks}
+    pixels = {name: noise_image(sizes[name], channels_seen(n)) for name, n in networks.items()}
     models = {name: onnx_bytes(net, sizes[name]) for name, net in plain.items()}
     for threads in sorted({1, usable_processors()}):
         engines: dict[str, dict[str, Call]] = {
@@ -154,7 +156,7 @@ def onnx_bytes(network: nn.Module, size: AnySize) -> bytes | None:
     """
     if not all(find_spec(name) for name in _ONNX_PACKAGES):
         return None
-    example = torch.zeros(1, 3, *as_size(size))
+    example = torch.zeros(1, channels_seen(network), *as_size(size))
     # What exporters warn about is no business of somebody who only wants to know the time.
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -303,6 +305,16 @@ def duration(seconds: float) -> str:
 
 def without_teacher(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what only a teacher can use."""
-    of_the_teacher = ("teacher_targets", "teacher_cache", "teacher_cache_size", "teacher_maps")
+    of_the_teacher = (
+        *("teacher_targets", "teacher_cache", "teacher_cache_size", "teacher_maps"),
+        *("adaptive_weight", "pseudo_labels", "pseudo_confidence"),
+    )
     kept = {name: value for name, value in settings.items() if name not in of_the_teacher}
-    return kept | {"teacher": "none", "unlabelled": None}
+    if kept.get("unlabelled") is not None:
+        kept["labelled_share"] = None  # of what is left all has masks
+    schedules = read_weight_schedules(kept.get("weight_schedule"), SCHEDULED)
+    taught = {*TEACHER_TERMS, "pseudo"}
+    of_labels = {name: s for name, s in schedules.items() if name not in taught}
+    if schedules:
+        kept["weight_schedule"] = weight_schedule_words(of_labels) or None
+    return kept | {"teacher": "none", "unlabelled": None, "pseudo_weight": 0.0}

@@ -18,6 +18,8 @@ ON_BAD_SAMPLE = ("error", "skip")
 MASK_KINDS = ("values", "colors", "alpha", "fractions")
 RESIZES = ("stretch", "fit", "crop")
 EVAL_SIZES = ("input", "native", "windows")
+CUTMIX_MODES = ("box", "class")
+MOST_VIEWS = 2
 
 
 @dataclass
@@ -43,7 +45,8 @@ class DataArguments:
     group_by: str | None = help_field(
         None,
         "Regular expression on the images' paths: those of the same first group (or match), such "
-        "as a patient, are held out together.",
+        "as a patient, are held out together; none: each by itself (default: those of one folder, "
+        "where at least three folders hold several).",
         metavar="PATTERN",
     )
     layout: str | None = help_field(
@@ -148,6 +151,27 @@ class DataArguments:
         "Probability of the brightness/CLAHE/gamma group of the heavy augmentation, and of "
         "brightness and contrast in seed.",
     )
+    scale_jitter: list[float] | None = help_field(
+        None,
+        "Train on random parts of the image scaled by a random factor from MIN to MAX, beside "
+        "--resize stretch or fit; of crop it is the range of its factor.",
+        metavar="FACTOR",
+    )
+    cutmix: float = help_field(
+        0.0,
+        "Probability that a part of another image of the batch is pasted into an image, with its "
+        "labels and the teacher's answers.",
+    )
+    cutmix_mode: str = help_field(
+        "box",
+        "Which part: a box of 2 to 40 % of the image, or the pixels of half of the classes that "
+        "the other image shows (class).",
+    )
+    strong_views: int = help_field(
+        0,
+        "Show the student so many views (1 or 2) of each image whose colours and sharpness are "
+        "strongly changed, and the teacher one that has only the geometry of --augmentation.",
+    )
     synthetic_train: int = help_field(480, "Images drawn for training (dataset `synthetic`).")
     synthetic_eval: int = help_field(120, "Images drawn for evaluation, likewise.")
     max_train_samples: int | None = help_field(None, "Use only the first N training samples.")
@@ -169,6 +193,7 @@ class DataArguments:
         self.image_size = image_size("image_size", self.image_size)
         check_choice("resize", self.resize, RESIZES)
         check_choice("eval_size", self.eval_size, EVAL_SIZES)
+        self._check_views()
         if self.layout is not None:
             check_choice("layout", self.layout, LAYOUTS)
         self._check_hold_out()
@@ -207,6 +232,36 @@ class DataArguments:
                 f"{self.brightness_contrast_probability}."
             )
 
+    def _check_views(self) -> None:
+        """Refuse views that cannot be drawn, or that nothing would show."""
+        check_choice("cutmix_mode", self.cutmix_mode, CUTMIX_MODES)
+        if not 0 <= self.cutmix <= 1:
+            raise ValueError(
+                f"Expected --cutmix between 0 and 1, got {self.cutmix:g}. It is the probability "
+                "for each image; 0 mixes none."
+            )
+        if self.cutmix_mode == "class" and (self.cutmix == 0 or self.multi_label):
+            if self.multi_label:
+                raise ValueError(
+                    "Expected --cutmix_mode box with --multi_label, got class: a pixel may be of "
+                    "several classes there. Leave one of them out."
+                )
+            raise ValueError(
+                "Expected --cutmix above 0 with --cutmix_mode class, got 0, which mixes nothing. "
+                "Say how often, such as --cutmix 0.5."
+            )
+        if self.strong_views not in range(MOST_VIEWS + 1):
+            raise ValueError(
+                f"Expected --strong_views 1 or 2 (0: none), got {self.strong_views}. Each of them "
+                "costs a pass of the student in each step."
+            )
+        jitter = self.scale_jitter
+        if jitter is not None and (len(jitter) != 2 or not 0.1 <= jitter[0] <= jitter[1] <= 10):
+            raise ValueError(
+                "Expected two factors between 0.1 and 10 as --scale_jitter, the smaller one first, "
+                f"got {' '.join(f'{factor:g}' for factor in jitter)}. Write 0.5 2, say."
+            )
+
     def _implied_labels(self) -> int | None:
         """The classes that other settings name; None where the data has to be looked at."""
         if self.dataset in ("", "synthetic") or self.category or self.mask_threshold is not None:
@@ -233,18 +288,13 @@ class DataArguments:
             )
         wrong = ["on_bad_sample"] if self.on_bad_sample == "skip" else []
         wrong += ["unlabelled"] if self.unlabelled is not None else []
-        wrong += ["resize"] if self.resize != "stretch" else []
+        wrong += ["strong_views"] if self.strong_views else []
         wrong += ["dataset"] if self.dataset == "synthetic" else []
         if wrong:
             raise ValueError(
                 f"Expected no --{wrong[0]} {getattr(self, wrong[0])} with --in_channels, got it: "
                 "that knows 8-bit RGB images only, so far. Leave one of them out."
             )
-
-    @property
-    def numbers_only(self) -> bool:
-        """Whether panels, report and preflight do not know such data yet."""
-        return self.multi_label or self.in_channels is not None
 
     def _check_multi_label(self) -> None:
         """Refuse what says how one class a pixel is read."""

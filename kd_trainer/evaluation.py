@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from kd_trainer.data import collate
+from kd_trainer.data.channels import visible
 from kd_trainer.fields import closest
 from kd_trainer.losses import (
     TERMS,
@@ -39,13 +41,14 @@ from kd_trainer.students import (
     channels_of,
     has_several_labels,
     labels_of_student,
+    reads_own_depth,
     statistics_of,
     student_logits,
 )
 from kd_trainer.teacher import Teacher, state_of
 
 NAMES = tuple(term.name for term in TERMS)
-AGREEMENT = "agreement"
+AGREEMENT, EMA = "agreement", "ema"
 
 
 Measured = nn.Module
@@ -114,6 +117,19 @@ def classes_of(raw_logits: Tensor) -> Tensor:
     return raw_logits.argmax(dim=1)
 
 
+def masks_of(raw_logits: Tensor, *, multi_label: bool) -> Tensor:
+    """Classes (B, H, W) in raw logits; of several labels a pixel planes (B, K, H, W) of 0 and 1."""
+    return (raw_logits > 0).long() if multi_label else classes_of(raw_logits)
+
+
+def visible_images(pixels: Tensor, model: Measured) -> npt.NDArray[np.uint8]:
+    """Images of a batch for people, RGB (B, H, W, 3): bytes as they are, others by `visible`."""
+    if not isinstance(model, Teacher) and reads_own_depth(model):
+        return np.stack([visible(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()])
+    images = bytes_of(pixels, pixel_statistics(model, pixels.device))
+    return np.asarray(images.permute(0, 2, 3, 1).cpu().numpy())
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What an evaluation needs to know beside the logits.
@@ -134,12 +150,12 @@ def settings_for(
     weights: LossWeights,
     pos_weight: float | Sequence[float] | None = None,
 ) -> EvaluationSettings:
-    """Those of a student.
+    """Those of a student; images to evaluate on have masks, so that no label is a pseudo label.
 
     Raises:
         ValueError: if a term that has a weight teaches nothing to it.
     """
-    several = is_multi_label(model)
+    several, weights = is_multi_label(model), weights.without_pseudo()
     weights.check_channels(1 if several else channels_of(model))
     return EvaluationSettings(len(labels_of(model)), ignore_index, weights, pos_weight, several)
 
@@ -367,15 +383,19 @@ def figures_of(
     return SegmentationCounts.zero(len(id2label)).add(rows).metrics(id2label)
 
 
-def figure_names(id2label: dict[int, str], weights: LossWeights, *, teacher: bool) -> list[str]:
+def figure_names(
+    id2label: dict[int, str], weights: LossWeights, *, teacher: bool, ema: bool = False
+) -> list[str]:
     """Names of the figures that each evaluation of a training gives, whatever the kind of task."""
+    metrics = list(SegmentationCounts.zero(len(id2label)).metrics(id2label))
     factors = weights.effective()
     terms = [term.evaluated_as for term in TERMS if factors[term.name] > 0]
     return [
-        *SegmentationCounts.zero(len(id2label)).metrics(id2label),
+        *metrics,
         *terms,
         "loss",
         *(("agreement", "agreement_miou") if teacher else ()),
+        *(f"{EMA}_{name}" for name in metrics if ema),
     ]
 
 
@@ -476,3 +496,8 @@ class DataSetFigures:
             self._measured = (loader.dataset, state_of(teacher))
         figures |= agreement_of(rest[0], self.id2label, **self.options)
         return figures | {f"teacher_{name}": value for name, value in self._of_teacher.items()}
+
+    def of_average(self, rows: np.ndarray) -> dict[str, float]:
+        """Those of the student's moving average, from its `student_rows`."""
+        figures = figures_of(np.asarray(rows), self.id2label, **self.options)
+        return {f"{EMA}_{name}": value for name, value in figures.items()}

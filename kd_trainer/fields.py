@@ -81,15 +81,15 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near}?" if near else ""
 
 
-def parse_point(text: str) -> tuple[float, float]:
-    """EPOCH:TEMPERATURE as two numbers."""
-    epoch, separator, temperature = str(text).partition(":")
+def parse_point(
+    text: str, like: str = "--temperature_points like 0:4.0 10:2.0 49:1.0"
+) -> tuple[float, float]:
+    """EPOCH:VALUE as two numbers; `like` is how a message says what was expected."""
+    epoch, separator, value = str(text).partition(":")
     try:
-        return float(epoch), float(temperature) if separator else math.nan
+        return float(epoch), float(value) if separator else math.nan
     except ValueError:
-        raise ValueError(
-            f"Expected --temperature_points like 0:4.0 10:2.0 49:1.0, got {text!r}."
-        ) from None
+        raise ValueError(f"Expected {like}, got {text!r}.") from None
 
 
 def parse_size(text: str, flag: str) -> int:

@@ -279,7 +279,7 @@ def _facts(source: Source, about: Publication) -> CardFacts:
         dataset=about.dataset_name or dataset_name(settings),
         results=results,
         settings=settings,
-        baseline=_baseline(comparison, about.baseline),
+        baseline=_baseline(comparison, run, about.baseline),
         measured=_measured(_read(run, EXPORTS, EXPORTS_SHAPE), comparison),
         progress=about.progress,
     )
@@ -306,10 +306,13 @@ def _read(folder: Path | None, name: str, shape: dict[str, Any]) -> dict[str, An
     return cleaned
 
 
-def _baseline(comparison: dict[str, Any], file: Path | None) -> dict[str, Any]:
+def _baseline(comparison: dict[str, Any], run: Path | None, file: Path | None) -> dict[str, Any]:
     """Figures of the undistilled student: the user's file, else the means of a comparison."""
     if file is None:
-        metrics = comparison.get("baseline", {}).get("metrics", {})
+        students = comparison.get("students", {})
+        name = run.resolve().name.rpartition("_seed")[0] if run else ""
+        alone = students.get(name, {}).get("baseline") or "baseline"
+        metrics = students.get(alone, {}).get("metrics", {})
         return {f"student_{name}": mean.get("mean") for name, mean in metrics.items()}
     wanted = "Expected --baseline to be the results.json of a run without a teacher, got"
     if not file.is_file():

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.data.channels import resize_any
 from kd_trainer.evaluation import (
     Evaluator,
     Measured,
@@ -89,8 +88,6 @@ class Segmenter:
 
     def _input(self, image: RgbImage) -> Tensor:
         pixels = _channels_first(image)
-        if pixels.is_floating_point():  # of several channels, always stretched
-            return resize_any(pixels, *self.image_size)
         return to_input(pixels, self.image_size, keep_aspect_ratio=self.keep_aspect_ratio)
 
     def _tiled(self, image: RgbImage) -> Tensor:
@@ -280,7 +277,7 @@ def onnx_segmenter(exported: OnnxStudent, **looks: Any) -> Segmenter:
 
 
 def _pixels(values: Sequence[float]) -> Tensor:
-    return torch.tensor(list(values)).view(1, 3, 1, 1) * 255
+    return torch.tensor(list(values)).view(1, -1, 1, 1) * 255
 
 
 def onnx_network(exported: OnnxStudent) -> Network:
@@ -291,9 +288,10 @@ def onnx_network(exported: OnnxStudent) -> Network:
         if not exported.with_preprocessing:
             return torch.from_numpy(exported(images.numpy()))
         # It takes images and gives probabilities: undo what the file does itself.
-        raw_images = (images * std + mean).round().to(torch.uint8).permute(0, 2, 3, 1)
+        raw_images = (images * std + mean).permute(0, 2, 3, 1)
+        raw_images = raw_images / 255 if exported.own_depth else raw_images.round().to(torch.uint8)
         probability = torch.from_numpy(exported(raw_images.numpy())).double()
-        binary = probability.shape[1] == 1
+        binary = probability.shape[1] == 1 or exported.multi_label
         # A softmax may underflow to 0, whose logarithm would spread as NaN in a resize.
         smallest = torch.finfo(torch.float32).tiny
         raw = probability.logit(eps=1e-12) if binary else probability.clamp(min=smallest).log()
@@ -307,19 +305,13 @@ def planes_at(logits: Tensor, threshold: float = 0.5) -> np.ndarray:
     return np.asarray((logits.sigmoid() >= threshold).to(torch.uint8).cpu().numpy())
 
 
-def strongest(logits: Tensor, planes: np.ndarray) -> np.ndarray:
-    """The likeliest of the labels that a pixel has, from 1 on, and 0 where it has none, (H, W)."""
-    likeliest = logits.argmax(dim=0).cpu().numpy().astype(np.uint8) + 1
-    return np.where(planes.any(axis=0), likeliest, 0).astype(np.uint8)
-
-
 def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) -> np.ndarray:
     """One kind of output for an image.
 
     Args:
         output: a name of OUTPUTS.
         image: uint8 RGB (H, W, 3).
-        mask: class ids, uint8 (H, W).
+        mask: class ids, uint8 (H, W), or planes (K, H, W); of these no `masks`.
         num_labels: of the model, background included.
 
     Returns:
@@ -329,5 +321,6 @@ def render(output: str, image: np.ndarray, mask: np.ndarray, num_labels: int) ->
         return mask * 255 if num_labels == 2 else mask
     if output == "overlays":
         return overlay(image, mask, num_labels=num_labels)
-    opaque = np.where(mask > 0, 255, 0).astype(np.uint8)
+    found = mask.any(axis=0) if mask.ndim == 3 else mask > 0
+    opaque = np.where(found, 255, 0).astype(np.uint8)
     return np.dstack([image, opaque])

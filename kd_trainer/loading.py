@@ -83,7 +83,7 @@ def _go_on_from(source: str, data: DataArguments) -> nn.Module:
     """A saved model as the student of a run; a stock one gets a head for other classes."""
     config = _config_of_saved(source)
     if "_model_class" in config:
-        student: Any = load_student(source, num_labels=data.num_labels, multi_label=True)
+        student: Any = load_student(source, num_labels=data.num_labels)
         student.config.image_size = plain_size(data.input_size)
         student.config.keep_aspect_ratio = data.keep_aspect_ratio
     else:
@@ -96,26 +96,52 @@ def _go_on_from(source: str, data: DataArguments) -> nn.Module:
             f"{'several labels' if several else 'one class'} a pixel. "
             f"{'Add it' if several else 'Leave it out'}, or take another --student."
         )
-    if reads_own_depth(student) or data.in_channels is not None:
-        raise ValueError(
-            f"Expected a new student with --in_channels, got {source} as --student. Leave it out: "
-            "to go on with a run there is --resume."
-        )
+    _take_channels(student, source, data)
     if data.class_names is not None:
         name_classes(student, data.id2label)
     student.config.semantic_loss_ignore_index = data.ignore_index
     return student
 
 
-def load_student(
-    source: str | Path, *, num_labels: int | None = None, multi_label: bool = False
-) -> nn.Module:
+def _take_channels(student: Any, source: str, data: DataArguments) -> None:
+    """Have a saved student read the images of the run, where these are not 8-bit RGB.
+
+    Raises:
+        ValueError: if it knows other images.
+    """
+    seen, of_smp = channels_seen(student), isinstance(student, SmpForSemanticSegmentation)
+    deep = reads_own_depth(student)
+    if deep and data.in_channels is None:
+        raise ValueError(
+            f"Expected --in_channels {seen} with {source}, which reads images by their own bit "
+            "depth, got none. Add it, or take another --student."
+        )
+    if data.in_channels is None:
+        return
+    if not of_smp or seen != data.in_channels:
+        kind = f"{seen} channels" if of_smp else "8-bit RGB images, a stock model"
+        raise ValueError(
+            f"Expected a --student of {data.in_channels} channels (--in_channels), got {source} of "
+            f"{kind}. Leave it out: a new student is made for these images."
+        )
+    student.config.own_depth = True
+    student.config.image_mean, student.config.image_std = data.channel_mean, data.channel_std
+
+
+def saved_channels(source: str, count: int) -> tuple[list[float], list[float]] | None:
+    """Mean and std of so many channels with which a saved student was trained, if it says them."""
+    config = _config_of_saved(source)
+    told: list[Any] = [config.get(name) for name in ("image_mean", "image_std")]
+    fitting = all(isinstance(one, list) and len(one) == count for one in told)
+    return (told[0], told[1]) if fitting else None
+
+
+def load_student(source: str | Path, *, num_labels: int | None = None) -> nn.Module:
     """A saved student, from a folder (its own, or that of its run) or the Hub.
 
     Args:
         source: where it is.
         num_labels: that it has to have.
-        multi_label: whether it may have several labels a pixel, or other images than 8-bit RGB.
 
     Raises:
         FileNotFoundError: if the folder has no config.json.
@@ -129,16 +155,6 @@ def load_student(
         check_finite_weights(student, source)
     else:
         student = load_stock_student(source, config)
-    if is_multi_label(student) and not multi_label:
-        raise ValueError(
-            f"Expected a model of one class a pixel, got {source} of several labels a pixel, which "
-            "train.py, eval.py and predict.py take so far. Use its sigmoids from Python."
-        )
-    if reads_own_depth(student) and not multi_label:
-        raise ValueError(
-            f"Expected a model of 8-bit RGB images, got {source} of {channels_seen(student)} "
-            "channels (--in_channels), which train.py, eval.py and predict.py take so far."
-        )
     labels = labels_of(student)
     if num_labels is not None and len(labels) != num_labels:
         raise ValueError(
@@ -282,7 +298,7 @@ def load_measured(
             config = {"_model_class": ""}  # `load_student` says what is missing
         foreign = trust_remote_code and config.get("auto_map")
         if not foreign and config.get("model_type") not in MODEL_TYPES:
-            return load_student(source, num_labels=num_labels, multi_label=True)
+            return load_student(source, num_labels=num_labels)
     return load_teacher(
         source,
         num_labels=num_labels,

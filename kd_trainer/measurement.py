@@ -95,9 +95,9 @@ def evaluate_model(
     evaluator = evaluator_for(dataset, student, teacher, ignore_index, device)
     rows, reliability = RowCounter(evaluator.settings), ReliabilityCounter(ignore_index)
     metrics = MetricCounter(evaluator)
-    if evaluator.settings.multi_label:
-        evaluator.run(dataset, rows, batch_size=batch_size, workers=workers)
-        return _multi_label(rows.rows(), evaluator.id2label)
+    if evaluator.settings.multi_label:  # `evaluate.Metric` is of one class a pixel
+        evaluator.run(dataset, rows, reliability, batch_size=batch_size, workers=workers)
+        return _multi_label(rows.rows(), evaluator.id2label, reliability.counts)
     counters = (rows, reliability, metrics)
     evaluator.run(dataset, *counters, batch_size=batch_size, workers=workers)
     counted = rows.rows()  # there are images
@@ -110,14 +110,15 @@ def evaluate_model(
     return Evaluation(figures[STUDENT], of_teacher, agreement, counted, reliability.counts)
 
 
-def _multi_label(rows: dict[str, np.ndarray], id2label: dict[int, str]) -> Evaluation:
-    """From counts alone: `evaluate.Metric` and reliability are of one class a pixel."""
+def _multi_label(
+    rows: dict[str, np.ndarray], id2label: dict[int, str], reliability: dict[str, Reliability]
+) -> Evaluation:
     figures = {
         who: figures_of(rows[who], id2label, multi_label=True) if who in rows else {}
         for who in (STUDENT, TEACHER)
     }
     same = agreement_of(rows[AGREEMENT], id2label, multi_label=True) if AGREEMENT in rows else {}
-    return Evaluation(figures[STUDENT], figures[TEACHER], same, rows, reliability={})
+    return Evaluation(figures[STUDENT], figures[TEACHER], same, rows, reliability)
 
 
 class MetricCounter:
@@ -149,7 +150,10 @@ class MetricCounter:
 
 
 class ReliabilityCounter:
-    """Pixels of a pass by confidence, of `student` and, if there is one, of `teacher`."""
+    """Pixels of a pass by confidence, of `student` and, if there is one, of `teacher`.
+
+    With several labels a pixel each plane counts as a binary map.
+    """
 
     def __init__(self, ignore_index: int) -> None:
         self.ignore_index = ignore_index
@@ -157,8 +161,11 @@ class ReliabilityCounter:
 
     def __call__(self, batch: EvaluatedBatch) -> None:
         """Count a batch."""
+        planes = batch.labels.ndim == 4
+        labels = batch.labels.flatten(0, 1) if planes else batch.labels
         for who, raw in batch.logits.items():
-            bins = reliability_counts(raw, batch.labels, ignore_index=self.ignore_index)
+            maps = raw.flatten(0, 1)[:, None] if planes else raw
+            bins = reliability_counts(maps, labels, ignore_index=self.ignore_index)
             self.counts[who] = self.counts.get(who, Reliability.zero()).add(bins)
 
 

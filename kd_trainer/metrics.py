@@ -7,7 +7,7 @@ split. Boundary IoU: Cheng et al. 2021, arXiv 2103.16562.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,6 +267,25 @@ def multi_label_metrics(rows: npt.ArrayLike, id2label: Mapping[int, str]) -> dic
     return values
 
 
+def confusion_of(
+    rows: npt.ArrayLike, num_labels: int, *, multi_label: bool = False
+) -> npt.NDArray[np.int64]:
+    """Pixels of a data set by [truth, prediction] from its rows of counts.
+
+    Args:
+        rows: of `image_counts`, or with `multi_label` of `plane_counts`.
+        num_labels: K.
+        multi_label: whether a pixel may have several of the labels.
+
+    Returns:
+        (K, K), or with `multi_label` (K, 2, 2).
+    """
+    if multi_label:
+        tables = np.asarray(rows).reshape(-1, num_labels, 8).sum(axis=0)
+        return np.asarray(tables[:, :4].reshape(num_labels, 2, 2), np.int64)
+    return SegmentationCounts.zero(num_labels).add(rows).confusion
+
+
 def check_class_names(names: Sequence[str | None]) -> None:
     """Refuse names under which two figures would be one.
 
@@ -438,7 +457,18 @@ def miou(confusion: npt.ArrayLike) -> Array:
     """
     table = np.asarray(confusion, dtype=np.float64)
     hit = np.diagonal(table, axis1=-2, axis2=-1)
-    union = table.sum(axis=-1) + table.sum(axis=-2) - hit
+    return _mean_iou(hit, table.sum(axis=-1) + table.sum(axis=-2) - hit)
+
+
+def planes_miou(tables: npt.ArrayLike) -> Array:
+    """Mean IoU of several labels a pixel, of their tables (..., K, 2, 2); otherwise as `miou`."""
+    table = np.asarray(tables, dtype=np.float64)
+    hit = table[..., 1, 1]
+    return _mean_iou(hit, table[..., 1, :].sum(axis=-1) + table[..., :, 1].sum(axis=-1) - hit)
+
+
+def _mean_iou(hit: Array, union: Array) -> Array:
+    """Mean over the classes (..., K) that occur."""
     occurs = union > 0
     iou = np.divide(hit, union, out=np.zeros_like(union), where=occurs)
     classes = occurs.sum(axis=-1).astype(np.float64)
@@ -478,7 +508,8 @@ def bootstrap_difference(
     is the mean over its runs; the runs themselves are not resampled.
 
     Args:
-        first: integer counts (S, N, K, K): runs, images, [truth, prediction].
+        first: integer counts (S, N, K, K): runs, images, [truth, prediction]; of several labels a
+            pixel (S, N, K, 2, 2).
         second: the same images and classes, of any number of runs.
         resamples: at least 1.
         level: between 0 and 1.
@@ -496,18 +527,21 @@ def bootstrap_difference(
             f"Expected at least one resample and a level between 0 and 1, got {resamples} and "
             f"{level}."
         )
-    counted = sides[0][0].any(axis=(1, 2))  # an image without a valid pixel adds nothing
+    counted = sides[0][0].any(
+        axis=tuple(range(1, first.ndim - 1))
+    )  # an image without a valid pixel adds nothing
     sides = [side[:, counted] for side in sides]
     images, draw = int(counted.sum()), np.random.default_rng(seed)
     if not images:
         raise ValueError("Expected images with valid pixels, got none. Check the labels.")
-    estimate = float(np.subtract(*(miou(side.sum(axis=1)).mean() for side in sides)))
+    figure = miou if first.ndim == 4 else planes_miou
+    estimate = float(np.subtract(*(figure(side.sum(axis=1)).mean() for side in sides)))
     found = []
     step = max(1, _DRAWS // images)
     for start in range(0, resamples, step):
         rows = draw.integers(0, images, (min(step, resamples - start), images))
         weights = _occurrences(rows, images)
-        found.append(np.subtract(*(_resampled(side, weights) for side in sides)))
+        found.append(np.subtract(*(_resampled(side, weights, figure) for side in sides)))
     tail = (1 - level) / 2
     low, high = np.quantile(np.concatenate(found), [tail, 1 - tail])
     return Interval(estimate, float(low), float(high), level, images, resamples)
@@ -515,7 +549,7 @@ def bootstrap_difference(
 
 def _check_images(first: Array, second: Array) -> None:
     shapes = first.shape, second.shape
-    if first.ndim != 4 or second.ndim != 4 or shapes[0][1:] != shapes[1][1:]:
+    if first.ndim not in (4, 5) or first.ndim != second.ndim or shapes[0][1:] != shapes[1][1:]:
         raise ValueError(
             f"Expected counts (runs, images, classes, classes) of the same images, got shapes "
             f"{shapes[0]} and {shapes[1]}. Measure all runs on the same images."
@@ -535,8 +569,7 @@ def _occurrences(rows: Array, images: int) -> Array:
     return flat.reshape(len(rows), images).astype(np.float64)
 
 
-def _resampled(side: Array, weights: Array) -> Array:
-    """Data-set mIoU of each resample (R,), the mean over the runs of a side (S, N, K, K)."""
-    classes = side.shape[-1]
+def _resampled(side: Array, weights: Array, figure: Callable[[Array], Array]) -> Array:
+    """Data-set mIoU of each resample (R,), the mean over the runs of a side (S, N, ...)."""
     sums = [weights @ run.reshape(len(run), -1) for run in side]
-    return np.mean([miou(s.reshape(-1, classes, classes)) for s in sums], axis=0)
+    return np.mean([figure(s.reshape(-1, *side.shape[2:])) for s in sums], axis=0)

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from kd_trainer.argument_checks import FlagSize, image_size
 from kd_trainer.class_map import class_map_text
 from kd_trainer.fields import check_at_least, expanded, help_field
-from kd_trainer.sources import model_source, public_name
+from kd_trainer.sources import SELF, model_source, public_name
+
+# What describes a teacher that is a network of its own, or its answers.
+_OF_A_NETWORK = (
+    *("teacher_maps", "teacher_shares", "teacher_flip", "teacher_image_size"),
+    *("teacher_mean", "teacher_std", "teacher_options", "class_map"),
+)
 
 
 @dataclass
@@ -18,7 +24,8 @@ class ModelArguments:
         "",
         "Teacher: a folder (also that of a run), a Hub id or a checkpoint file (.pth, "
         ".safetensors; name its architecture with --teacher_arch and --teacher_encoder); several "
-        "teach the mean of their probabilities. `none` trains the student alone.",
+        "teach the mean of their probabilities. `none` trains the student alone; with `self` its "
+        "own moving average teaches it on images without masks.",
         metavar="SOURCE",
     )
     teacher_shares: list[float] | None = help_field(
@@ -82,7 +89,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         named = [self.teacher] if isinstance(self.teacher, str) else self.teacher
-        sources = [model_source(source) for source in named]
+        sources = [source if source == SELF else model_source(source) for source in named]
         self.teacher = sources[0] if len(sources) == 1 else sources
         self.teacher_maps = expanded(self.teacher_maps)
         self._check_teachers()
@@ -117,8 +124,15 @@ class ModelArguments:
         if isinstance(self.teacher, list) and not all(map(_is_named, self.teacher)):
             raise ValueError(
                 f"Expected the names of several teachers, got {' '.join(self.teacher)}. `none` "
-                "stands alone."
+                "and `self` stand alone."
             )
+        if self.teaches_itself:
+            for name in _OF_A_NETWORK:
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(
+                        f"Expected no --{name} with --teacher self, got {getattr(self, name)}: the "
+                        "student's own average teaches it. Leave one of them out."
+                    )
         if self.teacher_shares is None or not count:
             return
         right = len(self.teacher_shares) == count and all(w > 0 for w in self.teacher_shares)
@@ -130,8 +144,18 @@ class ModelArguments:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher is named, or a folder of its answers."""
+        """Whether a teacher is named, or a folder of its answers; its own average is none."""
         return bool(self.teachers) or self.teacher_maps is not None
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the student's own moving average is its teacher."""
+        return self.teacher == SELF
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether something answers where there are no labels."""
+        return self.has_teacher or self.teaches_itself
 
     @property
     def teachers(self) -> list[str]:
@@ -146,4 +170,4 @@ class ModelArguments:
 
 
 def _is_named(source: str) -> bool:
-    return source.lower() not in ("", "none")
+    return source.lower() not in ("", "none", SELF)

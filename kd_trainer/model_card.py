@@ -6,9 +6,11 @@ and settings may be a stranger's.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from kd_trainer.errors import printable
-from kd_trainer.losses import TERMS
+from kd_trainer.losses import SCHEDULED, TERMS
 from kd_trainer.models.configuration_smp import MULTI_LABEL, uses_timm_loader
 from kd_trainer.models.image_sizes import as_size
-from kd_trainer.sources import is_hub_id, public_name
+from kd_trainer.schedules import read_weight_schedules
+from kd_trainer.sources import SELF, is_hub_id, public_name
 
 TASK = "image-segmentation"
 # Key in results.json, metric as the Hub lists it, name to show.
@@ -81,8 +84,13 @@ class CardFacts:
         return bool(self.config.get("one_logit"))
 
     @property
+    def several(self) -> bool:
+        """Whether a pixel may have several labels."""
+        return bool(self.config.get("problem_type") == MULTI_LABEL)
+
+    @property
     def labels(self) -> list[str]:
-        """Names of the classes, background first."""
+        """Names of the classes, background first where there is one."""
         names = {int(index): str(name) for index, name in self.config["id2label"].items()}
         return [names[index] for index in sorted(names)]
 
@@ -92,10 +100,19 @@ class CardFacts:
         return self.dataset if is_hub_id(self.dataset) else None
 
     @property
+    def _teacher(self) -> Any:
+        return self.results.get("teacher", self.settings.get("teacher", ""))
+
+    @property
+    def taught_itself(self) -> bool:
+        """Whether its own moving average was its teacher, which nothing can be compared with."""
+        return bool(self._teacher == SELF)
+
+    @property
     def teacher(self) -> str | None:
         """Name of the teacher, None of a student trained without one, "" if it is not known."""
-        source = self.results.get("teacher", self.settings.get("teacher", ""))
-        if source is None or str(source).lower() == "none":
+        source = self._teacher
+        if source is None or str(source).lower() == "none" or self.taught_itself:
             return None
         names = source if isinstance(source, list) else [str(source)]
         return " + ".join(map(public_name, names))
@@ -167,12 +184,6 @@ _TEMPLATES.filters["code"] = code
 
 def render(facts: CardFacts) -> str:
     """The whole README.md."""
-    if facts.config.get("problem_type") == MULTI_LABEL or facts.config.get("own_depth"):
-        raise ValueError(
-            "Expected a student of one class a pixel of RGB images to publish, got one of "
-            "--multi_label or --in_channels, whose card cannot be written yet. Upload its folder "
-            "yourself."
-        )
     height, width = as_size(facts.config["image_size"])
     card = _TEMPLATES.get_template("model_card.md").render(
         facts=facts,
@@ -185,9 +196,11 @@ def render(facts: CardFacts) -> str:
         height=height,
         width=width,
         fitted=facts.config.get("keep_aspect_ratio", False),
+        several=facts.several,
+        channels=len(facts.config["image_mean"]) if facts.config.get("own_depth") else 0,
         taught=facts.teacher is not None,
         loss=_loss(facts),
-        softened=any(term.softened and facts.settings.get(term.flag) for term in TERMS),
+        softened=any(term.softened and _weights(facts.settings, term.name) for term in TERMS),
         figures=_figures(facts),
         sizes=_sizes(facts),
         device=str(facts.results.get("device", "cpu")).split(":")[0],
@@ -199,15 +212,36 @@ def render(facts: CardFacts) -> str:
 
 def _loss(facts: CardFacts) -> str:
     """The sum of terms that was minimised; of a student without a teacher those that need none."""
-    settings, taught = facts.settings, facts.teacher is not None
-    several = (settings.get("num_labels") or 2) > 2
+    settings, taught = facts.settings, facts.teacher is not None or facts.taught_itself
+    softmax = (settings.get("num_labels") or 2) > 2 and not facts.several
     terms = []
     for term in TERMS:
-        factor = float(taught) if term.needs_teacher else settings.get("task_weight", 1.0)
-        weight = settings.get(term.flag, 0.0) * factor
-        if weight:
-            terms.append(f"{weight:g} {(several and term.softmax_title) or term.title}")
+        names = [term.pseudo_of or term.name, *(["pseudo"] if term.pseudo_of else [])]
+        names += ["task"] if term.pseudo_of or not term.needs_teacher else []
+        factors = [_weights(settings, name, float(name == "task")) for name in names]
+        if all(factors) and (taught or not term.needs_teacher):
+            terms.append(f"{_product(factors)} {(softmax and term.softmax_title) or term.title}")
     return " + ".join(terms)
+
+
+def _product(factors: list[list[float]]) -> str:
+    """A product of weights as text, those that change with an arrow."""
+    constant = math.prod(weights[0] for weights in factors if len(weights) == 1)
+    changing = [weights for weights in factors if len(weights) > 1] or [[1.0]]
+    first = " → ".join(f"{constant * weight:g}" for weight in changing[0])
+    if len(changing) == 1:
+        return first
+    rest = [" → ".join(f"{weight:g}" for weight in weights) for weights in changing[1:]]
+    return "·".join(f"({text})" for text in [*reversed(rest), first])
+
+
+def _weights(settings: dict[str, Any], name: str, default: float = 0.0) -> list[float]:
+    """Weights of a term in turn: one, or those of its schedule; none where it is never above 0."""
+    schedule = read_weight_schedules(settings.get("weight_schedule"), SCHEDULED).get(name)
+    if schedule is not None:
+        return [weight for weight, _ in groupby(w for _, w in schedule.points)]
+    weight = settings.get(f"{name}_weight", default)
+    return [weight] if weight else []
 
 
 def _figures(facts: CardFacts) -> Table | None:
@@ -224,8 +258,9 @@ def _figures(facts: CardFacts) -> Table | None:
     }
     if "student" not in measured:
         return None
-    binary = len(facts.labels) == 2  # whose foreground is the one class
-    wanted = [(key, name) for key, _, name in FIGURES if not (binary and key == "iou_foreground")]
+    # Of a binary model it is the one class, without a background the mIoU.
+    twice = ["iou_foreground"] if len(facts.labels) == 2 or facts.several else []
+    wanted = [(key, name) for key, _, name in FIGURES if key not in twice]
     wanted += [(f"iou_{label}", f"IoU of {label}") for label in facts.labels]
     rows = []
     for key, name in wanted:

@@ -19,6 +19,7 @@ from kd_trainer.students import never_used, units_of
 NamedParameters = list[tuple[str, nn.Parameter]]
 
 DECODER = "decoder"
+PROJECTIONS = "projections"  # of feature maps: no part of the student, and never frozen
 
 
 def unit_parameters(model: nn.Module) -> dict[str, NamedParameters]:
@@ -35,19 +36,27 @@ def unit_parameters(model: nn.Module) -> dict[str, NamedParameters]:
 
 def base_rate(part: str, args: DistillationArguments) -> float:
     """Learning rate of a part before the schedule: the encoder's is a share of the decoder's."""
-    return args.learning_rate * (1.0 if part == DECODER else args.encoder_lr_scale)
+    if part == PROJECTIONS and args.projection_learning_rate is not None:
+        return args.projection_learning_rate
+    return args.learning_rate * (1.0 if part in (DECODER, PROJECTIONS) else args.encoder_lr_scale)
 
 
 def parameter_groups(
-    model: nn.Module, args: DistillationArguments, free_units: int
+    model: nn.Module,
+    args: DistillationArguments,
+    free_units: int,
+    projections: NamedParameters | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for AdamW of the free parts: two for each, with and without weight decay.
+
+    The projections of feature maps, if there are any, are a part behind the others.
 
     Each group has `name` (`decoder`, `unit_6`, ...), `params` as (name, tensor) pairs, `lr` (base
     rate) and `weight_decay` (0 for tensors of one dimension: biases and the scales of normalisation
     layers). Empty groups are left out.
     """
     free = list(unit_parameters(model).items())[: 1 + free_units]
+    free.append((PROJECTIONS, projections or []))
     split = (
         (part, decays, [(name, p) for name, p in parameters if (p.ndim > 1) == decays])
         for part, parameters in free

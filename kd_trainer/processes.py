@@ -47,6 +47,13 @@ def run_on_all_ranks(args: TrainingArguments, step: Callable[[], object] | None)
         raise failure
 
 
+def share_buffers(network: Any) -> None:
+    """Give all processes the buffers of the first one, such as the statistics of its BatchNorms."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def leave_process_group() -> None:
     """End the threads with which this process talks to the others, before Python ends itself.
 

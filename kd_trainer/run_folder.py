@@ -26,6 +26,7 @@ _MOST = 1e100  # of a figure: sums and logarithms of such numbers exist
 RESULTS_SHAPE = {
     "student_*": float,
     "teacher_*": float,
+    "ema_*": float,
     "teacher": str,
     "agreement": float,
     "agreement_miou": float,
@@ -53,15 +54,16 @@ EXPORTS_SHAPE = {
 }
 _LATENCY = {"engine": str, "threads": float, "median": float, "percentile_95": float}
 COMPARISON_SHAPE = {
-    "baseline": {"metrics": {"*": {"mean": float}}},
+    "students": {"*": {"metrics": {"*": {"mean": float}}, "baseline": str}},
     "costs": {"student": {"latency": [_LATENCY]}, "teacher": {"latency": [_LATENCY]}},
 }
 NOTE_SHAPE = {"starts": float, "updates": float, "left_out": float, "teacher_weights": str}
+NOTE_SHAPE |= dict.fromkeys(("baseline", "flags", "final"), str)
 
 # What a training writes into its output folder, or reads there when it goes on.
 _OF_A_RUN = re.compile(
     r"config\.yaml|.*results\.json|trainer_state\.json|report\.html|bad_samples\.txt|held_out\.txt|"
-    r"student|panels|runs|hub|\.?checkpoint-.*|\.training"
+    r"student|ema|panels|runs|hub|\.?checkpoint-.*|\.training"
 )
 
 

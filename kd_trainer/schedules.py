@@ -1,4 +1,4 @@
-"""Temperature, free units and learning rates, pure functions of epoch and step."""
+"""Temperature, free units, weights and learning rates, pure functions of epoch and step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import bisect
 import difflib
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 RATE_SHAPES: dict[str, dict[str, float]] = {
     "cosine": {},
@@ -174,6 +174,144 @@ class UnfreezeSchedule:
         return self.start_epoch + unit_rank * self.every
 
 
+@dataclass(frozen=True)
+class LabelledShare:
+    """Share of the images of a batch that have masks, constant from each point to the next.
+
+    Attributes:
+        points: (epoch, share) pairs, whole epochs rising from 0, shares from 0 to 1.
+
+    Raises:
+        ValueError: if they are not.
+    """
+
+    points: Sequence[tuple[float, float]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((float(x), float(s)) for x, s in self.points))
+        epochs, shares = ([point[i] for point in self.points] for i in (0, 1))
+        rising = all(a < b for a, b in itertools.pairwise([*epochs, math.inf]))
+        if not epochs or epochs[0] != 0 or not rising or not all(x.is_integer() for x in epochs):
+            raise ValueError(
+                f"Expected --labelled_share at whole epochs rising from 0, got epochs {epochs}. "
+                "Write one share, or EPOCH:SHARE pairs such as 0:0.5 36:1."
+            )
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(
+                f"Expected --labelled_share from 0 to 1, got {shares}. 0.5 gives masks to half the "
+                "images of each batch."
+            )
+
+    def __call__(self, epoch: int) -> float:
+        """The share in an epoch, counted from 0."""
+        return self.points[bisect.bisect_right([x for x, _ in self.points], epoch) - 1][1]
+
+    def images(self, epoch: int, batch: int) -> int:
+        """Images with masks in a batch of an epoch: of both kinds one at least, between 0 and 1.
+
+        Raises:
+            ValueError: if there is no place for both.
+        """
+        share = self(epoch)
+        if share in (0, 1):
+            return int(share) * batch
+        if batch < 2:
+            raise ValueError(
+                f"Expected --batch_size 2 or more with --labelled_share {share:g}, got {batch}: a "
+                "batch holds both kinds of images. Raise it, or leave the share out."
+            )
+        return min(max(round(share * batch), 1), batch - 1)
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """Weight of a loss term over the epochs of a run: linear between points, held beyond the ends.
+
+    Two points of one epoch are a jump: from that epoch on the second weight holds.
+
+    Attributes:
+        points: (epoch, weight) pairs, epochs from 0 in order.
+
+    Raises:
+        ValueError: if an epoch or a weight is negative or not finite, or the order is another.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        epochs = [epoch for epoch, _ in self.points]
+        sound = all(math.isfinite(x) and x >= 0 for point in self.points for x in point)
+        jumps = all(epochs.count(epoch) <= 2 for epoch in epochs)
+        if not self.points or not sound or epochs != sorted(epochs) or not jumps:
+            raise ValueError(
+                "Expected EPOCH:WEIGHT points of epochs in order, none of them more than twice, "
+                f"and weights from 0, got {self.text() or 'none'}. Write 0:1,20:0.5, say."
+            )
+
+    def __call__(self, epoch: float) -> float:
+        """Weight at a fractional epoch."""
+        right = bisect.bisect_right([x for x, _ in self.points], epoch)
+        if right in (0, len(self.points)):
+            return self.points[max(right - 1, 0)][1]
+        (x0, w0), (x1, w1) = self.points[right - 1], self.points[right]
+        return w0 + (w1 - w0) * (epoch - x0) / (x1 - x0)
+
+    @property
+    def peak(self) -> float:
+        """The highest weight."""
+        return max(weight for _, weight in self.points)
+
+    def text(self) -> str:
+        """The points as a flag has them."""
+        return ",".join(f"{epoch:.10g}:{weight:.10g}" for epoch, weight in self.points)
+
+    def stretched(self, factor: float) -> WeightSchedule:
+        """The same over epochs that are longer by this factor."""
+        return WeightSchedule(tuple((epoch * factor, weight) for epoch, weight in self.points))
+
+
+def read_weight_schedules(
+    words: Sequence[str] | None, names: Collection[str]
+) -> dict[str, WeightSchedule]:
+    """The schedules that `--weight_schedule` names, NAME=EPOCH:WEIGHT,... each.
+
+    Args:
+        words: as the flag or a recipe has them; commas and spaces separate alike.
+        names: that may have one.
+
+    Raises:
+        ValueError: if one is none, or of another name.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    name = ""
+    for word in " ".join(map(str, words or ())).replace(",", " ").split():
+        before, equals, point = word.rpartition("=")
+        name = before if equals else name
+        epoch, colon, weight = point.partition(":")
+        try:
+            if not name or not colon or (equals and name in points):
+                raise ValueError
+            points.setdefault(name, []).append((float(epoch), float(weight)))
+        except ValueError:
+            raise ValueError(
+                "Expected --weight_schedule like kl=0:1,20:0.5 mse=0:0.5,10:0 (EPOCH:WEIGHT, each "
+                f"term once), got {word!r}."
+            ) from None
+    unknown = next((name for name in points if name not in names), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, names, 1, cutoff=0.65)
+        raise ValueError(
+            f"Expected --weight_schedule for {', '.join(names)}, got one for {unknown}."
+            + (f" Did you mean {near[0]}?" if near else "")
+        )
+    return {name: WeightSchedule(tuple(found)) for name, found in points.items()}
+
+
+def weight_schedule_words(schedules: Mapping[str, WeightSchedule]) -> list[str]:
+    """The words of `--weight_schedule` that mean these schedules."""
+    return [f"{name}={schedule.text()}" for name, schedule in schedules.items()]
+
+
 _ROUNDING = 1e-6  # of an epoch that is scaled to another length
 
 
@@ -194,7 +332,9 @@ class TrainingSchedule:
         min_rate: learning rate at the end of the run, as a share of the base rate.
         rate_shape: of the learning rate after its warm-up, one of `RATE_SHAPES`.
         rate_options: of that shape.
-        plan_epochs: length that warm-up and unfreezing are written for; None means this run's.
+        plan_epochs: length that warm-up, unfreezing and weights are written for; None means this
+            run's.
+        weight_schedules: of the loss terms that have one, by name.
     """
 
     unfreezing: UnfreezeSchedule
@@ -209,15 +349,21 @@ class TrainingSchedule:
     rate_shape: str = "cosine"
     rate_options: tuple[tuple[str, float], ...] = ()
     plan_epochs: float | None = None
+    weight_schedules: Mapping[str, WeightSchedule] = field(default_factory=dict)
 
     @property
     def scale(self) -> float:
-        """Epochs of this run for one of the plan, by which warm-up and unfreezing are scaled."""
+        """Epochs of this run for one of the plan, by which all but the temperature is scaled."""
         return self.epochs / self.plan_epochs if self.plan_epochs else 1.0
 
     def free_units(self, epoch: int) -> int:
         """Number of free units at an epoch of the run."""
         return self.unfreezing(math.floor(epoch / self.scale + _ROUNDING))
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Weight of each loss term that has a schedule at a step, counted from 0."""
+        epoch = (step + self.missed) / self.steps_per_epoch / self.scale + _ROUNDING
+        return {name: schedule(epoch) for name, schedule in self.weight_schedules.items()}
 
     def temperature(self, step: int) -> float:
         """Temperature of the loss at a step, counted from 0; held after the last one."""

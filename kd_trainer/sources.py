@@ -10,6 +10,8 @@ from kd_trainer.fields import expanded
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+SELF = "self"
+"""In the place of a teacher's name: the student's own moving average teaches it."""
 _HUB_ID = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 _FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".onnx", ".json", ".yaml")
 

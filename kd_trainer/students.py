@@ -335,10 +335,9 @@ def has_one_logit(student: nn.Module) -> bool:
 
 
 def channels_seen(network: nn.Module) -> int:
-    """Channels of its images: 3 but for a network of smp that says otherwise."""
-    if isinstance(network, SmpForSemanticSegmentation):
-        return int(network.config.in_channels)
-    return 3
+    """Channels of its images: 3 but for a network of smp (or around one) that says otherwise."""
+    of_smp = (one for one in network.modules() if isinstance(one, SmpForSemanticSegmentation))
+    return next((int(one.config.in_channels) for one in of_smp), 3)
 
 
 def reads_own_depth(student: nn.Module) -> bool:

@@ -501,8 +501,13 @@ class TeacherInference:
 
         Call it under the autocast that was named.
         """
+        logits: Tensor = self.ready(pixel_values)(pixel_values)
+        return logits
+
+    @torch.no_grad()
+    def ready(self, pixel_values: Tensor) -> Teacher:
+        """The teacher that runs for such images, prepared if it is not yet."""
         state = state_of(self.teacher)
         if self.prepared is None or state != self._prepared_from:
             self.prepared, self._prepared_from = self._prepare(pixel_values), state
-        logits: Tensor = self.prepared(pixel_values)
-        return logits
+        return self.prepared

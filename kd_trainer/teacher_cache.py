@@ -72,6 +72,7 @@ def cache_key(
     precision: str,
     folded: bool,
     keep_aspect_ratio: bool = False,
+    own_depth: bool = False,
 ) -> dict[str, Any]:
     """Everything that decides a teacher's logits for given file bytes, as plain values.
 
@@ -81,6 +82,7 @@ def cache_key(
         precision: in which the network runs: no, bf16 or fp16.
         folded: whether its BatchNorms are multiplied into its convolutions, which rounds otherwise.
         keep_aspect_ratio: whether images are fitted in instead of stretched.
+        own_depth: whether images are read by their own bit depth, instead of as 8-bit RGB.
     """
     network = teacher.network
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
@@ -93,6 +95,8 @@ def cache_key(
         "folded": folded,
         "image_size": plain_size(image_size),
         **({"keep_aspect_ratio": True} if keep_aspect_ratio else {}),
+        **({"own_depth": True} if own_depth else {}),
+        **({"multi_label": True} if teacher.multi_label else {}),
         "teacher_image_size": teacher.image_size and plain_size(teacher.image_size),
         "num_labels": teacher.num_labels,
         "class_order": teacher.class_map,  # what is kept is merged, and so much smaller
@@ -329,8 +333,8 @@ class CacheWriter:
         key: what the file belongs to; written into it for people, nothing reads it.
         budget: bound of the disk.
         images: number of the row of each image, by the image's digest.
-        read: digest and uint8 pixels (3, H, W) of a row; called by several threads.
-        infer: logits (B, K, H, W) of uint8 pixels (B, 3, H, W).
+        read: digest and pixels (C, H, W) of a row; called by several threads.
+        infer: logits (B, K, H, W) of pixels (B, C, H, W).
         batch_size: images that the teacher sees at a time.
         threads: that read and decode images.
     """

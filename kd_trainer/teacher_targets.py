@@ -82,7 +82,8 @@ def use_cached_targets(
 
     run_on_all_ranks(args, fill)
     teacher.to("cpu")
-    classes = 1 if teacher.num_labels == 2 else teacher.num_labels
+    binary = teacher.num_labels == 2 and not teacher.multi_label
+    classes = 1 if binary else teacher.num_labels
     cache = TeacherCache(file, (classes, *images.transform.image_size))
     for dataset in images.datasets:
         dataset.transform.targets = cache
@@ -115,6 +116,7 @@ class _Images:
             keep_aspect_ratio=self.transform.resize != "stretch",
             precision=args.mixed_precision or "no",
             folded=args.fold_teacher,
+            own_depth=self.transform.channels is not None,
         )
 
     def _file(self, row: int) -> tuple[EncodedImage, int]:
@@ -128,7 +130,7 @@ class _Images:
         return image_digest(self._file(row)[0]["bytes"])
 
     def read(self, row: int) -> tuple[bytes, Tensor]:
-        """Digest of the file and uint8 (3, H, W) of an image."""
+        """Digest of the file, and the image as `clean_image` gives it."""
         image, index = self._file(row)
         return image_digest(image["bytes"]), self.transform.clean_image(image, index)
 
@@ -148,7 +150,7 @@ class _Images:
 
 
 def _inference(teacher: Teacher, args: DistillationArguments) -> Callable[[Tensor], Tensor]:
-    """From uint8 pixels to logits, asked as an online training asks."""
+    """From pixels to logits, asked as an online training asks."""
     device = args.device
     teacher.to(device)
     ask = TeacherInference(teacher, precision=args.mixed_precision, fold=args.fold_teacher)

@@ -1,34 +1,57 @@
 """`DistillationTrainer`: a transformers Trainer whose loss asks a frozen teacher.
 
-Read from top to bottom: the loss, the optimizer, the epochs, the evaluation, the log, the Hub; what
-is about checkpoints stands in `resumable`. Where it overrides a private method of the Trainer, a
-comment says what would go wrong without.
+Read from top to bottom: the loss, the optimizer, the epochs, the checkpoints, the evaluation, the
+log, the Hub. Where it overrides a private method of the Trainer, a comment says what would go wrong
+without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PredictionOutput, has_length
+from transformers.trainer_utils import PredictionOutput, TrainOutput, has_length
 
-from kd_trainer.accepted import accepted_student, as_teacher, check_accepted
+from kd_trainer.accepted import accepted_student, as_teacher, check_accepted, check_one_set
+from kd_trainer.adaptive_weight import AdaptiveWeight
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.callbacks import (
     EpochCounter,
     EvaluationPanels,
     ProgressiveUnfreezing,
+    ResumeCallback,
     steps_of,
 )
+from kd_trainer.checkpointing.fingerprint import fingerprint_of
+from kd_trainer.checkpointing.resume import (
+    best_checkpoint,
+    check_resumable,
+    loading_safely,
+    newest_checkpoint,
+    no_stock_rotation,
+    progress_file,
+    read_progress,
+    save_checkpoint,
+    without_warnings,
+)
+from kd_trainer.checkpointing.stopping import StopRequest
 from kd_trainer.console import ConsoleLines, ConsoleProgress
-from kd_trainer.data import collate
+from kd_trainer.data import BadSample, StreamedDataset, collate
+from kd_trainer.data.quota import quota_sampler
 from kd_trainer.data.streaming import seed_loader, stream_loader
+from kd_trainer.data.views import MIX_BOX, MIX_CLASSES, STRONG, has_views, student_batch
+from kd_trainer.ema import StudentEma
+from kd_trainer.errors import Stopped
 from kd_trainer.evaluation import (
     DataSetFigures,
     check_best_metric,
@@ -37,22 +60,41 @@ from kd_trainer.evaluation import (
     figure_names,
     input_statistics,
     labels_of,
+    masks_of,
     normalise,
     pixel_statistics,
     settings_for,
+    student_rows,
 )
-from kd_trainer.fast_layers import use_safe_layers
+from kd_trainer.fast_layers import allow_recompiles, reset_accelerate_prepare, use_safe_layers
+from kd_trainer.feature_maps import FeatureMatching, first_trained, recorded
 from kd_trainer.hub import Pushed
-from kd_trainer.losses import distillation_terms, labelled_images, weighted_sum
-from kd_trainer.optim import PartLR, parameter_groups, regroup
-from kd_trainer.processes import run_on_all_ranks
+from kd_trainer.losses import (
+    LossWeights,
+    distillation_terms,
+    feature_terms,
+    labelled_images,
+    unlabelled_images,
+    weighted_sum,
+)
+from kd_trainer.models.weights import check_finite_weights
+from kd_trainer.optim import NamedParameters, PartLR, parameter_groups, regroup
+from kd_trainer.processes import (
+    Peer,
+    naming_dead_processes,
+    processes_of_run,
+    run_on_all_ranks,
+    share_buffers,
+)
 from kd_trainer.push_callback import PushCallback, check_only_message, check_push, push_student
-from kd_trainer.resumable import ResumableTrainer
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.sources import SELF
 from kd_trainer.students import (
+    free_units,
     hold_frozen,
+    load_renamed,
     raw_logits_of,
-    reads_own_depth,
+    save_traits,
     student_logits,
     units_of,
 )
@@ -60,11 +102,14 @@ from kd_trainer.teacher import Teacher, TeacherInference
 from kd_trainer.tracking import TermSums, schedule_logs
 
 Batch = dict[str, Any]
-DICE_IMAGES = "dice_images"
-COLUMNS = ("pixel_values", "labels", "distil_mask", "teacher_logits")
+DICE_IMAGES, PSEUDO_IMAGES, ASKED = "dice_images", "pseudo_images", "asked"
+COLUMNS = (
+    *("pixel_values", "labels", "distil_mask", "teacher_logits"),
+    *(STRONG, MIX_BOX, MIX_CLASSES),
+)
 
 
-class DistillationTrainer(ResumableTrainer):
+class DistillationTrainer(Trainer):
     """Trains a student with the terms of `LossWeights`, beside a frozen teacher.
 
     Args:
@@ -72,7 +117,8 @@ class DistillationTrainer(ResumableTrainer):
             images (B, 3, H, W) with logits, see `students.as_student`.
         args: the run's arguments.
         teacher: frozen network whose logits the student follows; None trains without one, and the
-            weights of the terms that need one are then 0. A student is wrapped.
+            weights of the terms that need one are then 0. A student is wrapped. "self" asks the
+            student's moving average (`args.ema_decay`).
         train_dataset: a `TransformedDataset` or `StreamedDataset` (or any data set of the same
             samples: `pixel_values` uint8 (3, H, W), `labels` (H, W), `distil_mask` bool (H, W), and
             with `args.teacher_targets` cached `teacher_logits` float16 (K, H, W)).
@@ -85,7 +131,21 @@ class DistillationTrainer(ResumableTrainer):
 
     Attributes:
         teacher: a plain attribute: inside the student it would be saved, trained and counted.
+        epochs: counts them, and knows the schedules.
+        tracked: sums of the loss terms since the last log.
+        ema: the moving average of the student, as `args.ema_decay` asks for; None without one.
+        facts: what is compared on resume beside the arguments, the networks and the number of
+            images: set by who knows more, such as the content of the data.
+        peers: the processes of the training, by rank.
+        stop: a request to stop, looked at after each step; None without one.
+        adaptive: how far the evaluations let the teacher have its say, with `args.adaptive_weight`.
     """
+
+    model: Any  # a network: of smp, of transformers, or a module of the user's
+    args: DistillationArguments
+    facts: Mapping[str, Any] = {}
+    peers: Sequence[Peer] = ()
+    stop: StopRequest | None = None
 
     # The loss is a mean per micro-batch: the Trainer divides it by the accumulation steps.
     loss_is_scaled_for_ga = False
@@ -93,13 +153,19 @@ class DistillationTrainer(ResumableTrainer):
     _inference: TeacherInference | None = None
     _keeps_logits = False
     _trial: Any = None
+    _took_model = _has_trained = False
+    _earlier_seconds = 0.0  # of training, before this process
+    _began = 0.0
+    _resumed: Path | None = None
+    _checked: Path | None = None
+    _fingerprint: dict[str, Any] | None = None
 
     def __init__(
         self,
         model: nn.Module | None = None,
         args: DistillationArguments | None = None,
         *,
-        teacher: Teacher | None = None,
+        teacher: Teacher | str | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         ignore_index: int = 255,
@@ -113,15 +179,21 @@ class DistillationTrainer(ResumableTrainer):
             model = super().call_model_init()
         model = accepted_student(model, kwargs.pop("units", None), args)
         self.id2label = labels_of(model)
+        self.teaches_itself = teacher == SELF
+        teacher = None if isinstance(teacher, str) else teacher
         self.own_metrics = kwargs.pop("compute_metrics", None)
         sets = eval_dataset if isinstance(eval_dataset, dict) else {}
+        check_one_set(args, sets)
         self._follow(args, model, teacher, ignore_index)
+        self.ema = None if args.ema_decay is None else StudentEma(args.ema_decay)
         if self.own_metrics is None:  # whose figures nobody knows yet
-            names = figure_names(self.id2label, self.loss_weights, teacher=teacher is not None)
+            beside = {"teacher": teacher is not None, "ema": self.ema is not None}
+            names = figure_names(self.id2label, self.settings.weights, **beside)
             check_best_metric(args, names, sets)
         self.epochs = EpochCounter(args.schedule(len(units_of(model)), args.num_train_epochs))
         self.pushes = PushCallback(self)
-        ours = [self.epochs, ProgressiveUnfreezing(self.epochs)]
+        freed = ProgressiveUnfreezing(self.epochs, self._projections)
+        ours = [self.epochs, freed, *filter(None, [self.ema])]
         super().__init__(
             model=model,
             args=args,
@@ -136,12 +208,11 @@ class DistillationTrainer(ResumableTrainer):
         # With `remove_unused_columns` the Trainer keeps what forward takes, and these.
         self.label_names = list(dict.fromkeys([*self.label_names, *COLUMNS]))
         self.teacher = as_teacher(teacher, model)
+        self.matching = FeatureMatching(args, self.loss_weights, model, self.teacher)
         self.statistics = pixel_statistics(model, args.device)
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ConsoleLines() if args.disable_tqdm else ConsoleProgress())
-        # A panel shows one class a pixel, on an RGB image.
-        shown = not self.settings.multi_label and not reads_own_depth(model)
-        if args.panel_images > 0 and eval_dataset is not None and shown:
+        if args.panel_images > 0 and eval_dataset is not None:
             self.add_callback(EvaluationPanels(self, next(iter(sets.values()), eval_dataset)))
 
     def _follow(
@@ -149,10 +220,15 @@ class DistillationTrainer(ResumableTrainer):
     ) -> None:
         """Set what is derived from the arguments, which a search changes for each trial."""
         weights = args.loss_weights
-        self.loss_weights = weights if teacher is not None else weights.without_teacher()
-        self.settings = settings_for(model, ignore_index, self.loss_weights, args.class_factors)
+        alone = weights if teacher is not None else weights.without_teacher()
+        self.loss_weights = weights if self.teaches_itself else alone
+        # An evaluation has nobody to compare with but a teacher of its own.
+        evaluated = alone.without_features()
+        self.settings = settings_for(model, ignore_index, evaluated, args.class_factors)
         self.figures = DataSetFigures(self.id2label, self.settings)
         self.tracked = TermSums(self.loss_weights)
+        adapts = args.adaptive_weight and teacher is not None
+        self.adaptive = AdaptiveWeight() if adapts else None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A student of the user's `model_init`."""
@@ -184,6 +260,14 @@ class DistillationTrainer(ResumableTrainer):
         """What happens when, for the length that the running epoch has."""
         return self.epochs.schedule
 
+    @property
+    def current_weights(self) -> LossWeights:
+        """Weights of the loss terms at the running step."""
+        weights = self.loss_weights.following(self.schedule.weights(self.state.global_step))
+        if self.adaptive is None:
+            return weights
+        return weights.scaled(self.adaptive.distillation, self.adaptive.task(weights.task))
+
     # ---- The loss ----
 
     def compute_loss(
@@ -194,11 +278,25 @@ class DistillationTrainer(ResumableTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
-        inputs = self._normalised(inputs)
-        teacher = self.teacher_logits(inputs) if self.loss_weights.ask_teacher else None
+        inputs, weights = self._normalised(inputs), self.current_weights
+        seen: dict[str, Tensor] = {}  # feature maps, of the student
+        shown: dict[str, Tensor] = {}  # and of the teacher
+        if ASKED in inputs:
+            teacher = inputs["teacher_logits"]
+            if weights.feature_terms:
+                self._show(inputs, shown)
+        else:
+            teacher = self._asked(inputs, shown if weights.feature_terms else None)
         hold_frozen(self.model)
-        labels = inputs["labels"]
-        outputs = model(inputs["pixel_values"])
+        labels, followed = inputs["labels"], inputs.get("distil_mask")
+        if followed is None and self.loss_weights.pseudo > 0:
+            raise ValueError(
+                "Expected distil_mask in every sample with pseudo_weight above 0, got "
+                f"{', '.join(inputs)}: it says which pixels without a label are followed. Give it "
+                "with the data, bool (H, W)."
+            )
+        with recorded(self.model, self.matching.of_student, seen):
+            outputs = model(inputs["pixel_values"])
         logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
         terms = distillation_terms(
             logits,
@@ -206,21 +304,46 @@ class DistillationTrainer(ResumableTrainer):
             labels,
             temperature=self.schedule.temperature(self.state.global_step),
             ignore_index=self.settings.ignore_index,
-            distil_mask=inputs.get("distil_mask"),
-            weights=self.loss_weights,
+            distil_mask=followed,
+            weights=weights,
             pos_weight=self.settings.pos_weight,
             dice_images=inputs.get(DICE_IMAGES),
+            pseudo=self.args.pseudo,
+            pseudo_images=inputs.get(PSEUDO_IMAGES),
         )
-        loss = weighted_sum(terms, self.loss_weights)
-        self.tracked.add(terms, logits)
+        features = weights.feature_terms
+        compared = self.matching.compared(seen, shown, self._distilled(inputs), features)
+        vars(terms).update(feature_terms(compared))
+        loss = weighted_sum(terms, weights)
+        self.tracked.add(terms, first_trained(seen, logits), weights)
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def teacher_logits(self, inputs: Batch) -> Tensor | None:
+    def _asked(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
+        """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
+        if not self.current_weights.ask_teacher:
+            return None
+        return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs, maps)
+
+    def _show(self, inputs: Batch, maps: dict[str, Tensor]) -> None:
+        """Ask the teacher for its feature maps alone, of the images as the student sees them."""
+        if self.teacher is not None and self.matching.of_teacher:
+            self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
+
+    def _distilled(self, inputs: Batch) -> Tensor:
+        """The pixels on which student and teacher are compared, bool (B, H, W)."""
+        if "distil_mask" in inputs:
+            return inputs["distil_mask"]
+        valid: Tensor = inputs["labels"] != self.settings.ignore_index
+        return valid.flatten(1, -3).any(dim=1) if valid.ndim == 4 else valid
+
+    def teacher_logits(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
         """The teacher's raw logits, fp32 (B, K, H, W), without gradient; None without a teacher.
 
         Args:
             inputs: a batch on the device, with images that are normalised for the student, and with
                 `teacher_logits` where they are cached.
+            maps: gets the feature maps that the terms compare, for which the teacher is asked also
+                where its logits are cached.
 
         Raises:
             ValueError: if they should be cached and are not there.
@@ -233,12 +356,23 @@ class DistillationTrainer(ResumableTrainer):
                     "Expected teacher_logits in every sample with --teacher_targets cached, got "
                     f"{', '.join(inputs)}. Give them with the data, or use online."
                 )
+            if maps is not None:
+                self._show(inputs, maps)
             return inputs["teacher_logits"].float()
-        if self._inference is None or self._inference.teacher is not self.teacher:
-            self._inference = self._make_inference(self.teacher)  # a callback may put another here
+        return self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
+
+    def _ask_teacher(
+        self, teacher: Teacher, pixels: Tensor, maps: dict[str, Tensor] | None
+    ) -> Tensor:
+        if self._inference is None or self._inference.teacher is not teacher:
+            self._inference = self._make_inference(teacher)  # a callback may put another here
         # Without autocast the teacher would run in fp32 beside a bf16 student.
         with torch.no_grad(), self.accelerator.autocast():
-            return self._inference(inputs["pixel_values"])
+            ready = self._inference.ready(pixels)
+            places = () if maps is None else self.matching.of_teacher
+            with recorded(ready.network, places, {} if maps is None else maps):
+                logits: Tensor = ready(pixels)
+                return logits
 
     def _make_inference(self, teacher: Teacher) -> TeacherInference:
         teacher.expect_input(*input_statistics(self.model))
@@ -259,11 +393,35 @@ class DistillationTrainer(ResumableTrainer):
     def get_batch_samples(self, *args: Any) -> tuple[list[Batch], Any]:
         """The batches of a step, each with the number of images its Dice is divided by."""
         batches, items = super().get_batch_samples(*args)
+        batches = [self._as_seen(batch) if has_views(batch) else batch for batch in batches]
+        self.matching.heads.zero_grad()  # the Trainer knows the student's gradients alone
         if batches and all("labels" in batch for batch in batches):
-            images = labelled_images(batches, self.settings.ignore_index).to(self.args.device)
-            images = self.accelerator.reduce(images, reduction="mean")
-            batches = [{**batch, DICE_IMAGES: images} for batch in batches]
+            counts = {DICE_IMAGES: labelled_images}
+            if self.loss_weights.pseudo > 0 and all("distil_mask" in batch for batch in batches):
+                counts[PSEUDO_IMAGES] = unlabelled_images
+            for name, count in counts.items():
+                images = count(batches, self.settings.ignore_index).to(self.args.device)
+                images = self.accelerator.reduce(images, reduction="mean")
+                batches = [{**batch, name: images} for batch in batches]
         return batches, items
+
+    def _as_seen(self, batch: Batch) -> Batch:
+        """The batch as the student sees it, with what the teacher says of the images as they are.
+
+        Before the step and not in its loss, because mixing decides which images have labels.
+        """
+        batch = self._prepare_inputs(batch)
+        teacher = self._asked(self._normalised(batch))
+        classes = None if teacher is None or self.settings.multi_label else classes_of(teacher)
+        batch = {**batch, "teacher_logits": teacher, ASKED: True}
+        return student_batch(batch, classes, ignore_index=self.settings.ignore_index)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """With `--labelled_share` one of ours: each batch then has its share of masks."""
+        if self.args.labelled_share is None:
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return quota_sampler(dataset, self.args)
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any
@@ -290,14 +448,22 @@ class DistillationTrainer(ResumableTrainer):
 
     # ---- The optimizer ----
 
+    def _projections(self) -> NamedParameters:
+        """What the terms on features train beside the student.
+
+        Clipping leaves them alone: it would hold the student back while they are still random.
+        """
+        return self.matching.parameters()
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Its groups are those of the free parts; `ProgressiveUnfreezing` adds the others."""
+        self.matching.prepare(self.accelerator)
         if self.optimizer is not None and self.lr_scheduler is not None:
             return self.optimizer  # of the running training
         free = self.schedule.free_units(self.epochs.index)
         if self._resumed is not None:  # the state that is loaded next has the groups of its save
             free = self._saved_progress()["free_units"]
-        groups = parameter_groups(self.model, self.args, free)
+        groups = parameter_groups(self.model, self.args, free, self._projections())
         if self.optimizer is None:
             wanted = self.optimizer_cls_and_kwargs
             kind, options = wanted or self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -317,7 +483,50 @@ class DistillationTrainer(ResumableTrainer):
             self._created_lr_scheduler = True  # else another call of `train` would go on with it
         return self.lr_scheduler  # type: ignore[return-value]
 
-    # ---- The epochs ----
+    # ---- The training and its epochs ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train as the Trainer does; a checkpoint is checked first.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint to go on from.
+            ValueError: if it is damaged, or that of another run.
+            Stopped: after a request to stop, once a checkpoint is saved.
+        """
+        if not self._has_trained:  # an evaluation before it would pass for DDP's preparation
+            reset_accelerate_prepare(self.model)
+            self.model_wrapped, self._took_model, self._has_trained = self.model, True, True
+        if self.args.torch_compile:
+            allow_recompiles(self.epochs.schedule.unfreezing.units)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(newest_checkpoint(self.args).folder)
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self._resumed is not None:
+            self.check_resume(self._resumed)
+        elif trial is None:
+            self._fingerprint = self.fingerprint()
+        resuming = ResumeCallback(self)
+        self.add_callback(resuming)
+        try:
+            with naming_dead_processes(self), loading_safely(self._resumed):
+                resumed = str(self._resumed) if self._resumed else None
+                return super().train(resumed, trial, ignore_keys_for_eval)
+        except Stopped:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # boards, bars
+            raise
+        finally:
+            self.remove_callback(resuming)
+
+    def _take_model(self) -> None:
+        """Forget, once, that another Trainer of this process has trained the same student."""
+        if not self._took_model:
+            reset_accelerate_prepare(self.model)
+            self._took_model = True
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """As many epochs as `--max_steps` can need: one may be as short as a single step."""
@@ -325,9 +534,12 @@ class DistillationTrainer(ResumableTrainer):
         use_safe_layers(self.model)  # no constructor changes a network, and this may be a new one
         if self._trial is not None:
             self._follow(args, self.model, self.teacher, self.settings.ignore_index)
+            self.matching = FeatureMatching(args, self.loss_weights, self.model, self.teacher)
             units = len(units_of(self.model))
             self.epochs.schedule = args.schedule(units, args.num_train_epochs)
         self.epochs.start(args, self.state, steps=values[1])
+        if self.ema is not None:
+            self.ema.start(self.model)
         return (max(values[0], args.max_steps), *values[1:])
 
     def _run_epoch(self, **options: Any) -> None:  # type: ignore[override] # all have names
@@ -342,6 +554,165 @@ class DistillationTrainer(ResumableTrainer):
             options["num_update_steps_per_epoch"] = steps_of(loader, self.args)
         super()._run_epoch(**options)
 
+    # ---- The checkpoints: complete or not there, and gone on from bit for bit ----
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What makes this run the one it is, as plain values."""
+        student = self.accelerator.unwrap_model(self.model)
+        data = {"train": self.train_dataset, "eval": self.eval_dataset}
+        run = fingerprint_of(self.args, student, self.teacher, data, self.facts)
+        return run | ({"teacher_weights": SELF} if self.teaches_itself else {})
+
+    def check_resume(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that this run cannot go on from: see `check_resumable`."""
+        if self._checked == checkpoint:
+            return
+        self._fingerprint = self.fingerprint()
+        check_resumable(checkpoint, self._fingerprint, self.args)
+        self._checked = checkpoint
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a loss term since the last log, or a weight, went bad."""
+        self.tracked.check_finite(self.state.global_step)
+        check_finite_weights(self.model, f"after step {self.state.global_step}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as the Trainer does; beside the weights of a module what it has to be told."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_traits(self.accelerator.unwrap_model(self.model), folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, declare it complete, and only then let older ones go.
+
+        The Trainer writes in place and deletes before it is done: a kill would leave half a
+        checkpoint, or none. Nothing non-finite is ever kept.
+        """
+        run_on_all_ranks(self.args, self.check_finite)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_progress(folder)  # first: without it a folder is no half save of ours
+            if self.ema is not None and self.args.should_save:
+                self.ema.save(folder)
+            if self.args.process_index == 0:
+                self.matching.save(folder)
+            with no_stock_rotation(self.args):
+                super(DistillationTrainer, self)._save_checkpoint(model, trial)
+
+        save_checkpoint(
+            folder,
+            write,
+            self.args,
+            run=lambda: self._fingerprint or self.fingerprint(),
+            best=lambda: self.state.best_model_checkpoint,
+        )
+
+    def _save_progress(self, folder: Path) -> None:
+        """What this process has summed up, and where in its epochs the run is."""
+        progress = {
+            "seconds": self._seconds(),
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "terms": self.tracked.saved(),
+            "position": self.epochs.position(self.state, self.control, self.train_dataset),
+            "free_units": free_units(self.model),
+            "adaptive": asdict(self.adaptive) if self.adaptive is not None else {},
+        }
+        torch.save(progress, progress_file(folder, self.args))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """With `save_strategy best` this alone decides on a save: a stop needs one in any case."""
+        best = super()._determine_best_metric(metrics, trial)
+        return best or (self.stop is not None and self.stop.agreed)
+
+    def restore(self) -> None:
+        """Set what the Trainer starts at zero, private fields too, to what it was at the save."""
+        self.peers = processes_of_run()
+        self._began, self._earlier_seconds = time.monotonic(), 0.0
+        if self.adaptive is not None:
+            self.adaptive = AdaptiveWeight(**self._saved_progress().get("adaptive", {}))
+        if self._resumed is None:
+            return
+        # Steps between logs and evaluations are the old run's in the file; a new logging counts.
+        self.state.compute_steps(self.args, self.state.max_steps)
+        best = best_checkpoint(self._resumed)
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        self.args.eval_on_start = False  # the log of it is in the checkpoint
+        saved = self._saved_progress()
+        self._earlier_seconds = saved["seconds"]
+        self._tr_loss = saved["loss"].to(self.args.device)
+        self._total_loss_scalar = saved["total_loss"]
+        self._globalstep_last_logged = saved["last_logged"]
+        self._initial_global_step = 0  # so that means and speeds are those of the whole run
+        self.tracked.restore(saved["terms"], self.args.device)
+        if self.ema is not None:
+            self.ema.restore(self._resumed)
+
+    def _saved_progress(self) -> dict[str, Any]:
+        return read_progress(self._resumed, self.args) if self._resumed else {}
+
+    def _seconds(self) -> float:
+        """Seconds of training so far: the clock on the wall may be set meanwhile."""
+        return self._earlier_seconds + time.monotonic() - self._began
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, *rest: Any
+    ) -> tuple[int, int]:
+        """Start in the counted epoch, after the batches of it that were trained on.
+
+        The Trainer divides by the length of an epoch: after a short one a resumed run would start
+        in an earlier one. It also warns of a best checkpoint that moved, which `restore` finds.
+        """
+        with without_warnings():
+            index, _ = super()._init_training_state(max_steps, steps_per_epoch, epochs, *rest)
+        batches = 0
+        if self._resumed is not None:
+            saved = self._saved_progress()["position"]
+            index, first_step = saved["epoch"], saved["first_step"]
+            self.epochs.go_on(index, first_step)
+            if not self.args.ignore_data_skip:
+                steps = self.state.global_step - first_step
+                batches = steps * self.args.gradient_accumulation_steps
+            if isinstance(self.train_dataset, StreamedDataset):
+                self.train_dataset.restore([BadSample(**bad) for bad in saved["bad_samples"]])
+        if 0 < self.args.max_steps <= self.state.global_step:
+            index = epochs  # nothing is left to do
+        return index, batches
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Under the names that a stock model has now.
+
+        transformers saves some models under the names of their first release, and the Trainer only
+        warns of names that it does not know: the run would go on from other weights.
+        """
+        self.matching.load(resume_from_checkpoint)
+        if not load_renamed(self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Likewise, and the average that was saved with it."""
+        best = str(self.state.best_model_checkpoint)
+        if not load_renamed(self.model, best):
+            super()._load_best_model()
+        if self.ema is not None:
+            self.ema.restore(Path(best))
+
+    def _finalize_training(self, trial: Any, num_train_samples: Any, start_time: float) -> Any:
+        """Count the seconds of the parts before as well, by a clock that nobody can set.
+
+        The Trainer knows those of this process alone, and with a limit of 1 it would delete the
+        newest checkpoint here.
+        """
+        with no_stock_rotation(self.args):
+            start = time.time() - self._seconds()  # which is subtracted from time.time()
+            return super()._finalize_training(trial, num_train_samples, start)
+
     # ---- The evaluation ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -351,11 +722,12 @@ class DistillationTrainer(ResumableTrainer):
         All processes measure the student that the first one saves: each has BatchNorm statistics
         of its own, which DDP takes from the first one at the next step anyway.
         """
-        if self.accelerator.num_processes > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
+        share_buffers(self.model)
         with torch.random.fork_rng():
-            return super().evaluate(*args, **kwargs)
+            figures = super().evaluate(*args, **kwargs)
+        if self.adaptive is not None and self.is_in_train:
+            self.adaptive.update(figures["eval_miou"], figures["eval_teacher_miou"])
+        return figures
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """In the precision of this trainer, also for `predict`."""
@@ -406,13 +778,27 @@ class DistillationTrainer(ResumableTrainer):
         )
         if self._keeps_logits:
             return None, (*rows, student), labels
+        if (average := self._averaged(inputs)) is not None:
+            rows = (*rows, student_rows(average, labels, self.settings))
         return None, rows, torch.zeros(len(labels), device=labels.device)
 
-    def predict_classes(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Classes (B, H, W) that student and teacher (if any) find in a batch of the collator."""
+    @property
+    def _has_average(self) -> bool:
+        return self.ema is not None and self.ema.network is not None
+
+    def _averaged(self, inputs: Batch) -> Tensor | None:
+        """Raw logits of the moving average for a batch on the device; None without one."""
+        if self.ema is None or self.ema.network is None:
+            return None
+        with self.accelerator.autocast():
+            return self.ema(self._normalised(inputs)["pixel_values"])
+
+    def predict_masks(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What student and teacher (if any) find in a batch of the collator, see `masks_of`."""
         self._take_model()
         student, teacher = self._logits(self.model.eval(), self._prepare_inputs(batch))
-        return classes_of(student), None if teacher is None else classes_of(teacher)
+        found = partial(masks_of, multi_label=self.settings.multi_label)
+        return found(student), None if teacher is None else found(teacher)
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, inputs: Batch) -> tuple[Tensor, Tensor | None]:
@@ -425,10 +811,13 @@ class DistillationTrainer(ResumableTrainer):
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Our metrics of the data set, and those of the user's `compute_metrics`."""
         rows: tuple[Any, ...] = tuple(prediction.predictions)
-        if self._keeps_logits:
+        last = rows[-1]  # of the average, or all logits
+        if self._keeps_logits or self._has_average:
             rows = rows[:-1]
             prediction = EvalPrediction(predictions=rows, label_ids=prediction.label_ids)
         figures = self.figures(rows, self.teacher, self.callback_handler.eval_dataloader)
+        if self._has_average and not self._keeps_logits:
+            figures |= self.figures.of_average(last)
         more = self.own_metrics(prediction) if self.own_metrics is not None else {}
         twice = sorted(figures.keys() & more.keys())
         if twice:
@@ -450,7 +839,9 @@ class DistillationTrainer(ResumableTrainer):
                 self.schedule,
                 self.args,
                 max(self.state.global_step - 1, 0),  # the step that is logged, not the next
+                self._projections(),
             )
+            logs |= self.adaptive.logs() if self.adaptive is not None else {}
         super().log(logs, start_time)
 
     # ---- The Hub ----

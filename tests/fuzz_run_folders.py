@@ -76,7 +76,8 @@ def make_comparison() -> dict[str, Any]:
     latency = {"engine": "torch", "threads": 1, "median": 4.0, "percentile_95": 5.0}
     mean = {"mean": 0.6, "standard_error": None, "seeds": 1}
     costs = {"student": {"latency": [latency]}, "teacher": None, "load": 0.5}
-    return {"baseline": {"metrics": {"miou": mean, "dice": None}}, "costs": costs}
+    students = {"baseline": {"metrics": {"miou": mean, "dice": None}, "baseline": None}}
+    return {"students": students, "costs": costs}
 
 
 def compare() -> None:

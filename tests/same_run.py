@@ -41,6 +41,9 @@ def assert_same_run(one: DistillationTrainer, other: DistillationTrainer) -> Non
         one.lr_scheduler.state_dict()["last_epoch"]
         == (other.lr_scheduler.state_dict()["last_epoch"])
     )
+    assert (one.ema is None) == (other.ema is None)
+    if one.ema is not None:
+        assert_same_tensors(one.ema.network.state_dict(), other.ema.network.state_dict())
     assert one.state.best_metric == other.state.best_metric
     assert log_of(one) == log_of(other)
 

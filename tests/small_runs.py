@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -80,3 +83,38 @@ def train_flags(
     named = [word for name, value in flags.items() for word in (f"--{name}", value)]
     # Teachers of random weights are no better than a constant, which a preflight refuses.
     return [*named, "--use_cpu", "--disable_tqdm", "--no_preflight", *channels, *more]
+
+
+# All Python of a card, in a process that has never heard of kd_trainer.
+_STRANGER = """
+import json, re, sys
+import numpy as np
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "kd_trainer":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Blocked())
+folder, repo, *wanted = sys.argv[1:]
+card = open(folder + "/README.md", encoding="utf-8").read()
+names = {}
+for block in re.findall(r"^```python\\n(.*?)^```", card, re.MULTILINE | re.DOTALL):
+    exec(block.replace(json.dumps(repo), json.dumps(folder)), names)
+np.savez("found.npz", **{name: np.asarray(names[name]) for name in wanted})
+"""
+
+
+def run_card(folder: Path, repo_id: str, work: Path, *wanted: str) -> dict[str, np.ndarray]:
+    """What the code of the card in a folder of push.py leaves in these names, run in `work`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHON"))}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _STRANGER, str(folder), repo_id, *wanted],
+        cwd=work,
+        env=clean | {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(work / "found.npz"))

@@ -17,6 +17,7 @@ import cv2
 import datasets
 import numpy as np
 import pytest
+import test_class_tables as tables_of_colours
 import test_coco_formats as coco
 import test_hub_columns as tables
 import test_layouts as folders
@@ -117,6 +118,19 @@ def label_studio(root: Path, name: str = "result.json") -> None:
     (root / name).write_text(json.dumps(content))
 
 
+def cvat_masks(root: Path) -> None:
+    """Three images and coloured masks under one list, as CVAT exports them."""
+    names = [f"{n}" for n in range(3)]
+    for n, name in enumerate(names):
+        for kind, cell in (("JPEGImages", masks.IMAGE), ("SegmentationClass", masks.coloured)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            encoded = cell if isinstance(cell, dict) else cell(masks.ids(n, 3))
+            (root / kind / f"{name}.png").write_bytes(encoded["bytes"])
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/default.txt").write_text("\n".join(names))
+    tables_of_colours.table(root / "labelmap.txt", {1: "cat", 2: "dog", 0: "background"})
+
+
 def parquet(root: Path) -> None:
     for path, content in tables.both("data").items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -151,6 +165,14 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         2,
     ),
     "ISIC": (laid_out(*folders.LAYOUTS["ISIC"], "Training", "Validation"), (3, 3), 2),
+    "DRIVE": (
+        lambda root: [
+            folders.both(root, "{s}/images/{n}.tif", f"{{s}}/{kind}.png", ("training", "test"))
+            for kind in ("mask/{n}_mask", "1st_manual/{n}_manual1")
+        ],
+        (3, 3),
+        2,
+    ),
     "a folder more on both sides": (laid_out(*folders.LAYOUTS["cities"]), (3, 3), 2),
     "both in one folder": (laid_out("{n}.jpg", "{n}_mask.png", "x"), HELD_OUT, 2),
     "both in one folder, told apart by the ending": (
@@ -158,9 +180,19 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         (3, 3),
         2,
     ),
+    "splits in the names of the images": (
+        laid_out("images/{s}_{n}.jpg", "masks/{s}_{n}.png"),
+        (3, 3),
+        2,
+    ),
     "no splits": (laid_out("images/{n}.jpg", "masks/{n}.png", "x"), HELD_OUT, 2),
     "no splits, several images of a patient": (
         laid_out("images/patient{s}_{n}.png", "masks/patient{s}_{n}.png", "1", "2", "3"),
+        (6, 3),
+        2,
+    ),
+    "no splits, a folder a patient": (
+        laid_out("images/patient{s}/{n}.png", "masks/patient{s}/{n}.png", "7", "8", "9"),
         (6, 3),
         2,
     ),
@@ -194,6 +226,17 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
     "csv whose files lie elsewhere": (partial(csv_file, folded=False), HELD_OUT, 2),
     "COCO as published": (published, (2, 2), 4),
     "COCO of which one category, or several as one, is the foreground": (published, (2, 2), 2),
+    "COCO whose validation file lacks some categories, or numbers them anew": (
+        lambda root: [
+            coco.write(root, "annotations/train.json", "images/train", coco.ANNOTATIONS),
+            coco.write(
+                *(root, "annotations/val.json", "images/val", [coco.entry(1, coco.SQUARE)]),
+                categories=coco.FEWER,
+            ),
+        ],
+        (2, 2),
+        4,
+    ),
     "COCO whose categories make fewer classes": (published, (2, 2), 3),
     "Roboflow, COCO export": (
         coco_folder("{}/_annotations.coco.json", "{}", "train", "valid"),
@@ -206,6 +249,7 @@ DRAWN_LAYOUTS: dict[str, tuple[Drawer, tuple[int, int], int]] = {
         HELD_OUT,
         3,
     ),
+    "CVAT, segmentation masks": (cvat_masks, HELD_OUT, 3),
     "one COCO file by any other name, without splits": (
         lambda file: label_studio(file.parent, file.name),
         HELD_OUT,
@@ -326,6 +370,7 @@ DRAWN_MASKS: dict[str, tuple[Drawer, int]] = {
     "cut-out photos, transparent elsewhere": (pairs(cut_out), 2),
     "one colour on black": (pairs(masks.coloured), 2),
     "class ids from 0, 255 ignored": (values(0, 1, 2, 3, 255), 4),
+    "class ids with a gap": (values(0, 1, 2, 4), 4),
     "class ids with large gaps": (values(0, 11, 20), 21),
     "class ids from 1, no 0": (values(1, 2, 3), 3),
     "class ids from 1, 0 is not labelled": (values(0, 1, 2, 3), 3),
@@ -334,6 +379,13 @@ DRAWN_MASKS: dict[str, tuple[Drawer, int]] = {
     "more classes than wanted": (values(0, 1, 2, 3, 9), 2),
     "palette PNG": (pairs(palette, classes=4), 4),
     "colours": (pairs(masks.coloured, classes=4), 4),
+    "colours with a table of their classes beside them": (
+        lambda root: [
+            pairs(masks.coloured, classes=4)(root),
+            tables_of_colours.table(root / "class_dict.csv"),
+        ],
+        3,
+    ),
     "colours with names": (pairs(masks.coloured, classes=4), 2),
     "colours of the palette of Pascal VOC": (pairs(masks.voc, classes=3), 21),
     "floats that are whole numbers (TIFF, `.npy`)": (

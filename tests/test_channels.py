@@ -10,10 +10,14 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import yaml
-from small_runs import SIDE, train_flags, write_pairs
+from small_runs import SIDE, run_card, train_flags, write_pairs
+from transformers import AutoImageProcessor
 
+from kd_trainer.commands.doctor import examine
 from kd_trainer.commands.evaluate import evaluate_main
+from kd_trainer.commands.export import export_main
 from kd_trainer.commands.predict import predict_main
+from kd_trainer.commands.push import push_main
 from kd_trainer.commands.train import train
 from kd_trainer.config import parse
 from kd_trainer.data.augmentation import Augmentation
@@ -22,12 +26,16 @@ from kd_trainer.data.channels import (
     channels_shape,
     decode_channels,
     measured,
-    resize_floats,
     visible,
 )
+from kd_trainer.data.dataset import SegmentationTransform
 from kd_trainer.data.images import BadSampleError
+from kd_trainer.data.masks import MaskRule
+from kd_trainer.export import load_onnx
 from kd_trainer.loading import load_student
-from kd_trainer.models.image_processing import resize_image
+from kd_trainer.models.configuration_smp import SmpConfig
+from kd_trainer.models.image_processing import SmpImageProcessor, resize_image
+from kd_trainer.web_demo.models import load_demo_student
 
 RANDOM = np.random.default_rng(0)
 
@@ -135,9 +143,44 @@ def test_the_resize_of_floats_is_that_of_bytes():
     """A student would see sharper images than it is measured on."""
     image = cv2.GaussianBlur(RANDOM.integers(0, 255, (40, 50, 3), dtype=np.uint8), (0, 0), 2)
     wanted = resize_image(torch.from_numpy(image).permute(2, 0, 1), 16, 24).permute(1, 2, 0)
-    got = resize_floats(image.astype(np.float32), 16, 24)
+    pixels = torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
+    got = resize_image(pixels, 16, 24).permute(1, 2, 0).numpy()
     assert np.abs(got - wanted.numpy()).max() <= 1
     assert visible(got).dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("resize", ["stretch", "fit"])
+def test_the_saved_processor_gives_what_the_training_saw(kind, resize, tmp_path):
+    """Fed otherwise, a published student would see images it has never seen."""
+    stored = (RANDOM.random((20, 30, 5)) * (200 if kind is np.uint8 else 9000)).astype(kind)
+    scale = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[kind]
+    mean, std = ((stored.reshape(-1, 5) / scale).mean(0), (stored.reshape(-1, 5) / scale).std(0))
+    reader = Channels(tuple(mean.tolist()), tuple(std.tolist()))
+    row = {"image": cell(npy(stored)), "mask": None}
+    options = {"augmentation": "none", "seed": 0, "brightness_contrast_probability": 0}
+    make = SegmentationTransform(32, MaskRule((0, 1)), resize=resize, channels=reader, **options)
+    wanted = make(row, epoch=0, index=0)["pixel_values"]
+    config = SmpConfig(
+        encoder_name="resnet18",
+        in_channels=5,
+        own_depth=True,
+        image_size=32,
+        keep_aspect_ratio=resize == "fit",
+        image_mean=list(reader.mean),
+        image_std=list(reader.std),
+    )
+    SmpImageProcessor.from_model_config(config).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    for image in (stored, np.moveaxis(stored, 2, 0), stored.astype(stored.dtype.newbyteorder(">"))):
+        got = processor(image, return_tensors="pt")["pixel_values"][0]
+        assert got.shape == (5, 32, 32)
+        assert torch.allclose(got, wanted, atol=1e-4)
+    if resize == "fit":
+        assert (wanted[:, 22:] == 0).all()
+        assert torch.allclose(got[:, 22:], torch.zeros(()), atol=1e-6)
+    with pytest.raises(ValueError, match=r"^Expected an image of 5 channels"):
+        processor(stored[..., :4], return_tensors="pt")
 
 
 def deep_pairs(root: Path, channels: int, kind: type) -> Path:
@@ -152,20 +195,23 @@ def deep_pairs(root: Path, channels: int, kind: type) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("channels", "kind"), [(4, np.uint16), (1, np.float32)])
+@pytest.mark.parametrize(
+    ("channels", "kind", "resize"), [(4, np.uint16, "crop"), (1, np.float32, "stretch")]
+)
 def test_a_run_measures_its_channels_and_its_student_is_read_back_with_them(
-    channels, kind, tmp_path, capsys
+    channels, kind, resize, tmp_path, capsys
 ):
     """Normalised otherwise at prediction, the student would see images it has never seen."""
     data = deep_pairs(tmp_path / "data", channels, kind)
     more = ["--in_channels", str(channels), "--augmentation", "light", "--epochs", "1"]
+    more += ["--resize", resize]
     teacher = tmp_path / "teacher"
     train(parse(train_flags(data, teacher, *more)))
     assert "Channels of 4 training images" in capsys.readouterr().err
     results = train(parse(train_flags(data, tmp_path / "run", *more, teacher=teacher)))
     assert results["teacher_miou"] >= 0
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    student = load_student(tmp_path / "run", multi_label=True)
+    student = load_student(tmp_path / "run")
     assert list(student.config.image_mean) == pytest.approx(settings["channel_mean"])
     assert (student.config.in_channels, student.config.own_depth) == (channels, True)
     out = tmp_path / "out"
@@ -181,8 +227,119 @@ def test_a_run_measures_its_channels_and_its_student_is_read_back_with_them(
     with torch.no_grad():
         raw = student.eval()(pixels.permute(2, 0, 1)[None]).raw_logits[0, 0]
     assert np.array_equal(found > 0, (raw >= 0).numpy())
-    with pytest.raises(ValueError, match=r"^Expected a model of 8-bit RGB images"):
-        load_student(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A student of four deep bands."""
+    root = tmp_path_factory.mktemp("bands")
+    data = deep_pairs(root / "data", 4, np.uint16)
+    shown = ["--in_channels", "4", "--epochs", "1", "--report", "true", "--panel_images", "2"]
+    results = train(parse(train_flags(data, root / "run", *shown)))
+    return root, data, results
+
+
+def test_report_and_panels_show_the_first_three_channels(finished):
+    """Normalised floats taken for bytes are black."""
+    root, data, _ = finished
+    page = (root / "run" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 2 * 4
+    (panel,) = (root / "run" / "panels").glob("*.png")
+    shown = cv2.imread(str(panel))[18 : 18 + 192, 4 : 4 + 192]
+    stored = cv2.imread(str(sorted((data / "validation" / "images").glob("*.tif"))[0]), -1)
+    wanted = cv2.resize(stored[..., :3].astype(np.float32), (192, 192))
+    for channel in range(3):
+        pair = shown[..., channel].ravel(), wanted[..., channel].ravel()
+        assert np.corrcoef(*pair)[0, 1] > 0.95
+        assert np.ptp(pair[0]) > 200
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_exported_file_takes_all_channels(inside, finished, tmp_path):
+    """Cut to three, or divided by 255, they would be other images."""
+    root, data, results = finished
+    shared = ["--dataset", str(data), "--output", str(tmp_path), "--latency_repeats", "0"]
+    more = ["--with_preprocessing"] if inside else []
+    export_main([str(root / "run"), *shared, "--format", "onnx", *more])
+    (file,) = tmp_path.glob("*.onnx")
+    (told,) = json.loads((tmp_path / "export.json").read_text()).values()
+    assert told["torch_miou"] == pytest.approx(results["student_miou"], abs=1e-6)
+    assert told["mask_iou"] == 1
+    image = next((data / "validation" / "images").glob("*.tif"))
+    exported = load_onnx(file)
+    assert exported.own_depth
+    assert len(exported.image_mean) == 4
+    if inside:
+        values = decode_channels({"path": str(image), "bytes": None}, 0, 4)
+        assert exported(values[None]).shape == (1, 1, SIDE, SIDE)
+    for model, name in ((root / "run", "torch"), (file, "file")):
+        predict_main([str(model), str(image), "--soft", "--output_dir", str(tmp_path / name)])
+    soft = [
+        cv2.imread(str(tmp_path / n / "soft" / f"{image.stem}.png"), -1).astype(int)
+        for n in ("torch", "file")
+    ]
+    assert np.abs(soft[0] - soft[1]).max() <= 4  # of 65535
+
+
+def test_code_of_the_card_reads_all_channels(finished, tmp_path):
+    """Without the scale of 16 bits a stranger's copy would see white."""
+    root, data, _ = finished
+    hub = tmp_path / "hub"
+    flags = ["--dry_run", "--license", "mit", "--output_dir", str(hub)]
+    push_main([str(root / "run"), "me/bands", *flags])
+    image = next((data / "validation" / "images").glob("*.tif"))
+    stored = cv2.imread(str(image), cv2.IMREAD_UNCHANGED)[..., [2, 1, 0, 3]]
+    np.save(tmp_path / "image.npy", stored)
+    found = run_card(hub, "me/bands", tmp_path, "classes", "mask", "logits")
+    student = load_student(root / "run").eval()
+    reader = Channels(tuple(student.config.image_mean), tuple(student.config.image_std))
+    pixels = torch.from_numpy(reader.image({"path": str(image), "bytes": None}, 0))
+    with torch.no_grad():
+        raw = student(pixels.permute(2, 0, 1)[None]).raw_logits[0, 0].numpy()
+    assert found["logits"][0, 0] == pytest.approx(raw, abs=1e-4)
+    assert np.array_equal(found["mask"], raw > 0)
+    assert np.array_equal(found["classes"], raw > 0)
+    assert "pipeline(" not in (hub / "README.md").read_text()
+
+
+def test_a_saved_student_goes_on_with_its_own_statistics(finished, tmp_path, capsys):
+    """Normalised by those of other data, its images would be shifted under its weights."""
+    root, _, _ = finished
+    student, brighter = ["--student", str(root / "run")], deep_pairs(tmp_path / "d", 4, np.uint8)
+    more = ["--in_channels", "4", "--max_steps", "1", *student]
+    train(parse(train_flags(brighter, tmp_path / "run", *more)))
+    assert "normalised as those of" in capsys.readouterr().err
+    first, second = (load_student(run / "run").config for run in (root, tmp_path))
+    assert list(second.image_mean) == list(first.image_mean)
+    assert second.own_depth
+    for flags, match in (
+        (
+            ["--in_channels", "1", *student],
+            r"student of 1 channels .* of 4 channels\. Leave",
+        ),
+        (student, r"^Expected --in_channels 4 with"),
+    ):
+        data = deep_pairs(tmp_path / flags[1][-1], 1, np.uint8)
+        with pytest.raises(ValueError, match=match):
+            train(parse(train_flags(data, tmp_path / "other", *flags)))
+
+
+def test_the_doctor_looks_at_such_images(finished, tmp_path):
+    """Read as RGB they would be an error, or other images."""
+    root, data, _ = finished
+    more = ["--in_channels", "4", "--resize", "fit"]
+    run = parse(train_flags(data, tmp_path / "run", *more, teacher=root / "run"))
+    findings = {finding.check: finding for finding in examine(run)}
+    wanted = {"masks, train", "masks, validation", "teacher output", "teacher quality"}
+    wanted |= {"normalisation", "shared images", "loss", "gradients", "plan", "disk", "time"}
+    assert wanted <= findings.keys()
+    assert findings["normalisation"].text.startswith("not tried in other ways")
+
+
+def test_the_demo_says_that_browsers_send_rgb(finished):
+    """The first image of a visitor would be the one to fail."""
+    with pytest.raises(ValueError, match=r"8-bit RGB images, .* of 4 channels .* Use predict\.py"):
+        load_demo_student(str(finished[0] / "run"))
 
 
 def test_a_teacher_of_other_channels_is_refused(tmp_path):

@@ -137,6 +137,47 @@ def test_a_category_without_annotations_stays_a_class(categories, count):
     assert len(without_root({"annotations": used, "categories": categories})) == count
 
 
+FEWER = [{"id": 0, "name": "car"}, {"id": 1, "name": "dog"}]  # numbered anew
+
+
+@pytest.mark.parametrize(
+    ("settings", "inside"),
+    [
+        ({}, (3, 2)),
+        ({"num_labels": 4}, (3, 2)),
+        ({"category": ["cat", "dog"]}, (0, 1)),
+        ({"merge_classes": ["background=rest", "pet=cat,dog", "car=car"]}, (2, 1)),
+    ],
+)
+def test_a_split_may_lack_categories_and_number_them_anew(settings, inside, tmp_path):
+    """By ids a car would be counted as a cat."""
+    write(tmp_path, "annotations/train.json", "images/train", ANNOTATIONS)
+    annotations = [entry(0, SQUARE), entry(1, OTHER)]
+    write(tmp_path, "annotations/val.json", "images/val", annotations, categories=FEWER)
+    drawn = labels(tmp_path, "validation", **settings)[0]
+    assert (drawn[10, 10], drawn[25, 25]) == inside
+    assert source_class_names(DataArguments(dataset=str(tmp_path))) == [
+        *("background", "cat", "dog", "car")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "bird"),
+    [({}, 255), ({"category": "cat"}, 0), ({"merge_classes": ["x=cat", "y=rest"]}, 1)],
+)
+def test_objects_of_a_category_that_nothing_is_trained_on_count_nowhere(
+    settings, bird, tmp_path, capsys
+):
+    """As background they would punish a student for what nobody told it."""
+    write(tmp_path, "annotations/train.json", "images/train", ANNOTATIONS)
+    categories = [*CATEGORIES, {"id": 4, "name": "bird"}]
+    annotations = [entry(4, SQUARE), entry(1, OTHER)]
+    write(tmp_path, "annotations/val.json", "images/val", annotations, categories=categories)
+    assert labels(tmp_path, "validation", **settings)[0][10, 10] == bird
+    said = capsys.readouterr().err
+    assert ("1 objects of" in said) == ("has no category bird" in said) == (bird == 255)
+
+
 def test_boxes_without_an_outline_are_left_out_and_counted(tmp_path, capsys):
     boxes = [entry(1, []), {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}]
     for split in ("train", "validation"):

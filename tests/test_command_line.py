@@ -488,7 +488,8 @@ def test_help_begins_with_what_most_runs_need(columns: str, monkeypatch: pytest.
     text = parser().format_help()
     assert max(map(len, text.splitlines())) <= int(columns)
     assert re.findall(r"^(\w[\w ]+):$", text, re.MULTILINE) == [
-        *("what most runs need", "data", "teacher", "student", "loss"),
+        *("what most runs need", "data", "views", "teacher", "student", "loss"),
+        *("images without masks",),
         *("temperature and unfreezing", "optimisation", "run and resume", "evaluation and report"),
         *("Hub", "rarely needed"),
     ]

@@ -155,7 +155,7 @@ def test_report_and_card_of_a_run_find_the_comparison(finished: Finished, copied
     assert 'id="comparison"' in page.read_text(encoding="utf-8")
     about = Publication("me/student", "mit")
     card = (write_folder(find_source(run), run / "hub", about) / "README.md").read_text()
-    miou = finished.summary["baseline"]["metrics"]["miou"]["mean"]
+    miou = finished.summary["students"]["baseline"]["metrics"]["miou"]["mean"]
     assert f"{miou:.4f}" in card
 
 
@@ -176,16 +176,17 @@ def test_figures_are_those_of_the_result_files(finished: Finished):
     written = json.loads((finished.output / "comparison.json").read_text())
     for kind in ("baseline", "distilled"):
         results = [finished.results(f"{kind}_seed{seed}") for seed in (0, 1)]
-        assert written[kind]["seeds"] == [0, 1]
+        assert written["students"][kind]["seeds"] == [0, 1]
         for name in ("miou", "iou_foreground", "dice", "boundary_iou"):
             values = [r[f"student_{name}"] for r in results]
-            mean = written[kind]["metrics"][name]
+            mean = written["students"][kind]["metrics"][name]
             assert mean["mean"] == pytest.approx(np.mean(values))
             assert mean["standard_error"] == pytest.approx(sem(values))
         seconds = [r["train_seconds"] for r in results]
-        assert written[kind]["train_seconds"]["mean"] == pytest.approx(np.mean(seconds))
+        assert written["students"][kind]["train_seconds"]["mean"] == pytest.approx(np.mean(seconds))
     agreement = [finished.results(f"distilled_seed{seed}")["agreement"] for seed in (0, 1)]
-    assert written["distilled"]["metrics"]["agreement"]["mean"] == pytest.approx(np.mean(agreement))
+    taught = written["students"]["distilled"]
+    assert taught["metrics"]["agreement"]["mean"] == pytest.approx(np.mean(agreement))
     teacher = finished.results("distilled_seed0")["teacher_miou"]
     assert written["teacher"]["metrics"]["miou"] == pytest.approx(teacher)
     difference = [
@@ -193,9 +194,9 @@ def test_figures_are_those_of_the_result_files(finished: Finished):
         - finished.results(f"baseline_seed{s}")["student_miou"]
         for s in (0, 1)
     ]
-    assert written["difference"]["mean"] == pytest.approx(np.mean(difference))
-    assert written["difference"]["standard_error"] == pytest.approx(sem(difference))
-    assert written["updates"] == 2
+    assert taught["difference"]["mean"] == pytest.approx(np.mean(difference))
+    assert taught["difference"]["standard_error"] == pytest.approx(sem(difference))
+    assert taught["updates"] == 2
     assert written["eval_images"] == 3
     assert written["versions"] == finished.results("baseline_seed0")["versions"]
 
@@ -209,9 +210,10 @@ def test_interval_is_that_of_the_counts(finished: Finished):
         for kind in ("baseline", "distilled")
     }
     draws = by_hand(tables["distilled"], tables["baseline"], RESAMPLES, seed=0)
-    found = finished.summary["bootstrap"]
+    taught = finished.summary["students"]["distilled"]
+    found = taught["bootstrap"]
     assert (found["low"], found["high"]) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])))
-    assert found["estimate"] == pytest.approx(finished.summary["difference"]["mean"])
+    assert found["estimate"] == pytest.approx(taught["difference"]["mean"])
 
 
 def test_costs_are_those_of_the_folders(finished: Finished, ground: Path):
@@ -256,8 +258,10 @@ def test_complete_runs_are_not_repeated(finished: Finished, ground: Path, forbid
 def test_fewer_seeds_report_only_those(finished: Finished, ground: Path, copied: Path, forbidden):
     """Runs that were not asked for must not slip into the means."""
     summary, _ = compared(*flags(ground, copied, "--seed_list", "1"))
-    assert summary["baseline"]["seeds"] == summary["distilled"]["seeds"] == [1]
-    assert summary["gap_closed"]["standard_error"] is None
+    assert (
+        summary["students"]["baseline"]["seeds"] == summary["students"]["distilled"]["seeds"] == [1]
+    )
+    assert summary["students"]["distilled"]["gap_closed"]["standard_error"] is None
 
 
 @pytest.mark.parametrize(
@@ -337,10 +341,10 @@ def test_interrupted_run_goes_on_from_its_checkpoint(ground: Path, tmp_path: Pat
     assert steps[4:] == [2, 3]
     assert "goes on after step 2 of 4" in printed
     assert ", started 2 times" in printed
-    assert summary["baseline"]["train_seconds"] is not None
+    assert summary["students"]["baseline"]["train_seconds"] is not None
     # The peak of the first part is not known.
-    assert summary["baseline"]["peak_memory_mib"] is None
-    assert summary["gap_closed"] is summary["bootstrap"] is None
+    assert summary["students"]["baseline"]["peak_memory_mib"] is None
+    assert list(summary["students"]) == ["baseline"]
     assert "no runs of both kinds" in printed
 
 
@@ -352,10 +356,13 @@ def test_baselines_serve_other_weights_and_temperatures(finished: Finished, grou
     summary, printed = compared(*flags(ground, tmp_path / "soft", *map(str, [*more, *other])))
     assert sorted(p.name for p in (tmp_path / "soft").glob("*_seed*")) == NAMES[2:]
     assert "2 runs" in printed
-    assert summary["baseline"] == finished.summary["baseline"]
-    assert summary["distilled"]["seeds"] == [0, 1]
-    assert summary["distilled"]["metrics"] != finished.summary["distilled"]["metrics"]
-    assert summary["gap_closed"] is not None
+    assert summary["students"]["baseline"] == finished.summary["students"]["baseline"]
+    assert summary["students"]["distilled"]["seeds"] == [0, 1]
+    assert (
+        summary["students"]["distilled"]["metrics"]
+        != finished.summary["students"]["distilled"]["metrics"]
+    )
+    assert summary["students"]["distilled"]["gap_closed"] is not None
 
 
 @pytest.mark.parametrize(
@@ -491,6 +498,13 @@ def miou_of(wrong: int) -> float:
     return (50 / (50 + wrong) + (50 - wrong) / 50) / 2
 
 
+def table_of(text: str) -> tuple[list[str], dict[str, list[str]]]:
+    """Header and rows, by their first cell, of the table under Quality."""
+    lines = text.split("## Quality")[1].split("## Cost")[0].splitlines()
+    cells = [[c.strip() for c in x.strip().strip("|").split("|")] for x in lines if x[:1] == "|"]
+    return cells[0], {row[0]: row[1:] for row in cells[2:]}
+
+
 def test_table_says_what_was_counted_by_hand():
     """The table is what is read; everything before it may be right and it still wrong."""
     runs = [made("baseline", s, w) for s, w in ((0, 20), (1, 24))]
@@ -501,15 +515,18 @@ def test_table_says_what_was_counted_by_hand():
     closed = (np.mean(distilled) - np.mean(baseline)) / (1 - np.mean(baseline))
     variance = sem(distilled) ** 2 + (1 - closed) ** 2 * sem(baseline) ** 2
     error = np.sqrt(variance) / (1 - np.mean(baseline))
-    gap = summary["gap_closed"]
+    gap = summary["students"]["distilled"]["gap_closed"]
     assert gap["value"] == pytest.approx(closed)
     assert gap["standard_error"] == pytest.approx(error)
     assert gap["conditional_on_the_teacher"]
     text = markdown(summary)
     assert f"Gap closed G = {closed:.3f} ± {error:.3f}" in text
+    header, rows = table_of(text)
+    assert header[:4] == ["", "seeds", "mIoU", "gap closed"]
     cells = [f"{np.mean(v):.4f} ± {sem(v):.4f}" for v in (baseline, distilled)]
-    (line,) = [x for x in text.splitlines() if x.lstrip("| ").startswith("mIoU")]
-    assert [cell.strip() for cell in line.strip("|").split("|")] == ["mIoU", "1.0000", *cells]
+    assert rows["teacher"][:3] == ["", "1.0000", "—"]
+    assert rows["baseline"][:3] == ["2", cells[0], "—"]
+    assert rows["distilled"][:3] == ["2", cells[1], f"{closed:.3f} ± {error:.3f}"]
     # Every image is the same, so another sample of images changes nothing.
     difference = np.mean(distilled) - np.mean(baseline)
     assert f"{difference:+.4f}, 95% interval {difference:+.4f} to {difference:+.4f}" in text
@@ -522,9 +539,9 @@ def test_unknown_figures_are_not_invented():
     """A 0, or the figure of another run, would be read as measured."""
     runs = [made("baseline", 0, 20, starts=2), made("distilled", 0, 10, memory_is_its_own=False)]
     summary = summarise(runs, 50) | {"costs": {"student": None, "teacher": None, "load": None}}
-    assert summary["baseline"]["train_seconds"] is None
-    assert summary["distilled"]["train_seconds"]["mean"] == 90
-    assert summary["distilled"]["peak_memory_mib"] is None
+    assert summary["students"]["baseline"]["train_seconds"] is None
+    assert summary["students"]["distilled"]["train_seconds"]["mean"] == 90
+    assert summary["students"]["distilled"]["peak_memory_mib"] is None
     text = markdown(summary)
     assert "one seed" in text
     assert "cannot be said whether the gap is large enough" in text
@@ -597,13 +614,16 @@ def test_runs_with_unlabelled_images_make_the_same_updates(ground: Path, tmp_pat
     more = ["--seeds", "1", "--unlabelled", str(ground / "data" / "validation" / "images")]
     summary, printed = compared(*flags(ground, tmp_path / "out", "--epochs", "2", *more))
     assert "cannot use the 3 images without masks" in printed
-    assert summary["left_out_by_baseline"] == 3
+    assert summary["students"]["baseline"]["left_out"] == 3
     for kind in ("baseline", "distilled"):
         folder = tmp_path / "out" / f"{kind}_seed0"
         state = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())
         assert state["global_step"] == 6
         assert len(json.loads((folder / "results.json").read_text())["eval_history"]) == 2
-    assert (summary["baseline"]["epochs"], summary["distilled"]["epochs"]) == (3, 2)
+    assert (
+        summary["students"]["baseline"]["epochs"],
+        summary["students"]["distilled"]["epochs"],
+    ) == (3, 2)
     assert "leaves out 3 images" in (tmp_path / "out" / "comparison.md").read_text()
 
 
@@ -626,8 +646,11 @@ def planned(folder: Path, **options: Any) -> PlannedRun:
 
 def test_runs_of_a_comparison_write_no_page_that_nobody_asked_for():
     """Six of them would cost six more passes over the evaluation images."""
-    assert parse_comparison(["--dataset", "x"]).settings["report"] is False
-    assert parse_comparison(["--dataset", "x", "--report", "true"]).settings["report"] is True
+    assert parse_comparison(["--dataset", "x"]).variants[0].settings["report"] is False
+    assert (
+        parse_comparison(["--dataset", "x", "--report", "true"]).variants[0].settings["report"]
+        is True
+    )
 
 
 def test_estimate_is_updates_and_evaluations(tmp_path: Path):

@@ -48,7 +48,7 @@ def test_a_sample_reads_and_decodes_each_file_once(monkeypatch, tmp_path):
     decodes = counted(monkeypatch, cv2, "imdecode")
     reads = counted(monkeypatch, images, "read_image_bytes")
     mask_reads = counted(monkeypatch, mask_files, "read_image_bytes")
-    resizes = counted(monkeypatch, dataset, "resize_any")
+    resizes = counted(monkeypatch, dataset, "resize_image")
     index = next(i for i in range(99) if not compresses(make, i))
     make(row, epoch=0, index=index)
     assert len(reads) == len(mask_reads) == 1

@@ -87,6 +87,12 @@ def test_ranks_have_the_same_weights_after_each_update_while_units_are_freed(two
     assert first["free"] == second["free"] == [0] * 4 + [1] * 4 + [2] * 4
 
 
+def test_ranks_have_the_same_moving_average_of_the_student(two: Path):
+    """Each has BatchNorm statistics of its own, of which an average would be its own too."""
+    first, second = ranks(two, "averaged")
+    assert first["digest"] == second["digest"]
+
+
 def test_ranks_measure_the_student_that_is_saved(two: Path, tmp_path: Path):
     """Each has BatchNorm statistics of its own, and a mean over two students is that of none."""
     first, second = ranks(two, "staged")
@@ -119,16 +125,36 @@ def test_two_ranks_take_the_updates_of_one_process_with_the_whole_batch(two: Pat
         assert kept == pytest.approx({k: other[k] for k in kept}, rel=1e-5)
 
 
+def test_projections_of_feature_maps_are_those_of_one_process(two: Path, tmp_path: Path):
+    """They are outside of the student: whose gradients alone DDP averages."""
+    first, second = ranks(two, "features")
+    assert first["digest"] == second["digest"]
+    with one_thread():
+        alone = two_ranks.features(tmp_path, 4)
+    assert alone["world"] == 1
+    expected = torch.load(tmp_path / "features.pt", weights_only=True)
+    found = torch.load(two / "features.pt", weights_only=True)
+    assert found.keys() == expected.keys()
+    assert sum(name.startswith("of.feature_cwd") for name in found) == 2
+    assert max((found[k] - expected[k]).abs().max().item() for k in expected) < 1e-6
+    assert len(first["logs"]) == len(alone["logs"]) == 13
+    for log, other in zip(first["logs"][:-1], alone["logs"][:-1], strict=True):
+        for name in ("at", "feature_cwd", "loss"):
+            assert log[name] == pytest.approx(other[name], rel=1e-5), name
+
+
 def test_dice_of_unevenly_labelled_ranks_is_that_of_one_process(two: Path, tmp_path: Path):
     """A mean of the means of the ranks would weigh the images beside unlabelled ones twice."""
     with one_thread():
         alone = two_ranks.dice(tmp_path, 4)
     assert alone["world"] == 1
-    logged, wanted = (
-        [log["dice"] for log in run["logs"][:-1]] for run in (ranks(two, "dice")[0], alone)
-    )
-    assert logged == pytest.approx(wanted, rel=1e-6)
-    assert len(wanted) == 2
+    for name in ("dice", "pseudo_dice"):
+        logged, wanted = (
+            [log[name] for log in run["logs"][:-1]] for run in (ranks(two, "dice")[0], alone)
+        )
+        assert logged == pytest.approx(wanted, rel=1e-6)
+        assert len(wanted) == 2
+        assert sum(wanted) > 0.1
     steps = zip(
         *(torch.load(f / "gradients.pt", weights_only=True) for f in (two, tmp_path)), strict=True
     )
@@ -171,6 +197,21 @@ def test_a_streamed_run_of_two_processes_sees_and_measures_every_image(tmp_path:
     assert results["student_miou"] == pytest.approx(measured.student["miou"], rel=1e-9)
     best = max(log["eval_miou"] for log in state["log_history"] if "eval_miou" in log)
     assert best == pytest.approx(measured.student["miou"], rel=1e-9)
+
+
+def test_two_processes_share_the_batches_of_a_quota(tmp_path: Path):
+    """Nine images without masks, one a batch: a tenth batch is filled up, and each takes five."""
+    data = write_pairs(tmp_path / "data", train=3)
+    more = write_pairs(tmp_path / "more", train=9) / "train" / "images"
+    teacher, output = save_network(tmp_path / "teacher"), tmp_path / "out"
+    options = ["--unlabelled", str(more), "--labelled_share", "0.5", "--pseudo_weight", "1"]
+    flags = train_flags(data, output, *options, "--logging_steps", "1", teacher=teacher)
+    launch(str(TESTS.parent / "scripts" / "train.py"), *flags)
+    state = json.loads((output / "trainer_state.json").read_text())
+    assert state["max_steps"] == 2 * 5
+    logs = [log for log in state["log_history"] if "pseudo_bce" in log]
+    assert len(logs) == 10
+    assert all(log["bce"] > 0 and log["pseudo_bce"] > 0 for log in logs)
 
 
 def test_groups_of_a_sharded_student_hold_what_is_trained(tmp_path: Path):

@@ -560,7 +560,7 @@ def test_images_are_spread_over_the_folder(folder):
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(3, 8) == [0, 1, 2]
     images = [str(folder / "data" / "train" / "images")]
-    found = from_images(images, (SIDE, SIDE), 2, keep_aspect_ratio=False)
+    found = from_images(images, DataArguments(image_size=(SIDE, SIDE)), 2)
     assert [(tuple(p.shape), p.dtype, m) for p, m in found] == 2 * [
         ((3, SIDE, SIDE), torch.uint8, None)
     ]

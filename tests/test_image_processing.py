@@ -71,10 +71,12 @@ def test_resize_of_a_batch_is_that_of_each_picture():
     assert resize_image(batch, 40, 50) is batch
 
 
-def test_resize_refuses_floats_and_empty_sizes():
-    """Floats would be resized by other code, with other rounding."""
+def test_resize_refuses_other_types_and_empty_sizes():
+    """Floats of 0..255 would be divided by 255, and those of 0..1 too."""
+    with pytest.raises(TypeError, match=r"Expected a uint8 or float32 image, got torch\.int64"):
+        resize_image(torch.zeros(3, 8, 8, dtype=torch.int64), 4, 4)
     with pytest.raises(TypeError, match=r"Expected a uint8 image, got torch\.float32"):
-        resize_image(torch.zeros(3, 8, 8), 4, 4)
+        SmpImageProcessor()(np.zeros((8, 8, 3), np.float32))
     with pytest.raises(ValueError, match="Expected a positive size, got 0x4"):
         resize_image(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, 4)
 

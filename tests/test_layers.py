@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "kd_trainer"
 # A guard against accidents, no aim: a file holds one concept, whole.
 LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 600, 60, 5
+ONE_CLASS = "kd_trainer/trainer.py"  # whose overrides cannot lie elsewhere: half as much again
 
 # This travels to the Hub as remote code, without the rest of the package.
 PORTABLE = "models"
@@ -17,7 +18,7 @@ AUGMENTATION = "kd_trainer/data/augmentation.py"
 # A file imports from its own package and from the layers before its own.
 LAYERS = (
     (
-        *("losses", "schedules", "metrics", "fast_layers"),
+        *("losses", "schedules", "adaptive_weight", "metrics", "fast_layers"),
         *("errors", "fields", "files", "processes", "universal", PORTABLE),
     ),
     (
@@ -41,9 +42,9 @@ LAYERS = (
         "teacher",
     ),
     ("config", "data", "optim", "teacher_ensemble"),
-    ("evaluation", "teacher_maps"),
-    ("accepted", "callbacks", "checkpointing", "loading", "run_folder", "tracking"),
-    ("build", "costs", "hub", "resumable", "teacher_cache"),
+    ("evaluation", "feature_maps", "teacher_maps"),
+    ("accepted", "callbacks", "checkpointing", "ema", "loading", "run_folder", "tracking"),
+    ("build", "costs", "hub", "teacher_cache"),
     ("export", "push_callback", "teacher_targets"),
     ("inference", "trainer"),
     ("doctor", "measurement", "web_demo"),
@@ -94,8 +95,9 @@ def import_faults(path: str, tree: ast.AST) -> Iterator[str]:
 
 def size_faults(path: str, source: str, tree: ast.AST) -> Iterator[str]:
     lines = source.count("\n")
-    if lines > LONGEST_FILE:
-        yield f"{path} has {lines} lines, at most {LONGEST_FILE}"
+    longest = LONGEST_FILE * 3 // 2 if path == ONE_CLASS else LONGEST_FILE
+    if lines > longest:
+        yield f"{path} has {lines} lines, at most {longest}"
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue

@@ -17,9 +17,9 @@ from kd_trainer.build import evaluation_dataset
 from kd_trainer.commands.data import data_main
 from kd_trainer.commands.train import prepare
 from kd_trainer.config import build, parse
-from kd_trainer.data import layouts, load_splits
+from kd_trainer.data import folder_layouts, layouts, load_splits
 from kd_trainer.data.folder_layouts import words_of
-from kd_trainer.data.hold_out import held_out, row_names
+from kd_trainer.data.hold_out import folders_of, held_out, row_names
 from kd_trainer.data.known_layouts import CITYSCAPES_CLASSES
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.mask_files import decode_mask
@@ -117,6 +117,27 @@ def test_nn_unet_folders_are_found(tmp_path):
     assert paths(tmp_path)[1] == ("imagesTr/case_1_0000.png", "labelsTr/case_1.png")
 
 
+def test_vessels_of_drive_are_what_is_drawn_by_hand_and_not_the_field_of_view(tmp_path, capsys):
+    """Both pair with the images; a student of the other one finds a disc."""
+    for split, last in (("training", 3), ("test", 2)):
+        for n in range(1, last + 1):
+            name = f"{split}/{{}}/{n + (20 if split == 'training' else 0):02}_{{}}.png"
+            draw(tmp_path, name.format("images", split), name.format("mask", f"{split}_mask"))
+            draw(tmp_path, name.format("1st_manual", "manual1"))
+    draw(tmp_path, *(f"test/2nd_manual/0{n}_manual2.png" for n in (1, 2)))
+    assert paths(tmp_path)[0] == (
+        "training/images/21_training.png",
+        "training/1st_manual/21_manual1.png",
+    )
+    assert paths(tmp_path, "validation")[1][1] == "test/1st_manual/02_manual1.png"
+    assert "masks in SPLIT/1st_manual" in capsys.readouterr().err
+    assert paths(tmp_path, mask_folder="mask")[0][1] == "training/mask/21_training_mask.png"
+    shutil.rmtree(tmp_path / "test/1st_manual")  # as the challenge gives it away
+    shutil.rmtree(tmp_path / "test/2nd_manual")
+    loaded = load_source(DataArguments(dataset=str(tmp_path)))
+    assert [len(rows) for rows in loaded.splits.values()] == [2, 1]
+
+
 def test_what_was_found_is_said_in_two_lines_with_the_way_to_overrule_it(tmp_path, capsys):
     load_splits(DataArguments(dataset=str(both(tmp_path, *LAYOUTS["CamVid"]))))
     said = capsys.readouterr().err.splitlines()
@@ -135,6 +156,26 @@ def test_a_pair_folder_is_read_as_before_and_silently(pair_folder, capsys):
     assert paths(pair_folder) == expected
     load_splits(DataArguments(dataset=str(pair_folder)))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("mask", ["masks/{s}_{n}.png", "images/{s}_{n}_mask.png"])
+def test_names_of_images_may_begin_with_their_split(mask, tmp_path, capsys):
+    """Images to evaluate on were trained on, and a share was held out of the mixture."""
+    root = both(tmp_path, "images/{s}_{n}.jpg", mask, ("train", "val", "Test"))
+    for split, found in (("train", "train"), ("validation", "val"), ("test", "Test")):
+        assert [Path(image).name for image, _ in paths(root, split)] == [
+            f"{found}_{found[0]}{n:02}.jpg" for n in range(3)
+        ]
+    load_splits(DataArguments(dataset=str(root)))
+    assert "names begin with their split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("others", [["test_1", "bus_1"], ["training", "tested_1"], ["train_7"]])
+def test_words_of_splits_in_some_names_are_no_splits(others, tmp_path):
+    names = ["train_1", "train_2", *others]
+    draw(tmp_path, *(f"{kind}/{name}.png" for name in names for kind in ("images", "masks")))
+    splits = load_splits(DataArguments(dataset=str(tmp_path)))
+    assert sum(map(len, splits.values())) == len(names)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "dev", "test", "testing"])
@@ -283,6 +324,39 @@ def test_groups_stay_together_and_a_name_without_group_is_refused(tmp_path):
         held_out(names, 0.2, "p")
     with pytest.raises(ValueError, match=r"regular expression as --group_by, got '\('"):
         DataArguments(group_by="(")
+
+
+def test_whole_folders_are_held_out_where_each_holds_several_images(tmp_path, capsys):
+    """Of slices of one patient on both sides the figures are those of training images."""
+    for patient in range(5):
+        both(tmp_path, f"images/P{patient}/{{n}}.png", f"masks/P{patient}/{{n}}.png", ("x",), 4)
+    whole, single = (
+        load_splits(DataArguments(dataset=str(tmp_path), eval_fraction=0.4, group_by=group))
+        for group in (None, "none")
+    )
+    counts = [
+        {Path(row["image"]["path"]).parent.name for row in splits["validation"]}
+        for splits in (whole, single)
+    ]
+    assert [len(splits["validation"]) for splits in (whole, single)] == [8, 8]
+    assert (len(counts[0]), len(counts[1]) > 2) == (2, True)
+    said = capsys.readouterr().err
+    assert f"as whole folders (images/{min(counts[0])}, images/{max(counts[0])})" in said
+    assert said.count("--group_by none takes single images") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "folders"),
+    [
+        (["a/p1/s1/1", "a/p1/s2/1", "a/p2/s3/1", "a/p2/s4/1", "a/p3/s5/1", "a/p3/s5/2"], 3),
+        (["i/1", "i/2", "i/3", "i/4"], 0),  # one for all
+        (["a/1", "a/2", "b/3", "b/4"], 0),  # one of two would be half of them
+        (["a/images/1", "b/images/2", "c/images/3"], 0),  # one each
+        (["1", "a/2", "a/3", "b/4", "b/5", "c/6"], 0),
+    ],
+)
+def test_which_folders_belong_to_somebody(names, folders):
+    assert len({*(folders_of(names) or ())}) == folders
 
 
 def test_nothing_is_held_out_where_a_split_is_there_or_was_named(tmp_path):
@@ -559,6 +633,19 @@ def test_words_are_told_apart_in_names_of_folders():
 
 
 # --- kd-trainer data ------------------------------------------------------------------------------
+
+
+def test_a_folder_is_walked_through_once(tmp_path, monkeypatch):
+    """Of a million files each walk takes seconds, and who asks for names of classes needs none."""
+    root, walks = both(tmp_path, *LAYOUTS["kind first"]), []
+    walk = folder_layouts.walk
+    monkeypatch.setattr(folder_layouts, "walk", lambda root: walks.append(root) or walk(root))
+    data = DataArguments(dataset=str(root))
+    splits = load_splits(data)
+    data = with_label_count(splits, data)
+    mask_rule(splits, data)
+    assert source_class_names(data) is None
+    assert walks == [root]
 
 
 def test_the_data_is_shown_and_the_flags_that_it_prints_read_the_same(tmp_path, capsys):

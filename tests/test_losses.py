@@ -18,6 +18,7 @@ from kd_trainer.losses import (
     labelled_images,
     weighted_sum,
 )
+from kd_trainer.losses.terms import WEIGHTED
 
 IGNORE = 255
 NAMES = ["kl", "mse", "bce", "dice"]
@@ -322,7 +323,7 @@ def test_loss_weights_are_finite_and_not_negative(name, value):
 
 def test_a_weight_of_no_term_is_refused():
     """The misspelt term would be left out of the loss without a word."""
-    with pytest.raises(TypeError, match=r"weights for kl, mse, .* or task, got one for kll"):
+    with pytest.raises(TypeError, match=r"kl, mse, .*, task or pseudo, got one for kll"):
         LossWeights(kll=0.3)
 
 
@@ -340,7 +341,7 @@ FROM_THREE = Term(
 def test_a_term_is_refused_with_its_reason_where_it_is_degenerate(monkeypatch, channels, teaches):
     """As correlations of one or two classes are: the teacher would steer nothing, unnoticed."""
     monkeypatch.setattr("kd_trainer.losses.terms.TERMS", (*TERMS, FROM_THREE))
-    monkeypatch.setattr("kd_trainer.losses.terms.NAMES", (*(term.name for term in TERMS), "far"))
+    monkeypatch.setattr("kd_trainer.losses.terms.WEIGHTED", (*WEIGHTED, "far"))
     weights = LossWeights(far=3.0)
     student, teacher, labels = draw(channels, ignored=0.0)
     if teaches:

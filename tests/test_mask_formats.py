@@ -11,7 +11,14 @@ from PIL import Image
 from small_runs import write_pairs
 
 from kd_trainer.build import evaluation_dataset
-from kd_trainer.data import learned, load_splits, mask_rule, usable_splits, with_label_count
+from kd_trainer.data import (
+    layouts,
+    learned,
+    load_splits,
+    mask_rule,
+    usable_splits,
+    with_label_count,
+)
 from kd_trainer.data.images import MAX_PIXELS
 from kd_trainer.data.mask_colors import voc_color
 from kd_trainer.data.mask_files import decode_mask, mask_shape
@@ -401,6 +408,20 @@ def test_colours_are_classes_in_a_fixed_order_that_is_said():
         rule.labels(rule.decode(encode(np.full((2, 2, 3), (1, 2, 3), np.uint8)), 0), "later.png")
 
 
+def test_without_black_no_colour_is_called_background():
+    """The report and the card would say that the student finds no class of that name."""
+
+    def bright(mask):
+        return encode((COLORS | np.uint8([40, 0, 0]))[mask])
+
+    rule, data = understood(bright, 4, expected=np.uint8([0, 3, 2, 1]), num_labels=4)
+    assert list(data.id2label.values()) == ["class_0", "class_1", "class_2", "class_3"]
+    assert "Without black none is background; figures of the foreground omit class 0." in rule.note
+    assert "--mask_colors class_0=40,0,0 class_1=40,0,255" in refusal(bright, 4)
+    black, data = rows_of(coloured, classes=4), DataArguments(num_labels=4)
+    assert learned(mask_rule(black, data), data).id2label[0] == "background"
+
+
 def test_the_wrong_number_of_labels_gets_the_line_to_copy():
     said = refusal(coloured, 4)
     flags = said.partition("such as ")[2].partition(". One name")[0].split()
@@ -450,17 +471,39 @@ def test_colours_of_pascal_voc_are_its_ids():
 def test_few_colours_of_pascal_voc_are_as_many_classes_where_nobody_says_how_many(colors, classes):
     """Labelling tools use this palette for classes of their own."""
     stripes = encode(voc_colors(range(colors))[None].repeat(2, 0))
-    assert count_labels([stripes], ignore_index=255) == classes
-    assert count_labels([voc(ids(0, 3))], ignore_index=255) == 3
+    assert count_labels([stripes], ignore_index=255).classes == classes
+    assert count_labels([voc(ids(0, 3))], ignore_index=255).classes == 3
 
 
 def test_a_class_of_few_masks_counts_too(monkeypatch: pytest.MonkeyPatch):
     """One that the sample did not show ended the run in the middle of its first epoch."""
     monkeypatch.setattr("kd_trainer.data.pipeline.SAMPLE", 2)
+    monkeypatch.setattr("kd_trainer.data.pipeline.known_label_count", lambda _: None)
     rows = [{"image": IMAGE, "mask": encode(ids(i, 4 if i == 9 else 3))} for i in range(10)]
     data = DataArguments(dataset="nowhere")
     assert with_label_count({"train": rows}, data).num_labels == 4
     assert with_label_count({"train": rows[:9]}, data).num_labels == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "unseen", "cure"),
+    [([0, 1, 2, 4], "3", "0 1 2 4"), ([1, 1, 2, 4], "0, 3", "1 2 4"), ([0, 1, 2, 3], "", "")],
+)
+def test_a_gap_in_the_class_ids_is_said(values, unseen, cure, capsys, monkeypatch):
+    """BraTS has 0, 1, 2 and 4: one more class than there is, with a figure of its own."""
+    monkeypatch.setattr(layouts, "_SAID", set())
+    monkeypatch.setattr("kd_trainer.data.pipeline.known_label_count", lambda _: None)
+    rows = rows_of(lambda mask: encode(np.uint8(values)[mask]), classes=4)
+    data = with_label_count(rows, DataArguments(dataset="nowhere"))
+    assert data.num_labels == max(values) + 1
+    said = capsys.readouterr().err
+    assert bool(said) == bool(unseen)
+    if unseen:
+        assert f"none of those looked at holds {unseen}: classes all the same" in said
+        assert f"--mask_values {cure} and --class_names" in said
+        numbers = [int(value) for value in cure.split()]
+        data = with_label_count(rows, DataArguments(dataset="nowhere", mask_values=numbers))
+        assert data.num_labels == mask_rule(rows, data).num_labels == len(numbers)
 
 
 def test_black_and_grey_files_among_coloured_ones_are_colours():

@@ -1,20 +1,30 @@
-"""Whether distillation helped: the same student with and without its teacher, over some seeds."""
+"""Whether distillation helped, and which one: a student with and without its teacher, by seeds."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.build import FOUND, RunComponents, build_run
+from kd_trainer.build import FOUND, RunComponents, build_run, evaluation_dataset, images_an_epoch
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import Budget
 from kd_trainer.compare.estimate import finished_speed, measure_speed, seconds_left
 from kd_trainer.compare.report import write_report
 from kd_trainer.compare.results import FinishedRun, read_runs
-from kd_trainer.compare.runs import PlannedRun, plan_runs, written_note, written_results
+from kd_trainer.compare.runs import (
+    Final,
+    PlannedRun,
+    baseline_names,
+    plan_runs,
+    written_note,
+    written_results,
+)
+from kd_trainer.compare.variants import Variant, is_baseline
 from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import duration, steps_per_epoch, total_steps, without_teacher
+from kd_trainer.data.images import content_digest
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several
 from kd_trainer.doctor.plan import describe
@@ -31,20 +41,18 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
     args, output = comparison.args, comparison.output
     if args.merge is not None:
         return _report(comparison, read_runs([Path(folder) for folder in args.merge]))
-    parts, budget = _prepare(comparison)
-    planned = plan_runs(
-        comparison.settings, budget, seeds=args.chosen_seeds, kinds=args.kinds, folder=output
-    )
-    baselines = _finished_baselines(comparison, budget)
-    print(f"Comparison in {output}: {several(len(planned), 'run')}. {budget.sentence()}")
+    parts, budgets = _prepare(comparison)
+    final = _final(comparison, parts)
+    options: dict[str, Any] = {"seeds": args.chosen_seeds, "final": final}
+    planned = plan_runs(budgets, folder=output, wants=args.wants, **options)
+    baselines = _finished_baselines(comparison, budgets, options)
+    print(f"Comparison in {output}: {several(len(planned), 'run')}. {_budgets(budgets)}")
     if comparison.dry_run:
         _print_plan(planned, parts)
         return {}
-    run = build(comparison.settings | {"output_dir": str(output)})
-    if not run.training.no_preflight and not all(one.trained for one in planned):
-        check_before_training(run, parts["distilled"])  # runs differ in nothing that it looks at
+    _look(planned, parts)
     speeds = _speeds(planned, parts)
-    images = len(parts["distilled"].eval_dataset or ())
+    images = max(len(one.eval_dataset or ()) for one in parts.values())
     _print_estimate(planned, speeds, images)
     parts.clear()  # networks that would count in the memory of the runs
     for number, one in enumerate(planned, start=1):
@@ -54,33 +62,99 @@ def run_compare(comparison: Comparison) -> dict[str, Any]:
         left = sum(seconds_left(later, speeds[later.kind], images) for later in rest)
         if left:
             print(f"    about {duration(left)} left")
-    return _report(comparison, read_runs([output], seeds=args.chosen_seeds, baselines=baselines))
+    names = baseline_names(budgets, baselines or output)
+    kinds = list(dict.fromkeys([*names, *(variant.name for variant, _ in budgets)]))
+    runs = read_runs([output], seeds=args.chosen_seeds, kinds=kinds, baselines=baselines)
+    return _report(comparison, runs)
 
 
 def _report(comparison: Comparison, runs: list[FinishedRun]) -> dict[str, Any]:
     args = comparison.args
-    trusted = bool(comparison.settings.get("trust_remote_code"))
+    trusted = comparison.trust_remote_code
     return write_report(
         runs, comparison.output, args.bootstrap, args.latency_repeats, trust_remote_code=trusted
     )
 
 
-def _prepare(comparison: Comparison) -> tuple[dict[str, RunComponents], Budget]:
-    """The objects of one run of each kind, and what both kinds may spend."""
-    settings = comparison.settings | {"output_dir": str(comparison.output)}
-    distilled = build(settings)
-    _check(distilled)
-    runs = {"baseline": build(without_teacher(settings)), "distilled": distilled}
-    parts = {kind: build_run(run) for kind, run in runs.items()}
-    learned, settings = runs["distilled"].resolved(), comparison.settings
-    settings |= {name: learned[name] for name in FOUND if settings.get(name) is None}
-    images = {kind: len(one.train_dataset) for kind, one in parts.items()}
-    args = distilled.training
-    per_epoch = {kind: steps_per_epoch(count, args) for kind, count in images.items()}
-    return parts, Budget(total_steps(args, per_epoch["distilled"]), per_epoch, images)
+def _prepare(
+    comparison: Comparison,
+) -> tuple[dict[str, RunComponents], list[tuple[Variant, Budget]]]:
+    """The objects of one run of each variant by its name, and what it and its baseline may spend.
+
+    So what is wrong with the last variant is found before the first one is trained.
+    """
+    parts, budgets = {}, []
+    for variant in comparison.variants:
+        settings = variant.settings | {"output_dir": str(comparison.output)}
+        run = build(settings)
+        _check(run)
+        parts[variant.name] = distilled = build_run(run)
+        learned = run.resolved()
+        found = {name: learned[name] for name in FOUND if settings.get(name) is None}
+        sides = dict.fromkeys(("baseline", "distilled"), (run, distilled))
+        if run.data.unlabelled is not None:
+            alone = build(without_teacher(settings))
+            sides["baseline"] = alone, build_run(alone)
+        images = {side: len(built.train_dataset) for side, (_, built) in sides.items()}
+        per_epoch = {
+            side: steps_per_epoch(images_an_epoch(built.train_dataset, one.training), run.training)
+            for side, (one, built) in sides.items()
+        }
+        steps = total_steps(run.training, per_epoch["distilled"])
+        variant = replace(variant, settings=variant.settings | found)
+        budgets.append((variant, Budget(steps, per_epoch, images)))
+    return parts, budgets
+
+
+def _budgets(budgets: list[tuple[Variant, Budget]]) -> str:
+    """What each may spend: one sentence where it is the same for all."""
+    sentences: dict[str, list[str]] = {}
+    for variant, budget in budgets:
+        sentences.setdefault(budget.sentence(), []).append(variant.name)
+    if len(sentences) == 1:
+        return next(iter(sentences))
+    return "".join(f"\n{', '.join(names)}: {text}" for text, names in sentences.items())
+
+
+def _final(comparison: Comparison, parts: dict[str, RunComponents]) -> Final | None:
+    """The data to report on, read once, before anything is trained.
+
+    Raises:
+        ValueError: if they are the images that choose.
+    """
+    args = comparison.args
+    if args.final_dataset is None and args.final_split is None:
+        return None
+    final = Final(args.final_dataset, args.final_split)
+    first = comparison.variants[0]
+    run = build(first.settings | {"output_dir": str(comparison.output)})
+    choosing = parts[first.name].eval_dataset
+    there = evaluation_dataset(final.settings(run.data), batch_size=1)
+    if choosing is not None and content_digest(there.dataset) == content_digest(choosing.dataset):
+        raise ValueError(
+            f"Expected other images as --final_dataset or --final_split than those that choose "
+            f"each run's best evaluation, got {run.data.eval_split} for both. Name another split."
+        )
+    return final
+
+
+def _look(planned: list[PlannedRun], parts: dict[str, RunComponents]) -> None:
+    """The preflight of each variant that has something to train; seeds differ in nothing of it."""
+    seen = set()
+    for one in planned:
+        assert one.variant is not None
+        name = one.variant.name
+        if not one.trained and name not in seen and not one.run.training.no_preflight:
+            seen.add(name)
+            check_before_training(one.reference, parts[name])
 
 
 def _check(run: RunArguments) -> None:
+    if run.model.teaches_itself:
+        raise ValueError(
+            "Expected a --teacher that can be measured, got self: there is no gap between a "
+            "student and its own average. Train with --teacher self and with none, and use eval.py."
+        )
     if not run.model.has_teacher:
         raise ValueError(
             "Expected a --teacher to compare with and without, got none. Name one; train.py "
@@ -90,11 +164,6 @@ def _check(run: RunArguments) -> None:
         raise ValueError(
             "Expected a --teacher that can be asked, got --teacher_maps, whose answers compare.py "
             "cannot count yet. Train with and without it, and use eval.py."
-        )
-    if run.data.numbers_only:
-        raise ValueError(
-            "Expected one class a pixel of RGB images, got --multi_label or --in_channels, which "
-            "compare.py cannot read yet. Train with and without the teacher, and use eval.py."
         )
     if run.training.eval_strategy == "no":
         raise ValueError(
@@ -107,17 +176,18 @@ def _check(run: RunArguments) -> None:
         )
 
 
-def _finished_baselines(comparison: Comparison, budget: Budget) -> Path | None:
+def _finished_baselines(
+    comparison: Comparison, budgets: list[tuple[Variant, Budget]], options: dict[str, Any]
+) -> Path | None:
     """The folder that `--baselines` names, if what it holds is what would be trained here.
 
     Raises:
         ValueError: if its settings differ, or a seed is missing.
     """
-    args = comparison.args
-    if args.baselines is None:
+    if comparison.args.baselines is None:
         return None
-    folder, seeds = Path(args.baselines), args.chosen_seeds
-    planned = plan_runs(comparison.settings, budget, seeds=seeds, kinds=["baseline"], folder=folder)
+    folder = Path(comparison.args.baselines)
+    planned = plan_runs(budgets, folder=folder, wants=is_baseline, **options)
     missing = [str(one.seed) for one in planned if not one.complete]
     if missing:
         raise ValueError(
@@ -133,7 +203,7 @@ def _print_plan(planned: list[PlannedRun], parts: dict[str, RunComponents]) -> N
         print(f"- {one.name}: {_state(one)}")
         examples.setdefault(one.kind, one)
     for kind, example in examples.items():
-        print(f"\n{describe(example.run, parts[kind])}")
+        print(f"\n{describe(example.run, parts.get(kind) or build_run(example.run))}")
 
 
 def _state(one: PlannedRun) -> str:
@@ -151,7 +221,10 @@ def _speeds(planned: list[PlannedRun], parts: dict[str, RunComponents]) -> dict[
     for kind in dict.fromkeys(one.kind for one in planned if not one.complete):
         runs = [one for one in planned if one.kind == kind]
         finished = next(filter(None, map(finished_speed, runs)), None)
-        speeds[kind] = finished or measure_speed(runs[0].run, parts[kind], parts["distilled"])
+        one = runs[0]
+        assert one.variant is not None
+        own, taught = parts.get(kind) or build_run(one.run), parts[one.variant.name]
+        speeds[kind] = finished or measure_speed(one.run, own, taught)
     return speeds
 
 

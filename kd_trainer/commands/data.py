@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,16 @@ import numpy as np
 from kd_trainer.config import parser_of_saved
 from kd_trainer.console import markdown_table
 from kd_trainer.data import MaskRule, mask_rule, sample_rows, source_class_names, with_label_count
+from kd_trainer.data.channels import channels_shape, decode_channels, visible
 from kd_trainer.data.dataset import check_same_size
 from kd_trainer.data.folder_layouts import Layout
-from kd_trainer.data.images import BadSampleError, decode_image, image_name
+from kd_trainer.data.images import BadSampleError, decode_image, image_name, image_shape
 from kd_trainer.data.layouts import in_pair_folder, split_of
 from kd_trainer.data.mask_files import decode_mask
 from kd_trainer.data.mask_survey import survey_masks
 from kd_trainer.data.masks import value_counts
 from kd_trainer.data.pipeline import learned
+from kd_trainer.data.planes import PlaneRule
 from kd_trainer.data.sources import LoadedSplits, load_source, source_layout
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import printable
@@ -31,6 +33,8 @@ from kd_trainer.fields import help_field
 from kd_trainer.mask_flags import show_color
 from kd_trainer.parsing import CONSOLE, Parser, settings_of
 from kd_trainer.reports.panels import Pixels, overlay, panel, save_image
+
+Row = Mapping[str, Any]
 
 SAMPLES = 8
 # What `class_colours` are called, from class 1 on.
@@ -40,7 +44,7 @@ _MOST_VALUES = 40  # lines of the table
 _OF_MASKS = (
     *("group_by", "image_folder", "mask_folder", "category", "class_names", "mask_kind"),
     *("mask_values", "mask_colors", "merge_classes", "mask_threshold", "reduce_labels"),
-    "ignore_values",
+    *("ignore_values", "in_channels"),
 )
 # What only a training asks of the data.
 _WITHOUT = frozenset(
@@ -88,10 +92,14 @@ def data_main(arguments: Sequence[str] | None = None) -> None:
     layout = source_layout(data)
     if layout is None and in_pair_folder(data, data.train_split):
         print(f"{printable(data.dataset)}: a pair folder, SPLIT/images with SPLIT/masks.")
+    if data.multi_label:
+        _look_at_planes(loaded, data, args)
+        return
     fault: ValueError | None = None
     rule: MaskRule | None = None
     try:
-        data = with_label_count(loaded.splits, data)
+        with redirect_stderr(sys.stdout):
+            data = with_label_count(loaded.splits, data)
         rule = mask_rule(loaded.splits, data)
         data = learned(rule, data)
     except ValueError as error:
@@ -105,10 +113,48 @@ def data_main(arguments: Sequence[str] | None = None) -> None:
         if rule.note:
             print(f"\n{printable(rule.note)}")
         print(f"\nThe same, said by flags:\n  {command(data, rule, layout, loaded)}")
-    save_image(picture(loaded.splits, rule, kind, counts), Path(args.output))
-    print(f"\nSamples, those of {' before those of '.join(loaded.splits)}: {args.output}")
+    values = sorted(set().union(*(some.values for some in counts.values())))
+
+    def mask_of(row: Row, index: int, image: Pixels) -> Pixels:
+        mask = decode_mask(row["mask"], index, kind)
+        check_same_size(row, index, mask=mask.shape, image=image.shape[:2])
+        if rule is not None:
+            labels = rule.labels(mask, image_name(row["mask"], index)).astype(int)
+        else:  # the values in their order
+            labels = np.searchsorted(values, mask.astype(int))
+        return overlay(image, labels, num_labels=len(values) if rule is None else rule.num_labels)
+
+    _save_picture(loaded.splits, data, mask_of, args.output)
     if fault is not None:
         raise fault
+
+
+def _look_at_planes(loaded: LoadedSplits, data: DataArguments, args: LookArguments) -> None:
+    """The same of several labels a pixel, whose masks need no reading of values."""
+    rule = PlaneRule(data.label_count, data.ignore_index)
+    shape_of = image_shape if data.in_channels is None else channels_shape
+
+    def planes_of(row: Row, index: int) -> Pixels:
+        return rule.planes(row["mask"], index, shape_of(row["image"], index)) == 1
+
+    counts, rows = {}, []
+    for name, split in loaded.splits.items():
+        shares = [planes_of(row, i).mean(axis=(0, 1)) for i, row in enumerate(sample_rows(split))]
+        counts[name] = ValueCounts(len(shares), Counter(), Counter())
+        rows += shares
+    table = np.stack(rows)
+    labels = [
+        [name, f"{table[:, i].mean():.2%}", f"{(table[:, i] > 0).sum():,}", _colour(i + 1)]
+        for i, name in names_of(data).items()
+    ]
+    print(f"\n{splits_table(loaded, counts)}")
+    print(f"\n{markdown_table(['label', 'pixels', 'in masks', 'colour'], labels)}")
+
+    def mask_of(row: Row, index: int, image: Pixels) -> Pixels:
+        planes = np.moveaxis(planes_of(row, index), 2, 0)
+        return overlay(image, planes, num_labels=len(planes))
+
+    _save_picture(loaded.splits, data, mask_of, args.output)
 
 
 @dataclass(frozen=True)
@@ -184,13 +230,16 @@ def values_table(
     for place, value in enumerate(sorted(v for v, _ in values.most_common(_MOST_VALUES))):
         label = place if rule is None else class_of(value, rule)
         meaning = "not known" if rule is None or label is None else names.get(label, "ignored")
-        colour = (
-            "grey" if meaning == "ignored" else COLOURS[(label - 1) % len(COLOURS)] if label else ""
-        )
+        colour = "grey" if meaning == "ignored" else _colour(label)
         share = f"{values[value] / values.total():.2%}"
         shown = show_color(value) if kind == "colors" else str(value)
         rows.append([shown, meaning, share, f"{within[value]:,}", colour])
     return markdown_table(["value", "class", "pixels", "in masks", "colour"], rows)
+
+
+def _colour(label: int | None) -> str:
+    """What the colour of a class is called; of the background, or of none, nothing."""
+    return COLOURS[(label - 1) % len(COLOURS)] if label else ""
 
 
 def class_of(value: int, rule: MaskRule) -> int | None:
@@ -232,28 +281,31 @@ def _words(value: Any) -> str:
 
 
 def picture(
-    splits: Mapping[str, Any],
-    rule: MaskRule | None,
-    kind: str,
-    counts: Mapping[str, ValueCounts],
+    splits: Mapping[str, Any], data: DataArguments, mask_of: Callable[[Row, int, Pixels], Pixels]
 ) -> Pixels:
     """Samples spread over the splits, each image beside its mask, two in a row."""
-    values = sorted(set().union(*(some.values for some in counts.values())))
     cells: list[Pixels] = []
     numbers = {name: min(len(rows), SAMPLES // len(splits)) for name, rows in splits.items()}
     first = next(iter(splits))
     numbers[first] += SAMPLES - sum(numbers.values())  # where the others are smaller
     for name, rows in splits.items():
         for index, row in enumerate(sample_rows(rows, numbers[name])):
-            image, mask = decode_image(row["image"], index), decode_mask(row["mask"], index, kind)
-            check_same_size(row, index, mask=mask.shape, image=image.shape[:2])
-            if rule is not None:
-                labels = rule.labels(mask, image_name(row["mask"], index)).astype(int)
-            else:  # the values in their order
-                labels = np.searchsorted(values, mask.astype(int))
-            count = len(values) if rule is None else rule.num_labels
-            cells += [image, overlay(image, labels, num_labels=count)]
+            if data.in_channels is None:
+                image = decode_image(row["image"], index)
+            else:
+                image = visible(decode_channels(row["image"], index, data.in_channels))
+            cells += [image, mask_of(row, index, image)]
     blank = np.full_like(cells[0], 255)
     cells += [blank] * (-len(cells) % 4)
     grid = [cells[i : i + 4] for i in range(0, len(cells), 4)]
     return panel(grid, ["image", "mask"] * 2, side=240)
+
+
+def _save_picture(
+    splits: Mapping[str, Any],
+    data: DataArguments,
+    mask_of: Callable[[Row, int, Pixels], Pixels],
+    output: str,
+) -> None:
+    save_image(picture(splits, data, mask_of), Path(output))
+    print(f"\nSamples, those of {' before those of '.join(splits)}: {output}")

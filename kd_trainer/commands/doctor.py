@@ -43,11 +43,6 @@ def parse_doctor(arguments: Sequence[str] | None = None) -> RunArguments:
         if flags.get(name):
             raise ValueError(f"Expected no --{name}, got it: {reason}. Leave it out.")
     run = parse(arguments)
-    if run.data.numbers_only:
-        raise ValueError(
-            "Expected one class a pixel of RGB images, got --multi_label or --in_channels, which "
-            "doctor.py cannot look at yet. Start train.py with --dry_run."
-        )
     if run.training.world_size > 1:
         raise ValueError(
             f"Expected one process, got {run.training.world_size}. Start it with python."

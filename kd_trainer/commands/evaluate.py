@@ -77,6 +77,11 @@ def evaluate_main(arguments: Sequence[str] | None = None) -> None:
     source = flags.pop("model")
     args = EvaluateArguments(**settings_of(EvaluateArguments, flags))
     teacher = ModelArguments(**settings_of(ModelArguments, flags))
+    if teacher.teaches_itself:
+        raise ValueError(
+            "Expected a --teacher with a file, got self: the average of a student is a model of "
+            "its own, RUN/ema. Measure that as MODEL."
+        )
     model = load_measured(
         source,
         arch=args.arch,

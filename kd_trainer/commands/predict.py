@@ -36,7 +36,6 @@ from kd_trainer.inference import (
     planes_at,
     render,
     soft_map,
-    strongest,
     torch_segmenter,
 )
 from kd_trainer.loading import load_student
@@ -114,15 +113,13 @@ class Masks:
     """What was found in an image.
 
     Attributes:
-        classes: one of each pixel, uint8 (H, W); of several labels the likeliest, from 1 on.
-        num_labels: of `classes`, with the background.
-        planes: of several labels a pixel, uint8 (K, H, W); None of one.
+        mask: class of each pixel, uint8 (H, W), or of several labels planes (K, H, W).
+        num_labels: of the model.
         soft: probabilities, as `soft_map` gives them; None where nobody asked.
     """
 
-    classes: np.ndarray
+    mask: np.ndarray
     num_labels: int
-    planes: np.ndarray | None = None
     soft: np.ndarray | None = None
 
 
@@ -144,10 +141,8 @@ class Loaded:
     def masks(self, logits: Tensor, args: PredictArguments) -> Masks:
         """Of an image's logits (K, H, W)."""
         soft = soft_map(logits, multi_label=self.multi_label) if args.soft else None
-        if not self.multi_label:
-            return Masks(classes_at(logits, args.threshold), self.num_labels, soft=soft)
-        planes = planes_at(logits, args.threshold)
-        return Masks(strongest(logits, planes), self.num_labels + 1, planes, soft)
+        found = planes_at if self.multi_label else classes_at
+        return Masks(found(logits, args.threshold), self.num_labels, soft)
 
 
 def load_segmenter(args: PredictArguments) -> Loaded:
@@ -160,8 +155,14 @@ def load_segmenter(args: PredictArguments) -> Loaded:
     options = {name: getattr(args, name) for name in ("tile", "overlap", "flip", "batch_size")}
     if args.model.endswith(".onnx"):
         exported = load_onnx(args.model)
-        return Loaded(onnx_segmenter(exported, **options), len(exported.class_names))
-    student = load_student(args.model, multi_label=True)
+        mean, std, own_depth = exported.image_mean, exported.image_std, exported.own_depth
+        return Loaded(
+            onnx_segmenter(exported, **options),
+            len(exported.class_names),
+            exported.multi_label,
+            Channels(tuple(mean), tuple(std)) if own_depth else None,
+        )
+    student = load_student(args.model)
     segmenter = torch_segmenter(student, image_size_of(student), **options)
     mean, std = input_statistics(student)
     channels = Channels(tuple(mean), tuple(std)) if reads_own_depth(student) else None
@@ -260,7 +261,7 @@ def _write_video(
         for number, (image, masks) in enumerate(frames, start=1):
             for output in args.kinds:
                 if output == "overlays":
-                    video.add(render(output, image, masks.classes, masks.num_labels))
+                    video.add(render(output, image, masks.mask, masks.num_labels))
                 else:
                     _write(output, image, masks, folder / output / name / f"{number:06d}")
     return number
@@ -269,7 +270,7 @@ def _write_video(
 def _write(output: str, image: np.ndarray, masks: Masks, stem: Path) -> None:
     """One kind of output; `stem` is the place of the file without its suffix."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    array = {"masks": masks.planes, SOFT: masks.soft}.get(output)
+    array = {"masks": masks.mask, SOFT: masks.soft}.get(output)
     if array is not None and array.ndim == 3:
         np.save(f"{stem}.npy", array)
         return
@@ -277,7 +278,7 @@ def _write(output: str, image: np.ndarray, masks: Masks, stem: Path) -> None:
         Image.fromarray(array).save(f"{stem}.png")
         return
     image = visible(image) if image.dtype == np.float32 else image
-    rendered = render(output, image, masks.classes, masks.num_labels)
+    rendered = render(output, image, masks.mask, masks.num_labels)
     Image.fromarray(rendered).save(f"{stem}{OUTPUTS[output]}")
 
 

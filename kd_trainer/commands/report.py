@@ -17,13 +17,13 @@ from kd_trainer.build import evaluation_dataset
 from kd_trainer.commands.shown_images import EvaluationData, choose, shown_images
 from kd_trainer.config import parser_of_saved
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.evaluation import Evaluator, figures_of, labels_of
+from kd_trainer.evaluation import Evaluator, figures_of, is_multi_label, labels_of
 from kd_trainer.fields import check_at_least, help_field
 from kd_trainer.files import write_text
 from kd_trainer.inference import evaluator_for
 from kd_trainer.loading import load_student, make_teacher, network_name, network_size
 from kd_trainer.measurement import Evaluation, evaluate_model
-from kd_trainer.metrics import SegmentationCounts
+from kd_trainer.metrics import confusion_of
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.parsing import settings_of
@@ -190,6 +190,7 @@ def _contents(folder: Path, settings: dict[str, Any], student: nn.Module) -> Con
     return Contents(
         title=folder.resolve().name,
         class_names=list(labels_of(student).values()),
+        multi_label=is_multi_label(student),
         networks=networks,
         measured="Figures of results.json.",
         notes=[] if logs else [missing],
@@ -221,15 +222,17 @@ def _with_images(
     networks = {STUDENT: _network(evaluator.student, evaluation.student)}
     if evaluator.teacher is not None:
         networks[TEACHER] = _network(evaluator.teacher.network, evaluation.teacher)
-    counts, totals = evaluation.rows, SegmentationCounts.zero(len(labels))
+    counts, several = evaluation.rows, evaluator.settings.multi_label
     ious = {
-        who: np.array([figures_of(row[None], labels)["miou"] for row in counts[who]])
+        who: np.array(
+            [figures_of(row[None], labels, multi_label=several)["miou"] for row in counts[who]]
+        )
         for who in networks
     }
     measured = {
         who: replace(
             network,
-            confusion=totals.add(counts[who]).confusion,
+            confusion=confusion_of(counts[who], len(labels), multi_label=several),
             reliability=evaluation.reliability[who],
         )
         for who, network in networks.items()

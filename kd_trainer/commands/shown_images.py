@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kd_trainer.data import StreamedDataset, TransformedDataset
-from kd_trainer.evaluation import Evaluator, classes_of
+from kd_trainer.evaluation import Evaluator, masks_of, visible_images
 from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, ShownImage
 from kd_trainer.reports.panels import Pixels, difference_map, error_map, overlay
 
@@ -80,35 +80,47 @@ def image_name(dataset: EvaluationData, index: int) -> str:
 
 
 def _cells(evaluator: Evaluator, sample: dict[str, Tensor]) -> dict[str, Pixels]:
-    image = sample["pixel_values"].permute(1, 2, 0).numpy()
+    image = visible_images(sample["pixel_values"][None], evaluator.student)[0]
+    several = evaluator.settings.multi_label
     truth = sample["labels"].numpy()
     targets = sample.get("teacher_logits")
     found = evaluator.logits(
         sample["pixel_values"][None], None if targets is None else targets[None]
     )
     logits = {who: raw.cpu() for who, raw in found.items()}
-    masks = {w: classes_of(logits[w])[0].numpy() for w in (TEACHER, STUDENT) if w in logits}
+    masks = {
+        who: masks_of(logits[who], multi_label=several)[0].numpy()
+        for who in (TEACHER, STUDENT)
+        if who in logits
+    }
     count, ignored = evaluator.settings.num_labels, evaluator.ignore_index
     cells = {"image": image, "truth": overlay(image, truth, num_labels=count)}
     cells |= {who: overlay(image, mask, num_labels=count) for who, mask in masks.items()}
     cells["errors of the student"] = error_map(image, truth, masks[STUDENT], ignore_index=ignored)
     if TEACHER in logits:
-        difference = probability_difference(logits[STUDENT], logits[TEACHER])[0].numpy()
+        pair = logits[STUDENT], logits[TEACHER]
+        difference = probability_difference(*pair, multi_label=several)[0].numpy()
         cells[DIFFERENCE] = difference_map(image, difference)
     return cells
 
 
-def probability_difference(student: Tensor, teacher: Tensor) -> Tensor:
+def probability_difference(
+    student: Tensor, teacher: Tensor, *, multi_label: bool = False
+) -> Tensor:
     """How far two networks are apart on each pixel, float32 (B, H, W).
 
     Args:
         student: raw logits (B, K, H, W).
         teacher: likewise.
+        multi_label: whether a pixel may have several of the labels.
 
     Returns:
-        For one logit the student's probability of the foreground minus the teacher's, -1..1; else
-        the total variation distance of the two distributions, 0..1.
+        For one logit the student's probability of the foreground minus the teacher's, -1..1; of
+        several labels a pixel the largest distance of any label, 0..1; else the total variation
+        distance of the two distributions, 0..1.
     """
+    if multi_label:
+        return (student.float().sigmoid() - teacher.float().sigmoid()).abs().amax(dim=1)
     if student.shape[1] == 1:
         return (student.float().sigmoid() - teacher.float().sigmoid())[:, 0]
     gap = student.float().softmax(dim=1) - teacher.float().softmax(dim=1)

@@ -28,6 +28,7 @@ from kd_trainer.data.images import content_digest
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.plan import describe
 from kd_trainer.errors import printable
+from kd_trainer.evaluation import EMA
 from kd_trainer.files import (
     FolderLock,
     check_writable,
@@ -40,9 +41,11 @@ from kd_trainer.files import (
 from kd_trainer.hub import check_access
 from kd_trainer.loading import load_student, network_size
 from kd_trainer.measurement import evaluate_model
+from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
 from kd_trainer.run_folder import check_no_links, write_bad_samples, write_held_out
+from kd_trainer.sources import SELF
 from kd_trainer.teacher_targets import use_cached_targets
 from kd_trainer.trainer import DistillationTrainer
 
@@ -63,8 +66,8 @@ def train(run: RunArguments, *, stops: bool = True) -> dict[str, Any]:
     """Run the settings; returns what `results.json` holds, on the first process.
 
     Leaves in the output folder: `student/` (best student by mIoU, readable by transformers and
-    smp), `checkpoint-*/`, `runs/` (TensorBoard), `panels/`, `config.yaml`, `trainer_state.json`,
-    `results.json` and `report.html`.
+    smp), with `ema_decay` its moving average in `ema/`, `checkpoint-*/`, `runs/` (TensorBoard),
+    `panels/`, `config.yaml`, `trainer_state.json`, `results.json` and `report.html`.
 
     Args:
         run: the settings.
@@ -104,13 +107,13 @@ def prepare(
     if args.push_to_hub and first:
         check_access(str(args.hub_model_id), private=args.hub_private_repo is not False)
     parts = build_run(run)
-    if checkpoint is None and not args.no_preflight and not run.data.numbers_only:
+    if checkpoint is None and not args.no_preflight:
         check_before_training(run, parts)  # a run that goes on was looked at when it started
     speed_up(parts.student, args)
     trainer = DistillationTrainer(
         parts.student,
         args,
-        teacher=parts.teacher,
+        teacher=SELF if run.model.teaches_itself else parts.teacher,
         train_dataset=parts.train_dataset,
         eval_dataset=parts.eval_dataset,
         ignore_index=run.data.ignore_index,
@@ -152,12 +155,17 @@ def fit(
     # All processes take part: where the weights are split among them, each has a share.
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if first:
-        folder = output / "student"
         student = trainer.accelerator.unwrap_model(trainer.model)
-        with writing("the student", folder), replacing_files(folder) as partial:
-            student.save_pretrained(partial, state_dict=weights)
-            processor.save_pretrained(partial)
+        _save(student, output / "student", processor, state_dict=weights)
+        if trainer.ema is not None:
+            _save(trainer.ema.network, output / EMA, processor)
     return figures
+
+
+def _save(network: Any, folder: Path, processor: TorchvisionBackend, **options: Any) -> None:
+    with writing("the student", folder), replacing_files(folder) as partial:
+        network.save_pretrained(partial, **options)
+        processor.save_pretrained(partial)
 
 
 def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Loaded]:
@@ -166,7 +174,7 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
     Also what they were measured with, which the report shows.
     """
     args, size, teacher = run.training, run.data.input_size, parts.teacher
-    student = load_student(run.output / "student", multi_label=True)
+    student = load_student(run.output / "student")
     networks: dict[str, nn.Module] = {"student": student}
     files, sizes = {"student": [str(run.output / "student")]}, {"student": size}
     if teacher is not None and not teacher.from_samples:
@@ -192,6 +200,9 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
             device=args.device,
         )
         results = evaluation.results()
+        if args.ema_decay is not None:
+            average = load_student(run.output / EMA)
+            results |= _ema_figures(average, images, run)
     for name, network in networks.items():
         results[f"{name}_parameters"] = network_size(network)[0]
         results[f"{name}_file_mib"] = file_mib(*files[name])
@@ -202,11 +213,29 @@ def measure(run: RunArguments, parts: RunComponents) -> tuple[dict[str, Any], Lo
         "eval_size": run.data.eval_size,
         "mixed_precision": args.mixed_precision,
         "device": str(args.device),
-        "teacher": None if teacher is None else run.model.teacher_name,
+        "teacher": _teacher_name(run.model),
         **image_milliseconds(networks, sizes),
         "versions": {name: version(name) for name in LIBRARIES},
     }
     return results, Loaded(teacher, images, evaluation)
+
+
+def _teacher_name(model: ModelArguments) -> str | None:
+    if model.teaches_itself:
+        return SELF
+    return model.teacher_name if model.has_teacher else None
+
+
+def _ema_figures(average: nn.Module, images: Any, run: RunArguments) -> dict[str, float]:
+    """Those of the student's moving average, read back from its folder too."""
+    evaluation = evaluate_model(
+        average,
+        images,
+        batch_size=run.training.per_device_eval_batch_size,
+        ignore_index=run.data.ignore_index,
+        device=run.training.device,
+    )
+    return {f"{EMA}_{name}": value for name, value in evaluation.student.items()}
 
 
 def publish(
@@ -217,7 +246,7 @@ def publish(
     if run.data.on_bad_sample == "skip":
         results["bad_samples"] = write_bad_samples(run.output, parts.bad_samples)
     write_json(run.output / "results.json", results)
-    if args.report and not run.data.numbers_only:
+    if args.report:
         shown = ReportArguments(batch_size=args.per_device_eval_batch_size)
         build_report(run.output, shown, loaded=measured, device=args.device)
     if args.push_to_hub:
@@ -227,7 +256,7 @@ def publish(
 
 def eval_history(logs: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Main figures of each evaluation during training, in the training's precision."""
-    keys = ("epoch", "eval_miou", "eval_dice", "eval_loss", "eval_agreement")
+    keys = ("epoch", "eval_miou", "eval_dice", "eval_loss", "eval_agreement", "eval_ema_miou")
     return [
         {key.removeprefix("eval_"): log[key] for key in keys if key in log}
         for log in logs

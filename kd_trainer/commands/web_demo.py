@@ -37,7 +37,9 @@ class WebDemoArguments:
     """Settings of scripts/demo.py beside those of the teacher."""
 
     threshold: float = help_field(
-        THRESHOLD, "Probability from which a pixel of a binary model is found; a slider changes it."
+        THRESHOLD,
+        "Probability from which a pixel of a binary model is found, or has a label of several; a "
+        "slider changes it.",
     )
     examples: list[str] | None = help_field(
         None, f"Images, folders or globs to offer under the upload, the first {MOST_EXAMPLES}."
@@ -89,7 +91,7 @@ def load_models(source: str, model: ModelArguments, args: WebDemoArguments) -> M
         ValueError: if one cannot be shown, or a threshold is asked of a multi-class model.
     """
     student = load_demo_student(source)
-    check_threshold(args.threshold, len(student.class_names))
+    check_threshold(args.threshold, 2 if student.multi_label else len(student.class_names))
     teacher = load_demo_teacher(model, student)
     return ({} if teacher is None else {TEACHER: teacher}) | {STUDENT: student}
 

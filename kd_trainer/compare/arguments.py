@@ -5,23 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kd_trainer.compare.budget import KINDS
-from kd_trainer.config import build, check_given, merged, parser
-from kd_trainer.fields import check_at_least, check_choice, help_field
+from kd_trainer.compare.variants import Variant, check_wanted, is_baseline, read_variants
+from kd_trainer.config import parser
+from kd_trainer.fields import check_at_least, expanded, help_field
 from kd_trainer.parsing import Parser, settings_of
 
 DEFAULT_OUTPUT = "runs/compare"
 DESCRIPTION = """Train the same student with and without its teacher and compare them.
 
-For each seed two runs of equal budget: `baseline` (no teacher) and `distilled`. All flags of
-train.py are taken, and mean the same. Runs that are complete are not repeated, interrupted ones go
-on from their newest checkpoint. The figures are in comparison.md and comparison.json, beside the
-folders of the runs, in --output_dir (here runs/compare if it is not given)."""
+For each seed two runs of equal budget: `baseline` (no teacher) and `distilled`, or one for each of
+--variants. All flags of train.py are taken, and mean the same. Runs that are complete are not
+repeated, interrupted ones go on from their newest checkpoint. The figures are in comparison.md and
+comparison.json, beside the folders of the runs, in --output_dir (here runs/compare if it is not
+given)."""
 EPILOG = """Examples:
   compare.py --dataset photos/ --teacher teacher/ --epochs 12
   compare.py --dataset photos/ --teacher teacher/ --epochs 12 --seed_list 3 4 --output_dir runs/b
+  compare.py --dataset photos/ --teacher teacher/ --epochs 12 --output_dir runs/losses \\
+      --variants recipe= soft="--kl_weight 1 --mse_weight 0" mine.yaml
   compare.py --merge runs/compare runs/b --output_dir runs/both"""
 # What the comparison itself decides.
 _NOT_TAKEN = {
@@ -31,6 +33,11 @@ _NOT_TAKEN = {
     "Push the best run's folder afterwards with push.py.",
 }
 
+# What says nothing to a comparison that only reports.
+_OF_A_TRAINING = (
+    *("seeds", "seed_list", "variants", "only", "baselines", "final_dataset", "final_split"),
+)
+
 
 @dataclasses.dataclass
 class CompareArguments:
@@ -38,13 +45,29 @@ class CompareArguments:
 
     seeds: int = help_field(3, "Number of seeds: 0, 1, 2, ...")
     seed_list: list[int] | None = help_field(None, "The seeds themselves, instead of their number.")
+    variants: list[str] | None = help_field(
+        None,
+        "Compare several ways to distil with one set of baselines: NAME='FLAGS' each, where FLAGS "
+        "(--config among them) are those by which it differs from this command line; NAME= is the "
+        "command line itself, a recipe or YAML file needs no name (default: distilled=).",
+        metavar="NAME=FLAGS",
+    )
     only: str = help_field(
-        "", "Train `baseline` or `distilled` only, to share the work among machines."
+        "", "Train `baseline` or the variant of this name only, to share the work among machines."
     )
     baselines: str | None = help_field(
         None,
         "Take the baselines of this comparison instead of training them again: for other weights "
         "or temperatures of the distillation.",
+    )
+    final_dataset: str | None = help_field(
+        None,
+        "Also measure each chosen student on this data set, whose images chose nothing (default: "
+        "--dataset, if --final_split is given).",
+        metavar="SOURCE",
+    )
+    final_split: str | None = help_field(
+        None, "The split of it (default: --eval_split, if --final_dataset is given)."
     )
     merge: list[str] | None = help_field(
         None, "Train nothing: report the runs in these folders of comparisons together."
@@ -58,8 +81,7 @@ class CompareArguments:
         check_at_least("seeds", self.seeds, 1)
         check_at_least("bootstrap", self.bootstrap, 1)
         check_at_least("latency_repeats", self.latency_repeats, 0)
-        if self.only:
-            check_choice("only", self.only, KINDS)
+        self.final_dataset = expanded(self.final_dataset)
         if self.only and self.baselines is not None:
             raise ValueError(
                 f"Expected --only or --baselines, got both. With --baselines only the distilled "
@@ -77,22 +99,22 @@ class CompareArguments:
         """The seeds that are compared."""
         return list(range(self.seeds)) if self.seed_list is None else self.seed_list
 
-    @property
-    def kinds(self) -> list[str]:
-        """The kinds of run that are trained."""
-        if self.baselines is not None:
-            return ["distilled"]
-        return [self.only] if self.only else list(KINDS)
+    def wants(self, kind: str) -> bool:
+        """Whether runs of this name are trained here."""
+        if is_baseline(kind):
+            return self.baselines is None and self.only in ("", "baseline")
+        return self.only in ("", kind)
 
 
 @dataclasses.dataclass
 class Comparison:
-    """A command line: what to compare, and the settings of a distillation."""
+    """A command line: what to compare, and the variants of the distillation."""
 
     args: CompareArguments
-    settings: dict[str, Any]
     output: Path
+    variants: list[Variant] = dataclasses.field(default_factory=list)
     dry_run: bool = False
+    trust_remote_code: bool = False
 
 
 def compare_parser() -> Parser:
@@ -117,20 +139,27 @@ def parse_comparison(arguments: Sequence[str] | None = None) -> Comparison:
     if "seeds" in chosen and "seed_list" in chosen:
         raise ValueError("Expected --seeds or --seed_list, got both. Leave one out.")
     args = CompareArguments(**chosen)
+    trusted = bool(flags.get("trust_remote_code"))
     if args.merge is not None:
-        settings = {n: flags.pop(n) for n in ("trust_remote_code",) if n in flags}
-        of_training = [n for n in ("seeds", "seed_list", "only", "baselines") if n in chosen]
+        flags.pop("trust_remote_code", None)
+        of_training = [name for name in _OF_A_TRAINING if name in chosen]
         unused = [*flags, *of_training, *(["dry_run"] if dry_run else [])]
         if unused:
             raise ValueError(
                 f"Expected --merge with --output_dir, --bootstrap and --latency_repeats only, got "
                 f"--{unused[0]}. It trains nothing: leave that out."
             )
-        return Comparison(args, settings, output)
-    settings = merged(config, flags)
-    # A configuration that a run has written may hold these.
-    settings = {k: v for k, v in settings.items() if k not in _NOT_TAKEN or k == "seed"}
-    if "report" not in flags:
-        settings["report"] = False  # one page a run, that nobody asked for
-    check_given(build(settings), flags)
-    return Comparison(args, settings, output, dry_run)
+        return Comparison(args, output, trust_remote_code=trusted)
+    # One page a run, that nobody asked for.
+    common = {} if "report" in flags else {"report": False}
+    variants = [
+        # A configuration that a run has written may hold what the comparison decides.
+        dataclasses.replace(one, settings={k: v for k, v in one.settings.items() if _taken(k)})
+        for one in read_variants(args.variants, config, flags, common)
+    ]
+    check_wanted(args.only, variants)
+    return Comparison(args, output, variants, dry_run, trusted)
+
+
+def _taken(name: str) -> bool:
+    return name not in _NOT_TAKEN or name == "seed"

@@ -7,8 +7,8 @@ from typing import Any
 
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.costs import without_teacher
-
-KINDS = ("baseline", "distilled")
+from kd_trainer.losses import SCHEDULED
+from kd_trainer.schedules import read_weight_schedules, weight_schedule_words
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ def baseline_settings(
         "plan_epochs": args.plan_epochs and args.plan_epochs * longer,
         "unfreeze_every": max(1, round(args.unfreeze_every * longer)) if args.unfreeze_every else 0,
     }
+    schedules = read_weight_schedules(result.get("weight_schedule"), SCHEDULED)
+    if schedules:
+        stretched = {name: schedule.stretched(longer) for name, schedule in schedules.items()}
+        result["weight_schedule"] = weight_schedule_words(stretched)
     for what in ("eval", "save"):
         if getattr(args, f"{what}_strategy") == "epoch":
             result |= {f"{what}_strategy": "steps", f"{what}_steps": every}

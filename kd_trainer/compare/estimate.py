@@ -45,7 +45,7 @@ def seconds_left(planned: PlannedRun, speed: Speed, eval_images: int) -> float:
         return evaluation
     steps, args = planned.budget.steps, planned.run.training
     share = 1 - min(planned.checkpoint(), steps) / steps
-    per_epoch = planned.budget.per_epoch[planned.kind]
+    per_epoch = planned.budget.per_epoch[planned.side]
     training = training_seconds(args, steps, per_epoch, speed, eval_images)
     return share * training + (2 + args.report) * evaluation
 

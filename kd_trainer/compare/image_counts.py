@@ -29,10 +29,12 @@ Rows = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """Counts of a run, one row an image in the order of the data: int32 (N, K·K + 2·K) each.
+    """Counts of a run, one row an image in the order of the data: int32 (N, C) each.
+
+    C is K·K + 2·K, see `metrics.image_counts`, and of several labels a pixel K·8.
 
     Attributes:
-        student: the student's classes against the labels, as `metrics.image_counts` gives them.
+        student: the student's classes against the labels.
         teacher: the teacher's, likewise.
         agreement: the student's classes against the teacher's on the valid pixels.
     """
@@ -41,15 +43,24 @@ class ImageCounts:
     teacher: Rows
     agreement: Rows
 
-    def confusion(self) -> npt.NDArray[np.int64]:
-        """The student's pixels by [truth, prediction], int64 (N, K, K)."""
+    def confusion(self, *, multi_label: bool = False) -> npt.NDArray[np.int64]:
+        """The student's pixels by [truth, prediction], int64 (N, K, K), or (N, K, 2, 2)."""
+        if multi_label:
+            tables = self.student.reshape(len(self.student), -1, 8)[..., :4]
+            return tables.reshape(*tables.shape[:2], 2, 2).astype(np.int64)
         k = round((self.student.shape[1] + 1) ** 0.5) - 1  # from the K·K + 2·K columns
         return self.student[:, : k * k].reshape(-1, k, k).astype(np.int64)
 
-    def figures(self, id2label: dict[int, str]) -> dict[str, dict[str, float]]:
+    def figures(
+        self, id2label: dict[int, str], *, multi_label: bool = False
+    ) -> dict[str, dict[str, float]]:
         """Metrics of `student` (with `agreement` and `agreement_miou`) and of `teacher`."""
-        student = figures_of(self.student, id2label) | agreement_of(self.agreement, id2label)
-        return {"student": student, "teacher": figures_of(self.teacher, id2label)}
+        student, teacher = (
+            figures_of(rows, id2label, multi_label=multi_label)
+            for rows in (self.student, self.teacher)
+        )
+        same = agreement_of(self.agreement, id2label, multi_label=multi_label)
+        return {"student": student | same, "teacher": teacher}
 
     def save(self, path: Path) -> None:
         """Write them, all or nothing."""

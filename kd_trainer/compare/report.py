@@ -6,16 +6,16 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from kd_trainer.compare.budget import KINDS
 from kd_trainer.compare.results import FinishedRun
 from kd_trainer.compare.tables import markdown
+from kd_trainer.compare.variants import is_baseline
 from kd_trainer.costs import costs, file_mib
 from kd_trainer.files import write_json, write_text
 from kd_trainer.loading import load_student, make_teacher, network_name
@@ -60,41 +60,79 @@ def write_report(
 
 def summarise(runs: Sequence[FinishedRun], resamples: int) -> dict[str, Any]:
     """Everything that follows from the files of the runs alone; None is what is not known."""
-    by_kind = {kind: [run for run in runs if run.kind == kind] for kind in KINDS}
-    first = runs[0] if runs else None
-    teacher = first.figures["teacher"] if first else {}
-    gap = interval = None
-    if all(by_kind.values()):
-        gap = _gap(teacher["miou"], by_kind)
-        tables = {k: np.stack([r.counts.confusion() for r in by_kind[k]]) for k in KINDS}
-        interval = asdict(
-            bootstrap_difference(tables["distilled"], tables["baseline"], resamples=resamples)
-        )
+    groups = _by_kind(runs)
+    students = _quality(groups, resamples)
+    for kind, group in groups.items():
+        students[kind] |= _training(group)
+    first, final = (runs[0] if runs else None), None
+    if first and all(run.final_counts is not None for run in runs):
+        chosen = [replace(run, counts=run.final_counts) for run in runs if run.final_counts]
+        final = {
+            "data": first.note.get("final"),
+            "teacher": _teacher(chosen),
+            "students": _quality(_by_kind(chosen), resamples),
+            "eval_images": len(chosen[0].counts.student),
+        }
     return {
-        "teacher": {
-            "source": first.note.get("teacher") if first else None,
-            "metrics": {name: _finite(teacher.get(name)) for name in METRICS},
-        },
-        **{kind: _of_kind(group) for kind, group in by_kind.items()},
-        "updates": first.note.get("updates") if first else None,
-        "left_out_by_baseline": max((run.note.get("left_out") or 0 for run in runs), default=0),
-        "difference": _paired(by_kind),
-        "gap_closed": gap,
-        "bootstrap": interval,
+        "teacher": {"source": first.note.get("teacher") if first else None, **_teacher(runs)},
+        "students": students,
         "eval_images": len(first.counts.student) if first else None,
+        "final": final,
         "runs": [_row(run) for run in runs],
         "versions": _versions(runs),
     }
 
 
-def _of_kind(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+def _by_kind(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """The runs by name, baselines first."""
+    names = sorted(dict.fromkeys(run.kind for run in runs), key=lambda k: not is_baseline(k))
+    return {name: [run for run in runs if run.kind == name] for name in names}
+
+
+def _teacher(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """Metrics of the teacher as the first variant asks it, or else the first baseline."""
+    asked = next((run for run in runs if not is_baseline(run.kind)), runs[0] if runs else None)
+    figures = asked.figures["teacher"] if asked else {}
+    return {"metrics": {name: _finite(figures.get(name)) for name in METRICS}}
+
+
+def _quality(groups: dict[str, list[FinishedRun]], resamples: int) -> dict[str, dict[str, Any]]:
+    """Figures of each kind, and of a variant beside those of its baseline, if that has runs."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind, group in groups.items():
+        found[kind] = {
+            "seeds": [run.seed for run in group],
+            "metrics": {n: _mean([run.figures["student"][n] for run in group]) for n in METRICS},
+        }
+        if not is_baseline(kind):
+            alone = groups.get(group[0].baseline, [])
+            found[kind] |= {"flags": group[0].note.get("flags") or "", "baseline": None}
+            found[kind] |= dict.fromkeys(("difference", "gap_closed", "bootstrap"))
+            if alone:
+                found[kind] |= {"baseline": alone[0].kind, **_beside(alone, group, resamples)}
+    return found
+
+
+def _beside(
+    alone: Sequence[FinishedRun], taught: Sequence[FinishedRun], resamples: int
+) -> dict[str, Any]:
+    """A variant against its baseline: seed by seed, as a share of the gap, and over images."""
+    tables = [np.stack([run.confusion for run in group]) for group in (taught, alone)]
     return {
-        "seeds": [run.seed for run in runs],
-        "metrics": {n: _mean([run.figures["student"][n] for run in runs]) for n in METRICS},
+        "difference": _paired(alone, taught),
+        "gap_closed": _gap(taught[0].figures["teacher"]["miou"], alone, taught),
+        "bootstrap": asdict(bootstrap_difference(*tables, resamples=resamples)),
+    }
+
+
+def _training(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    return {
         "train_seconds": _mean([run.train_seconds for run in runs]),
         "peak_memory_mib": _mean([run.peak_memory_mib for run in runs]),
-        "train_images": runs[0].results.get("train_images") if runs else None,
-        "epochs": runs[0].results.get("epochs") if runs else None,
+        "train_images": runs[0].results.get("train_images"),
+        "epochs": runs[0].results.get("epochs"),
+        "updates": runs[0].note.get("updates"),
+        "left_out": max(run.note.get("left_out") or 0 for run in runs),
     }
 
 
@@ -112,17 +150,20 @@ def _mean(values: Sequence[float | None]) -> dict[str, Any] | None:
     return {"mean": mean.value, "standard_error": mean.error, "seeds": mean.count}
 
 
-def _paired(by_kind: dict[str, list[FinishedRun]]) -> dict[str, Any] | None:
-    """Distilled − baseline in mIoU, seed by seed: what a seed does to both cancels."""
-    baseline, distilled = (
-        {run.seed: run.figures["student"]["miou"] for run in by_kind[kind]} for kind in KINDS
-    )
-    return _mean([distilled[s] - baseline[s] for s in sorted(baseline.keys() & distilled.keys())])
+def _mious(runs: Sequence[FinishedRun]) -> dict[int, float]:
+    return {run.seed: run.figures["student"]["miou"] for run in runs}
 
 
-def _gap(teacher: float, by_kind: dict[str, list[FinishedRun]]) -> dict[str, Any]:
-    scores = {k: [r.figures["student"]["miou"] for r in runs] for k, runs in by_kind.items()}
-    means = (mean_of(scores[kind]) for kind in KINDS)
+def _paired(alone: Sequence[FinishedRun], taught: Sequence[FinishedRun]) -> dict[str, Any] | None:
+    """Taught − alone in mIoU, seed by seed: what a seed does to both cancels."""
+    without, with_ = _mious(alone), _mious(taught)
+    return _mean([with_[seed] - without[seed] for seed in sorted(without.keys() & with_.keys())])
+
+
+def _gap(
+    teacher: float, alone: Sequence[FinishedRun], taught: Sequence[FinishedRun]
+) -> dict[str, Any]:
+    means = (mean_of(list(_mious(runs).values())) for runs in (alone, taught))
     gap = gap_closed(Mean(teacher, None, 1), *means)
     return {
         "value": gap.closed,
@@ -140,10 +181,19 @@ def _row(run: FinishedRun) -> dict[str, Any]:
         "kind": run.kind,
         "seed": run.seed,
         **{name: _finite(run.figures["student"][name]) for name in METRICS},
+        "final_miou": _final_miou(run),
         "train_seconds": run.train_seconds,
         "peak_memory_mib": run.peak_memory_mib,
         "device": run.results.get("device"),
     }
+
+
+def _final_miou(run: FinishedRun) -> float | None:
+    if run.final_counts is None:
+        return None
+    return _finite(
+        run.final_counts.figures(run.id2label, multi_label=run.multi_label)["student"]["miou"]
+    )
 
 
 def _versions(runs: Sequence[FinishedRun]) -> dict[str, str]:
@@ -168,7 +218,7 @@ def measured_costs(
     networks: dict[str, nn.Module] = {"student": student}
     sizes: dict[str, AnySize] = {"student": image_size_of(student)}
     files = {"student": [str(folder)]}
-    distilled = next((run for run in runs if run.kind == "distilled"), None)
+    distilled = next((run for run in runs if not is_baseline(run.kind)), None)
     if distilled is not None:
         model = settings_of(ModelArguments, distilled.config)
         model["trust_remote_code"] = trust_remote_code

@@ -10,30 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from transformers import AutoConfig
 
 from kd_trainer.checkpointing.fingerprint import DEFAULTS, WITHOUT_EFFECT, Difference, differences
-from kd_trainer.compare.budget import KINDS
 from kd_trainer.compare.image_counts import ImageCounts, load_counts
 from kd_trainer.compare.runs import (
     COUNTS,
+    FINAL_COUNTS,
     NOTE,
     OF_THE_DISTILLATION,
     training_seconds_of,
     written_note,
     written_results,
 )
+from kd_trainer.compare.variants import BASELINE, is_baseline
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.run_folder import written_settings
 
 FILES = ("results.json", "config.yaml", NOTE, COUNTS)
-_FOLDER = re.compile(rf"({'|'.join(KINDS)})_seed(\d+)")
+_FOLDER = re.compile(r"(.+)_seed(\d+)")
 # Rounding differs between machines and may turn a few pixels; anything above it is something else.
 _ROUNDING = 1e-3
 # Two machines keep the same things in other places.
 _PATHS = ("dataset", "teacher", "unlabelled", "encoder_weights", "student")
 _BY_SEED = frozenset({"seed", "use_cpu"}) | WITHOUT_EFFECT
-_BY_TEACHER = frozenset({"teacher", "unlabelled"}) | OF_THE_DISTILLATION
+_BY_TEACHER = frozenset({"teacher", "unlabelled", "weight_schedule"}) | OF_THE_DISTILLATION
 # Stretched for a baseline without the unlabelled images.
 _STRETCHED = frozenset(
     {"max_steps", "num_train_epochs", "warmup_epochs", "unfreeze_warmup_epochs"}
@@ -53,6 +55,12 @@ class FinishedRun:
     results: dict[str, Any]
     note: dict[str, Any]
     counts: ImageCounts
+    final_counts: ImageCounts | None = None  # on the images that chose nothing
+
+    @property
+    def baseline(self) -> str:
+        """Name of the runs that it is compared with."""
+        return str(self.note.get("baseline") or BASELINE)
 
     @property
     def name(self) -> str:
@@ -66,13 +74,24 @@ class FinishedRun:
         if (student / "config.json").is_file():
             labels = AutoConfig.from_pretrained(student).id2label or {}
             return {int(index): str(name) for index, name in labels.items()}
-        names = {key: self.config.get(key) for key in ("num_labels", "class_names")}
+        keys = ("num_labels", "class_names", "multi_label")
+        names = {key: self.config.get(key) for key in keys}
         return DataArguments(**{k: v for k, v in names.items() if v is not None}).id2label
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a pixel may have several labels."""
+        return bool(self.config.get("multi_label"))
+
+    @property
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """The student's pixels of each image, see `ImageCounts.confusion`."""
+        return self.counts.confusion(multi_label=self.multi_label)
 
     @cached_property
     def figures(self) -> dict[str, dict[str, float]]:
         """Metrics of `student` and `teacher` from the counts."""
-        return self.counts.figures(self.id2label)
+        return self.counts.figures(self.id2label, multi_label=self.multi_label)
 
     @property
     def train_seconds(self) -> float | None:
@@ -87,13 +106,18 @@ class FinishedRun:
 
 
 def read_runs(
-    folders: Sequence[Path], *, seeds: list[int] | None = None, baselines: Path | None = None
+    folders: Sequence[Path],
+    *,
+    seeds: list[int] | None = None,
+    kinds: Sequence[str] | None = None,
+    baselines: Path | None = None,
 ) -> list[FinishedRun]:
     """The runs in folders of comparisons, checked to be comparable, by seed and kind.
 
     Args:
         folders: output folders of comparisons.
         seeds: leave out other seeds, and runs that are not finished; None reads everything.
+        kinds: names of the runs to read, in the order of the report; None reads all.
         baselines: take the baselines from this folder, and from the others none.
 
     Raises:
@@ -101,25 +125,31 @@ def read_runs(
         ValueError: if runs do not belong together; says which and why.
     """
     runs: dict[tuple[int, str], FinishedRun] = {}
-    places: list[tuple[Path, Sequence[str]]] = [(folder, KINDS) for folder in folders]
-    if baselines is not None:
-        places = [(baselines, ("baseline",)), *((folder, ("distilled",)) for folder in folders)]
-    for folder, kinds in places:
+    for folder in folders if baselines is None else (baselines, *folders):
         for run in _runs_in(folder, seeds, kinds):
+            if baselines is not None and is_baseline(run.kind) != (folder == baselines):
+                continue
             same = runs.setdefault((run.seed, run.kind), run)
             if not np.array_equal(same.counts.student, run.counts.student):
                 raise ValueError(
                     f"Expected one run of {run.kind} seed {run.seed}, got two with other figures, "
                     f"in {same.folder} and {run.folder}. Merge only one of them."
                 )
-    ordered = [runs[key] for key in sorted(runs)]
+    names = kinds or sorted({kind for _, kind in runs}, key=lambda k: (not is_baseline(k), k))
+    ordered = [runs[key] for key in sorted(runs, key=lambda k: (k[0], names.index(k[1])))]
     check_comparable(ordered)
     return ordered
 
 
-def _runs_in(folder: Path, seeds: list[int] | None, kinds: Sequence[str]) -> list[FinishedRun]:
+def _runs_in(
+    folder: Path, seeds: list[int] | None, kinds: Sequence[str] | None
+) -> list[FinishedRun]:
     names = {p: _FOLDER.fullmatch(p.name) for p in sorted(folder.glob("*_seed*"))}
-    matches = [(path, match) for path, match in names.items() if match and match[1] in kinds]
+    matches = [
+        (path, match)
+        for path, match in names.items()
+        if match and (kinds is None or match[1] in kinds)
+    ]
     if seeds is None and not matches:
         there = "a folder without one" if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
@@ -138,8 +168,10 @@ def _runs_in(folder: Path, seeds: list[int] | None, kinds: Sequence[str]) -> lis
                 "Finish it with compare.py, bring the files, or take the folder away."
             )
         config, note = DEFAULTS | written_settings(path), written_note(path)
-        counts = load_counts(path / COUNTS)
-        runs.append(FinishedRun(match[1], seed, path, config, results, note, counts))
+        counts, final = load_counts(path / COUNTS), None
+        if note.get("final") and (path / FINAL_COUNTS).is_file():
+            final = load_counts(path / FINAL_COUNTS)
+        runs.append(FinishedRun(match[1], seed, path, config, results, note, counts, final))
     return runs
 
 
@@ -157,14 +189,16 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
                 f"{written:.4f} and {counted:.4f}. Delete {COUNTS} and run compare.py again."
             )
         first = next(r for r in runs if r.kind == run.kind)
-        unread = OF_THE_DISTILLATION if run.kind == "baseline" else frozenset()
+        unread = OF_THE_DISTILLATION if is_baseline(run.kind) else frozenset()
         _check_settings(first, run, _BY_SEED | unread)
-        _check_data(runs[0], run)
+        _check_labels(runs[0], run)
+        _check_teacher(first, run)
     first_of = {run.kind: run for run in reversed(runs)}
-    if len(first_of) == len(KINDS):
-        baseline, distilled = (first_of[kind] for kind in KINDS)
-        stretched = _STRETCHED if baseline.note.get("left_out") else frozenset()
-        _check_settings(baseline, distilled, _BY_SEED | _BY_TEACHER | stretched)
+    for distilled in first_of.values():
+        baseline = first_of.get(distilled.baseline)
+        if baseline is not None and not is_baseline(distilled.kind):
+            stretched = _STRETCHED if baseline.note.get("left_out") else frozenset()
+            _check_settings(baseline, distilled, _BY_SEED | _BY_TEACHER | stretched)
 
 
 def _check_settings(one: FinishedRun, other: FinishedRun, ignored: frozenset[str]) -> None:
@@ -185,13 +219,16 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
     return config | {k: Path(str(config[k])).name for k in _PATHS if config.get(k) is not None}
 
 
-def _check_data(one: FinishedRun, other: FinishedRun) -> None:
-    truths = [run.counts.confusion().sum(axis=-1) for run in (one, other)]
+def _check_labels(one: FinishedRun, other: FinishedRun) -> None:
+    truths = [run.confusion.sum(axis=-1) for run in (one, other)]
     if not np.array_equal(*truths):
         raise ValueError(
             f"Expected runs measured on the same images, got {one.name} and {other.name} with "
             "other labels. Measure both on the same data."
         )
+
+
+def _check_teacher(one: FinishedRun, other: FinishedRun) -> None:
     teachers = [run.figures["teacher"]["miou"] for run in (one, other)]
     if abs(teachers[0] - teachers[1]) > _ROUNDING:
         raise ValueError(

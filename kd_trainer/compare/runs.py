@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ from typing import Any
 import yaml
 
 from kd_trainer.arguments import BALANCED
-from kd_trainer.build import FOUND, build_run
+from kd_trainer.build import FOUND, build_run, evaluation_dataset
 from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, step_of
 from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.compare.budget import Budget, baseline_settings
 from kd_trainer.compare.image_counts import count_images
+from kd_trainer.compare.variants import BASELINE, Variant, is_baseline
 from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import reset_peak_memory, weight_files
+from kd_trainer.data_arguments import DataArguments
 from kd_trainer.files import write_json
 from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
@@ -27,11 +29,13 @@ from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import NOTE_SHAPE, RESULTS_SHAPE, read_object, written_settings
 
-COUNTS, NOTE = "image_counts.npz", "comparison_run.json"
+COUNTS, FINAL_COUNTS, NOTE = "image_counts.npz", "final_counts.npz", "comparison_run.json"
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
+    | {"feature_pairs", "projection_learning_rate"}
     | {"temperature_per", "teacher_targets", "teacher_shares", "teacher_flip", "class_map"}
+    | {"pseudo_labels", "pseudo_confidence", "labelled_share", "adaptive_weight"}
     | {*(t.flag for t in TERMS if t.needs_teacher)}
 )
 
@@ -47,17 +51,43 @@ def weights_digest(*sources: str) -> str | None:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Final:
+    """Data on which the chosen students are measured once more.
+
+    Attributes:
+        dataset: a source; None for that of the run.
+        split: of it; None for the split that chose them.
+    """
+
+    dataset: str | None
+    split: str | None
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables: no path."""
+        return " ".join(filter(None, (self.dataset and Path(self.dataset).name, self.split)))
+
+    def settings(self, data: DataArguments) -> DataArguments:
+        """Those of a run's data, to read this instead."""
+        dataset, split = self.dataset or data.dataset, self.split or data.eval_split
+        return replace(data, dataset=dataset, eval_split=split)
+
+
 @dataclass
 class PlannedRun:
     """One run of a comparison.
 
     Attributes:
-        kind: baseline or distilled.
+        kind: what its row and its folder are called: a baseline's name, or a variant's.
         seed: of weights, data order and augmentation.
         run: its settings.
-        reference: the distilled run of this seed, which knows teacher and evaluation data.
-        budget: shared by all runs.
+        reference: the run with a teacher of this seed, which knows teacher and evaluation data.
+        budget: shared by a variant and its baseline.
         teacher_weights: digest of the teacher's weights, where it can be known.
+        variant: what it is, or what it is the first baseline of.
+        baseline: name of its baseline's runs.
+        final: data to measure its student on as well.
     """
 
     kind: str
@@ -66,6 +96,9 @@ class PlannedRun:
     reference: RunArguments
     budget: Budget
     teacher_weights: str | None
+    variant: Variant | None = None
+    baseline: str = BASELINE
+    final: Final | None = None
 
     @property
     def folder(self) -> Path:
@@ -78,6 +111,11 @@ class PlannedRun:
         return f"{self.kind} seed {self.seed}"
 
     @property
+    def side(self) -> str:
+        """Whose budget it has: baseline or distilled."""
+        return "baseline" if is_baseline(self.kind) else "distilled"
+
+    @property
     def trained(self) -> bool:
         """Whether the training came to its end."""
         return written_results(self.folder).get("student_miou") is not None
@@ -85,7 +123,15 @@ class PlannedRun:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        return self.trained and all((self.folder / name).is_file() for name in (COUNTS, NOTE))
+        counted = all((self.folder / name).is_file() for name in (COUNTS, NOTE))
+        return self.trained and counted and self._measured_finally
+
+    @property
+    def _measured_finally(self) -> bool:
+        if self.final is None:
+            return True
+        measured = written_note(self.folder).get("final") == self.final.name
+        return measured and (self.folder / FINAL_COUNTS).is_file()
 
     def checkpoint(self) -> int:
         """Step of the newest complete checkpoint; 0 without one."""
@@ -104,7 +150,7 @@ class PlannedRun:
         now = yaml.safe_load(yaml.safe_dump(self.run.resolved()))
         left_open = (None, [BALANCED])  # which the run has found out by itself, and written down
         now |= {n: before.get(n) for n in FOUND if now.get(n) in left_open}
-        unread = OF_THE_DISTILLATION if self.kind == "baseline" else frozenset()
+        unread = OF_THE_DISTILLATION if is_baseline(self.kind) else frozenset()
         others = [str(d) for d in differences(before, now, WITHOUT_EFFECT | unread)]
         note, steps = written_note(self.folder), self.budget.steps
         if note.get("teacher_weights", self.teacher_weights) != self.teacher_weights:
@@ -132,13 +178,25 @@ class PlannedRun:
         parts = build_run(self.reference)
         assert parts.eval_dataset is not None
         parts.eval_dataset.transform.eval_size = self.run.data.eval_size
-        count_images(
+        student, args, ignore = (
             load_student(self.folder / "student"),
-            parts.teacher,
-            parts.eval_dataset,
             self.run.training,
-            ignore_index=self.run.data.ignore_index,
-        ).save(self.folder / COUNTS)
+            self.run.data.ignore_index,
+        )
+        for dataset, file in ((parts.eval_dataset, COUNTS), (self.final_dataset(), FINAL_COUNTS)):
+            if dataset is not None:
+                counts = count_images(student, parts.teacher, dataset, args, ignore_index=ignore)
+                counts.save(self.folder / file)
+        if self.final is not None:
+            note = written_note(self.folder) | {"final": self.final.name}
+            write_json(self.folder / NOTE, note)
+
+    def final_dataset(self) -> Any:
+        """The data of `final`; None without."""
+        if self.final is None:
+            return None
+        batch_size = self.run.training.per_device_eval_batch_size
+        return evaluation_dataset(self.final.settings(self.reference.data), batch_size=batch_size)
 
     def _train(self, train: Callable[[RunArguments], Any]) -> None:
         # With nothing but incomplete ones the training says so: that is not to start anew.
@@ -157,7 +215,9 @@ class PlannedRun:
             "whole_time": starts > 0,  # results.json counts the seconds of all starts
             "memory_is_its_own": memory_is_its_own,
             "updates": self.budget.steps,
-            "left_out": self.budget.left_out if self.kind == "baseline" else 0,
+            "left_out": self.budget.left_out if is_baseline(self.kind) else 0,
+            "baseline": None if is_baseline(self.kind) else self.baseline,
+            "flags": self.variant.flags if self.variant and not is_baseline(self.kind) else "",
             "teacher": self.reference.model.teacher_name,
             "teacher_weights": self.teacher_weights,
         }
@@ -165,21 +225,68 @@ class PlannedRun:
 
 
 def plan_runs(
-    settings: dict[str, Any], budget: Budget, *, seeds: list[int], kinds: list[str], folder: Path
+    variants: Sequence[tuple[Variant, Budget]],
+    *,
+    seeds: list[int],
+    folder: Path,
+    wants: Callable[[str], bool] = lambda _: True,
+    final: Final | None = None,
 ) -> list[PlannedRun]:
-    """All runs, baseline before distilled, seed by seed, each checked against its folder."""
+    """All runs seed by seed, baselines before variants, each checked against its folder.
+
+    Args:
+        variants: with what each may spend.
+        seeds: of each.
+        folder: gets a folder a run.
+        wants: whether runs of a name are planned.
+        final: data to measure the students on as well.
+    """
+    settings = variants[0][0].settings
     weights = weights_digest(*ModelArguments(**settings_of(ModelArguments, settings)).teachers)
+    names = baseline_names(variants, folder)
+    kinds: dict[str, tuple[Variant, Budget, str]] = {}
+    for (variant, budget), baseline in zip(variants, names, strict=True):
+        kinds.setdefault(baseline, (variant, budget, baseline))
+    for (variant, budget), baseline in zip(variants, names, strict=True):
+        kinds[variant.name] = (variant, budget, baseline)
     planned = []
     for seed in seeds:
-        for kind in kinds:
+        for kind in filter(wants, kinds):
+            variant, budget, baseline = kinds[kind]
             output = str(folder / f"{kind}_seed{seed}")
-            of_seed = settings | {"seed": seed, "output_dir": output}
+            of_seed = variant.settings | {"seed": seed, "output_dir": output}
             run = reference = build(of_seed)
-            if kind == "baseline":
+            if is_baseline(kind):
                 run = build(baseline_settings(of_seed, reference.training, budget))
-            planned.append(PlannedRun(kind, seed, run, reference, budget, weights))
+            about = (run, reference, budget, weights, variant, baseline, final)
+            planned.append(PlannedRun(kind, seed, *about))
             planned[-1].check()
     return planned
+
+
+def baseline_names(variants: Sequence[tuple[Variant, Budget]], folder: Path) -> list[str]:
+    """What the baseline of each variant is called: one name where without a teacher all is equal.
+
+    The first variant's is `baseline`, another one `baseline_of_` a variant that it belongs to, of
+    those the one that has such runs already: a variant that comes later trains nothing again.
+    """
+    alone = []
+    for variant, budget in variants:
+        settings = variant.settings | {"output_dir": str(folder)}
+        run = build(baseline_settings(settings, build(settings).training, budget))
+        alone.append(run.resolved() | {"steps": budget.steps})
+    ignored = WITHOUT_EFFECT | OF_THE_DISTILLATION
+    names: list[str] = []
+    for one in alone:
+        same = [
+            variant.name
+            for (variant, _), other in zip(variants, alone, strict=True)
+            if not differences(one, other, ignored)
+        ]
+        trained = (name for name in same if any(folder.glob(f"{BASELINE}_of_{name}_seed*")))
+        first = variants[0][0].name in same
+        names.append(BASELINE if first else f"{BASELINE}_of_{next(trained, same[0])}")
+    return names
 
 
 def written_results(folder: Path) -> dict[str, Any]:

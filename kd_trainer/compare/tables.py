@@ -28,7 +28,7 @@ def markdown(summary: dict[str, Any]) -> str:
         _findings(summary),
         "## Cost of the networks\n\n" + _costs(summary["costs"]),
         "## Latency\n\n" + _latency(summary["costs"]),
-        "## Training\n\n" + _training(summary),
+        "## Training\n\n" + _training(summary["students"]),
         "## Runs\n\n" + _runs(summary["runs"]),
         "## Versions\n\n"
         + (", ".join(f"{k} {v}" for k, v in summary["versions"].items()) or UNKNOWN),
@@ -37,32 +37,66 @@ def markdown(summary: dict[str, Any]) -> str:
 
 
 def _budget(summary: dict[str, Any]) -> str:
-    seeds = {k: " ".join(map(str, summary[k]["seeds"])) for k in ("baseline", "distilled")}
-    text = (
-        f"The same student without a teacher (baseline, seeds {seeds['baseline'] or 'none'}) and "
-        f"with one (distilled, seeds {seeds['distilled'] or 'none'})"
-    )
-    if summary["updates"] is not None:
-        text += f", {summary['updates']:,} steps each"
-    if summary["left_out_by_baseline"]:
-        text += (
-            f". The baseline leaves out {summary['left_out_by_baseline']:,} images without "
-            "masks and sees the others more often instead"
-        )
-    return text + "."
+    """What was trained, on what budget, and by which flags a variant differs."""
+    lines = []
+    for name, one in summary["students"].items():
+        line = f"- {name}: seeds {' '.join(map(str, one['seeds']))}"
+        if one["updates"] is not None:
+            line += f", {one['updates']:,} steps each"
+        if one.get("flags"):
+            line += f", with `{one['flags']}`"
+        if one.get("baseline"):
+            line += f", beside {one['baseline']}"
+        if one["left_out"]:
+            line += (
+                f". It leaves out {one['left_out']:,} images without masks and sees the others "
+                "more often instead"
+            )
+        lines.append(f"{line}.")
+    about = "The same student without a teacher (baseline) and with one, and nothing else changed."
+    return "\n".join([f"{about}\n", *lines]) if lines else about
 
 
 def _quality(summary: dict[str, Any]) -> str:
-    rows = []
-    for key, name in _METRICS.items():
-        teacher = summary["teacher"]["metrics"][key]
-        cells = ["—" if key == "agreement" else number(teacher, ",.4f", UNKNOWN)]
-        cells += [_with_error(summary[kind]["metrics"][key]) for kind in ("baseline", "distilled")]
-        rows.append([name, *cells])
-    table = markdown_table(["", "teacher", "baseline", "distilled"], rows)
+    """The one table: a row a student, with both sets of figures where there are two."""
+    final = summary["final"]
+    places = [("", summary)] + ([(f"{final['data']} ", final)] if final else [])
+    header = ["", "seeds"]
+    rows = [["teacher", ""], *([k, str(len(v["seeds"]))] for k, v in summary["students"].items())]
+    for prefix, figures in places:
+        header += [f"{prefix}mIoU", f"{prefix}gap closed"]
+        of_teacher = figures["teacher"]["metrics"]["miou"]
+        rows[0] += [number(of_teacher, ",.4f", UNKNOWN), "—"]
+        for row, one in zip(rows[1:], figures["students"].values(), strict=True):
+            row += [_with_error(one["metrics"]["miou"]), _gap(one)]
+    others = [key for key in _METRICS if key != "miou"]
+    header += [_METRICS[key] for key in others]
+    for key in others:
+        of_teacher = summary["teacher"]["metrics"][key]
+        rows[0].append("—" if key == "agreement" else number(of_teacher, ",.4f", UNKNOWN))
+        for row, one in zip(rows[1:], summary["students"].values(), strict=True):
+            row.append(_with_error(one["metrics"][key]))
     images = summary["eval_images"]
     about = f"{images:,} evaluation images; " if images is not None else ""
-    return f"{table}\n\n{about}± is the standard error of the mean over seeds."
+    text = (
+        f"{markdown_table(header, rows)}\n\n{about}± is the standard error of the mean over seeds."
+    )
+    if final:
+        text += (
+            f" They chose each run's best evaluation; the {final['eval_images']:,} images of "
+            f"{final['data']} chose nothing."
+        )
+    return text
+
+
+def _gap(one: dict[str, Any]) -> str:
+    gap = one.get("gap_closed")
+    if gap is None:
+        return "—"
+    if gap["value"] is None:
+        return "too small to judge"
+    error = gap["standard_error"]
+    return f"{gap['value']:.3f}" + (" (one seed)" if error is None else f" ± {error:.3f}")
 
 
 def _with_error(mean: dict[str, Any] | None, digits: int = 4) -> str:
@@ -75,17 +109,29 @@ def _with_error(mean: dict[str, Any] | None, digits: int = 4) -> str:
 
 
 def _findings(summary: dict[str, Any]) -> str:
-    difference, interval = summary["difference"], summary["bootstrap"]
-    if summary["gap_closed"] is None:
-        return "There are no runs of both kinds yet, so nothing is compared."
-    lines = [f"- {summary['gap_closed']['sentence']}"]
+    """Of each variant, of both sets of figures, what can be said of it."""
+    final = summary["final"]
+    parts = [_finding(name, one) for name, one in summary["students"].items()]
+    if final:
+        on = f" on {final['data']}"
+        parts += [_finding(f"{name}{on}", one) for name, one in final["students"].items()]
+    return "\n\n".join(filter(None, parts)) or (
+        "There are no runs of both kinds yet, so nothing is compared."
+    )
+
+
+def _finding(name: str, one: dict[str, Any]) -> str:
+    if one.get("gap_closed") is None:
+        return ""
+    difference, interval = one["difference"], one["bootstrap"]
+    beside = f"{name} minus {one['baseline']} in mIoU"
+    lines = [f"{name}:\n", f"- {one['gap_closed']['sentence']}"]
     if difference is not None:
         error = difference["standard_error"]
         spread = "one seed, no standard error" if error is None else f"± {error:.4f}"
-        mean = f"{difference['mean']:+.4f} ({spread})"
-        lines.append(f"- Distilled minus baseline in mIoU, seed by seed: {mean}.")
+        lines.append(f"- {beside}, seed by seed: {difference['mean']:+.4f} ({spread}).")
     lines.append(
-        f"- Distilled minus baseline in mIoU, bootstrap over {interval['images']:,} images: "
+        f"- {beside}, bootstrap over {interval['images']:,} images: "
         f"{interval['estimate']:+.4f}, {interval['level']:.0%} interval {interval['low']:+.4f} to "
         f"{interval['high']:+.4f} ({interval['resamples']:,} resamples of the images, these "
         "students)."
@@ -133,10 +179,9 @@ def _latency(costs: dict[str, Any]) -> str:
     return f"{table}\n\nOne image on the CPU, networks called in turn.{busy}"
 
 
-def _training(summary: dict[str, Any]) -> str:
+def _training(students: dict[str, dict[str, Any]]) -> str:
     rows = []
-    for kind in ("baseline", "distilled"):
-        one = summary[kind]
+    for kind, one in students.items():
         seconds = one["train_seconds"]
         rows.append(
             [
@@ -152,12 +197,15 @@ def _training(summary: dict[str, Any]) -> str:
 
 
 def _runs(runs: Sequence[dict[str, Any]]) -> str:
+    final = any(run["final_miou"] is not None for run in runs)
     rows = [
         [run["kind"], str(run["seed"])]
         + [number(run[key], ",.4f", UNKNOWN) for key in _METRICS]
+        + ([number(run["final_miou"], ",.4f", UNKNOWN)] if final else [])
         + [UNKNOWN if run["train_seconds"] is None else duration(run["train_seconds"])]
         for run in runs
     ]
     if not rows:
         return "None is finished."
-    return markdown_table(["", "seed", *_METRICS.values(), "training"], rows)
+    more = ["final mIoU"] if final else []
+    return markdown_table(["", "seed", *_METRICS.values(), *more, "training"], rows)

@@ -221,6 +221,7 @@ class Augmentation:
             and of brightness and contrast in `seed`.
         floats: images are normalised floats of any channels: only the geometry of `kind` is left,
             and what comes in from outside is 0, their mean.
+        colours: whether its changes of colour are left; geometry alone makes a weak view.
 
     Raises:
         ValueError: if `kind` is unknown or `seed` negative.
@@ -231,6 +232,7 @@ class Augmentation:
         kind: str,
         *,
         floats: bool = False,
+        colours: bool = True,
         image_size: AnySize,
         seed: int,
         brightness_contrast_probability: float,
@@ -247,8 +249,9 @@ class Augmentation:
             "light": _light,
             "none": list,
         }[kind]()
-        if floats:
+        if floats or not colours:
             transforms = [t for t in transforms if isinstance(t, A.HorizontalFlip | LogitAffine)]
+        if floats:
             for affine in (t for t in transforms if isinstance(t, LogitAffine)):
                 affine.fill = 0
         # Of the kind `mask`, so that geometry moves logits and nothing else touches them.
@@ -297,6 +300,32 @@ class Augmentation:
 
     def reseed(self, *, epoch: int, index: int) -> None:
         """Set both generators of every transform for one sample; takes about 30 microseconds."""
-        sequence = np.random.SeedSequence([self.seed, epoch, index])
-        python_seed = int(sequence.generate_state(1, np.uint64)[0])
-        self.compose.set_random_state(np.random.default_rng(sequence), random.Random(python_seed))
+        _reseed(self.compose, [self.seed, epoch, index])
+
+
+def _reseed(compose: A.Compose, numbers: list[int]) -> None:
+    sequence = np.random.SeedSequence(numbers)
+    python_seed = int(sequence.generate_state(1, np.uint64)[0])
+    compose.set_random_state(np.random.default_rng(sequence), random.Random(python_seed))
+
+
+class StrongView:
+    """A change of colours and sharpness alone, so that labels and the teacher's answers stay.
+
+    Source: the strong augmentation of UniMatch V2, Yang et al. 2024, arXiv 2410.10777.
+    """
+
+    def __init__(self) -> None:
+        self.compose = A.Compose(
+            [
+                A.ColorJitter(0.5, 0.5, 0.5, 0.25, p=0.8),
+                A.ToGray(p=0.2),
+                # A kernel of 0 is as wide as the blur needs.
+                A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5),
+            ]
+        )
+
+    def __call__(self, image: Pixels, numbers: list[int]) -> Pixels:
+        """A view of uint8 RGB (H, W, 3); a function of the numbers."""
+        _reseed(self.compose, numbers)
+        return np.asarray(self.compose(image=image)["image"], np.uint8)

@@ -13,10 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.nn.functional as F
 from PIL import TiffImagePlugin as Tiff
-from torch import Tensor
 
 from kd_trainer.data.images import (
     MAX_PIXELS,
@@ -27,13 +24,13 @@ from kd_trainer.data.images import (
     read_image_bytes,
 )
 from kd_trainer.data.mask_files import raw_array
-from kd_trainer.models.image_processing import resize_image
+from kd_trainer.data_arguments import DataArguments
+from kd_trainer.models.image_processing import scaled_channels
 
 FloatImage = npt.NDArray[np.float32]
 """(H, W, C)."""
 
 _TIFF = (b"II*\x00", b"MM\x00*")
-_SCALES = {"uint8": 255.0, "uint16": 65535.0}
 _LEAST_STD = 1e-6
 
 
@@ -55,6 +52,13 @@ class Channels:
         return np.asarray((image - mean) / std, np.float32)
 
 
+def channels_of_data(data: DataArguments) -> Channels | None:
+    """How images are read that are not 8-bit RGB; None where they are, or were not measured yet."""
+    if data.channel_mean is None or data.channel_std is None:
+        return None
+    return Channels(tuple(data.channel_mean), tuple(data.channel_std))
+
+
 def decode_channels(cell: EncodedImage, index: int, count: int) -> FloatImage:
     """Decode an image by its own depth, scaled, its channels in the order of the file.
 
@@ -70,18 +74,13 @@ def decode_channels(cell: EncodedImage, index: int, count: int) -> FloatImage:
     name = image_name(cell, index)
     data = read_image_bytes(cell, name)
     values = raw_array(data, name)
-    values = _decoded(data, name) if values is None else _channels_last(values, count)
-    if values.ndim != 3 or values.shape[2] != count:
+    try:
+        return scaled_channels(_decoded(data, name) if values is None else values, count)
+    except ValueError as error:
         raise BadSampleError(
-            f"Expected an image of {count} channels (--in_channels), got {values.shape} in {name}. "
-            "Set --in_channels to what the images have, the same for all."
-        )
-    image = values.astype(np.float32) / np.float32(_SCALES.get(values.dtype.name, 1.0))
-    if not np.isfinite(image).all():
-        raise BadSampleError(
-            f"Expected finite values, got NaN or infinity in {name}. Fill the gaps first."
-        )
-    return image
+            f"Expected {error} in {name}. Set --in_channels to what the images have, the same for "
+            "all, and fill gaps first."
+        ) from None
 
 
 def channels_shape(cell: EncodedImage, index: int) -> tuple[int, int]:
@@ -128,24 +127,6 @@ def measured(rows: Any, count: int) -> tuple[list[float], list[float], int]:
     return [float(f"{v:.6g}") for v in mean], [float(f"{v:.6g}") for v in std], images
 
 
-def resize_floats(image: FloatImage, height: int, width: int) -> FloatImage:
-    """Bilinear with antialiasing, as `resize_image` does it with bytes."""
-    if image.shape[:2] == (height, width):
-        return image
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
-    options: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": True}
-    resized = F.interpolate(pixels, (height, width), **options)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
-
-
-def resize_any(image: Tensor, height: int, width: int) -> Tensor:
-    """An image (C, H, W), bytes or normalised floats, at another size."""
-    if image.dtype == torch.uint8:
-        return resize_image(image, height, width)
-    resized = resize_floats(image.permute(1, 2, 0).numpy(), height, width)
-    return torch.from_numpy(resized).permute(2, 0, 1)
-
-
 def visible(image: FloatImage) -> npt.NDArray[np.uint8]:
     """The first three channels, or the first, as an RGB image for people: 1 to 99 % as 0..255."""
     shown = image[..., :3] if image.shape[2] >= 3 else image[..., :1].repeat(3, axis=2)
@@ -155,14 +136,6 @@ def visible(image: FloatImage) -> npt.NDArray[np.uint8]:
         .clip(0, 255)
         .astype(np.uint8)
     )
-
-
-def _channels_last(values: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    if values.ndim == 2:
-        return values[..., None]
-    if values.ndim == 3 and values.shape[2] != count and values.shape[0] == count:
-        return np.moveaxis(values, 0, 2)
-    return values
 
 
 def _header_shape(data: bytes, name: str) -> tuple[int, int]:

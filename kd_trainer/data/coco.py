@@ -25,6 +25,7 @@ from kd_trainer.data.coco_annotations import (
     is_box,
     merged_classes,
     read_annotations,
+    rest_class,
     without_root,
 )
 from kd_trainer.data.coco_drawing import draw
@@ -53,6 +54,7 @@ class CocoSplit:
 
     Args:
         annotations: the json file.
+        reference: the one whose categories are the classes, that of the split to train on.
         path: of the data set, near which the images are looked for.
         split: what it is called in the data set.
         categories: names of those that are the foreground; empty for all.
@@ -63,6 +65,7 @@ class CocoSplit:
     """
 
     annotations: Path
+    reference: Path
     path: Path
     split: str
     categories: tuple[str, ...]
@@ -91,14 +94,7 @@ class CocoSplit:
 
     def _drawn(self, content: dict[str, Any]) -> list[tuple[int, int, dict[str, Any]]]:
         """The annotations with an outline that belong to a class; says how many have none."""
-        categories = without_root(content)
-        # Of several labels a pixel each category has a plane, and there is no background.
-        count = self.num_labels + self.multi_label
-        classes = (
-            category_classes(categories, self.categories, count, self.annotations)
-            if self.merged is None
-            else merged_classes(categories, self.merged, self.ignore_index, self.annotations)
-        )
+        classes = self._classes(content)
         entries = [e for e in content["annotations"] if e["category_id"] in classes]
         outlined = [entry for entry in entries if not is_box(entry)]
         if entries and not outlined:
@@ -118,6 +114,37 @@ class CocoSplit:
             value = 1 if self.multi_label else class_id
             drawn.append((class_id, self.ignore_index if entry.get("iscrowd") else value, entry))
         return drawn
+
+    def _classes(self, content: dict[str, Any]) -> dict[int, int]:
+        """Class of each category id that is drawn; says which the split to train on does not have.
+
+        Tools leave out what no image of a split shows, and number the rest anew: names decide.
+        """
+        same = self.reference == self.annotations
+        known = without_root(content if same else read_annotations(self.reference))
+        # Of several labels a pixel each category has a plane, and there is no background.
+        count = self.num_labels + self.multi_label
+        classes = (
+            category_classes(known, self.categories, count, self.reference)
+            if self.merged is None
+            else merged_classes(known, self.merged, self.ignore_index, self.reference)
+        )
+        if same:
+            return classes
+        own = foreground_categories(without_root(content))
+        named = {name: classes.get(i, 0) for i, name in foreground_categories(known).items()}
+        others = {i: name for i, name in own.items() if name not in named}
+        label = 0 if self.categories or self.multi_label else self.ignore_index
+        if self.merged is not None:
+            label = rest_class(self.merged, self.ignore_index)
+        unknown = [e for e in content["annotations"] if e["category_id"] in others]
+        if unknown and label == self.ignore_index:
+            announce(
+                f"{len(unknown):,} objects of {self.annotations} count nowhere: {self.reference} "
+                f"has no category {show_names([*others.values()])}."
+            )
+        found = {i: named.get(name, label) for i, name in own.items()}
+        return {i: found[i] for i in own if found[i]}
 
     @cached_property
     def images(self) -> tuple[Path, list[str]]:
@@ -190,6 +217,7 @@ def load_coco(
         announce(f"Split {split}: {annotations}. --train_split and --eval_split name others.")
     source = CocoSplit(
         annotations,
+        _reference(path, data) or annotations,
         path,
         name,
         tuple(data.categories),
@@ -214,6 +242,13 @@ def load_coco(
     return _draw_all(source, ranges), lengths
 
 
+def _reference(path: Path, data: DataArguments) -> Path | None:
+    """The annotations of the split to train on; None if there are none."""
+    with suppress(MissingSplitError):
+        return find_annotations(path, data.train_split, (data.eval_split,))[0]
+    return None
+
+
 def _report_relocated(source: CocoSplit) -> None:
     """Say once where files lie whose names are paths of another machine."""
     folder, files = source.images
@@ -227,8 +262,9 @@ def _report_relocated(source: CocoSplit) -> None:
 
 
 def _draw_all(source: CocoSplit, ranges: list[tuple[int, int]]) -> datasets.Dataset:
-    stat = source.annotations.stat()
-    state = [source.__getstate__(), source.images, stat.st_mtime_ns, stat.st_size, DRAWING]
+    stats = [file.stat() for file in (source.annotations, source.reference)]
+    read = [(stat.st_mtime_ns, stat.st_size) for stat in stats]
+    state = [source.__getstate__(), source.images, read, DRAWING]
     try:
         return datasets.Dataset.from_generator(
             source.rows,

@@ -189,6 +189,11 @@ def merged_classes(
     return classes
 
 
+def rest_class(members: ClassMembers, ignore_index: int) -> int:
+    """Class of a category that `--merge_classes` does not name: that of `REST`, or none."""
+    return next((i for i, one in enumerate(members.members) if REST in one), ignore_index)
+
+
 def _no_category(name: str, flag: str, names: Sequence[str], path: Path) -> ValueError:
     return ValueError(
         f"Expected {flag} to be a category of {path}, got {name!r}; there are "

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_trainer.data.augmentation import OUTSIDE, Augmentation
-from kd_trainer.data.channels import Channels, resize_any
+from kd_trainer.data.augmentation import OUTSIDE, Augmentation, StrongView
+from kd_trainer.data.channels import Channels
 from kd_trainer.data.images import (
     BadSample,
     BadSampleError,
@@ -26,7 +26,8 @@ from kd_trainer.data.images import (
 )
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.data.planes import PlaneRule
-from kd_trainer.models.image_processing import PADDING, fitted_size, to_input
+from kd_trainer.data.views import STRONG, STRONG_STREAM, Views
+from kd_trainer.models.image_processing import PADDING, fitted_size, resize_image, to_input
 from kd_trainer.models.image_sizes import AnySize, Size, as_size
 
 Pixel = TypeVar("Pixel", bound=np.generic)
@@ -72,6 +73,9 @@ class SegmentationTransform:
         seed: first of the three numbers (seed, epoch, index) that decide a draw.
         brightness_contrast_probability: of that group in `heavy`.
         channels: how images are read that are not 8-bit RGB; samples then hold normalised floats.
+        scales: between which the image in its input size is scaled at random, before a random part
+            of the input's size is taken; None leaves it whole, but for `crop`.
+        views: strong views of each sample, and how it is mixed with another.
 
     Attributes:
         targets: the teacher's logits of the clean images; None leaves them out of the samples.
@@ -95,17 +99,22 @@ class SegmentationTransform:
         seed: int,
         brightness_contrast_probability: float,
         channels: Channels | None = None,
+        scales: tuple[float, float] | None = None,
+        views: Views | None = None,
     ) -> None:
         self.channels = channels
         self.image_size = as_size(image_size)
         self.rule = rule
         self.resize = resize
+        self.scales = scales or (SCALES if resize == "crop" else None)
+        self.views, self.strong_view = views or Views(), StrongView()
         self.augment = Augmentation(
             augmentation,
             image_size=self.image_size,
             seed=seed,
             brightness_contrast_probability=brightness_contrast_probability,
             floats=channels is not None,
+            colours=not self.views.strong,
         )
 
     def __call__(self, row: Mapping[str, Any], *, epoch: int, index: int) -> dict[str, Tensor]:
@@ -121,7 +130,7 @@ class SegmentationTransform:
             `labels` uint8 (H, W), or (K, H, W) of a `PlaneRule`, with the rule's `ignore_index`;
             `distil_mask` bool (H, W): True where the labels count, and on a image without a mask on
             every pixel that is not from outside of it. With `targets` also `teacher_logits` float16
-            (K, H, W), moved as the mask is.
+            (K, H, W), moved as the mask is; with `views` what `_views` says.
 
         Raises:
             BadSampleError: if a file is unreadable, the sizes of image and mask differ, or the
@@ -130,12 +139,11 @@ class SegmentationTransform:
         one_thread_per_worker(os.getpid())
         targets: dict[str, Tensor] = {}
         cell, logits = self._with_targets(row["image"], index)
-        channels = self.channels
-        image = decode_image(cell, index) if channels is None else channels.image(cell, index)
+        image = self._image(cell, index)
         labels = self._labels(row, image.shape[:2], index)
         view = self._view(image.shape[:2], epoch=epoch, index=index)
         size = self.image_size if self.eval_size == "input" else view.size
-        pixels = resize_any(torch.from_numpy(image).permute(2, 0, 1), *view.size)
+        pixels = resize_image(torch.from_numpy(image).permute(2, 0, 1), *view.size)
         mask = view.part(resize_labels(labels, view.size))
         clean = view.part(pixels.permute(1, 2, 0).numpy()), mask.astype(np.int16)
         if logits is None:
@@ -150,13 +158,13 @@ class SegmentationTransform:
             maps = padded(maps, size, [0] * maps.shape[-1])
             moved = torch.from_numpy(np.ascontiguousarray(maps)).half()
             targets = {"teacher_logits": moved.permute(2, 0, 1).contiguous()}
-        changed = padded(changed, size, PADDING if channels is None else 0)
+        shown = self._views(changed, size, [self.augment.seed, epoch, index])
+        changed = padded(changed, size, PADDING if self.channels is None else 0)
         changed_mask = padded(changed_mask, size, OUTSIDE)
         inside = changed_mask != OUTSIDE  # (H, W, K) of planes, all of which move together
         ignored = changed_mask.astype(np.uint8)
         ignored[~inside] = self.rule.ignore_index
-        # On an image with a mask the teacher is followed where the labels count, and no
-        # further; on one without, everywhere.
+        # With a mask the teacher is followed where the labels count; without one everywhere.
         labelled = row.get("mask") is not None
         followed = ignored != self.rule.ignore_index if labelled else inside
         if ignored.ndim == 3:
@@ -166,12 +174,39 @@ class SegmentationTransform:
             "labels": torch.from_numpy(ignored),
             "distil_mask": torch.from_numpy(followed),
             **targets,
+            **shown,
         }
 
+    def _views(
+        self, image: npt.NDArray[np.uint8], size: Size, numbers: list[int]
+    ) -> dict[str, Tensor]:
+        """What the student sees in place of an image (H, W, 3) without padding: see `Views`.
+
+        Returns:
+            `strong_views` uint8 (V, 3, H, W), where there are any; and that of `Views.draw_mix`.
+        """
+        mixing = self.views.draw_mix(numbers, size)
+        if not self.views.strong:
+            return mixing
+        strong = (
+            self.strong_view(image, [*numbers, STRONG_STREAM, view])
+            for view in range(self.views.strong)
+        )
+        stacked = np.stack([planes(padded(view, size, PADDING)) for view in strong])
+        return {STRONG: torch.from_numpy(stacked), **mixing}
+
     def clean_image(self, cell: EncodedImage, index: int) -> Tensor:
-        """An image as every network sees it before any augmentation, uint8 (3, H, W)."""
-        image = torch.from_numpy(decode_image(cell, index)).permute(2, 0, 1)
+        """An image as every network sees it before any augmentation, uint8 (3, H, W).
+
+        With `channels` normalised float32 (C, H, W).
+        """
+        image = torch.from_numpy(self._image(cell, index)).permute(2, 0, 1)
         return to_input(image, self.image_size, keep_aspect_ratio=self.resize != "stretch")
+
+    def _image(self, cell: EncodedImage, index: int) -> npt.NDArray[Any]:
+        if self.channels is None:
+            return decode_image(cell, index)
+        return self.channels.image(cell, index)
 
     def content_size(self, shape: tuple[int, ...]) -> Size:
         """(height, width) of an image of this shape in the input, without the padding."""
@@ -185,11 +220,11 @@ class SegmentationTransform:
             own = shape[0], shape[1]
             return View(own, 0, 0, own)
         fitted = self.content_size(shape)
-        if self.resize != "crop":
+        if self.scales is None:
             return View(fitted, 0, 0, fitted)
         # The 1 makes it another stream than that of the augmentation, of the first three numbers.
         draw = np.random.default_rng([self.augment.seed, epoch, index, 1])
-        factor = draw.uniform(*SCALES)
+        factor = draw.uniform(*self.scales)
         height, width = (max(1, round(side * factor)) for side in fitted)
         wanted = min(height, self.image_size[0]), min(width, self.image_size[1])
         top, left = (
@@ -310,7 +345,8 @@ def collate(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     Args:
         samples: dicts of `pixel_values` (3, H, W), `labels` (H, W) or (K, H, W), `distil_mask`
-            (H, W), and the `teacher_logits` (K, H, W) where they are cached.
+            (H, W), and the `teacher_logits` (K, H, W) where they are cached; what else they hold is
+            stacked likewise.
 
     Returns:
         The same names with a leading batch axis; bytes stay bytes, the trainer normalises them.
@@ -364,10 +400,21 @@ class TransformedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         """Set the epoch of the next draws; call it before the DataLoader's iterator is made."""
         self._epoch.set(epoch)
 
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self._epoch.get()
+
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The sample of row `index` in the current epoch."""
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Tensor]:
+        """The sample of row `index` in the current epoch.
+
+        Of a pair the second number says how often the epoch has shown the row before: each time it
+        is drawn as if it were another row.
+        """
+        index, turn = index if isinstance(index, tuple) else (index, 0)
         index = range(len(self))[index]  # a negative index means the same row, so the same draw
-        return self.transform(self.dataset[index], epoch=self._epoch.get(), index=index)
+        draw = index + turn * len(self)
+        return self.transform(self.dataset[index], epoch=self.epoch, index=draw)

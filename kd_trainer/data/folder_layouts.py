@@ -19,7 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.data.listing import IMAGE_SUFFIXES, MASK_SUFFIXES, list_images, list_masks
+from kd_trainer.data.listing import (
+    IMAGE_SUFFIXES,
+    MASK_SUFFIXES,
+    list_images,
+    list_masks,
+    split_names,
+)
 from kd_trainer.data.pairing import (
     IMAGE_WORDS,
     MASK_WORDS,
@@ -44,8 +50,11 @@ OTHER_WORDS = frozenset(
     | {"instanceids", "object", "overlay", "overlays", "preview", "previews", "visualization"}
     | {"visualizations", "vis", "viz", "depth", "disparity", "edge", "edges", "polygons"}
 )
+# Of DRIVE: its `mask` is where the camera sees anything, its `2nd_manual` another's opinion.
+_BY_HAND = "1st_manual"
 _FILLERS = frozenset({"dir", "dirs", "folder", "data", "set", "files", "of", "and", "the"})
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")
+_FIRST_WORD = re.compile(r"[^\W\d_]+")
 _GLUED = re.compile(
     rf"(?:(?P<s1>{'|'.join(SPLIT_WORDS)})(?P<k1>{'|'.join(MASK_WORDS | IMAGE_WORDS)})"
     rf"|(?P<k2>{'|'.join(MASK_WORDS | IMAGE_WORDS)})(?P<s2>{'|'.join(SPLIT_WORDS)}))"
@@ -248,8 +257,9 @@ def read_folders(
     Raises:
         ValueError: if the folders can be read in several ways; lists them.
     """
-    named = {"images": image_folder, "masks": mask_folder}
     found = sorted(walk(root), key=lambda folder: folder[1])
+    drawn = any(_BY_HAND in parts for _, parts, _ in found)
+    named = {"images": image_folder, "masks": mask_folder or (_BY_HAND if drawn else None)}
     above = _common_parts([parts for _, parts, _ in found])
     folders = []
     for path, parts, has_images in found:
@@ -270,15 +280,17 @@ def read_folders(
         name or "train": [pair for pair in couples.items() if pair[0].split == name]
         for name in sorted(names, key=str)
     }
+    readers = {name: partial(_pairs_of, pairs) for name, pairs in by_split.items()}
+    in_names = _splits_in_names(couples) if names == {None} else set()
+    readers |= {name: partial(_pairs_of, by_split["train"], name) for name in in_names}
     left_over = [f for f in folders if f not in couples and f not in partners.values()]
     without = {f.split: f.path for f in left_over if f.split and f.kind != "masks"}
     images, masks = next(iter(couples.items()))
     flags = {"image_folder": images.family, "mask_folder": masks.family}
     return Layout(
         "folders",
-        _described(images, masks),
-        {name: partial(_pairs_of, pairs) for name, pairs in by_split.items()}
-        | {name or "train": partial(_raise, fault) for name, fault in faults.items()},
+        _described(images, masks) + (", names begin with their split" if in_names else ""),
+        readers | {name or "train": partial(_raise, fault) for name, fault in faults.items()},
         {name: family for name, family in flags.items() if family},
         {name: path for name, path in without.items() if name not in by_split},
     )
@@ -370,8 +382,30 @@ def _raise(fault: ValueError) -> list[Pair]:
     raise fault
 
 
-def _pairs_of(couples: Sequence[tuple[Folder, Folder]]) -> list[Pair]:
-    return [pair for images, masks in couples for pair in pairs_in(images.path, masks.path)]
+def _pairs_of(couples: Sequence[tuple[Folder, Folder]], split: str | None = None) -> list[Pair]:
+    """The pairs of folders, all or those whose images are called after a split."""
+    pairs = (pair for images, masks in couples for pair in pairs_in(images.path, masks.path))
+    return [pair for pair in pairs if split is None or _split_of_name(pair[0]) == split]
+
+
+def _split_of_name(image: Path) -> str | None:
+    """`train` of `train_0.jpg`; None if the name begins with no split."""
+    word = _FIRST_WORD.match(image.stem)
+    return None if word is None else SPLIT_WORDS.get(word[0].lower())
+
+
+def _splits_in_names(couples: Mapping[Folder, Folder]) -> set[str]:
+    """The splits that all images are called after, if one of several is to be trained on."""
+    splits: set[str | None] = set()
+    for images, masks in couples.items():
+        files = (
+            divide_files(_files(images.path))[0] if images is masks else list_images(images.path)
+        )
+        splits |= {_split_of_name(file) for file in files}
+    named = {split for split in splits if split is not None}
+    return (
+        named if named == splits and len(named) > 1 and named & {*split_names("train")} else set()
+    )
 
 
 def pairs_in(image_folder: Path, mask_folder: Path) -> list[Pair]:

@@ -2,6 +2,9 @@
 
 Which ones depends on their names alone: runs of other seeds, and of other machines, compare on the
 same images, and an image that is added later moves few others.
+
+Images in folders of their own (of a patient, a city, a video) stay together: their likes on both
+sides would make the figures those of images that were trained on.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ import datasets
 from kd_trainer.errors import clipped
 
 HOLD_OUT_SEED = 0
+SINGLE = "none"
+"""In the place of a pattern of groups: each image by itself, whatever folder it is in."""
+_LEAST_FOLDERS = 3  # of two, one would be about half of the images
 
 
 def row_names(rows: datasets.Dataset, root: Path) -> list[str]:
@@ -47,16 +53,23 @@ def held_out(names: Sequence[str], fraction: float, group_by: str | None) -> lis
         names: of all rows.
         fraction: of them that are held out, above 0 and below 1; at least one, and not all.
         group_by: a regular expression; rows in whose names its first group (or, without one, the
-            whole match) is the same stay together.
+            whole match) is the same stay together. None keeps folders whole (`folders_of`), and
+            `SINGLE` keeps nothing together.
 
     Raises:
         ValueError: if a name does not match, or nothing would be left on one of the two sides.
     """
     groups: dict[str, list[int]] = defaultdict(list)
-    for number, name in enumerate(names):
-        groups[name if group_by is None else _group(name, group_by)].append(number)
+    if group_by == SINGLE:
+        keys = names
+    elif group_by is None:
+        keys = folders_of(names) or names
+    else:
+        keys = [_group(name, group_by) for name in names]
+    for number, key in enumerate(keys):
+        groups[key].append(number)
     if len(groups) < 2:
-        what = "images" if group_by is None else f"groups by --group_by {group_by}"
+        what = "images" if keys is names else f"groups by --group_by {group_by}"
         raise ValueError(
             f"Expected at least 2 {what} to hold some out of, got {len(groups)}. Name the split "
             "to evaluate on with --eval_split, or train without one: --eval_strategy no."
@@ -69,6 +82,20 @@ def held_out(names: Sequence[str], fraction: float, group_by: str | None) -> lis
             chosen += groups[name]
     smallest = min(ordered, key=lambda name: len(groups[name]))
     return sorted(chosen or groups[smallest])
+
+
+def folders_of(names: Sequence[str]) -> list[str] | None:
+    """The folder of each image, where at least three hold several; None where they do not.
+
+    Of folders in folders it is the first level on which there are three: that of patients, not of
+    their series.
+    """
+    above = [name.split("/")[:-1] for name in names]
+    for depth in range(1, min(map(len, above), default=0) + 1):
+        folders = ["/".join(parts[:depth]) for parts in above]
+        if (count := len({*folders})) >= _LEAST_FOLDERS:
+            return folders if len(names) >= 2 * count else None
+    return None
 
 
 def _group(name: str, pattern: str) -> str:
@@ -94,11 +121,13 @@ class Division:
         rest: the rows to train on.
         chosen: those that are held out.
         names: of those that are held out.
+        folders: those that are held out as a whole; empty where none are.
     """
 
     rest: datasets.Dataset
     chosen: datasets.Dataset
     names: tuple[str, ...]
+    folders: tuple[str, ...] = ()
 
 
 def divide(rows: Any, root: Path, fraction: float, group_by: str | None) -> Division:
@@ -116,4 +145,6 @@ def divide(rows: Any, root: Path, fraction: float, group_by: str | None) -> Divi
     names = row_names(rows, root)
     chosen = held_out(names, fraction, group_by)
     rest = sorted({*range(len(rows))} - {*chosen})
-    return Division(rows.select(rest), rows.select(chosen), tuple(names[i] for i in chosen))
+    folders = folders_of(names) if group_by is None else None
+    whole = () if folders is None else tuple(dict.fromkeys(folders[i] for i in chosen))
+    return Division(rows.select(rest), rows.select(chosen), tuple(names[i] for i in chosen), whole)

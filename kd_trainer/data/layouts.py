@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from kd_trainer.data.folder_layouts import Layout, pairs_in, read_folders
+from kd_trainer.data.folder_layouts import Layout, pairs_in, read_folders, split_in
 from kd_trainer.data.known_layouts import read_cityscapes, read_voc
 from kd_trainer.data.listing import (
     MissingSplitError,
@@ -81,13 +81,26 @@ def find_layout(data: DataArguments) -> Layout:
     return table
 
 
+def known_layout(data: DataArguments) -> Layout | None:
+    """The layout of a folder as that of a well-known data set, which may say what its classes are.
+
+    None if it is another one. Looks into few folders, where `find_layout` walks through all.
+    """
+    root, layout = Path(data.dataset), None
+    if root.is_dir() and data.layout in (None, "voc"):
+        layout = read_voc(root, data.image_folder, data.mask_folder)
+    if root.is_dir() and layout is None and data.layout in (None, "cityscapes"):
+        layout = None if data.mask_folder else read_cityscapes(root)
+    return layout
+
+
 def _readings(root: Path, data: DataArguments) -> list[Layout | None]:
     if root.is_file():
         return [read_csv_files(root, data)]
+    if (known := known_layout(data)) is not None:  # more than its folders say
+        return [known]
     splits = (data.train_split, data.eval_split)
     readers: dict[str, Callable[[], Layout | None]] = {
-        "voc": lambda: read_voc(root, data.image_folder, data.mask_folder),
-        "cityscapes": lambda: None if data.mask_folder else read_cityscapes(root),
         "metadata": lambda: read_metadata(root, data),
         "csv": lambda: read_csv_files(root, data),
         "folders": lambda: read_folders(
@@ -96,10 +109,8 @@ def _readings(root: Path, data: DataArguments) -> list[Layout | None]:
     }
     if data.layout is not None:
         return [readers[data.layout]()] if data.layout in readers else []
-    for name in ("voc", "cityscapes", "metadata", "csv"):
+    for name in ("metadata", "csv"):
         layout = readers[name]()
-        if layout is not None and name in ("voc", "cityscapes"):  # more than their folders say
-            return [layout]
         if layout is not None:
             return [layout, readers["folders"]()]
     return [readers["folders"]()]
@@ -137,6 +148,8 @@ def split_of(layout: Layout, split: str, data: DataArguments) -> str:
                 f"other splits have some ({layout.description}). Add them, or name another split "
                 "with --eval_split."
             )
+    if "train" in split_names(split) and len(known) == 1 and split_in(*known) is None:
+        return known.popitem()[1]  # the one list of an export, such as default
     if (Path(data.dataset) / split).is_dir():
         check_folders(data, split)
     raise MissingSplitError(
@@ -191,3 +204,9 @@ def say(*lines: str, about: str = "") -> None:
     ):
         tqdm.write(text, file=sys.stderr)
     _SAID.add(about or text)
+
+
+def say_split(source: Path | str, split: str, name: str) -> None:
+    """Say which split is taken, where it goes by another name."""
+    if name != split:
+        say(f"{source}: {name} is the split {split}. Otherwise: --train_split, --eval_split.")

@@ -7,7 +7,7 @@ first, then by their numbers, if there are as many as labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.mask_flags import IGNORED, ClassMembers, show_color
@@ -56,10 +56,19 @@ def named_color_rule(members: ClassMembers, ignore_index: int) -> MaskRule:
 
 def color_flags(rule: MaskRule) -> list[str]:
     """`--mask_colors` that says what a rule that was found says, with the names of Pascal VOC."""
-    named = rule.values == tuple(map(voc_color, range(len(_VOC_NAMES))))
-    names = [f"{name}=" for name in _VOC_NAMES] if named else [""] * rule.num_labels
-    flags = [name + show_color(color) for name, color in zip(names, rule.values, strict=False)]
+    named: Sequence[str] = [""] * rule.num_labels
+    if rule.values == tuple(map(voc_color, range(len(_VOC_NAMES)))):
+        named = [f"{name}=" for name in _VOC_NAMES]
+    elif rule.values[0] != _BLACK:
+        named = [f"{name}=" for name in _names(rule.values)]
+    flags = [name + show_color(color) for name, color in zip(named, rule.values, strict=False)]
     return [*flags, *(f"{IGNORED}={show_color(color)}" for color in rule.also_ignored)]
+
+
+def _names(order: Sequence[int]) -> list[str]:
+    """Names of colours that nobody has named: without black nothing says which is background."""
+    names = [f"class_{i}" for i in range(len(order))]
+    return ["background", *names[1:]] if order[0] == _BLACK else names
 
 
 def color_count(pixels: Mapping[int, int], seen: Mapping[int, str]) -> int:
@@ -123,6 +132,8 @@ def color_rule(
         reading = f"{show_color(order[1])} is foreground."
     else:
         reading = f"classes 0 to {num_labels - 1} in the order {_flags(order)}."
+        if order[0] != _BLACK:
+            reading += " Without black none is background; figures of the foreground omit class 0."
     return MaskRule(
         order,
         ignore_index,
@@ -141,8 +152,7 @@ def _other_number(
     of_voc: bool,
 ) -> ValueError:
     rarest = min(pixels, key=lambda color: (pixels[color], color))
-    names = ["background", *(f"class_{i}" for i in range(1, len(order)))]
-    named = " ".join(f"{n}={show_color(c)}" for n, c in zip(names, order, strict=True))
+    named = " ".join(f"{n}={show_color(c)}" for n, c in zip(_names(order), order, strict=True))
     flags = f"--num_labels {len(order)} --mask_colors {named}"
     cure = f"Name the classes in their order, such as {flags}"
     if of_voc:

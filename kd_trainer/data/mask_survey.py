@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -243,6 +243,18 @@ def find_mask_rule(
     return replace(rule, kind=survey.kind, also_ignored=tuple(ignored))
 
 
+class LabelCount(NamedTuple):
+    """Classes that masks show.
+
+    Attributes:
+        classes: how many.
+        ids: of those that were seen, where the values are class ids; else none.
+    """
+
+    classes: int
+    ids: tuple[int, ...] = ()
+
+
 def count_labels(
     masks: Iterable[EncodedImage | None],
     *,
@@ -251,7 +263,7 @@ def count_labels(
     ignored: Sequence[int] = (),
     kind: str | None = None,
     skip_bad: bool = False,
-) -> int:
+) -> LabelCount:
     """The number of classes that some masks of a data set show.
 
     Two, if they can be read as masks of one foreground; else they are ids, of which the sample
@@ -270,22 +282,23 @@ def count_labels(
     """
     masks = list(masks)
     if skip_bad and not reduced and _most_are_binary(masks, kind or "values"):
-        return 2  # what the others hold is bad
+        return LabelCount(2)  # what the others hold is bad
     survey = survey_masks(masks, ignore_index, kind, skip_bad=skip_bad)
     if survey.kind == "colors":
-        return color_count(survey.pixels, survey.seen)
+        return LabelCount(color_count(survey.pixels, survey.seen))
     survey = survey.without(ignored)
+    ids = {*survey.seen} - {ignore_index, 255}
+    highest = max(ids, default=2 if reduced else 0)
+    if reduced:
+        return LabelCount(highest)
     try:
-        if not reduced:
-            _binary_rule(survey, ignore_index)
-            return 2
+        _binary_rule(survey, ignore_index)
     except ValueError:
-        ids = {*survey.seen} - {ignore_index, 255}
-        highest = max(ids, default=0)
         if len(ids) < 3 or survey.lossy or survey.kind != "values" or highest >= 2 * len(ids):
             raise
-        return highest if ids == {*range(1, highest + 1)} else highest + 1
-    return max({*survey.seen} - {ignore_index, 255}, default=2)
+        from_one = ids == {*range(1, highest + 1)}
+        return LabelCount(highest) if from_one else LabelCount(highest + 1, tuple(sorted(ids)))
+    return LabelCount(2)
 
 
 def _most_are_binary(masks: Sequence[EncodedImage | None], kind: str) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,22 +20,28 @@ from kd_trainer.data.bad_samples import (
     check_split,
     readable_values,
 )
-from kd_trainer.data.channels import Channels, channels_shape
+from kd_trainer.data.channels import channels_of_data, channels_shape
+from kd_trainer.data.class_tables import color_flags_of, find_class_table
 from kd_trainer.data.dataset import SegmentationTransform, check_same_size
 from kd_trainer.data.images import BadSample, BadSampleError, image_name, image_shape
-from kd_trainer.data.mask_colors import color_flags, named_color_rule
+from kd_trainer.data.layouts import say
+from kd_trainer.data.mask_colors import MOST_COLORS, color_flags, named_color_rule
 from kd_trainer.data.mask_files import mask_shape
-from kd_trainer.data.mask_survey import count_labels, find_mask_rule
-from kd_trainer.data.masks import MaskRule, merged_rule, present_values
+from kd_trainer.data.mask_survey import LabelCount, count_labels, find_mask_rule, survey_masks
+from kd_trainer.data.masks import MaskRule, merged_rule, present_values, show_values
 from kd_trainer.data.planes import PlaneRule, check_planes
-from kd_trainer.data.sources import is_coco, known_label_count, names_of_values, source_layout
+from kd_trainer.data.quota import has_mask
+from kd_trainer.data.sources import class_layout, is_coco, known_label_count, names_of_values
+from kd_trainer.data.views import Views
 from kd_trainer.data_arguments import DataArguments
-from kd_trainer.mask_flags import REST, color_members, merged_members, numbered
+from kd_trainer.errors import clipped
+from kd_trainer.mask_flags import REST, color_members, merged_members, numbered, show_color
 
 SAMPLE = 200
 """Masks of each split in which the rule is looked for: about a second at 640 px."""
 MANY = 1000
 """Masks of each split in which class ids are counted."""
+_SHOWN = 20  # class ids that somebody would copy
 
 
 def mask_rule(
@@ -91,6 +99,7 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
     Raises:
         ValueError: if there may be several labels a pixel, which only the user knows.
     """
+    data = with_class_table(splits, data)
     if data.num_labels is not None:
         return data
     count = known_label_count(data)
@@ -99,12 +108,65 @@ def with_label_count(splits: Mapping[str, Any], data: DataArguments) -> DataArgu
     if count is not None:
         return replace(data, num_labels=count)
     found = _counted(splits, data, SAMPLE)
-    if found > 2 and data.mask_kind in (None, "values"):  # a class may be rare
-        found = max(found, _counted(splits, replace(data, mask_kind="values"), MANY))
-    return replace(data, num_labels=found)
+    of_ids = found.classes > 2 and data.mask_kind in (None, "values")
+    if of_ids and not all(isinstance(s, Sized) and len(s) <= SAMPLE for s in splits.values()):
+        # A class may be rare.
+        many = _counted(splits, replace(data, mask_kind="values"), MANY)
+        found = many if many.classes >= found.classes else found
+    if found.ids and (unseen := {*range(found.classes)} - {*found.ids}):
+        values = " ".join(map(str, found.ids)) if len(found.ids) <= _SHOWN else "..."
+        say(
+            f"Masks: ids up to {found.classes - 1}, but none of those looked at holds "
+            f"{show_values(unseen)}: classes all the same. Without them: --mask_values "
+            f"{values} and --class_names; --merge_classes merges."
+        )
+    return replace(data, num_labels=found.classes)
 
 
-def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> int:
+def with_class_table(splits: Mapping[str, Any], data: DataArguments) -> DataArguments:
+    """The settings with the colours and names of a table beside the masks, if they have them.
+
+    Raises:
+        ValueError: if the table cannot be read, or has another number of classes.
+    """
+    said = (data.mask_values, data.mask_colors, data.merge_classes, data.mask_threshold)
+    path = Path(data.dataset)
+    if (
+        any(said)
+        or (data.reduce_labels or data.multi_label or data.mask_kind not in (None, "colors"))
+        or (data.dataset in ("", "synthetic") or not path.exists() or is_coco(data))
+    ):
+        return data
+    first = next((row for rows in splits.values() for row in sample_rows(rows, 1)), None)
+    table = None if first is None else find_class_table(path, first["mask"]["path"])
+    if table is None:
+        return data
+    masks = [row["mask"] for rows in splits.values() for row in sample_rows(rows)]
+    with suppress(BadSampleError):  # what cannot be read is said where the rule is found
+        colors = _colors_by(table.names, masks, data)
+        if colors:
+            flags = color_flags_of(table, colors, data.num_labels, data.class_names)
+            members = color_members(flags)
+            named = clipped(", ".join(members.names or ()), 200)
+            nowhere = f"; {', '.join(map(show_color, map(int, members.ignored)))} counts nowhere"
+            say(
+                f"Masks: the {len(members.members)} colours and names of {table.file}: {named}"
+                f"{nowhere if members.ignored else ''}. --mask_colors overrules."
+            )
+            return replace(data, mask_colors=flags, num_labels=len(members.members))
+    return data
+
+
+def _colors_by(names: Collection[int], masks: Sequence[Any], data: DataArguments) -> set[int]:
+    """The colours in masks, if a table of these may be theirs; grey ones and indices may be ids."""
+    survey = partial(survey_masks, masks, data.ignore_index, skip_bad=data.on_bad_sample == "skip")
+    if (found := survey(data.mask_kind)).kind == "colors":
+        return set() if len(found.seen) > MOST_COLORS else {*found.seen}
+    colors = {*survey("colors").seen} if found.kind == "values" else set()
+    return colors if colors <= {*names} else set()
+
+
+def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> LabelCount:
     """Classes in up to so many masks of each split; 2 where they do not show it."""
     with suppress(ValueError):
         return count_labels(
@@ -115,7 +177,7 @@ def _counted(splits: Mapping[str, Any], data: DataArguments, most: int) -> int:
             kind=data.mask_kind,
             skip_bad=data.on_bad_sample == "skip",
         )
-    return 2
+    return LabelCount(2)
 
 
 def learned(rule: MaskRule, data: DataArguments) -> DataArguments:
@@ -195,7 +257,7 @@ def _rule_of_layout(
     data: DataArguments, ignored: tuple[int, ...], options: dict[str, Any]
 ) -> MaskRule | None:
     """The rule of a data set whose layout says which value is which class; None if it does not."""
-    layout = None if data.dataset == "synthetic" or is_coco(data) else source_layout(data)
+    layout = class_layout(data)
     if layout is None or layout.mask_values is None or len(layout.mask_values) != data.label_count:
         return None
     ignored = tuple(sorted({*ignored, *layout.ignored_values}))
@@ -296,9 +358,6 @@ def transforms(
     Returns:
         (training, evaluation), with the same rule for masks.
     """
-    channels = None
-    if data.channel_mean is not None and data.channel_std is not None:
-        channels = Channels(tuple(data.channel_mean), tuple(data.channel_std))
     rule: MaskRule | PlaneRule
     data = with_label_count(splits, data)
     if data.multi_label:
@@ -308,6 +367,14 @@ def transforms(
     else:
         rule = mask_rule(splits, data, every_class=every_class)
     whole = "fit" if data.resize == "crop" else data.resize
+    only_training: dict[str, Any] = {
+        "scales": None if data.scale_jitter is None else tuple(data.scale_jitter),
+        "views": Views(
+            strong=data.strong_views,
+            mix=data.cutmix,
+            classes=data.label_count if data.cutmix_mode == "class" else 0,
+        ),
+    }
     training, evaluation = (
         SegmentationTransform(
             data.input_size,
@@ -316,9 +383,13 @@ def transforms(
             augmentation=kind,
             seed=seed,
             brightness_contrast_probability=data.brightness_contrast_probability,
-            channels=channels,
+            channels=channels_of_data(data),
+            **more,
         )
-        for kind, resize in ((data.augmentation, data.resize), ("none", whole))
+        for kind, resize, more in (
+            (data.augmentation, data.resize, only_training),
+            ("none", whole, {}),
+        )
     )
     return training, evaluation
 
@@ -328,8 +399,6 @@ def sample_rows(rows: Any, most: int | None = None) -> Iterator[dict[str, Any]]:
     most = SAMPLE if most is None else most
     if not isinstance(rows, datasets.Dataset):
         return (row for row in islice(rows, most) if row["mask"] is not None)
-    # As an arrow column: 100,000 rows are looked through without reading any image.
-    masks = rows.select_columns("mask").with_format("arrow")[:]["mask"]
-    labelled = np.flatnonzero(masks.is_valid().to_numpy())
+    labelled = np.flatnonzero(has_mask(rows))
     count = min(most, len(labelled))
     return (rows[int(labelled[len(labelled) * i // count])] for i in range(count))

@@ -10,22 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow  # type: ignore[import-untyped]
-import pyarrow.parquet  # type: ignore[import-untyped]
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import constants
 
 from kd_trainer.data.coco import (
     coco_class_names,
     coco_label_count,
-    file_for_split,
     is_coco_folder,
     load_coco,
 )
 from kd_trainer.data.columns import class_names_beside, find_columns
 from kd_trainer.data.folder_layouts import Layout
 from kd_trainer.data.hold_out import Division, divide
-from kd_trainer.data.layouts import MASKS, find_layout, find_pairs, in_pair_folder, say, split_of
+from kd_trainer.data.layouts import (
+    MASKS,
+    find_layout,
+    find_pairs,
+    in_pair_folder,
+    known_layout,
+    say,
+    say_split,
+    split_of,
+)
 from kd_trainer.data.listing import (
     MissingSplitError,
     confined,
@@ -39,72 +45,12 @@ from kd_trainer.data.listing import (
     unlabelled_dataset,
 )
 from kd_trainer.data.pairing import example
+from kd_trainer.data.parquet import has_parquet, load_parquet, parquet_files
 from kd_trainer.data.path_tables import TABLE_SUFFIXES
 from kd_trainer.data.streaming import stream_lengths, with_lengths
 from kd_trainer.data.synthetic import synthetic_splits
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import is_own
-
-
-def parquet_files(path: Path, split: str, other_splits: Sequence[str]) -> list[Path]:
-    """The parquet files of a split, in the order of their names.
-
-    They are `<split>.parquet`, `<split>-*.parquet` or `<split>/*.parquet` in a folder or its
-    `data` folder; beside a single file, the file with the other split's name.
-
-    Raises:
-        FileNotFoundError: if there are none; says what there is.
-    """
-    if path.is_file():
-        return [file_for_split(path, split, other_splits)]
-    for name in split_names(split, other_splits):
-        for folder in (path, path / "data"):
-            for pattern in (f"{name}.parquet", f"{name}-*.parquet", f"{name}/*.parquet"):
-                if files := sorted(folder.glob(pattern)):
-                    _say_split(path, split, name)
-                    return files
-    others = sorted(str(p.relative_to(path)) for p in path.rglob("*.parquet"))
-    raise MissingSplitError(
-        split,
-        f"Expected {split}.parquet, {split}-*.parquet or {split}/*.parquet in {path}, got "
-        f"{show_names(others)}. Name the splits with --train_split and --eval_split.",
-    )
-
-
-def _say_split(source: Path | str, split: str, name: str) -> None:
-    if name != split:
-        say(f"{source}: {name} is the split {split}. Otherwise: --train_split, --eval_split.")
-
-
-def has_parquet(folder: Path) -> bool:
-    """Whether there are parquet files where `parquet_files` looks for them, of any split."""
-    patterns = ("*.parquet", "*/*.parquet", "data/*/*.parquet")
-    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
-
-
-def load_parquet(files: Sequence[Path], *, streaming: bool) -> tuple[Any, list[int]]:
-    """Load parquet files as one data set, all columns.
-
-    Returns:
-        A Dataset or IterableDataset, and the number of rows of each file.
-
-    Raises:
-        ValueError: if a file is no parquet file.
-    """
-    try:
-        lengths = [pyarrow.parquet.read_metadata(file).num_rows for file in files]
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(
-            f"Expected parquet files, got {show_names(_names(files))}: {error}."
-        ) from (None)
-    loaded = datasets.load_dataset(
-        "parquet", data_files={"train": _names(files)}, split="train", streaming=streaming
-    )
-    return loaded, lengths
-
-
-def _names(files: Sequence[Path]) -> list[str]:
-    return [str(file) for file in files]
 
 
 def load_hub(
@@ -143,7 +89,7 @@ def load_hub(
         names = [name for name in split_names(split, other_splits) if name in present]
         taken = names[0] if names else split  # also a part of one (`train[:75%]`)
         loaded = datasets.load_dataset(name, split=taken, streaming=streaming, **options)
-        _say_split(name, split, taken)
+        say_split(name, split, taken)
         return loaded
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
@@ -305,13 +251,14 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
     listed: dict[str, Any] = {}
     divided: dict[str, datasets.Dataset] = {}
     held_out: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
     for name in names:
         try:
             rows, lengths = _labelled(data, name, limits.get(name), layout)
         except MissingSplitError as error:
             division, other = _hold_out(data, name, layout, error)
             divided = {name: division.chosen, other: division.rest}
-            held_out = division.names
+            held_out, folders = division.names, division.folders
             continue
         listed[name] = rows
         loaded[name] = _finished(data, name, limits.get(name), rows, lengths)
@@ -320,7 +267,7 @@ def load_source(data: DataArguments, splits: Sequence[str] | None = None) -> Loa
     if layout is not None:
         _say_layout(data, layout, listed | divided)
     if divided:
-        _say_held_out(data, divided)
+        _say_held_out(data, divided, folders)
     kind = datasets.IterableDatasetDict if data.streaming else datasets.DatasetDict
     return LoadedSplits(kind({name: loaded[name] for name in names}), held_out)
 
@@ -369,12 +316,18 @@ def _say_layout(data: DataArguments, layout: Layout, listed: Mapping[str, Any]) 
     )
 
 
-def _say_held_out(data: DataArguments, divided: Mapping[str, datasets.Dataset]) -> None:
+def _say_held_out(
+    data: DataArguments, divided: Mapping[str, datasets.Dataset], folders: Sequence[str]
+) -> None:
     (missing, chosen), (other, rest) = divided.items()
+    whole = (
+        f", as whole folders ({show_names(folders)}), whose images may be alike (--group_by none "
+        "takes single images)"
+    )
     say(
         f"{data.dataset} has no split {missing!r}: {len(chosen):,} of {len(chosen) + len(rest):,} "
-        f"images of {other} are held out to evaluate on, always the same ones. Otherwise: "
-        "--eval_split, --eval_fraction, --group_by."
+        f"images of {other} are held out to evaluate on, always the same ones"
+        f"{whole if folders else ''}. Otherwise: --eval_split, --eval_fraction, --group_by."
     )
 
 
@@ -469,12 +422,18 @@ def source_layout(data: DataArguments) -> Layout | None:
     return find_layout(data) if laid_out else None
 
 
+def class_layout(data: DataArguments) -> Layout | None:
+    """The layout of a well-known data set, the only one that says its classes; else None."""
+    laid_out = _is_laid_out(data, (data.train_split, data.eval_split))
+    return known_layout(data) if laid_out else None
+
+
 def source_class_names(data: DataArguments) -> list[str] | None:
     """Names of the classes that the data itself has, background first; None if it has none."""
     if not data.dataset:
         return None
-    if data.merge_classes is not None:
-        return None  # which has names of its own
+    if data.class_members is not None and data.class_members.names is not None:
+        return None  # the settings have names of their own
     if not is_coco(data):
         names = names_of_values(data)
         if names and data.reduce_labels and len(names) == data.label_count + 1:
@@ -501,7 +460,7 @@ def names_of_values(data: DataArguments) -> list[str] | None:
     """Names of the values in mask files: of the layout, or of an id2label.json; else None."""
     if not data.dataset or data.dataset == "synthetic":
         return None
-    layout = source_layout(data)
+    layout = class_layout(data)
     if layout is not None and layout.class_names is not None:
         return [*layout.class_names]
     return class_names_beside(data.dataset)
@@ -552,7 +511,7 @@ def _from_disk(path: Path, split: str, other_splits: Sequence[str]) -> datasets.
             f"Expected the split {split!r} in {path}, got {', '.join(saved)}."
             f"{did_you_mean(split, saved)} Name the splits with --train_split and --eval_split.",
         )
-    _say_split(path, split, name)
+    say_split(path, split, name)
     return saved[name]
 
 

@@ -24,13 +24,16 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
-from kd_trainer.build import RunComponents, image_count
+from kd_trainer.build import RunComponents, images_an_epoch
 from kd_trainer.config import RunArguments
 from kd_trainer.costs import length_in_epochs, steps_per_epoch
+from kd_trainer.data import TransformedDataset
+from kd_trainer.data.quota import has_mask
 from kd_trainer.doctor.data import (
     SplitMasks,
     choose_samples,
     inverted_finding,
+    label_finding,
     mask_finding,
     occurrence_finding,
     read_masks,
@@ -60,12 +63,19 @@ from kd_trainer.doctor.teacher import (
     quality_finding,
     student_finding,
 )
-from kd_trainer.evaluation import EvaluatedBatch, Evaluator, classes_of, labels_of
+from kd_trainer.evaluation import (
+    EvaluatedBatch,
+    Evaluator,
+    is_multi_label,
+    labels_of,
+    masks_of,
+)
 from kd_trainer.fast_layers import keep_freed_memory, logits_of, use_fast_layers
+from kd_trainer.feature_maps import feature_pairs, paired
 from kd_trainer.models.config_checks import read_config
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.reports.contents import STUDENT, TEACHER
-from kd_trainer.students import channels_of, has_new_head, units_of
+from kd_trainer.students import channels_of, has_new_head, reads_own_depth, units_of
 from kd_trainer.teacher_ensemble import TeacherEnsemble
 
 Sample = dict[str, Tensor]
@@ -100,20 +110,21 @@ class _NetworkOutputs:
     """What the networks give for each image of a pass.
 
     Attributes:
-        classes: of `student` and `teacher`, (1, S, S) an image.
+        classes: of `student` and `teacher`, masks of `masks_of`, one an image.
         teacher_logits: of the first `GRADIENT_IMAGES`.
         range: of what the teacher's network gives, before logits of the student's kind are made
             of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, multi_label: bool) -> None:
+        self.multi_label = multi_label
         self.classes: dict[str, list[Tensor]] = {STUDENT: [], TEACHER: []}
         self.teacher_logits: list[Tensor] = []
         self.range = OutputRange()
 
     def __call__(self, batch: EvaluatedBatch) -> None:
         for name, logits in batch.logits.items():
-            self.classes[name].append(classes_of(logits).cpu())
+            self.classes[name].append(masks_of(logits, multi_label=self.multi_label).cpu())
         if TEACHER in batch.logits and len(self.teacher_logits) < GRADIENT_IMAGES:
             self.teacher_logits.append(batch.logits[TEACHER])
 
@@ -143,7 +154,8 @@ class Preflight:
         self.masks: dict[str, SplitMasks] = {}
         self.samples: list[Sample] = []
         self.splits: list[str] = []  # that the samples are of
-        self.outputs = _NetworkOutputs()
+        self.several = is_multi_label(parts.student)
+        self.outputs = _NetworkOutputs(multi_label=self.several)
         self.judged = False  # whether the networks can be compared with the masks
         self.step_seconds = self.eval_seconds = 0.0
 
@@ -179,12 +191,23 @@ class Preflight:
         # In turn, so that few images are of both splits too.
         pairs = [pair for turn in zip_longest(*chosen.values()) for pair in turn if pair]
         self.splits, self.samples = [split for split, _ in pairs], [s for _, s in pairs]
-        if len(self.names) == 2 and self._reference() is None:
+        every = [mask for split in self.masks.values() for mask in split.masks]
+        if self.several:
+            labels = {index + 1: name for index, name in self.names.items()}
+            yield occurrence_finding(every, labels)
+        elif len(self.names) > 2:
+            yield occurrence_finding(every, self.names)
+        elif self._reference() is None:
             apart = {split: inverted_finding(m.masks) for split, m in self.masks.items()}
             yield worst(_of_split(finding, split) for split, finding in apart.items())
-        if len(self.names) > 2:
-            every = [mask for split in self.masks.values() for mask in split.masks]
-            yield occurrence_finding(every, self.names)
+        yield from self._labels()
+
+    def _labels(self) -> Iterator[Finding]:
+        dataset, args = self.parts.train_dataset, self.run.training
+        if args.labelled_share is None and isinstance(dataset, TransformedDataset):
+            labelled, batch = has_mask(dataset.dataset), args.train_batch_size
+            if not labelled.all() and batch <= len(labelled):
+                yield label_finding(int(labelled.sum()), len(labelled), batch)
 
     def _reference(self) -> str | None:
         """The network that has seen such images: the teacher or a saved student, if any."""
@@ -273,7 +296,9 @@ class Preflight:
         # The input of several is that of the student, and each has its own statistics behind it.
         if teacher is None or teacher.from_samples or isinstance(teacher.network, TeacherEnsemble):
             return
-        if self.judged:
+        if reads_own_depth(self.parts.student):
+            yield ok("normalisation", "not tried in other ways: that of --in_channels was measured")
+        elif self.judged:
             now, seconds = self._predictions(TEACHER), self.limits.normalisation
             yield normalisation_finding(try_conventions(teacher, self.samples, now, seconds))
 
@@ -290,9 +315,13 @@ class Preflight:
     def _loss(self) -> Iterator[Finding]:
         parts, loss = self.parts, loss_of(self.run, self.parts)
         channels = channels_of(parts.student)
-        yield degenerate_finding(channels, loss, teacher=parts.teacher is not None)
+        taught = parts.teacher is not None
+        yield degenerate_finding(channels, loss, teacher=taught, multi_label=self.several)
         if not self.samples or not any(parts.loss_weights.effective().values()):
             return
+        if parts.teacher is not None and parts.loss_weights.feature_terms:
+            named = self.run.training.feature_pairs
+            yield ok("feature maps", paired(feature_pairs(self.student, parts.teacher, named)))
         start = time.monotonic()
         logits = self.outputs.teacher_logits
         gradients = first_gradients(self.student, self.samples, logits, loss, parts)
@@ -303,7 +332,7 @@ class Preflight:
 
     def _plan(self) -> Iterator[Finding]:
         args, units = self.run.training, len(units_of(self.parts.student))
-        steps = steps_per_epoch(image_count(self.parts.train_dataset), args)
+        steps = steps_per_epoch(images_an_epoch(self.parts.train_dataset, args), args)
         yield plan_finding(args.schedule(units, length_in_epochs(args, steps), steps))
 
     def _disk(self) -> Iterator[Finding]:

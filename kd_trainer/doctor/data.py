@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +24,9 @@ from kd_trainer.data import (
     TransformedDataset,
     sample_rows,
 )
+from kd_trainer.data.channels import channels_shape
 from kd_trainer.data.dataset import resize_labels
-from kd_trainer.data.images import image_name
+from kd_trainer.data.images import image_name, image_shape
 from kd_trainer.data.masks import MaskRule
 from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
 
@@ -56,7 +58,7 @@ class MaskStatistics:
         valid: share of all pixels that count.
         foreground: share of classes above 0.
         border: share of foreground on the outermost pixels.
-        classes: ids that occur.
+        classes: ids that occur; of planes 1 for the first.
     """
 
     valid: float = 0.0
@@ -71,7 +73,9 @@ class MaskStatistics:
 
     @classmethod
     def of(cls, labels: Labels, ignore_index: int) -> MaskStatistics:
-        """Count a mask (H, W) of class ids and `ignore_index`."""
+        """Count a mask (H, W) of class ids and `ignore_index`, or planes (H, W, K)."""
+        if labels.ndim == 3:
+            return cls._of_planes(labels, ignore_index)
         valid = labels != ignore_index
         edge = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
         return cls(
@@ -80,6 +84,19 @@ class MaskStatistics:
             _foreground(edge, ignore_index),
             frozenset(np.flatnonzero(np.bincount(labels[valid])).tolist()),
         )
+
+    @classmethod
+    def _of_planes(cls, planes: Labels, ignore_index: int) -> MaskStatistics:
+        occurring = 1 + np.flatnonzero((planes == 1).any(axis=(0, 1)))
+        whole = cls.of(_any_label(planes, ignore_index), ignore_index)
+        return replace(whole, classes=frozenset(occurring.tolist()))
+
+
+def _any_label(planes: Labels, ignore_index: int) -> Labels:
+    """Planes (H, W, K) as one map (H, W): 1 where any label is, ignored where none counts."""
+    found = (planes == 1).any(axis=2).astype(np.uint8)
+    found[(planes == ignore_index).all(axis=2)] = ignore_index
+    return found
 
 
 def _foreground(labels: Labels, ignore_index: int) -> float:
@@ -102,6 +119,27 @@ class SplitMasks:
     lost: int = 0
 
 
+_WITHOUT_LABEL = 0.05  # of the batches
+
+
+def label_finding(labelled: int, images: int, batch: int) -> Finding:
+    """How many batches, drawn as they come, will hold no image with a mask.
+
+    Args:
+        labelled: training images with a mask.
+        images: all training images.
+        batch: images of one.
+    """
+    without = math.comb(images - labelled, batch) / math.comb(images, batch)
+    text = (
+        f"{labelled:,} of {images:,} images have a mask: about {without:.0%} of the batches of "
+        f"{batch} will hold none"
+    )
+    if without < _WITHOUT_LABEL:
+        return ok("labels", text)
+    return note("labels", text, "Give each batch its share with --labelled_share 0.5, say.")
+
+
 def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> SplitMasks:
     """Look at up to `MASKS` masks, at the size of the training.
 
@@ -110,20 +148,29 @@ def read_masks(dataset: DataSet, seconds: float, *, skip_bad: bool = False) -> S
     """
     transform, masks, lost = dataset.transform, [], 0
     rule = transform.rule
-    assert isinstance(rule, MaskRule)  # several labels a pixel are not looked at
     source = dataset.dataset
-    source = source.select_columns("mask") if isinstance(source, datasets.Dataset) else source
+    if isinstance(source, datasets.Dataset) and isinstance(rule, MaskRule):
+        source = source.select_columns("mask")
     rows = iter(sample_rows(source, MASKS))
     for number, row in enumerate(within(seconds, rows)):
         masks.append(MaskStatistics())
         with suppress(*((ValueError, OSError) if skip_bad else ())):
-            mask = row["mask"]
-            labels = rule.labels(rule.decode(mask, number), image_name(mask, number))
+            labels = _labels(transform, row, number)
             size = transform.content_size(labels.shape)
             small = MaskStatistics.of(resize_labels(labels, size), rule.ignore_index)
             masks[-1] = small
             lost += not small.marked and MaskStatistics.of(labels, rule.ignore_index).marked
     return SplitMasks(masks, next(rows, None) is None and len(masks) < MASKS, lost)
+
+
+def _labels(transform: SegmentationTransform, row: Mapping[str, Any], number: int) -> Labels:
+    """The labels of a row at their own size, (H, W) or planes (H, W, K)."""
+    mask, rule = row["mask"], transform.rule
+    if isinstance(rule, MaskRule):
+        return rule.labels(rule.decode(mask, number), image_name(mask, number))
+    # One grey PNG of planes does not say where they end: the image does.
+    shape_of = image_shape if transform.channels is None else channels_shape
+    return rule.planes(mask, number, shape_of(row["image"], number))
 
 
 def choose_samples(
@@ -142,6 +189,7 @@ def choose_samples(
         augmentation="none",
         seed=0,
         brightness_contrast_probability=0.0,
+        channels=own.channels,
     )
     rows = islice(enumerate(sample_rows(dataset.dataset, MASKS)), max(chosen, default=-1) + 1)
     samples = []
@@ -215,8 +263,8 @@ def occurrence_finding(masks: Sequence[MaskStatistics], names: Mapping[int, str]
         return note(
             "class ids",
             f"{', '.join(missing)} in none of {several(len(masks), 'mask')}",
-            "Check --num_labels, --class_names and --mask_values; a class without pixels is "
-            "neither learned nor measured.",
+            "Check the masks, --num_labels, --class_names and --mask_values; a class without "
+            "pixels is neither learned nor measured.",
         )
     return ok("class ids", f"each of {len(names)} classes occurs in {several(len(masks), 'mask')}")
 

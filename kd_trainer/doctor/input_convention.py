@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kd_trainer.doctor.data import within
 from kd_trainer.doctor.finding import Finding, fault, note, ok, several
 from kd_trainer.doctor.teacher import ENOUGH, MARGIN, Predictions, best_of
-from kd_trainer.evaluation import classes_of
+from kd_trainer.evaluation import masks_of
 from kd_trainer.models.configuration_smp import IMAGENET_MEAN, IMAGENET_STD
 from kd_trainer.teacher import Teacher
 
@@ -167,7 +167,7 @@ def try_conventions(
         return ConventionTrial(conventions, now, {}, distances)
     classes = defaultdict[str, list[Tensor]](list)
     for name, inputs in _inputs(teacher, samples, conventions, seconds):
-        classes[name].append(classes_of(teacher(inputs)).cpu())
+        classes[name].append(masks_of(teacher(inputs), multi_label=now.several).cpu())
     now = now.of(slice(len(classes["the order BGR"])))
     others = {name: replace(now, classes=torch.cat(maps)) for name, maps in classes.items()}
     return ConventionTrial(conventions, now, others, distances)

@@ -16,6 +16,7 @@ from kd_trainer.doctor.finding import Finding, fault, listed, note, ok, several
 from kd_trainer.evaluation import normalise, pixel_statistics
 from kd_trainer.losses import (
     TEACHER_TERMS,
+    TERMS,
     LossTerms,
     distillation_terms,
     weight_hint,
@@ -29,12 +30,14 @@ Loss = Callable[[Tensor, Tensor | None, Mapping[str, Tensor]], LossTerms]
 """Terms of student logits, teacher logits and a batch with `labels`."""
 
 GRADIENT_IMAGES = 2  # of one backward pass: BatchNorm needs two where it pools to one pixel
+_PSEUDO = frozenset(term.name for term in TERMS if term.pseudo_of)
+_FLAGS = {term.name: term.flag for term in TERMS}
 _NOTHING = 1e-6  # of the whole gradient
 _ALMOST_ALL = 0.9
 
 
 def loss_of(run: RunArguments, parts: RunComponents) -> Loss:
-    """The loss terms as at the first step of a run."""
+    """The loss terms as at the first step of a run; with pseudo labels for all images but one."""
     args = run.training
     schedule = args.schedule(len(units_of(parts.student)), args.num_train_epochs)
 
@@ -44,21 +47,28 @@ def loss_of(run: RunArguments, parts: RunComponents) -> Loss:
             for name in ("labels", "distil_mask")
             if name in batch
         }
+        labels = on_device["labels"]
+        if parts.loss_weights.pseudo > 0 and "distil_mask" in batch:
+            labels = labels.clone()
+            labels[1:] = run.data.ignore_index  # as if they had no mask
         return distillation_terms(
             student,
             teacher,
-            on_device["labels"],
+            labels,
             temperature=schedule.temperature(0),
             ignore_index=run.data.ignore_index,
             distil_mask=on_device.get("distil_mask"),
             weights=parts.loss_weights,
             pos_weight=args.class_factors,
+            pseudo=args.pseudo,
         )
 
     return loss
 
 
-def degenerate_finding(channels: int, loss: Loss, *, teacher: bool = True) -> Finding:
+def degenerate_finding(
+    channels: int, loss: Loss, *, teacher: bool = True, multi_label: bool = False
+) -> Finding:
     """Whether every term that has a weight can teach a student of so many logits a pixel.
 
     A term cannot, whatever the data say, if for random logits and labels it is not finite, or has
@@ -68,6 +78,7 @@ def degenerate_finding(channels: int, loss: Loss, *, teacher: bool = True) -> Fi
         channels: logits of the student at each pixel.
         loss: its terms.
         teacher: whether there is one.
+        multi_label: whether a pixel may have several labels.
     """
     check, logits = "loss", several(channels, "logit")
     random = torch.Generator().manual_seed(0)
@@ -75,6 +86,8 @@ def degenerate_finding(channels: int, loss: Loss, *, teacher: bool = True) -> Fi
     student = (2 * torch.randn(shape, generator=random)).requires_grad_()
     guide = 4 * torch.randn(shape, generator=random)
     labels = torch.randint(0, max(channels, 2), (2, 16, 16), generator=random)
+    if multi_label:
+        labels = torch.randint(0, 2, shape, generator=random)
     tracked = TermSums(ALL_TERMS)
     tracked.add(loss(student, guide if teacher else None, {"labels": labels}), student)
     if not tracked.sums:
@@ -94,7 +107,7 @@ def degenerate_finding(channels: int, loss: Loss, *, teacher: bool = True) -> Fi
             check,
             f"Expected loss terms that can teach a student of {logits}, got "
             f"{', '.join(degenerate)}, degenerate there",
-            f"Set --{degenerate[0]}_weight 0.",
+            f"Set --{_FLAGS[degenerate[0]]} 0.",
         )
     return ok(check, f"no term is degenerate for {logits} a pixel")
 
@@ -172,18 +185,24 @@ def share_finding(gradients: Gradients) -> Finding:
             check,
             f"Expected finite loss terms, got {broken[0]} = {gradients.terms[broken[0]]:g} or a "
             "gradient that is not",
-            f"Look for extreme logits of the teacher, or set --{broken[0]}_weight 0.",
+            f"Look for extreme logits of the teacher, or set --{_FLAGS[broken[0]]} 0.",
         )
     whole = sum(norms.values())
     shares = {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
     text = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     idle = [name for name, share in shares.items() if share < _NOTHING]
+    if idle and all(name in _PSEUDO for name in idle):
+        return note(
+            check,
+            f"no pseudo label of the image that was tried is sure enough ({text})",
+            "Lower --pseudo_confidence if that is so of most images.",
+        )
     if idle:
         return fault(
             check,
             f"Expected a gradient from every loss term, got none from {' and '.join(idle)} "
             f"({text})",
-            f"Check the teacher and the masks, or set --{idle[0]}_weight 0.",
+            f"Check the teacher and the masks, or set --{_FLAGS[idle[0]]} 0.",
         )
     top = max(shares, key=lambda name: shares[name])
     if len(shares) > 1 and top in TEACHER_TERMS and shares[top] > _ALMOST_ALL:
@@ -191,7 +210,7 @@ def share_finding(gradients: Gradients) -> Finding:
             check,
             f"{top} makes up {shares[top]:.0%} of the gradient at the student's first logits "
             f"({text})",
-            f"Lower --{top}_weight if the other terms are to count.",
+            f"Lower --{_FLAGS[top]} if the other terms are to count.",
         )
     return ok(check, f"share of the gradient: {text}")
 

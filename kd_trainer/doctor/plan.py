@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.build import RunComponents
+from kd_trainer.build import RunComponents, images_an_epoch
 from kd_trainer.config import RunArguments
 from kd_trainer.console import markdown_table
 from kd_trainer.costs import length_in_epochs, steps_per_epoch
@@ -20,7 +20,7 @@ from kd_trainer.errors import printable
 from kd_trainer.loading import network_name, network_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.optim import DECODER, unit_parameters
-from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.schedules import TrainingSchedule, weight_schedule_words
 from kd_trainer.students import units_of
 
 
@@ -50,6 +50,7 @@ def timeline(
                 "decoder_lr_now": args.learning_rate * factor,
                 "encoder_lr": encoder,
                 "encoder_lr_now": encoder * factor,
+                **{f"weight/{name}": one for name, one in schedule.weights(epoch).items()},
             }
         )
     return rows
@@ -69,17 +70,23 @@ _COLUMNS = {  # of the timeline, by key: title and format
 
 def timeline_table(rows: list[dict[str, float]], *, temperature: bool = True) -> str:
     """The timeline as a Markdown table; without a teacher no temperature is in use."""
-    keys = [key for key in _COLUMNS if temperature or key != "temperature"]
+    columns = _COLUMNS | {
+        key: (key.replace("weight/", "weight of "), ".4g")
+        for row in rows[:1]
+        for key in row
+        if key.startswith("weight/")
+    }
+    keys = [key for key in columns if temperature or key != "temperature"]
     body = [
         [
             "frozen"
             if key.startswith("encoder") and not row[key]
-            else f"{row[key]:{_COLUMNS[key][1]}}"
+            else f"{row[key]:{columns[key][1]}}"
             for key in keys
         ]
         for row in rows
     ]
-    return markdown_table([_COLUMNS[key][0] for key in keys], body)
+    return markdown_table([columns[key][0] for key in keys], body)
 
 
 def sizes_table(parts: RunComponents) -> str:
@@ -93,6 +100,15 @@ def sizes_table(parts: RunComponents) -> str:
         mib = f"{4 * used / 2**20:.1f}"
         rows.append([who, network_name(network), f"{used:,}", f"{never_used:,}", mib])
     return markdown_table(["", "network", "parameters", "never used", "MiB in fp32"], rows)
+
+
+def _average_line(run: RunArguments) -> str:
+    """What is kept beside the student, and whether it teaches."""
+    decay = run.training.ema_decay
+    if decay is None:
+        return ""
+    role = ", its teacher" if run.model.teaches_itself else ""
+    return f"\n\nBeside it the student's moving average{role} (decay {decay:g}), as large again"
 
 
 def _units_line(student: nn.Module) -> str:
@@ -132,7 +148,7 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
     """The whole plan as text."""
     args = run.training
     train = len(parts.train_dataset)
-    steps = steps_per_epoch(train, args)
+    steps = steps_per_epoch(images_an_epoch(parts.train_dataset, args), args)
     evaluation = len(parts.eval_dataset) if parts.eval_dataset is not None else 0
     data: dict[str, Any] = {
         "source": printable(run.data.dataset),
@@ -143,11 +159,13 @@ def describe(run: RunArguments, parts: RunComponents) -> str:
     }
     weights = parts.loss_weights.effective()
     loss = " + ".join(f"{value:g}·{name}" for name, value in weights.items() if value)
+    scheduled = ", ".join(weight_schedule_words(args.weight_schedules))
+    loss += f"\nhighest weights; over the epochs: {scheduled}" if scheduled else ""
     return "\n\n".join(
         [
             "# Plan: " + str(args.output_dir),
             "## Data\n" + "\n".join(f"- {k}: {v}" for k, v in data.items()),
-            "## Networks\n" + sizes_table(parts) + _units_line(parts.student),
+            "## Networks\n" + sizes_table(parts) + _average_line(run) + _units_line(parts.student),
             f"## Loss\ntotal = {loss}",
             "## Timeline\n" + _timeline(parts, args, steps),
             "## Configuration\n" + yaml.safe_dump(run.resolved(), sort_keys=False).strip(),

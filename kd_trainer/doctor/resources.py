@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from kd_trainer.arguments import DistillationArguments
-from kd_trainer.build import RunComponents, image_count, speed_up
+from kd_trainer.build import RunComponents, image_count, images_an_epoch, speed_up
 from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import (
     duration,
@@ -82,7 +82,7 @@ class DiskNeed:
 def disk_need(run: RunArguments, parts: RunComponents) -> DiskNeed:
     """What the run writes: one checkpoint more than it keeps, while the next one is saved."""
     args = run.training
-    per_epoch = steps_per_epoch(image_count(parts.train_dataset), args)
+    per_epoch = steps_per_epoch(images_an_epoch(parts.train_dataset, args), args)
     steps = total_steps(args, per_epoch)
     every = per_epoch if args.save_strategy in ("epoch", "best") else args.save_steps
     every = every if every >= 1 else every * steps
@@ -170,7 +170,7 @@ def cost_findings(
         expected = before + (peak_memory_mib() - before) * scale
         yield memory_finding(expected * _MIB, *_memory(args.device))
     step *= scale * args.gradient_accumulation_steps
-    per_epoch = steps_per_epoch(image_count(parts.train_dataset), args)
+    per_epoch = steps_per_epoch(images_an_epoch(parts.train_dataset, args), args)
     total = total_steps(args, per_epoch)
     images = 0 if parts.eval_dataset is None else image_count(parts.eval_dataset)
     seconds = training_seconds(args, total, per_epoch, Speed(step, eval_seconds), images)
@@ -234,6 +234,7 @@ def measure_update(
     }
     cached = run.training.teacher_targets == "cached"
     settings = without_teacher(run.given) if cached else run.given
+    maps = run.training.loss_weights.feature_terms  # for which the teacher runs in any case
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = build(settings | quiet | changed | {"output_dir": folder}).training
@@ -241,7 +242,7 @@ def measure_update(
         trainer = DistillationTrainer(
             parts.student,
             args,
-            teacher=None if cached else parts.teacher,
+            teacher=None if cached and not maps else parts.teacher,
             train_dataset=parts.train_dataset,
             ignore_index=run.data.ignore_index,
             processing_class=parts.processor,

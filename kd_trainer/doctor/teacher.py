@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kd_trainer.doctor.finding import Finding, fault, note, ok, several
 from kd_trainer.losses import TERMS
-from kd_trainer.metrics import image_counts, miou
+from kd_trainer.metrics import image_counts, miou, plane_counts, planes_miou
 from kd_trainer.models.image_sizes import AnySize, as_size, size_text
 
 Counts = npt.NDArray[np.int64]
@@ -26,13 +26,34 @@ _INFORMATIVE = 0.10  # of mIoU above a constant: a network with less says nothin
 
 
 @dataclass(frozen=True, eq=False)
+class Overlaps:
+    """Which class of the masks lies where which class was found, in pixels.
+
+    Attributes:
+        both: (K, K) by [truth, prediction].
+        truth: (K,) of each class in the masks.
+        found: (K,) of each class that was found.
+    """
+
+    both: npt.NDArray[np.float64]
+    truth: npt.NDArray[np.float64]
+    found: npt.NDArray[np.float64]
+
+    @property
+    def iou(self) -> npt.NDArray[np.float64]:
+        """(K, K), 0 where neither occurs."""
+        union = self.truth[:, None] + self.found[None] - self.both
+        return np.asarray(self.both / np.maximum(union, 1))
+
+
+@dataclass(frozen=True, eq=False)
 class Predictions:
     """Classes that a network gives to some images, beside their labels; counted once.
 
     Attributes:
-        classes: integer (N, S, S).
+        classes: integer (N, S, S), or of several labels a pixel planes (N, K, S, S) of 0 and 1.
         labels: of the masks, likewise.
-        names: of the classes, background first.
+        names: of the classes, background first where there is one.
         ignore_index: label that counts nowhere.
         whose: predictions they are, as a finding says it.
     """
@@ -50,28 +71,64 @@ class Predictions:
         """Those of some of the images."""
         return replace(self, classes=self.classes[images], labels=self.labels[images])
 
+    @property
+    def several(self) -> bool:
+        """Whether a pixel may have several labels."""
+        return self.labels.ndim == 4
+
     @cached_property
     def confusions(self) -> Counts:
-        """Pixels of each image by [truth, prediction], (N, K, K)."""
-        count = len(self.names)
-        rows = image_counts(
-            self.classes, self.labels, count, ignore_index=self.ignore_index, boundary=False
-        )
+        """Pixels of each image by [truth, prediction], (N, K, K), or (N, K, 2, 2)."""
+        count, maps, ignored = len(self.names), (self.classes, self.labels), self.ignore_index
+        if self.several:
+            rows = plane_counts(*maps, ignore_index=ignored, boundary=False).view(-1, count, 8)
+            return rows[..., :4].reshape(-1, count, 2, 2).cpu().numpy()
+        rows = image_counts(*maps, count, ignore_index=ignored, boundary=False)
         return rows[:, : count**2].reshape(-1, count, count).cpu().numpy()
 
     @cached_property
+    def overlaps(self) -> Overlaps:
+        """Pixels of all images that have one class in the masks and another one here."""
+        if not self.several:
+            table = self.confusions.sum(axis=0).astype(float)
+            return Overlaps(table, table.sum(axis=1), table.sum(axis=0))
+        valid = (self.labels != self.ignore_index).all(dim=1, keepdim=True)
+        truth, found = ((maps == 1) & valid for maps in (self.labels, self.classes))
+        flat = [maps.transpose(0, 1).flatten(1).double() for maps in (truth, found)]
+        return Overlaps((flat[0] @ flat[1].T).numpy(), *(maps.sum(dim=1).numpy() for maps in flat))
+
+    def miou_of(self, tables: Counts) -> npt.NDArray[np.float64]:
+        """Mean IoU over the classes that occur, of tables like the `confusions`."""
+        return planes_miou(tables) if self.several else miou(tables)
+
+    @cached_property
     def miou(self) -> float:
-        """Mean IoU over the classes that occur, of all images together."""
-        return float(miou(self.confusions.sum(axis=0)))
+        """That of all images together."""
+        return float(self.miou_of(self.confusions.sum(axis=0)))
 
     @property
     def commonest(self) -> int:
-        """The class that most pixels have."""
+        """The class that most pixels have, where each has one."""
         return int(self.confusions.sum(axis=(0, 2)).argmax())
 
     @property
+    def constant(self) -> str:
+        """What the best constant finds, in words."""
+        if self.several:
+            return "every label"
+        return self.names[self.commonest]
+
+    @property
     def constant_miou(self) -> float:
-        """The mIoU of the commonest class everywhere, the best of a constant; NaN of no pixels."""
+        """The mIoU of the best constant; NaN of no pixels.
+
+        That is the commonest class everywhere, or of several labels a pixel all that occur.
+        """
+        if self.several:
+            tables = self.confusions.sum(axis=0)
+            whole = np.zeros_like(tables)
+            whole[..., 1] = tables.sum(axis=-1)
+            return float(planes_miou(whole[tables[:, 1].any(axis=-1)]))
         pixels = self.confusions.sum(axis=(0, 2))
         occurring = int((pixels > 0).sum())
         return float(pixels.max() / pixels.sum()) / occurring if occurring else math.nan
@@ -84,7 +141,8 @@ class Predictions:
         """Whether this mIoU is trusted, and higher on all images together and on most alone."""
         if not self.is_informative(self.miou) or self.miou < other.miou + MARGIN:
             return False
-        return float(np.mean(miou(self.confusions) > miou(other.confusions))) >= _SHARE
+        better = self.miou_of(self.confusions) > other.miou_of(other.confusions)
+        return float(np.mean(better)) >= _SHARE
 
 
 def best_of(others: Mapping[str, Predictions]) -> str:
@@ -152,7 +210,7 @@ def output_finding(output: OutputRange) -> Finding:
 def quality_finding(teacher: Predictions) -> Finding:
     """Whether the teacher is better than the same class everywhere."""
     check, where = "teacher quality", f"on {several(len(teacher), 'image')}"
-    name, constant = teacher.names[teacher.commonest], teacher.constant_miou
+    name, constant = teacher.constant, teacher.constant_miou
     if not teacher.miou > constant:
         return fault(
             check,
@@ -178,7 +236,8 @@ _WORSE = 0.02  # of mIoU
 def student_finding(teacher: float, student: float) -> Finding:
     """Whether a saved student is ahead of its teacher already (mIoU on the same images)."""
     if student > teacher + _WORSE:
-        flags = " and ".join(f"--{term.flag}" for term in TERMS if term.needs_teacher)
+        own = [term for term in TERMS if term.needs_teacher and not term.pseudo_of]
+        flags = " and ".join(f"--{term.flag}" for term in own)
         return note(
             "student",
             f"the student is at mIoU {student:.3f} before it starts, its teacher at {teacher:.3f}",
@@ -216,15 +275,14 @@ def classes_finding(predictions: Predictions) -> Finding:
     two (of a binary task both) fits another one clearly better, no two the same.
     """
     check, names, whose = "classes", predictions.names, predictions.whose
-    table = predictions.confusions.sum(axis=0).astype(float)
-    truth, guess = table.sum(axis=1, keepdims=True), table.sum(axis=0, keepdims=True)
-    iou = table / np.maximum(truth + guess - table, 1)
-    occurring = [c for c in names if truth[c] > 0]
+    overlaps = predictions.overlaps
+    iou = overlaps.iou
+    occurring = [c for c in names if overlaps.truth[c] > 0]
     match = {c: int(iou[c].argmax()) for c in occurring}
     mixed = {c: m for c, m in match.items() if m != c and iou[c, m] >= iou[c, c] + _SURE}
     trusted = predictions.is_informative(float(np.mean([iou[c, match[c]] for c in occurring])))
     permuted = len(mixed) >= 2 and len(set(match.values())) == len(match) and trusted
-    shift = 0 if permuted else _shift(table)
+    shift = 0 if permuted or predictions.several else _shift(overlaps.both)
     if shift:
         return fault(
             check,
@@ -251,7 +309,7 @@ def classes_finding(predictions: Predictions) -> Finding:
             check,
             f"{whose} calls a class of the masks by another id, which no mask has (mask → "
             f"{whose}): {', '.join(renamed)}",
-            "If these mean the same, name the value of each class with --mask_values.",
+            f"If these mean the same, {_reordered(predictions)}.",
         )
     some = len(occurring) < len(names)
     of = f" of the {len(occurring)} of {len(names)} that occur" if some else ""
@@ -263,7 +321,7 @@ def _permuted_finding(
 ) -> Finding:
     """Of classes that stand for one another, true to predicted: inverted masks or mixed up ids."""
     check, names, whose = "classes", predictions.names, predictions.whose
-    if len(names) == 2:
+    if len(names) == 2 and not predictions.several:
         return fault(
             check,
             f"Expected masks that mark what {whose} finds, got inverted ones: the foreground of "
@@ -276,9 +334,16 @@ def _permuted_finding(
         check,
         f"Expected the same class ids in {whose} and the masks, got others (mask → {whose}): "
         f"{', '.join(pairs)}{', ...' if len(mixed) > len(pairs) else ''}",
-        "Name the value of each class in the teacher's order with --mask_values, or its "
-        "classes in the right order with --class_names.",
+        f"{_reordered(predictions).capitalize()}, or name its classes in the right order with "
+        "--class_names.",
     )
+
+
+def _reordered(predictions: Predictions) -> str:
+    """How masks get the order of the classes of a network."""
+    if predictions.several:
+        return "put the planes into the order of its classes"
+    return "name the value of each class, in the order of its own, with --mask_values"
 
 
 def _shift(table: npt.NDArray[np.float64]) -> int:
@@ -333,15 +398,17 @@ def _elsewhere(predictions: Predictions) -> Iterator[tuple[Predictions, dict[str
     Moved ones are compared on the same inner pixels of truth, so that none has an easier border.
     """
     thin = max(1, max(predictions.labels.shape[-2:]) // _SIDE)
-    classes, labels = predictions.classes[:, ::thin, ::thin], predictions.labels[:, ::thin, ::thin]
+    classes, labels = (
+        maps[..., ::thin, ::thin] for maps in (predictions.classes, predictions.labels)
+    )
     now = replace(predictions, classes=classes, labels=labels)
     turned = {name: turn(classes) for name, turn in _TURNED.items()}
     fitting = {name: maps for name, maps in turned.items() if maps.shape == labels.shape}
     yield now, {name: replace(now, classes=maps) for name, maps in fitting.items()}
     vertical, horizontal = (_shifted(side) for side in labels.shape[-2:])
-    inner = labels[:, vertical[0.0], horizontal[0.0]]
+    inner = labels[..., vertical[0.0], horizontal[0.0]]
     moved = {
-        _direction(down, right): replace(now, classes=classes[:, rows, columns], labels=inner)
+        _direction(down, right): replace(now, classes=classes[..., rows, columns], labels=inner)
         for down, rows in vertical.items()
         for right, columns in horizontal.items()
     }

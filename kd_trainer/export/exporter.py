@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from kd_trainer.build import evaluation_dataset
 from kd_trainer.costs import Latency, interleaved
+from kd_trainer.data.channels import channels_of_data
 from kd_trainer.data.images import decode_image
 from kd_trainer.data.input_files import find_input_files, is_video
 from kd_trainer.data_arguments import DataArguments
@@ -43,7 +44,7 @@ from kd_trainer.models.image_sizes import Size, plain_size
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.run_folder import EXPORTS_SHAPE, read_object
 from kd_trainer.sources import public_name
-from kd_trainer.students import size_multiple
+from kd_trainer.students import size_multiple, statistics_of
 
 FILES = {
     "onnx": "student.onnx",
@@ -71,8 +72,8 @@ class ExportArguments:
     output: str = help_field("runs/export", "Folder that gets the file and export.json.")
     with_preprocessing: bool = help_field(
         False,
-        "Normalisation and sigmoid (softmax) inside: uint8 images (batch, height, width, 3) in, "
-        "probabilities out.",
+        "Normalisation and sigmoid (softmax) inside: uint8 images (batch, height, width, 3) in "
+        "(of --in_channels scaled floats), probabilities out.",
     )
     fixed_size: bool = help_field(
         False,
@@ -238,8 +239,13 @@ class Exporter:
         return path
 
     def _feed(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) as the exported file takes them."""
-        return images.permute(0, 2, 3, 1) if self.inside else self.reference.prepare(images)
+        """Images of a `CheckBatch` as the exported file takes them."""
+        if not self.inside:
+            return self.reference.prepare(images)
+        if images.is_floating_point():
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in statistics_of(self.student))
+            images = images * std + mean
+        return images.permute(0, 2, 3, 1)
 
     def _runner(self, threads: int) -> Network:
         """The written file as a function of what it takes."""
@@ -356,7 +362,7 @@ def spread(length: int, count: int) -> list[int]:
 
 
 def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
-    """Images uint8 (3, H, W) and labels (H, W) of a split, without augmentation."""
+    """Images (C, H, W) and labels (H, W), or (K, H, W), of a split, without augmentation."""
     other = data.train_split if split == data.eval_split else data.eval_split
     dataset: Any = evaluation_dataset(
         replace(data, eval_split=split, train_split=other, eval_size="input"),
@@ -371,10 +377,8 @@ def from_dataset(data: DataArguments, split: str, count: int) -> list[Sample]:
     return [(row["pixel_values"], row["labels"]) for row in rows]
 
 
-def from_images(
-    sources: Sequence[str], size: Size, count: int, *, keep_aspect_ratio: bool
-) -> list[Sample]:
-    """Images uint8 (3, *size) of files, folders and globs; their masks are unknown.
+def from_images(sources: Sequence[str], data: DataArguments, count: int) -> list[Sample]:
+    """Images (C, H, W) of files, folders and globs, at the size of the input, without masks.
 
     Raises:
         FileNotFoundError: if a source names no image.
@@ -387,11 +391,12 @@ def from_images(
             "frames of them first."
         )
     chosen = [paths[i] for i in spread(len(paths), count)]
-    images = (decode_image({"path": str(p), "bytes": None}, 0) for p in chosen)
+    channels = channels_of_data(data)
+    decode = decode_image if channels is None else channels.image
+    images = (decode({"path": str(p), "bytes": None}, 0) for p in chosen)
     tensors = (torch.from_numpy(p).permute(2, 0, 1).contiguous() for p in images)
-    return [
-        (to_input(tensor, size, keep_aspect_ratio=keep_aspect_ratio), None) for tensor in tensors
-    ]
+    size, keep = data.input_size, data.keep_aspect_ratio
+    return [(to_input(tensor, size, keep_aspect_ratio=keep), None) for tensor in tensors]
 
 
 def batches_of(samples: Sequence[Sample], batch_size: int) -> list[CheckBatch]:
@@ -465,8 +470,7 @@ def _put(made: Path, target: Path) -> None:
 def samples_of(args: ExportArguments, data: DataArguments, split: str, count: int) -> list[Sample]:
     """Images to check or to calibrate with, from `--images` or of a split."""
     if args.images:
-        keep = data.keep_aspect_ratio
-        return from_images(args.images, data.input_size, count, keep_aspect_ratio=keep)
+        return from_images(args.images, data, count)
     return from_dataset(data, split, count)
 
 

@@ -26,9 +26,12 @@ from kd_trainer.models.image_sizes import Size, as_size, size_text
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import (
     channels_of,
+    channels_seen,
+    has_several_labels,
     image_size_of,
     keeps_aspect_ratio,
     labels_of_student,
+    reads_own_depth,
     size_multiple,
     statistics_of,
     student_logits,
@@ -50,7 +53,8 @@ class ExportGraph(nn.Module):
         student: its parts are shared, not copied.
         with_preprocessing: take uint8 images (B, H, W, 3) and give probabilities (B, K, H, W),
             instead of normalised floats (B, 3, H, W) and raw logits (B, K, H, W). K is 1 for a
-            binary model, whose probability is that of the foreground.
+            binary model, whose probability is that of the foreground. A student of images of other
+            depths takes scaled floats (B, H, W, C), see `scaled_channels`.
     """
 
     def __init__(self, student: nn.Module, *, with_preprocessing: bool) -> None:
@@ -64,9 +68,11 @@ class ExportGraph(nn.Module):
         else:
             self.student = student
         self.with_preprocessing = with_preprocessing
+        self.sigmoid = uses_sigmoid(student)
+        scale = 1 if reads_own_depth(student) else 255
         for name, values in zip(("mean", "std"), statistics_of(student), strict=True):
-            in_bytes = torch.tensor(list(values)).view(1, 3, 1, 1) * 255
-            self.register_buffer(name, in_bytes, persistent=False)
+            scaled = torch.tensor(list(values)).view(1, -1, 1, 1) * scale
+            self.register_buffer(name, scaled, persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
@@ -77,7 +83,7 @@ class ExportGraph(nn.Module):
         raw = self._logits(pixels)
         if not self.with_preprocessing:
             return raw
-        return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)
+        return raw.sigmoid() if self.sigmoid else raw.softmax(dim=1)
 
     def _logits(self, pixels: Tensor) -> Tensor:
         if not self.is_smp:
@@ -86,6 +92,11 @@ class ExportGraph(nn.Module):
         decoded = self.decoder(*features) if self.spreads_features else self.decoder(features)
         raw: Tensor = self.segmentation_head(decoded)
         return raw
+
+
+def uses_sigmoid(student: nn.Module) -> bool:
+    """Whether probabilities are a sigmoid of each logit, else a softmax over all of them."""
+    return has_several_labels(student) or channels_of(student) == 1
 
 
 def example_input(
@@ -100,9 +111,11 @@ def example_input(
         stride = size_multiple(student)
         height, width = max(height, 2 * stride), max(width, 2 * stride)
         width += stride if width == height else 0
+    channels = channels_seen(student)
     if with_preprocessing:
-        return torch.zeros(2, height, width, 3, dtype=torch.uint8)
-    return torch.zeros(2, 3, height, width)
+        dtype = torch.float32 if reads_own_depth(student) else torch.uint8
+        return torch.zeros(2, height, width, channels, dtype=dtype)
+    return torch.zeros(2, channels, height, width)
 
 
 def export_program(
@@ -174,25 +187,37 @@ def metadata_of(
     `class_names`, `image_mean` and `image_std` are JSON lists, `size_multiple` a whole number
     of pixels, `image_size` one too (HEIGHTxWIDTH where it is no square), `fixed_size` is `true` if
     only `image_size` is taken. `keep_aspect_ratio` is `true`, or not there: whether images are
-    fitted into the input and padded at the right or below, with the mean.
+    fitted into the input and padded at the right or below, with the mean. `multi_label` is `true`,
+    or not there: whether a pixel may have several of the classes. `own_depth` likewise: whether
+    images have as many channels as `image_mean`, of any bit depth.
     """
     names = [name for _, name in sorted(labels_of_student(student).items())]
     binary = channels_of(student) == 1
     mean, std = statistics_of(student)
     architecture, _, encoder = network_name(student).partition(" ")
-    function = "sigmoid" if binary else "softmax"
-    outside = "float32 (batch, 3, height, width), RGB, (value / 255 - image_mean) / image_std"
-    inside = "uint8 (batch, height, width, 3), RGB"
+    function = "sigmoid" if uses_sigmoid(student) else "softmax"
+    if reads_own_depth(student):
+        value = "value (bytes / 255, 16 bits / 65535, floats as they are)"
+        inside = f"float32 (batch, height, width, {len(mean)}), {value}"
+        outside = f"float32 (batch, {len(mean)}, height, width), ({value} - image_mean) / image_std"
+    else:
+        inside = "uint8 (batch, height, width, 3), RGB"
+        outside = "float32 (batch, 3, height, width), RGB, (value / 255 - image_mean) / image_std"
     probabilities = "float32 (batch, channels, height, width), probabilities"
     logits = f"float32 (batch, channels, height, width), logits; {function} gives probabilities"
     channels = f"one channel: {names[1]}" if binary else "a channel for each of class_names"
+    kinds = {
+        "keep_aspect_ratio": keeps_aspect_ratio(student),
+        "multi_label": has_several_labels(student),
+        "own_depth": reads_own_depth(student),
+    }
     return {
         "kd_trainer_metadata": str(METADATA_VERSION),
         "architecture": architecture,
         "encoder": encoder,
         "class_names": json.dumps(names, ensure_ascii=False),
         "image_size": size_text(image_size_of(student)),
-        **({"keep_aspect_ratio": "true"} if keeps_aspect_ratio(student) else {}),
+        **{name: "true" for name, holds in kinds.items() if holds},
         "size_multiple": str(size_multiple(student)),
         "fixed_size": "true" if fixed_size else "false",
         "image_mean": json.dumps(mean),
@@ -215,6 +240,8 @@ class Metadata:
     image_mean: list[float]
     image_std: list[float]
     with_preprocessing: bool
+    multi_label: bool = False
+    own_depth: bool = False
 
 
 def read_metadata(text: Mapping[str, str], path: str | Path) -> Metadata:
@@ -236,14 +263,27 @@ def read_metadata(text: Mapping[str, str], path: str | Path) -> Metadata:
     if any(side % multiple for side in size):
         raise _odd("size_multiple", f"a divisor of image_size {size_text(size)}", text, path)
     names = _parsed("class_names", text)
-    several = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
-    if not (several and all(isinstance(name, str) for name in names)):
+    counted = isinstance(names, list) and 2 <= len(names) <= MOST_CLASSES
+    if not (counted and all(isinstance(name, str) for name in names)):
         raise _odd("class_names", "a JSON list of at least two names", text, path)
     if text.get("preprocessing") not in ("inside", "outside"):
         raise _odd("preprocessing", "inside or outside", text, path)
     mean, std = (_parsed(name, text) for name in ("image_mean", "image_std"))
-    check_statistics(mean, std, f"the metadata of {path}")
-    return Metadata(dict(text), names, size, multiple, mean, std, text["preprocessing"] == "inside")
+    several, own_depth = (text.get(name) == "true" for name in ("multi_label", "own_depth"))
+    channels = len(mean) if own_depth and isinstance(mean, list) else 3
+    check_statistics(mean, std, f"the metadata of {path}", channels)
+    inside = text["preprocessing"] == "inside"
+    return Metadata(
+        dict(text),
+        names,
+        size,
+        multiple,
+        mean,
+        std,
+        inside,
+        multi_label=several,
+        own_depth=own_depth,
+    )
 
 
 def _parsed(name: str, text: Mapping[str, str]) -> Any:

@@ -192,7 +192,10 @@ class OnnxStudent:
         fixed_size: whether height and width have to be `image_size`.
         image_mean: of each channel, of values in 0..1.
         image_std: likewise.
-        with_preprocessing: whether it takes uint8 images and gives probabilities.
+        with_preprocessing: whether it takes images (uint8, with `own_depth` scaled floats) and
+            gives probabilities.
+        multi_label: whether a pixel may have several of the classes.
+        own_depth: whether images have as many channels as `image_mean`, of any bit depth.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -230,6 +233,7 @@ class OnnxStudent:
         self.fixed_size = about.text.get("fixed_size") == "true"
         self.image_mean, self.image_std = about.image_mean, about.image_std
         self.with_preprocessing = about.with_preprocessing
+        self.multi_label, self.own_depth = about.multi_label, about.own_depth
         self._runtime = runtime
         self._input = self.session.get_inputs()[0].name
 
@@ -237,8 +241,8 @@ class OnnxStudent:
         """Segment a batch.
 
         Args:
-            pixels: normalised float32 (B, 3, H, W), or uint8 images (B, H, W, 3) if the
-                preprocessing is inside.
+            pixels: normalised float32 (B, C, H, W), or if the preprocessing is inside uint8
+                images (B, H, W, 3), with `own_depth` float32 (B, H, W, C).
 
         Returns:
             float32 (B, K, H, W): raw logits, or probabilities if the preprocessing is inside. K is
@@ -248,9 +252,10 @@ class OnnxStudent:
             ValueError: if shape or type are others, a side is no multiple of `size_multiple` (or
                 not `image_size`, where that is fixed), or onnxruntime cannot run the file.
         """
-        wanted = "uint8" if self.with_preprocessing else "float32"
-        channels, rows = (3, 1) if self.with_preprocessing else (1, 2)
-        fits = pixels.ndim == 4 and pixels.shape[channels] == 3 and pixels.dtype == wanted
+        wanted = "uint8" if self.with_preprocessing and not self.own_depth else "float32"
+        axis, rows = (3, 1) if self.with_preprocessing else (1, 2)
+        count = len(self.image_mean)
+        fits = pixels.ndim == 4 and pixels.shape[axis] == count and pixels.dtype == wanted
         if not fits:
             raise ValueError(
                 f"Expected {self.metadata['input']}, got {pixels.dtype} {pixels.shape}. Convert it."
@@ -268,7 +273,8 @@ class OnnxStudent:
                     f"Resize to {size_text(self.image_size)}, for which it was trained."
                 )
         output = self._run(np.ascontiguousarray(pixels))
-        channels = 1 if len(self.class_names) == 2 else len(self.class_names)
+        binary = len(self.class_names) == 2 and not self.multi_label
+        channels = 1 if binary else len(self.class_names)
         shapes = {(len(pixels), k, height, width) for k in (channels, len(self.class_names))}
         if getattr(output, "shape", None) not in shapes:
             raise ValueError(

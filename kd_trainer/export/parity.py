@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kd_trainer.evaluation import classes_of, figures_of, labels_of
-from kd_trainer.metrics import image_counts
-from kd_trainer.students import processor_of, student_logits
+from kd_trainer.evaluation import figures_of, labels_of, masks_of
+from kd_trainer.export.graph import uses_sigmoid
+from kd_trainer.metrics import image_counts, plane_counts
+from kd_trainer.students import has_several_labels, processor_of, student_logits
 
-# uint8 images (B, 3, H, W) and, where they are known, class ids (B, H, W).
+# uint8 images (B, 3, H, W), or normalised floats (B, C, H, W) of images of another depth, and,
+# where they are known, class ids (B, H, W), or planes (B, K, H, W) of several labels a pixel.
 CheckBatch = tuple[Tensor, Tensor | None]
-# Raw logits (or probabilities) of uint8 images (B, 3, H, W).
+# Raw logits (or probabilities) of such images.
 Network = Callable[[Tensor], Tensor]
 
 
@@ -64,10 +67,13 @@ class Reference:
     def __init__(self, student: nn.Module, *, probabilities: bool) -> None:
         self.student = student
         self.probabilities = probabilities
+        self.multi_label, self.sigmoid = has_several_labels(student), uses_sigmoid(student)
         self.processor = processor_of(student)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) as normalised floats of the same size."""
+        """uint8 (B, 3, H, W) as normalised floats of the same size; floats are so already."""
+        if images.is_floating_point():
+            return images
         made = self.processor(list(images), do_resize=False, return_tensors="pt")
         pixels: Tensor = made["pixel_values"]
         return pixels
@@ -82,12 +88,13 @@ class Reference:
         raw = student_logits(self.student, pixels)
         if not self.probabilities:
             return raw
-        return raw.sigmoid() if raw.shape[1] == 1 else raw.softmax(dim=1)
+        return raw.sigmoid() if self.sigmoid else raw.softmax(dim=1)
 
     def classes(self, output: Tensor) -> Tensor:
-        """Class of each pixel of an output, (B, H, W)."""
-        binary = output.shape[1] == 1
-        return classes_of(output - 0.5 if binary and self.probabilities else output)
+        """Masks of an output, see `masks_of`."""
+        if self.sigmoid and self.probabilities:
+            output = output - 0.5
+        return masks_of(output, multi_label=self.multi_label)
 
 
 @torch.no_grad()
@@ -100,7 +107,8 @@ def compare(
     title: str = "check",
 ) -> Parity:
     """Run both on the same images."""
-    labels = labels_of(reference.student)
+    labels, several = labels_of(reference.student), reference.multi_label
+    counts_of = plane_counts if several else partial(image_counts, num_labels=len(labels))
     lowest, highest, difference, count = np.inf, -np.inf, 0.0, 0
     rows: dict[str, list[np.ndarray]] = {"agreement": [], "torch": [], "export": []}
     for images, truth in tqdm(batches, desc=title, unit="batch", disable=None):
@@ -119,12 +127,14 @@ def compare(
         if truth is not None:
             pairs += [(who, guess, truth, ignore_index) for who, guess in classes.items()]
         for name, guess, target, ignored in pairs:
-            counts = image_counts(
-                guess, target.long(), len(labels), ignore_index=ignored, boundary=False
-            )
+            counts = counts_of(guess, target.long(), ignore_index=ignored, boundary=False)
             rows[name].append(counts.numpy())
         count += len(images)
-    miou = {n: figures_of(np.concatenate(r), labels)["miou"] for n, r in rows.items() if r}
+    miou = {
+        name: figures_of(np.concatenate(parts), labels, multi_label=several)["miou"]
+        for name, parts in rows.items()
+        if parts
+    }
     return Parity(
         images=count,
         largest_difference=difference,

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from kd_trainer.export.graph import IMAGE_INPUT, RAW_INPUT
 from kd_trainer.export.onnx_file import Batch, OnnxStudent, quiet, require, save_onnx
 from kd_trainer.fields import closest
 
@@ -117,7 +116,8 @@ class Quantiser:
         self.batches = batches
         self.work = work
         self.metadata = metadata
-        self.parts = parts_of(require("onnx").load(str(source)))
+        model = require("onnx").load(str(source))
+        self.parts, self.input_name = parts_of(model), model.graph.input[0].name
 
     def write(self, target: Path, *, left_out: Sequence[str] = ()) -> None:
         """Write a version in which these parts stay in fp32.
@@ -157,7 +157,7 @@ class Quantiser:
         quantization = require("onnxruntime.quantization")
         ranges = self.work / "ranges.json"  # of the fp32 network, whatever is quantised afterwards
         if not ranges.exists():
-            write_ranges(self.source, [{_input_name(b): b} for b in self.batches], ranges)
+            write_ranges(self.source, [{self.input_name: b} for b in self.batches], ranges)
         with quiet():  # it advises a preparation that fails on graphs of dynamic size
             quantization.quantize_static(
                 str(self.source),
@@ -172,7 +172,3 @@ class Quantiser:
                 calibration_cache_path=ranges,
             )
         save_onnx(require("onnx").load(str(target)), target, self.metadata)
-
-
-def _input_name(batch: Batch) -> str:
-    return IMAGE_INPUT if batch.dtype == np.uint8 else RAW_INPUT

@@ -9,18 +9,28 @@ student's with zeros outside the mask, the teacher's without gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kd_trainer.losses.checks import check_pos_weight
+from kd_trainer.losses.features import (
+    Alignment,
+    MaskedGenerator,
+    Projection,
+    attention_transfer,
+    channel_wise,
+    fitnet,
+    generated,
+)
 
 Logits = Tensor  # (B, K, H, W)
 Labels = Tensor  # (B, H, W), int64, a class id at each pixel that counts
+Probabilities = Tensor  # (B, K, H, W), of each class in the place of one label
 Mask = Tensor  # (B, H, W), bool, True where a pixel counts
 Scalar = Tensor  # ()
 
@@ -211,6 +221,57 @@ def softmax_tversky(student: Logits, labels: Labels, mask: Mask, images: Tensor 
     return _image_mean(_present_mean(_one_minus_tversky(probability, target), target), mask, images)
 
 
+def binary_soft_cross_entropy(
+    student: Logits, labels: Probabilities, mask: Mask, pos_weight: float | None
+) -> Scalar:
+    """`binary_cross_entropy` with a probability of the foreground in the place of a label."""
+    check_pos_weight(pos_weight, channels=1)
+    weight = None if pos_weight is None else student.new_full((), pos_weight)
+    loss = F.binary_cross_entropy_with_logits(student, labels, pos_weight=weight, reduction="none")
+    return masked_mean(loss.squeeze(1), mask)
+
+
+def softmax_soft_cross_entropy(
+    student: Logits, labels: Probabilities, mask: Mask, pos_weight: Sequence[float] | None
+) -> Scalar:
+    """`softmax_cross_entropy` with the probabilities of all classes."""
+    check_pos_weight(pos_weight, channels=student.shape[1])
+    loss = -labels * F.log_softmax(student, dim=1)
+    if pos_weight is not None:
+        loss = loss * _on_device(tuple(pos_weight), student.dtype, student.device).view(1, -1, 1, 1)
+    return masked_mean(loss.sum(dim=1), mask)
+
+
+def binary_soft_dice(
+    student: Logits, labels: Probabilities, mask: Mask, images: Tensor | None
+) -> Scalar:
+    """`binary_dice` with probabilities, the overlap of a pixel being the smaller of both.
+
+    Of class ids that is the product too; of probabilities the product is largest at 0 and 1, and
+    would teach a student to be surer than its teacher.
+
+    Source: Wang et al. 2023, arXiv 2303.16296.
+    """
+    values = _one_minus_soft_dice(torch.sigmoid(student), labels, mask)
+    return _image_mean(values.squeeze(1), mask, images)
+
+
+def softmax_soft_dice(
+    student: Logits, labels: Probabilities, mask: Mask, images: Tensor | None
+) -> Scalar:
+    """The same, mean over the classes that are the most probable one somewhere in the image."""
+    values = _one_minus_soft_dice(torch.softmax(student, dim=1), labels, mask)
+    _, shown = _classes(student, labels.argmax(dim=1), mask)
+    return _image_mean(_present_mean(values, shown), mask, images)
+
+
+def _one_minus_soft_dice(probability: Tensor, target: Probabilities, mask: Mask) -> Tensor:
+    """1 − (2·Σmin + ε)/(both areas + ε) of each class over the pixels of the mask: (B, K)."""
+    p, q = (torch.where(mask.unsqueeze(1), one, 0.0) for one in (probability, target))
+    overlap, areas = (one.sum(dim=(-2, -1)) for one in (torch.minimum(p, q), p + q))
+    return 1.0 - (2.0 * overlap + EPSILON) / (areas + EPSILON)
+
+
 def _smp() -> Any:
     """The functions behind smp's losses, imported on use: `--help` needs none of it.
 
@@ -290,7 +351,9 @@ def _image_mean(values: Tensor, mask: Mask, images: Tensor | None) -> Scalar:
     return torch.where(counted, values, 0.0).sum() / images.to(values.dtype).clamp(min=1e-6)
 
 
-Input = Literal["student", "teacher", "labels", "mask", "temperature", "pos_weight", "images"]
+Input = Literal[
+    "student", "teacher", "labels", "mask", "temperature", "pos_weight", "images", "features"
+]
 
 
 @dataclass(frozen=True)
@@ -308,6 +371,11 @@ class Term:
         softmax_title: the same for a student of several, where it differs.
         also_metric: a metric has its name too, so that an evaluation calls it `NAME_loss`.
         extra: computed only where it has a weight, not where no weights are given.
+        soft_binary: `binary` with probabilities for labels; None where that makes no sense.
+        soft_softmax: the same of `softmax`.
+        pseudo_of: name of the term of which it is the form against the teacher's answers.
+        head: of a term on features: what is learned to make a map of so many channels (student's,
+            teacher's) comparable; None compares the maps themselves.
     """
 
     name: str
@@ -320,16 +388,29 @@ class Term:
     degenerate: str = ""
     also_metric: bool = False
     extra: bool = False
+    soft_binary: Callable[..., Scalar] | None = None
+    soft_softmax: Callable[..., Scalar] | None = None
+    pseudo_of: str = ""
+    head: Callable[[int, int], nn.Module] | None = None
 
     @property
     def flag(self) -> str:
         """Name of its weight on the command line and in a configuration."""
-        return f"{self.name}_weight"
+        return "pseudo_weight" if self.pseudo_of else f"{self.name}_weight"
 
     @property
     def needs_teacher(self) -> bool:
         """Whether it follows the teacher; the others follow the labels."""
-        return any(name.startswith("teacher") for name in self.takes)
+        return (
+            bool(self.pseudo_of)
+            or self.on_features
+            or any(name.startswith("teacher") for name in self.takes)
+        )
+
+    @property
+    def on_features(self) -> bool:
+        """Whether it compares maps inside of both networks, while they are trained only."""
+        return "features" in self.takes
 
     @property
     def softened(self) -> bool:
@@ -347,8 +428,24 @@ class Term:
             return self.binary
         return self.softmax if channels >= self.softmax_from else None
 
+    def soft_function(self, channels: int) -> Callable[..., Scalar] | None:
+        """The same for probabilities in the place of labels."""
+        return self.soft_binary if channels == 1 else self.soft_softmax
 
-TERMS = (
+    def pseudo(self) -> Term:
+        """Its form against the teacher's answers, at pixels without a label."""
+        return replace(
+            self,
+            name=f"pseudo_{self.name}",
+            title=f"pseudo {self.title}",
+            softmax_title=self.softmax_title and f"pseudo {self.softmax_title}",
+            also_metric=False,
+            extra=True,
+            pseudo_of=self.name,
+        )
+
+
+_TERMS = (
     Term(
         "kl",
         takes=("student", "teacher", "mask", "temperature"),
@@ -370,6 +467,8 @@ TERMS = (
         softmax=softmax_cross_entropy,
         title="BCE",
         softmax_title="cross entropy",
+        soft_binary=binary_soft_cross_entropy,
+        soft_softmax=softmax_soft_cross_entropy,
     ),
     Term(
         "dice",
@@ -378,6 +477,8 @@ TERMS = (
         softmax=softmax_dice,
         title="Dice",
         also_metric=True,
+        soft_binary=binary_soft_dice,
+        soft_softmax=softmax_soft_dice,
     ),
     Term(
         "focal",
@@ -403,4 +504,15 @@ TERMS = (
         title="Tversky",
         extra=True,
     ),
+    *(
+        Term(name, ("features",), function, function, title, extra=True, head=head)
+        for name, function, title, head in (
+            ("fitnet", fitnet, "FitNet", Projection),
+            ("at", attention_transfer, "attention transfer", None),
+            ("feature_cwd", channel_wise, "CWD of features", Alignment),
+            ("mgd", generated, "MGD", MaskedGenerator),
+        )
+    ),
 )
+PSEUDO = tuple(term.pseudo() for term in _TERMS if not term.needs_teacher)
+TERMS = (*_TERMS, *PSEUDO)

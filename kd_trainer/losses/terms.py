@@ -1,6 +1,7 @@
 """The loss of a run: the terms of the table, their weights and their sum.
 
     total = kl·KL(T) + mse·MSE + task·(bce·BCE + dice·Dice + focal·Focal + ...)
+            + pseudo·task·(bce·pseudo_BCE + dice·pseudo_Dice + ...)
 
 Each term is a mean over valid pixels (Dice: over images that have any), in fp32, without clamps,
 and stays on the device. At high temperature T²·KL tends to (s − t)²/8, so there KL and MSE are
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 
 from kd_trainer.losses.checks import check_inputs, check_temperature, class_ids
+from kd_trainer.losses.features import ComparedMaps
 from kd_trainer.losses.functions import TERMS
+from kd_trainer.losses.pseudo import PseudoLabels
 
 NAMES = tuple(term.name for term in TERMS)
+WEIGHTED = tuple(term.name for term in TERMS if not term.pseudo_of)  # with a weight of their own
 TEACHER_TERMS = frozenset(term.name for term in TERMS if term.needs_teacher)
+FEATURE_TERMS = tuple(term.name for term in TERMS if term.on_features)
 
 
 class LossTerms(SimpleNamespace):
@@ -36,12 +41,13 @@ class LossTerms(SimpleNamespace):
 
 
 class LossWeights(SimpleNamespace):
-    """Factors of the terms, an attribute for each row of `TERMS`; 0 where not given.
+    """Factors of the terms, an attribute for each of them; 0 where not given.
 
     The recipe's are in arguments/training.py.
 
     Args:
         task: multiplies the terms that compare with labels.
+        pseudo: multiplies these once more where the teacher's answers stand for labels.
         weights: by the names of the terms.
 
     Raises:
@@ -49,26 +55,51 @@ class LossWeights(SimpleNamespace):
         ValueError: if a weight is negative or not finite.
     """
 
-    def __init__(self, *, task: float = 1.0, **weights: float) -> None:
-        unknown = sorted(weights.keys() - set(NAMES))
+    def __init__(self, *, task: float = 1.0, pseudo: float = 0.0, **weights: float) -> None:
+        unknown = sorted(weights.keys() - set(WEIGHTED))
         if unknown:
             raise TypeError(
-                f"Expected loss weights for {', '.join(NAMES)} or task, got one for {unknown[0]}. "
-                "Name a term of the table, or add a row to it."
+                f"Expected loss weights for {', '.join(WEIGHTED)}, task or pseudo, got one for "
+                f"{unknown[0]}. Name a term of the table, or add a row to it."
             )
-        super().__init__(**dict.fromkeys(NAMES, 0.0) | weights, task=task)
+        super().__init__(**dict.fromkeys(WEIGHTED, 0.0) | weights, task=task, pseudo=pseudo)
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(
                     f"Expected loss weight {name} >= 0, got {value}. Use 0 to leave it out."
                 )
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> LossWeights:
+        """Those of the settings of a run, by their flags; a missing one has no part in the loss."""
+        weights = {name: settings.get(f"{name}_weight", 0.0) for name in (*WEIGHTED, "pseudo")}
+        return cls(**weights, task=settings.get("task_weight", 1.0))
+
     def effective(self) -> dict[str, float]:
         """The factor of each term in the total, in the order of `TERMS`."""
-        return {
-            term.name: getattr(self, term.name) * (1.0 if term.needs_teacher else self.task)
-            for term in TERMS
-        }
+        factors = {}
+        for term in TERMS:
+            factor: float = getattr(self, term.pseudo_of or term.name)
+            if term.pseudo_of or not term.needs_teacher:
+                factor *= self.task
+            factors[term.name] = factor * self.pseudo if term.pseudo_of else factor
+        return factors
+
+    def following(self, weights: Mapping[str, float]) -> LossWeights:
+        """The same with the weights of schedules at one time.
+
+        A weight of 0 here stays 0: without a teacher its terms have none, whatever a schedule says.
+        """
+        if not weights:
+            return self
+        own = vars(self)
+        return LossWeights(**own | {n: w for n, w in weights.items() if own[n] > 0})
+
+    def scaled(self, teacher: float, task: float) -> LossWeights:
+        """With this factor on each term that needs a teacher, and another `task`."""
+        names = ("pseudo", *(name for name in WEIGHTED if name in TEACHER_TERMS))
+        taught = {name: teacher * getattr(self, name) for name in names}
+        return LossWeights(**vars(self) | taught | {"task": task})
 
     @property
     def ask_teacher(self) -> bool:
@@ -77,16 +108,38 @@ class LossWeights(SimpleNamespace):
 
     def without_teacher(self) -> LossWeights:
         """The same without the terms that need one."""
-        return LossWeights(**vars(self) | dict.fromkeys(TEACHER_TERMS, 0.0))
+        taught = [name for name in WEIGHTED if name in TEACHER_TERMS]
+        return LossWeights(**vars(self.without_pseudo()) | dict.fromkeys(taught, 0.0))
 
-    def check_teacher(self) -> None:
-        """Refuse a teacher that would be loaded, and never be asked.
+    def without_pseudo(self) -> LossWeights:
+        """The same for images that all have masks."""
+        return LossWeights(**vars(self) | {"pseudo": 0.0})
+
+    @property
+    def feature_terms(self) -> list[str]:
+        """Names of the terms on features that count."""
+        return [name for name in FEATURE_TERMS if getattr(self, name) > 0]
+
+    def without_features(self) -> LossWeights:
+        """The same without the terms on features, which an evaluation does not compute."""
+        return LossWeights(**vars(self) | dict.fromkeys(FEATURE_TERMS, 0.0))
+
+    def check_teacher(self, *, taught: bool = True) -> None:
+        """Refuse a teacher that would be loaded and never be asked, and pseudo labels of nobody.
+
+        Args:
+            taught: whether there is one.
 
         Raises:
-            ValueError: if no term that needs a teacher has a weight.
+            ValueError: if no term that needs a teacher has a weight, or pseudo labels without one.
         """
-        if not self.ask_teacher:
-            flags = [f"--{term.flag}" for term in TERMS if term.needs_teacher]
+        if not taught and self.pseudo > 0:
+            raise ValueError(
+                f"Expected a --teacher with --pseudo_weight {self.pseudo:g}, got none: its answers "
+                "are the pseudo labels. Name one, or set --pseudo_weight 0."
+            )
+        if taught and not self.ask_teacher:
+            flags = dict.fromkeys(f"--{term.flag}" for term in TERMS if term.needs_teacher)
             raise ValueError(
                 f"Expected a loss term that follows the teacher, got a weight of 0 for each of "
                 f"them ({', '.join(flags)}). Give one a weight, or train without the teacher."
@@ -103,11 +156,14 @@ class LossWeights(SimpleNamespace):
                 raise ValueError(
                     f"Expected a weight of 0 for the term {term.name}, which teaches nothing to a "
                     f"student of {channels} logit{'s' * (channels > 1)} a pixel, got "
-                    f"{getattr(self, term.name):g}: {term.degenerate}. Set --{term.flag} 0."
+                    f"{self.effective()[term.name]:g}: {term.degenerate}. Set --{term.flag} 0."
                 )
 
 
-ALL_TERMS = LossWeights(**dict.fromkeys(NAMES, 1.0))
+SCHEDULED = (*WEIGHTED, "pseudo", "task")
+"""Names of the weights that may follow a schedule."""
+
+ALL_TERMS = LossWeights(**dict.fromkeys(WEIGHTED, 1.0), pseudo=1.0)
 UNWEIGHTED = LossWeights(**{term.name: 1.0 for term in TERMS if not term.extra})
 
 
@@ -122,8 +178,10 @@ def distillation_terms(
     weights: LossWeights | None = None,
     pos_weight: float | Sequence[float] | None = None,
     dice_images: Tensor | None = None,
+    pseudo: PseudoLabels | None = None,
+    pseudo_images: Tensor | None = None,
 ) -> LossTerms:
-    """Compute the terms; one channel is a binary model, more are a softmax model.
+    """Compute the terms on logits; one channel is a binary model, more are a softmax model.
 
     What logits, labels and mask hold at pixels that do not count has no influence, NaN included.
     Labels that count must be class ids; others fail in an index operation.
@@ -138,9 +196,11 @@ def distillation_terms(
         weights: terms of weight 0 are not computed; None computes all but the `extra` ones.
         pos_weight: factor of the foreground in the bce of one logit, or one of each class.
         dice_images: what `labelled_images` says of a step; None counts those of this batch.
+        pseudo: what stands for labels where this mask has none; by default the teacher's classes.
+        pseudo_images: the same of `unlabelled_images`.
 
     Returns:
-        Terms as scalars on the student's device; those of a teacher are None without one.
+        Terms as scalars on the student's device, None without the teacher or mask they need.
 
     Raises:
         TypeError: if a tensor has the wrong kind of type, or temperature is no number.
@@ -162,15 +222,39 @@ def distillation_terms(
     if teacher_logits is not None:
         inputs["teacher"] = teacher_logits.detach().to(student.dtype)
         sides.append((True, valid if distil_mask is None else distil_mask))
+    terms = _terms_of_sides(student, sides, inputs, factors)
+    if distil_mask is not None and "teacher" in inputs:
+        inputs |= {"student": student, "mask": distil_mask, "images": pseudo_images}
+        terms |= (pseudo or PseudoLabels()).terms(inputs, valid, factors)
+    return LossTerms(**terms)
+
+
+def _terms_of_sides(
+    student: Tensor,
+    sides: Iterable[tuple[bool, Tensor]],
+    inputs: Mapping[str, Any],
+    factors: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """The terms that have a factor, of each side: whether it follows the teacher, and its mask."""
     terms = {}
     for needs_teacher, mask in sides:
         # One tensor for all terms of a side, whose gradients then meet in it.
-        inputs |= {"student": _keep_pixels(student, mask), "mask": mask}
+        given = {**inputs, "student": _keep_pixels(student, mask), "mask": mask}
         for term in TERMS:
             function = term.function(student.shape[1])
-            if function and term.needs_teacher == needs_teacher and factors[term.name] > 0:
-                terms[term.name] = function(**{name: inputs[name] for name in term.takes})
-    return LossTerms(**terms)
+            if term.pseudo_of or term.on_features or not function:
+                continue
+            if term.needs_teacher == needs_teacher and factors[term.name] > 0:
+                terms[term.name] = function(**{name: given[name] for name in term.takes})
+    return terms
+
+
+def feature_terms(compared: Mapping[str, Sequence[ComparedMaps]]) -> dict[str, Tensor]:
+    """The terms on features, by name, of the maps that each of them compares."""
+    functions = {term.name: term.binary for term in TERMS if term.on_features}
+    return {
+        name: function(maps) for name, maps in compared.items() if (function := functions[name])
+    }
 
 
 def binary_maps(
@@ -229,6 +313,17 @@ def labelled_images(batches: Iterable[Mapping[str, Any]], ignore_index: int) -> 
     return torch.stack(counts).float().mean()
 
 
+def unlabelled_images(batches: Iterable[Mapping[str, Any]], ignore_index: int) -> Tensor:
+    """The same of the images with a pixel that is followed and has no label: `pseudo_images`."""
+    counts = []
+    for batch in batches:
+        labels, followed = batch["labels"], batch["distil_mask"]
+        followed = followed if labels.ndim == followed.ndim else followed.unsqueeze(1)
+        missing = (followed & (labels == ignore_index)).flatten(0, -3)
+        counts.append(missing.flatten(1).any(dim=1).sum())
+    return torch.stack(counts).float().mean()
+
+
 def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:
     """The total to minimise: each computed term times its effective weight.
 
@@ -255,6 +350,6 @@ def weighted_sum(terms: LossTerms, weights: LossWeights) -> Tensor:
 def weight_hint() -> str:
     """Cure of a loss without any term."""
     task, taught = (
-        [term.name for term in TERMS if term.needs_teacher == needs] for needs in (False, True)
+        [name for name in WEIGHTED if (name in TEACHER_TERMS) == needs] for needs in (False, True)
     )
     return f"Give {' or '.join(task)} a weight; {' and '.join(taught)} need a teacher."

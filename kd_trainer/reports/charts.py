@@ -247,26 +247,27 @@ METRICS = {
 """Keys of a network's figures and their names, in the order of tables and legends."""
 
 
-def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
-    """All charts for which something was logged, as `<svg>` elements."""
+def history_charts(logs: Logs, class_names: Sequence[str], *, background: bool = True) -> list[str]:
+    """All charts for which something was logged, as `<svg>` elements.
+
+    Without a `background` two classes are two figures; with it they are that of the foreground.
+    """
     mious = {
         "eval_miou": "student",
         "eval_teacher_miou": "teacher",
         "eval_agreement_miou": "student against teacher",
     }
     metrics = {f"eval_{key}": name for key, name in METRICS.items() if key != "miou"}
-    several = class_names if len(class_names) > 2 else ()
+    several = class_names if len(class_names) > 2 or not background else ()
     classes = {f"eval_iou_{name}": name for name in several}
     losses = {"loss": "training", "eval_loss": "evaluation (T = 1)"}
     terms = {term.name: term.name for term in TERMS}
     evaluated = {f"eval_{term.evaluated_as}": term.name for term in TERMS}
     shares = {f"grad_share/{name}": name for name in terms}
-    rates = {
-        key: key.removeprefix("lr/").replace("_", " ")
-        for log in logs
-        for key in log
-        if key.startswith("lr/")
-    }
+    rates, weights = (
+        {key: name.replace("_", " ") for key, name in _named(logs, prefix).items()}
+        for prefix in ("lr/", "weight/")
+    )
     softened = {term.name for term in TERMS if term.softened}
     is_softened = any(softened & log.keys() for log in logs)
     temperature = {"temperature": "temperature"} if is_softened else {}
@@ -281,10 +282,16 @@ def history_charts(logs: Logs, class_names: Sequence[str]) -> list[str]:
         _chart(logs, "Shares of the gradient", shares, "share"),
         _chart(logs, "Gradient norm before clipping", {"grad_norm": "norm"}, "norm"),
         _chart(logs, "Learning rates", rates, "rate"),
+        _chart(logs, "Weights of the terms", weights, "weight"),
         _chart(logs, "Temperature", temperature, "T"),
         _chart(logs, "Free encoder units", {"free_units": "free units"}, "units"),
     ]
     return [chart for chart in charts if chart is not None]
+
+
+def _named(logs: Logs, prefix: str) -> dict[str, str]:
+    """What stands behind the prefix, of each key that begins with it."""
+    return {k: k.removeprefix(prefix) for log in logs for k in log if k.startswith(prefix)}
 
 
 def _chart(logs: Logs, title: str, names: Mapping[str, str], y_label: str = "") -> str | None:

@@ -24,7 +24,8 @@ class Network:
         name: architecture and encoder.
         parameters: those that some output depends on.
         figures: metrics by name; empty if nothing was evaluated.
-        confusion: int64 (K, K), pixels by [truth, prediction].
+        confusion: int64 (K, K), pixels by [truth, prediction]; of several labels a pixel
+            (K, 2, 2), a table for each.
         reliability: pixels by confidence.
     """
 
@@ -58,7 +59,7 @@ class Contents:
 
     Attributes:
         title: name of the run.
-        class_names: names of the classes, background first.
+        class_names: names of the classes, background first where there is one.
         networks: `student`, and `teacher` if there is one.
         measured: on what the figures were measured, as a sentence.
         notes: what is missing, and why.
@@ -69,6 +70,7 @@ class Contents:
         logs: the Trainer's log history.
         comparison: what comparison.json holds, or None.
         versions: of the libraries that made the report.
+        multi_label: whether a pixel may have several of the classes.
     """
 
     title: str
@@ -83,3 +85,4 @@ class Contents:
     logs: Sequence[Mapping[str, Any]] = ()
     comparison: Any = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    multi_label: bool = False

@@ -24,8 +24,9 @@ from kd_trainer.reports.panels import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
     IGNORED,
+    MIXED_UP,
     Pixels,
-    class_colours,
+    colours_of,
 )
 
 _SIDE, _QUALITY = 320, 85  # of an image in the page: pixels, and of JPEG
@@ -111,7 +112,9 @@ def report_html(contents: Contents) -> str:
     on narrow screens, in light and dark as the reader's system asks for.
     """
     student, teacher = contents.networks[STUDENT], contents.networks.get(TEACHER)
-    charts = history_charts(contents.logs, contents.class_names)
+    charts = history_charts(
+        contents.logs, contents.class_names, background=not contents.multi_label
+    )
     return PAGES.get_template("report.html").render(
         contents=contents,
         student=student,
@@ -209,20 +212,23 @@ def _evaluations(logs: Sequence[Mapping[str, Any]]) -> Table | None:
 
 def _legends(contents: Contents) -> Iterator[dict[str, str]]:
     """Colours of the classes, of the errors and of the difference to the teacher."""
-    several = len(contents.class_names) > 2
-    colours = class_colours(len(contents.class_names))
-    yield {name: rgb(colours[i]) for i, name in enumerate(contents.class_names) if i}
-    wrong = ", or the wrong class" if several else ""
+    names, labels = contents.class_names, contents.multi_label
+    several = len(names) > 2 or labels
+    colours = colours_of(len(names), multi_label=labels)
+    yield {name: rgb(colours[i]) for i, name in enumerate(names) if i or labels}
+    wrong = ", or the wrong class" if several and not labels else ""
     yield {
         f"error: found where there is none{wrong}": rgb(FALSE_POSITIVE),
         "error: missed": rgb(FALSE_NEGATIVE),
+        **({"error: one label found, another missed": rgb(MIXED_UP)} if labels else {}),
         "ignored": rgb(IGNORED),
     }
     if not any(DIFFERENCE in image.views for image in contents.images):
         return
     ends = f"rgb(200,200,200),{rgb(FALSE_POSITIVE)})"
     if several:
-        meaning = "difference to the teacher: distance of the two distributions, 0 to 1"
+        what = "largest distance of any label" if labels else "distance of the two distributions"
+        meaning = f"difference to the teacher: {what}, 0 to 1"
         yield {meaning: f"linear-gradient(90deg,{ends}"}
     else:
         meaning = "difference: the student's probability minus the teacher's, -1 to 1"
@@ -271,9 +277,11 @@ def _classes(contents: Contents) -> Table | None:
         for metric in ("IoU", "Dice", "precision", "recall")
         for who in figures
     }
-    truth = confusions[STUDENT].sum(axis=1)
+    _, truth, _ = hits(confusions[STUDENT])
+    tables = confusions[STUDENT]
+    totals = tables.sum(axis=(1, 2)) if tables.ndim == 3 else np.full(len(truth), tables.sum())
     rows = [
-        [name, _share(truth[i], truth.sum()), *(float(column[i]) for column in columns.values())]
+        [name, _share(truth[i], totals[i]), *(float(column[i]) for column in columns.values())]
         for i, name in enumerate(contents.class_names)
     ]
     return ["class", "share of pixels", *columns], rows
@@ -283,10 +291,9 @@ def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
     """IoU, Dice, precision and recall of every class (K,), NaN where there is nothing to divide by.
 
     Args:
-        confusion: counts (K, K) by [truth, prediction].
+        confusion: counts (K, K) by [truth, prediction], or (K, 2, 2) of several labels a pixel.
     """
-    hit = np.diag(confusion).astype(float)
-    truth, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    hit, truth, predicted = hits(confusion)
     quotients = {
         "IoU": (hit, truth + predicted - hit),
         "Dice": (2 * hit, truth + predicted),
@@ -297,6 +304,15 @@ def class_figures(confusion: np.ndarray) -> dict[str, np.ndarray]:
         name: np.divide(part, whole, out=np.full(len(hit), np.nan), where=whole > 0)
         for name, (part, whole) in quotients.items()
     }
+
+
+def hits(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels of each class (K,) that are right, that it has, and that are given it."""
+    if confusion.ndim == 3:
+        own = confusion[:, 1, 1], confusion[:, 1].sum(axis=1), confusion[:, :, 1].sum(axis=1)
+    else:
+        own = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    return own[0].astype(float), own[1], own[2]
 
 
 def _trained_with(results: Mapping[str, Any]) -> dict[str, Any]:

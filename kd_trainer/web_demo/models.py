@@ -16,9 +16,16 @@ from transformers.utils.hub import cached_file
 
 from kd_trainer.costs import Latency, file_mib, interleaved
 from kd_trainer.data.input_files import read_image
-from kd_trainer.evaluation import Measured, labels_of
+from kd_trainer.evaluation import Measured, is_multi_label, labels_of
 from kd_trainer.export import load_onnx
-from kd_trainer.inference import Segmenter, classes_at, onnx_segmenter, render, torch_segmenter
+from kd_trainer.inference import (
+    Segmenter,
+    classes_at,
+    onnx_segmenter,
+    planes_at,
+    render,
+    torch_segmenter,
+)
 from kd_trainer.loading import load_student, network_name, network_size, teacher_options
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_processing import resize_image
@@ -34,7 +41,7 @@ from kd_trainer.reports.panels import (
     overlay,
 )
 from kd_trainer.sources import model_source
-from kd_trainer.students import check_student_size, image_size_of
+from kd_trainer.students import channels_seen, check_student_size, image_size_of, reads_own_depth
 from kd_trainer.teacher import Teacher, load_teacher
 
 # Longer side of what is shown and predicted. More than any screen shows, and the logits of nine
@@ -53,6 +60,7 @@ class DemoModel:
         parameters: without those that no output depends on; None if unknown.
         file_mib: size of the weight file; None if unknown.
         runs_on: engine and device, in words.
+        multi_label: whether a pixel may have several of the classes.
     """
 
     name: str
@@ -61,6 +69,7 @@ class DemoModel:
     parameters: int | None
     file_mib: float | None
     runs_on: str
+    multi_label: bool = False
 
 
 Models = Mapping[str, DemoModel]
@@ -73,7 +82,7 @@ class Result:
 
     Attributes:
         image: uint8 (H, W, 3), as it was shown to the models.
-        masks: class ids, uint8 (H, W), of each model.
+        masks: class ids, uint8 (H, W), of each model; of several labels a pixel planes (K, H, W).
         difference: between teacher and student; None without a teacher.
     """
 
@@ -111,10 +120,19 @@ def load_demo_student(source: str) -> DemoModel:
         return _tried(_from_onnx(source), source, "its saved image size")
     source = model_source(source)
     student = load_student(source)
+    if reads_own_depth(student):
+        raise _of_other_images(source, channels_seen(student))
     size = image_size_of(student)
     check_student_size(size, student)
     model = _described(student, torch_segmenter(student, size), source, labels_of(student))
     return _tried(model, source, "its saved image size")
+
+
+def _of_other_images(source: str, channels: int) -> ValueError:
+    return ValueError(
+        f"Expected a model of 8-bit RGB images, which is what a browser sends, got {source} of "
+        f"{channels} channels (--in_channels). Use predict.py."
+    )
 
 
 def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | None:
@@ -136,10 +154,13 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
     source = model.teachers[0]
     if source.endswith(".onnx"):
         exported = _from_onnx(source)
-        if exported.class_names != student.class_names:
+        if (exported.class_names, exported.multi_label) != (
+            student.class_names,
+            student.multi_label,
+        ):
             raise ValueError(
-                f"Expected a teacher of the student's classes {', '.join(student.class_names)}, "
-                f"got {source} with {', '.join(exported.class_names)}. Name another one."
+                f"Expected a teacher of the student's classes {_classes(student)}, got {source} "
+                f"with {_classes(exported)}. Name another one."
             )
         return _tried(exported, source, "its saved image size")
     labels = dict(enumerate(student.class_names))
@@ -153,6 +174,7 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
         std=model.teacher_std,
         id2label=labels,
         class_map=model.class_map,
+        multi_label=student.multi_label,
         trust_remote_code=model.trust_remote_code,
     )
     check_finite_weights(teacher.network, source)
@@ -163,9 +185,16 @@ def load_demo_teacher(model: ModelArguments, student: DemoModel) -> DemoModel | 
     return _tried(shown, source, "--teacher_image_size")
 
 
+def _classes(model: DemoModel) -> str:
+    several = ", several a pixel" if model.multi_label else ""
+    return ", ".join(model.class_names) + several
+
+
 def _from_onnx(source: str) -> DemoModel:
     threads = torch.get_num_threads()
     exported = load_onnx(source, threads=threads)
+    if exported.own_depth:
+        raise _of_other_images(source, len(exported.image_mean))
     metadata = exported.metadata
     return DemoModel(
         f"{metadata['architecture']} {metadata['encoder']}, {metadata['precision']}",
@@ -174,6 +203,7 @@ def _from_onnx(source: str) -> DemoModel:
         None,
         file_mib(source),
         f"onnxruntime, CPU, {_threads(threads)}",
+        exported.multi_label,
     )
 
 
@@ -195,6 +225,7 @@ def _described(
         network_size(network)[0],
         file_mib(source) or _cached_mib(source),
         f"torch, {place}",
+        is_multi_label(model),
     )
 
 
@@ -265,11 +296,11 @@ def examine(models: Models, image: np.ndarray, threshold: float) -> Result:
     Args:
         models: as `Models` says.
         image: uint8 RGB (H, W, 3).
-        threshold: probability from which a binary model's pixel is foreground.
+        threshold: probability from which a binary model's pixel is foreground, or has a label.
     """
+    found = planes_at if models[STUDENT].multi_label else classes_at
     masks = {
-        role: classes_at(model.segmenter.logits([image])[0], threshold)
-        for role, model in models.items()
+        role: found(model.segmenter.logits([image])[0], threshold) for role, model in models.items()
     }
     difference = None
     if TEACHER in masks:

@@ -12,7 +12,13 @@ from kd_trainer.errors import require
 from kd_trainer.models.image_sizes import size_text
 from kd_trainer.reports.contents import STUDENT, TEACHER
 from kd_trainer.reports.page import legend, rgb, table, text
-from kd_trainer.reports.panels import ONLY_STUDENT, ONLY_TEACHER, OTHER_CLASS, class_colours
+from kd_trainer.reports.panels import (
+    ONLY_STUDENT,
+    ONLY_TEACHER,
+    OTHER_CLASS,
+    colours_of,
+    label_maps,
+)
 from kd_trainer.web_demo.models import (
     LONGEST,
     DemoModel,
@@ -73,7 +79,8 @@ def build_page(
         ValueError: if gradio is not installed.
     """
     gr = require("gradio", extra="demo")
-    binary = len(models[STUDENT].class_names) == 2
+    student = models[STUDENT]
+    by_threshold = len(student.class_names) == 2 or student.multi_label
     # What visitors send is removed after an hour, and with the process.
     with gr.Blocks(
         title="Teacher and student", analytics_enabled=False, delete_cache=(HOUR, HOUR)
@@ -88,7 +95,7 @@ def build_page(
                     step=0.05,
                     label="threshold",
                     info="Probability from which a pixel counts as found.",
-                    visible=binary,
+                    visible=by_threshold,
                 )
                 if examples:
                     gr.Examples([[str(path)] for path in examples], upload, label="examples")
@@ -277,17 +284,14 @@ def _figures(name: str, values: Mapping[str, float | None], form: str) -> list[o
 
 def shares_table(result: Result, class_names: tuple[str, ...]) -> str:
     """Colour and share of the image of each class that a model found."""
-    colours = class_colours(len(class_names))
-    present = [
-        index
-        for index in range(1, len(class_names))
-        if any((mask == index).any() for mask in result.masks.values())
-    ]
+    count, several = len(class_names), next(iter(result.masks.values())).ndim == 3
+    colours = colours_of(count, multi_label=several)
+    found = [label_maps(mask, count) for mask in result.masks.values()]
+    present = [index for index in found[0] if any(maps[index].any() for maps in found)]
     if not present:
         return "<p>Nothing was found in this image.</p>"
     shares = [
-        [class_names[i], *(_percent(float((mask == i).mean())) for mask in result.masks.values())]
-        for i in present
+        [class_names[i], *(_percent(float(maps[i].mean())) for maps in found)] for i in present
     ]
     header = ["share of the image", *result.masks]
     return legend({class_names[i]: rgb(colours[i]) for i in present}) + table(header, shares)
@@ -301,10 +305,12 @@ def difference_text(result: Result, class_names: tuple[str, ...]) -> str:
     """How far the masks are apart, and the colours of their difference; empty without a teacher."""
     if result.difference is None:
         return ""
-    several = len(class_names) > 2
+    planes = result.masks[STUDENT].ndim == 3
+    several = len(class_names) > 2 or planes
     colours = {"only the teacher": rgb(ONLY_TEACHER), "only the student": rgb(ONLY_STUDENT)}
     if several:
-        colours["both, as different classes"] = rgb(OTHER_CLASS)
+        mixed = "each a label that the other has not" if planes else "both, as different classes"
+        colours[mixed] = rgb(OTHER_CLASS)
     share, iou = result.difference.pixels, result.difference.iou
     if math.isnan(iou):
         overlap = "neither found anything"

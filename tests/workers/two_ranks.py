@@ -122,8 +122,33 @@ def plain(folder: Path, batch: int) -> dict[str, Any]:
     return {"world": args.world_size, "logs": trainer.state.log_history}
 
 
+def features(folder: Path, batch: int) -> dict[str, Any]:
+    """Terms on features whose projections know nothing of the batch, then all, accumulated."""
+    student = tiny_student(norm=False)
+    weights = {"at_weight": 2.0, "feature_cwd_weight": 20.0}
+    # Adam would make steps of what is rounding in gradients near 0.
+    options = {"optim": "sgd", "learning_rate": 0.01, "per_device_train_batch_size": batch}
+    args = arguments(folder, **weights, **STAGED, **options)
+    trainer = DistillationTrainer(student, args, teacher=tiny_teacher(), train_dataset=Squares(16))
+    trainer.train()
+    heads = trainer.matching.heads.state_dict()
+    if args.process_index == 0:
+        torch.save(student.state_dict() | heads, folder / "features.pt")
+    weights |= {"fitnet_weight": 2.0, "mgd_weight": 2.0, "gradient_accumulation_steps": 2}
+    args = arguments(folder, max_steps=3, **weights)
+    every = DistillationTrainer(
+        tiny_student(), args, teacher=tiny_teacher(), train_dataset=Squares(16)
+    )
+    every.train()
+    together = hashlib.sha256()
+    for _, parameter in every.matching.parameters():
+        together.update(parameter.detach().numpy().tobytes())
+    logs = trainer.state.log_history
+    return {"world": args.world_size, "logs": logs, "digest": together.hexdigest()}
+
+
 def dice(folder: Path, batch: int) -> dict[str, Any]:
-    """Two steps of the Dice alone, on images of which three of eight have no label."""
+    """Two steps of both kinds of Dice, on images of which three of eight have no label."""
     spy = Gradients()
     args = arguments(
         folder,
@@ -132,14 +157,29 @@ def dice(folder: Path, batch: int) -> dict[str, Any]:
         train_sampling_strategy="sequential",
         max_grad_norm=0.0,
         bce_weight=0.0,
+        kl_weight=0.0,
+        mse_weight=0.0,
+        pseudo_weight=1.0,
     )
-    student = tiny_student(norm=False)
+    student, teacher = tiny_student(norm=False), tiny_teacher()
     data = PartlyLabelled(8)
-    trainer = DistillationTrainer(student, args, train_dataset=data, callbacks=[spy])
+    trainer = DistillationTrainer(
+        student, args, teacher=teacher, train_dataset=data, callbacks=[spy]
+    )
     trainer.train()
     if args.process_index == 0:
         torch.save(spy.steps, folder / "gradients.pt")
     return {"world": args.world_size, "logs": trainer.state.log_history}
+
+
+def averaged(folder: Path) -> dict[str, Any]:
+    """Digests of the student's moving average, with the statistics of its BatchNorms."""
+    args = arguments(folder, ema_decay=0.7)
+    trainer = DistillationTrainer(tiny_student(), args, train_dataset=Squares(16))
+    trainer.train()
+    tensors = trainer.ema.network.state_dict().values()
+    together = hashlib.sha256(b"".join(value.numpy().tobytes() for value in tensors))
+    return {"world": args.world_size, "digest": together.hexdigest()}
 
 
 def measured(folder: Path) -> dict[str, Any]:
@@ -160,8 +200,10 @@ def main(folder: Path, global_batch: int = 4) -> None:
     results = {
         "staged": staged(folder),
         "plain": plain(folder, global_batch // args.world_size),
+        "features": features(folder, global_batch // args.world_size),
         "dice": dice(folder, global_batch // args.world_size),
         "measured": measured(folder),
+        "averaged": averaged(folder),
     }
     (folder / f"rank_{args.process_index}.json").write_text(json.dumps(results))
 
