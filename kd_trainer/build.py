@@ -213,12 +213,11 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
 
 def _check_several(run: RunArguments) -> None:
     """Say what several labels a pixel mean, and refuse what knows one only."""
-    args = run.training
-    asked = ("class_weights", "pos_weight")
-    if wrong := [name for name in asked if getattr(args, name) is not None]:
+    given = {name: getattr(run.training, name) for name in ("class_weights", "pos_weight")}
+    if wrong := [f"--{name} {value}" for name, value in given.items() if value is not None]:
         raise ValueError(
-            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --multi_label, got it: that "
-            "knows one class a pixel only, so far. Leave it out."
+            f"Expected no {wrong[0]} with --multi_label, got it: that knows one class a pixel "
+            "only, so far. Leave it out."
         )
     names = clipped(", ".join(run.data.id2label.values()), 200)
     announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
@@ -232,9 +231,8 @@ def _measure_channels(run: RunArguments, rows: Any) -> DataArguments:
     data = run.data
     if data.in_channels is None or data.channel_mean is not None:
         return data
-    source = run.model.student
-    if source is not None and (saved := saved_channels(source, data.in_channels)):
-        announce(f"Channels are normalised as those of {source}, the student, were.")
+    if run.model.student and (saved := saved_channels(run.model.student, data.in_channels)):
+        announce("Channels are normalised as those of the saved student were.")
         run.data = replace(data, channel_mean=saved[0], channel_std=saved[1])
         return run.data
     mean, std, images = measured(sample_rows(rows), data.in_channels)
