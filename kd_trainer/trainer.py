@@ -315,6 +315,9 @@ class DistillationTrainer(Trainer):
         compared = self.matching.compared(seen, shown, self._distilled(inputs), features)
         vars(terms).update(feature_terms(compared))
         loss = weighted_sum(terms, weights)
+        if features and not any(weights.without_features().effective().values()):
+            # DDP waits for a gradient of each parameter that the output depends on.
+            loss = loss + 0.0 * logits.sum()
         self.tracked.add(terms, first_trained(seen, logits), weights)
         return (loss, {"logits": logits}) if return_outputs else loss
 

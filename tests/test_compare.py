@@ -608,6 +608,23 @@ def test_baseline_without_the_unlabelled_images_keeps_the_steps(tmp_path: Path):
     assert "20 epochs of 80 images, the distilled student in 8 of 200" in BUDGET.sentence()
 
 
+@pytest.mark.parametrize("more", [{}, {"plan_epochs": 50.0, "weight_schedule": ["bce=0:1,9:2"]}])
+def test_runs_of_stretched_settings_are_compared(more: dict, tmp_path: Path):
+    """What is stretched on purpose would be refused as another setting, after all trainings."""
+    settings = SETTINGS | {"output_dir": str(tmp_path / "never")} | more
+    run = build(settings)
+    alone = build(baseline_settings(settings, run.training, BUDGET))
+    left_out = BUDGET.left_out
+    runs = [
+        replace(made("baseline", 0, 20, left_out=left_out), config=alone.resolved()),
+        replace(made("distilled", 0, 10), config=run.resolved()),
+    ]
+    check_comparable(runs)
+    other = replace(runs[1], config=run.resolved() | {"encoder_lr_scale": 0.7})
+    with pytest.raises(ValueError, match="encoder_lr_scale"):
+        check_comparable([runs[0], other])
+
+
 @pytest.mark.slow
 def test_runs_with_unlabelled_images_make_the_same_updates(ground: Path, tmp_path: Path):
     """The arithmetic of the plan is worth nothing if the Trainer counts otherwise."""

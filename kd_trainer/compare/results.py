@@ -39,7 +39,7 @@ _BY_TEACHER = frozenset({"teacher", "unlabelled", "weight_schedule"}) | OF_THE_D
 # Stretched for a baseline without the unlabelled images.
 _STRETCHED = frozenset(
     {"max_steps", "num_train_epochs", "warmup_epochs", "unfreeze_warmup_epochs"}
-    | {"unfreeze_start_epoch", "unfreeze_every", "eval_strategy", "save_strategy"}
+    | {"unfreeze_start_epoch", "unfreeze_every", "plan_epochs", "eval_strategy", "save_strategy"}
     | {"eval_steps", "save_steps"}
 )
 

@@ -123,7 +123,7 @@ def plain(folder: Path, batch: int) -> dict[str, Any]:
 
 
 def features(folder: Path, batch: int) -> dict[str, Any]:
-    """Terms on features whose projections know nothing of the batch, then all, accumulated."""
+    """Terms on features whose projections know nothing of the batch; then all, at first alone."""
     student = tiny_student(norm=False)
     weights = {"at_weight": 2.0, "feature_cwd_weight": 20.0}
     # Adam would make steps of what is rounding in gradients near 0.
@@ -135,6 +135,7 @@ def features(folder: Path, batch: int) -> dict[str, Any]:
     if args.process_index == 0:
         torch.save(student.state_dict() | heads, folder / "features.pt")
     weights |= {"fitnet_weight": 2.0, "mgd_weight": 2.0, "gradient_accumulation_steps": 2}
+    weights["weight_schedule"] = [f"{name}=0:0,0.5:0,0.5:1" for name in ("kl", "mse", "task")]
     args = arguments(folder, max_steps=3, **weights)
     every = DistillationTrainer(
         tiny_student(), args, teacher=tiny_teacher(), train_dataset=Squares(16)
