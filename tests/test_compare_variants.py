@@ -5,16 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from small_runs import save_network, write_pairs
 from test_compare import compared, flags, made, miou_of, table_of
 
 from kd_trainer.commands import compare
 from kd_trainer.compare.arguments import parse_comparison
 from kd_trainer.compare.budget import Budget
+from kd_trainer.compare.image_counts import load_counts
 from kd_trainer.compare.report import summarise
 from kd_trainer.compare.results import check_comparable
-from kd_trainer.compare.runs import OF_THE_DISTILLATION, baseline_names, plan_runs
+from kd_trainer.compare.runs import COUNTS, OF_THE_DISTILLATION, baseline_names, plan_runs
 from kd_trainer.compare.tables import markdown
 from kd_trainer.compare.variants import read_variants
 
@@ -72,6 +75,21 @@ def test_variants_that_cannot_be_are_refused_before_anything_is_loaded(words, me
     """Found after the first variant's seeds, a misspelt flag of the last one costs a night."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         variants_of(*words)
+
+
+def test_a_variant_that_teaches_itself_is_measured_with_the_teacher_of_the_comparison():
+    """What describes that teacher would else be refused, or taken for the student's average."""
+    of_teacher = ("--teacher_flip", "--teacher_targets", "cached", "--learning_rate", "2e-3")
+    words = ("recipe=", "own=--teacher self --ema_decay 0.9")
+    recipe, own = variants_of(*words, more=of_teacher)
+    assert (own.settings["teacher"], own.reference["teacher"]) == (["self"], ["t"])
+    assert (own.settings["pseudo_weight"], own.settings["ema_decay"]) == (1, 0.9)
+    assert own.settings["learning_rate"] == 2e-3
+    assert "teacher_targets" not in own.settings
+    assert ("teacher_flip" in own.settings, own.reference["teacher_flip"]) == (False, True)
+    assert recipe.reference == recipe.settings
+    with pytest.raises(ValueError, match=r"no --teacher_flip with --teacher self.*variant own"):
+        variants_of("own=--teacher self --teacher_flip")
 
 
 def test_only_names_what_is_there():
@@ -180,6 +198,56 @@ def test_variants_train_what_is_missing_and_are_measured_on_other_images(
     trained.clear()
     assert compared(*start, *more)[0] == summary
     assert trained == []
+
+
+@pytest.fixture(scope="module")
+def with_self(ground: Path, tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
+    """A recipe and a student that teaches itself: folder, summary, what was printed."""
+    output = tmp_path_factory.mktemp("self") / "out"
+    more = ["--seeds", "1", "--unlabelled", str(ground / "more" / "validation" / "images")]
+    own = "own=--teacher self --ema_decay 0.5"
+    return output, *compared(*flags(ground, output, *more), "--variants", "recipe=", own)
+
+
+def test_a_student_that_teaches_itself_is_one_row_against_the_same_teacher(
+    with_self: tuple[Path, dict[str, Any], str],
+):
+    """Measured with its own average, it would agree with its teacher and have no gap to close."""
+    output, summary, _ = with_self
+    students = summary["students"]
+    assert list(students) == ["baseline", "baseline_of_own", "recipe", "own"]
+    config = {k: yaml.safe_load((output / f"{k}_seed0/config.yaml").read_text()) for k in students}
+    assert [config[k]["teacher"] for k in students] == [
+        "none",
+        "none",
+        config["recipe"]["teacher"],
+        "self",
+    ]
+    alone = config["baseline_of_own"]
+    assert (alone["strong_views"], alone["ema_decay"], alone["unlabelled"]) == (2, 0.5, None)
+    assert students["own"]["baseline"] == "baseline_of_own"
+    counts = {k: load_counts(output / f"{k}_seed0" / COUNTS) for k in students}
+    for one in counts.values():
+        assert np.array_equal(one.teacher, counts["recipe"].teacher)
+    written = json.loads((output / "own_seed0" / "results.json").read_text())
+    assert students["own"]["metrics"]["miou"]["mean"] == written["student_miou"]
+    assert "agreement" not in written
+    assert 0 < students["own"]["metrics"]["agreement"]["mean"] < 1
+    assert summary["teacher"]["source"] == "teacher"
+    assert summary["costs"]["teacher"] is not None
+
+
+def test_nothing_of_it_is_trained_twice(
+    with_self: tuple[Path, dict[str, Any], str], ground: Path, monkeypatch
+):
+    """A run whose note names another teacher would be refused as one of other settings."""
+    output, summary, _ = with_self
+    monkeypatch.setattr(compare, "train", None)
+    more = ["--seeds", "1", "--unlabelled", str(ground / "more" / "validation" / "images")]
+    own = "own=--teacher self --ema_decay 0.5"
+    again, printed = compared(*flags(ground, output, *more), "--variants", "recipe=", own)
+    assert printed.count("complete, not repeated") == 4
+    assert again == summary
 
 
 def test_images_that_choose_are_no_final_ones(ground: Path, tmp_path: Path):

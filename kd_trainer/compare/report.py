@@ -23,6 +23,7 @@ from kd_trainer.metrics import Mean, bootstrap_difference, gap_closed, mean_of
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.parsing import settings_of
+from kd_trainer.sources import SELF
 from kd_trainer.students import image_size_of
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")
@@ -218,7 +219,10 @@ def measured_costs(
     networks: dict[str, nn.Module] = {"student": student}
     sizes: dict[str, AnySize] = {"student": image_size_of(student)}
     files = {"student": [str(folder)]}
-    distilled = next((run for run in runs if not is_baseline(run.kind)), None)
+    taught = (
+        run for run in runs if not is_baseline(run.kind) and run.config.get("teacher") != SELF
+    )
+    distilled = next(taught, None)
     if distilled is not None:
         model = settings_of(ModelArguments, distilled.config)
         model["trust_remote_code"] = trust_remote_code

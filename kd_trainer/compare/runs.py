@@ -83,7 +83,8 @@ class PlannedRun:
         kind: what its row and its folder are called: a baseline's name, or a variant's.
         seed: of weights, data order and augmentation.
         run: its settings.
-        reference: the run with a teacher of this seed, which knows teacher and evaluation data.
+        reference: the run with the comparison's teacher of this seed, which knows that teacher and
+            the evaluation data.
         budget: shared by a variant and its baseline.
         teacher_weights: digest of the teacher's weights, where it can be known.
         variant: what it is, or what it is the first baseline of.
@@ -242,7 +243,7 @@ def plan_runs(
         wants: whether runs of a name are planned.
         final: data to measure the students on as well.
     """
-    settings = variants[0][0].settings
+    settings = variants[0][0].reference
     weights = weights_digest(*ModelArguments(**settings_of(ModelArguments, settings)).teachers)
     names = baseline_names(variants, folder)
     kinds: dict[str, tuple[Variant, Budget, str]] = {}
@@ -255,10 +256,12 @@ def plan_runs(
         for kind in filter(wants, kinds):
             variant, budget, baseline = kinds[kind]
             output = str(folder / f"{kind}_seed{seed}")
-            of_seed = variant.settings | {"seed": seed, "output_dir": output}
-            run = reference = build(of_seed)
+            of_seed = {"seed": seed, "output_dir": output}
+            reference = build(variant.reference | of_seed)
+            settings = variant.settings | of_seed
             if is_baseline(kind):
-                run = build(baseline_settings(of_seed, reference.training, budget))
+                settings = baseline_settings(settings, reference.training, budget)
+            run = build(settings)
             about = (run, reference, budget, weights, variant, baseline, final)
             planned.append(PlannedRun(kind, seed, *about))
             planned[-1].check()
