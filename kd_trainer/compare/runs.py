@@ -28,9 +28,11 @@ from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import settings_of
+from kd_trainer.reports.contents import EMA
 from kd_trainer.run_folder import NOTE_SHAPE, RESULTS_SHAPE, read_object, written_settings
 
 COUNTS, FINAL_COUNTS, NOTE = "image_counts.npz", "final_counts.npz", "comparison_run.json"
+EMA_COUNTS, FINAL_EMA_COUNTS = "ema_counts.npz", "final_ema_counts.npz"  # with --ema_decay
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
@@ -125,15 +127,17 @@ class PlannedRun:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        counted = all((self.folder / name).is_file() for name in (COUNTS, NOTE))
-        return self.trained and counted and self._measured_finally
+        final = self.final is None or written_note(self.folder).get("final") == self.final.name
+        files = [NOTE, *(file for counted in self._counted.values() for file in counted)]
+        return self.trained and final and all((self.folder / name).is_file() for name in files)
 
     @property
-    def _measured_finally(self) -> bool:
-        if self.final is None:
-            return True
-        measured = written_note(self.folder).get("final") == self.final.name
-        return measured and (self.folder / FINAL_COUNTS).is_file()
+    def _counted(self) -> dict[str, list[str]]:
+        """Files of counts, by the folder of the network that is counted: evaluation, then final."""
+        files = {"student": [COUNTS, FINAL_COUNTS]}
+        if self.run.training.ema_decay is not None:
+            files[EMA] = [EMA_COUNTS, FINAL_EMA_COUNTS]
+        return files if self.final else {who: names[:1] for who, names in files.items()}
 
     def checkpoint(self) -> int:
         """Step of the newest complete checkpoint; 0 without one."""
@@ -180,13 +184,11 @@ class PlannedRun:
         parts = build_run(self.reference)
         assert parts.eval_dataset is not None
         parts.eval_dataset.transform.eval_size = self.run.data.eval_size
-        student, args, ignore = (
-            load_student(self.folder / "student"),
-            self.run.training,
-            self.run.data.ignore_index,
-        )
-        for dataset, file in ((parts.eval_dataset, COUNTS), (self.final_dataset(), FINAL_COUNTS)):
-            if dataset is not None:
+        args, ignore = self.run.training, self.run.data.ignore_index
+        datasets = parts.eval_dataset, self.final_dataset()
+        for who, files in self._counted.items():
+            student = load_student(self.folder / who)
+            for dataset, file in zip(datasets, files, strict=False):
                 counts = count_images(student, parts.teacher, dataset, args, ignore_index=ignore)
                 counts.save(self.folder / file)
         if self.final is not None:
