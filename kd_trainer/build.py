@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,21 +25,19 @@ from kd_trainer.data import (
     learned,
     load_splits,
     sample_rows,
-    source_class_names,
     transforms,
     usable_splits,
-    with_label_count,
 )
 from kd_trainer.data.channels import measured
-from kd_trainer.data.class_balance import balanced_weights, class_pixels
 from kd_trainer.data.listing import MissingSplitError
 from kd_trainer.data.planes import PlaneRule
 from kd_trainer.data.quota import has_mask, quota_sampler
-from kd_trainer.data.sources import LoadedSplits, is_coco, load_source
+from kd_trainer.data.sources import LoadedSplits, load_source
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce, clipped
 from kd_trainer.fast_layers import keep_freed_memory, use_fast_layers
 from kd_trainer.feature_maps import check_one_network
+from kd_trainer.found_settings import balance_classes, learn_from_sources
 from kd_trainer.loading import (
     make_student,
     make_teacher,
@@ -61,7 +58,7 @@ from kd_trainer.students import (
     set_free_units,
     student_logits,
 )
-from kd_trainer.teacher import Teacher, reduces_labels, saved_class_names
+from kd_trainer.teacher import Teacher
 from kd_trainer.teacher_maps import use_teacher_maps
 
 
@@ -123,18 +120,6 @@ def speed_up(student: nn.Module, args: DistillationArguments) -> None:
 
 def _bad_share(data: DataArguments) -> float | None:
     return data.max_bad_share if data.on_bad_sample == "skip" else None
-
-
-FOUND = (
-    *("num_labels", "class_names", "reduce_labels", "class_weights"),
-    *("mask_kind", "mask_values", "mask_colors", "mask_threshold"),
-    *("channel_mean", "channel_std"),
-)
-"""Settings that a run finds in the data where they are not given."""
-REDUCED = (
-    "trained with do_reduce_labels: mask value 0 counts nowhere, and value i is class i - 1. "
-    "--reduce_labels false reads the values as class ids."
-)
 
 
 def _announce_rule(rule: MaskRule | PlaneRule) -> None:
@@ -205,61 +190,6 @@ def build_run(run: RunArguments) -> RunComponents:
     )
 
 
-def learn_from_sources(run: RunArguments, splits: Mapping[str, Any]) -> DataArguments:
-    """The settings with what data, annotations and teacher say of it, which `run` takes over.
-
-    So the configuration that is written has them too.
-    """
-    given = run.data.num_labels
-    run.data = with_label_count(splits, run.data)
-    if run.data.reduce_labels is None and (count := _reduced_labels(run, found=given is None)):
-        run.data = replace(run.data, reduce_labels=True, num_labels=count)
-    if given is None and run.data.label_count > 2 and run.data.mask_colors is None:
-        announce(_found_labels(run.data))
-    names = source_class_names(run.data) if run.data.class_names is None else None
-    if run.data.reduce_labels and names is None and run.data.class_names is None:
-        names = _names_without_background(run)
-    if names is not None and len(names) == run.data.num_labels:  # others are refused when loaded
-        run.data = replace(run.data, class_names=names)
-    return run.data
-
-
-def _found_labels(data: DataArguments) -> str:
-    names = source_class_names(data)
-    named = f": {clipped(', '.join(names), 100)}" if names else ""
-    cure = " --category makes one of them the foreground." if is_coco(data) else ""
-    return f"Classes: {data.label_count}{named}. --num_labels overrules.{cure}"
-
-
-def balance_classes(run: RunArguments, rows: Any, rule: MaskRule) -> None:
-    """Put numbers in the place of `--class_weights balanced`, as the configuration then has them.
-
-    Raises:
-        ValueError: if a class is in none of the masks.
-    """
-    names = list(run.data.id2label.values())
-    skip = run.data.on_bad_sample == "skip"
-    pixels, masks = class_pixels(rows, rule, skip_bad=skip)
-    weights = balanced_weights(pixels, names, masks)
-    run.training.class_weights = [f"{weight:.4g}" for weight in weights]
-    shares = pixels / pixels.sum()
-    told = [f"{n} {s:.3%} x {w:.4g}" for n, s, w in zip(names, shares, weights, strict=True)]
-    announce(
-        f"Class weights, balanced by the pixels of {masks:,} training masks: {', '.join(told)}. "
-        "Numbers after --class_weights overrule them."
-    )
-
-
-def _names_without_background(run: RunArguments) -> list[str]:
-    """Those of the teacher, if it has as many classes: value 0, the background, is none of them."""
-    count = run.data.label_count
-    for source in run.model.teachers:
-        named = saved_class_names(source)
-        if named is not None and len(named) == count:
-            return named
-    return [f"class_{index}" for index in range(count)]
-
-
 def _load(run: RunArguments) -> LoadedSplits:
     """The splits of the run; says how to train where there is none to evaluate on."""
     data, evaluates = run.data, run.training.eval_strategy != "no"
@@ -276,44 +206,6 @@ def _load(run: RunArguments) -> LoadedSplits:
     return loaded
 
 
-def counts_from_one(source: str, data: DataArguments) -> bool:
-    """Whether masks are read as those of a saved model were, from value 1 on."""
-    classes = (data.mask_values, data.mask_colors, data.merge_classes, data.mask_kind)
-    if (
-        any((*classes, data.mask_threshold, data.category))
-        or data.dataset == "synthetic"
-        or (data.dataset and is_coco(data))
-    ):
-        return False
-    return reduces_labels(source)
-
-
-def _reduced_labels(run: RunArguments, *, found: bool) -> int | None:
-    """The number of classes, if the masks are read as a teacher's that leaves value 0 out.
-
-    A class map translates the teacher's classes: then it is the student's masks that are read.
-
-    Args:
-        run: its settings, with the number of labels.
-        found: whether that number is one of values in masks, of which 0 would be no class.
-    """
-    reduced = [source for source in run.model.teachers if counts_from_one(source, run.data)]
-    if not reduced:
-        return None
-    count = run.data.label_count
-    sizes = [len(saved_class_names(source) or range(count)) for source in reduced]
-    alike = [size for size in sizes if size in (count, count - found)]
-    if run.model.class_map is not None or not alike:
-        announce(
-            "The teacher was trained with do_reduce_labels (mask value 0 counts nowhere), but its "
-            "classes are translated: the masks here are read as they are. --reduce_labels true "
-            "reads them as its own were."
-        )
-        return None
-    announce(f"The teacher was {REDUCED}")
-    return alike[0]
-
-
 def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
     """The student's image processor, which also says how the masks it learned from were read."""
     return processor_of(student, **({"do_reduce_labels": True} if data.reduce_labels else {}))
@@ -321,12 +213,11 @@ def _processor(student: nn.Module, data: DataArguments) -> TorchvisionBackend:
 
 def _check_several(run: RunArguments) -> None:
     """Say what several labels a pixel mean, and refuse what knows one only."""
-    args = run.training
-    asked = ("class_weights", "pos_weight")
-    if wrong := [name for name in asked if getattr(args, name) is not None]:
+    given = {name: getattr(run.training, name) for name in ("class_weights", "pos_weight")}
+    if wrong := [f"--{name} {value}" for name, value in given.items() if value is not None]:
         raise ValueError(
-            f"Expected no --{wrong[0]} {getattr(args, wrong[0])} with --multi_label, got it: that "
-            "knows one class a pixel only, so far. Leave it out."
+            f"Expected no {wrong[0]} with --multi_label, got it: that knows one class a pixel "
+            "only, so far. Leave it out."
         )
     names = clipped(", ".join(run.data.id2label.values()), 200)
     announce(f"Several labels a pixel: a sigmoid for each of {names}, no background.")
@@ -340,9 +231,8 @@ def _measure_channels(run: RunArguments, rows: Any) -> DataArguments:
     data = run.data
     if data.in_channels is None or data.channel_mean is not None:
         return data
-    source = run.model.student
-    if source is not None and (saved := saved_channels(source, data.in_channels)):
-        announce(f"Channels are normalised as those of {source}, the student, were.")
+    if run.model.student and (saved := saved_channels(run.model.student, data.in_channels)):
+        announce("Channels are normalised as those of the saved student were.")
         run.data = replace(data, channel_mean=saved[0], channel_std=saved[1])
         return run.data
     mean, std, images = measured(sample_rows(rows), data.in_channels)

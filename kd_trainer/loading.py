@@ -369,7 +369,7 @@ _DECIDED = {
     "encoder_name": "Use --student_encoder",
     "encoder_weights": "Use --encoder_weights",
     "classes": "It follows from --num_labels",
-    "in_channels": "A student sees RGB pictures: leave it out",
+    "in_channels": "Use --in_channels",
     "activation": "A student gives logits: leave it out",
     "aux_params": "Only the segmentation head is trained here: leave it out",
 }

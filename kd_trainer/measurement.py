@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from kd_trainer.build import REDUCED, counts_from_one
 from kd_trainer.data import BadSample, StreamedDataset, TransformedDataset
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.errors import announce
@@ -27,6 +26,7 @@ from kd_trainer.evaluation import (
     is_multi_label,
     labels_of,
 )
+from kd_trainer.found_settings import REDUCED, counts_from_one
 from kd_trainer.inference import evaluator_for
 from kd_trainer.losses import class_ids
 from kd_trainer.reports.calibration import Reliability, reliability_counts

@@ -308,7 +308,7 @@ def test_a_saved_student_goes_on_with_its_own_statistics(finished, tmp_path, cap
     student, brighter = ["--student", str(root / "run")], deep_pairs(tmp_path / "d", 4, np.uint8)
     more = ["--in_channels", "4", "--max_steps", "1", *student]
     train(parse(train_flags(brighter, tmp_path / "run", *more)))
-    assert "normalised as those of" in capsys.readouterr().err
+    assert "normalised as those of the saved student" in capsys.readouterr().err
     first, second = (load_student(run / "run").config for run in (root, tmp_path))
     assert list(second.image_mean) == list(first.image_mean)
     assert second.own_depth

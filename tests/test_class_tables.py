@@ -8,11 +8,11 @@ import pytest
 from test_layouts import both, nothing_said_before
 from test_mask_formats import COLORS, SIDE, ids
 
-from kd_trainer.build import learn_from_sources
 from kd_trainer.commands.data import data_main
 from kd_trainer.config import parse
 from kd_trainer.data import load_splits, mask_rule, with_label_count
 from kd_trainer.data_arguments import DataArguments
+from kd_trainer.found_settings import learn_from_sources
 
 __all__ = ["nothing_said_before"]
 

@@ -42,7 +42,7 @@ LAYERS = (
         "teacher",
     ),
     ("config", "data", "optim", "teacher_ensemble"),
-    ("evaluation", "feature_maps", "teacher_maps"),
+    ("evaluation", "feature_maps", "found_settings", "teacher_maps"),
     ("accepted", "callbacks", "checkpointing", "ema", "loading", "run_folder", "tracking"),
     ("build", "costs", "hub", "teacher_cache"),
     ("export", "push_callback", "teacher_targets"),

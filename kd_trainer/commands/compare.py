@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd_trainer.build import FOUND, RunComponents, build_run, evaluation_dataset, images_an_epoch
+from kd_trainer.build import RunComponents, build_run, evaluation_dataset, images_an_epoch
 from kd_trainer.commands.train import train
 from kd_trainer.compare.arguments import Comparison, parse_comparison
 from kd_trainer.compare.budget import Budget
@@ -29,6 +29,7 @@ from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.finding import several
 from kd_trainer.doctor.plan import describe
 from kd_trainer.doctor.resources import Speed
+from kd_trainer.found_settings import FOUND
 
 
 def compare_main() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from kd_trainer.arguments import BALANCED
-from kd_trainer.build import FOUND, build_run, evaluation_dataset
+from kd_trainer.build import build_run, evaluation_dataset
 from kd_trainer.checkpointing.checkpoints import checkpoint_folders, fault, step_of
 from kd_trainer.checkpointing.fingerprint import WITHOUT_EFFECT, differences
 from kd_trainer.compare.budget import Budget, baseline_settings
@@ -23,6 +23,7 @@ from kd_trainer.config import RunArguments, build
 from kd_trainer.costs import reset_peak_memory, weight_files
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.files import write_json
+from kd_trainer.found_settings import FOUND
 from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
 from kd_trainer.model_arguments import ModelArguments
