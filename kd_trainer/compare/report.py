@@ -181,6 +181,7 @@ def _row(run: FinishedRun) -> dict[str, Any]:
         "kind": run.kind,
         "seed": run.seed,
         **{name: _finite(run.figures["student"][name]) for name in METRICS},
+        "ema_miou": run.results.get("ema_miou"),
         "final_miou": _final_miou(run),
         "train_seconds": run.train_seconds,
         "peak_memory_mib": run.peak_memory_mib,

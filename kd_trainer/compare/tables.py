@@ -197,15 +197,15 @@ def _training(students: dict[str, dict[str, Any]]) -> str:
 
 
 def _runs(runs: Sequence[dict[str, Any]]) -> str:
-    final = any(run["final_miou"] is not None for run in runs)
+    more = {"ema_miou": "mIoU of the average", "final_miou": "final mIoU"}
+    more = {key: name for key, name in more.items() if any(run[key] is not None for run in runs)}
     rows = [
         [run["kind"], str(run["seed"])]
         + [number(run[key], ",.4f", UNKNOWN) for key in _METRICS]
-        + ([number(run["final_miou"], ",.4f", UNKNOWN)] if final else [])
+        + [number(run[key], ",.4f", UNKNOWN) for key in more]
         + [UNKNOWN if run["train_seconds"] is None else duration(run["train_seconds"])]
         for run in runs
     ]
     if not rows:
         return "None is finished."
-    more = ["final mIoU"] if final else []
-    return markdown_table(["", "seed", *_METRICS.values(), *more, "training"], rows)
+    return markdown_table(["", "seed", *_METRICS.values(), *more.values(), "training"], rows)
