@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from kd_trainer.argument_checks import check_alone
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.evaluation import Measured, input_statistics, is_multi_label, labels_of
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
@@ -66,6 +67,8 @@ def check_accepted(
             "it was trained with."
         )
     args.loss_weights.check_teacher(taught=teacher is not None)
+    if teacher is None:
+        check_alone(args)
     for name, reason in _REFUSED.items():
         if options.get(name) not in (None, (None, None)):
             raise ValueError(f"Expected no {name}, got one: {reason}.")

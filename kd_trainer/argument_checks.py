@@ -8,15 +8,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers import SchedulerType
 
 from kd_trainer.fields import check_at_least, check_choice, check_folder, parse_size
-from kd_trainer.losses import FEATURE_TERMS, TERMS
+from kd_trainer.losses import FEATURE_TERMS, TERMS, LossWeights
 from kd_trainer.models.image_sizes import as_size, plain_size
-from kd_trainer.schedules import RATE_SHAPES
+from kd_trainer.schedules import RATE_SHAPES, WeightSchedule
 
 _NO_RECOMPUTING = (
     "networks of smp cannot recompute their activations. To save memory, lower --batch_size and "
@@ -218,24 +218,47 @@ def check_weight_schedule(args: Any, given: Collection[str] = ()) -> None:
                 f"Expected --{flag} or a --weight_schedule for {name}, got both, of which the "
                 "schedule alone would count. Leave one out."
             )
-    # Linear between points, so that a stretch without terms begins at one of them.
-    for epoch in sorted({0.0, *(e for s in schedules.values() for e, _ in s.points)}):
-        now = weights.following({name: schedule(epoch) for name, schedule in schedules.items()})
-        if schedules and not any(now.effective().values()):
-            raise ValueError(
-                "Expected a loss term with a weight above 0 at any time, got a --weight_schedule "
-                f"that leaves none at epoch {epoch:g}. Let terms overlap, or jump: "
-                "kl=0:1,20:1,20:0 bce=0:0,20:0,20:1."
-            )
-        if args.adaptive_weight and not any(now.without_teacher().effective().values()):
-            raise ValueError(
-                "Expected a loss term that compares with labels beside --adaptive_weight, which "
-                f"may switch the others off, got none at epoch {epoch:g}. Give one a weight."
-            )
+    epoch = epoch_without_terms(weights, schedules)
+    if schedules and epoch is not None:
+        raise ValueError(
+            "Expected a loss term with a weight above 0 at any time, got a --weight_schedule "
+            f"that leaves none at epoch {epoch:g}. Let terms overlap, or jump: "
+            "kl=0:1,20:1,20:0 bce=0:0,20:0,20:1."
+        )
+    epoch = epoch_without_terms(weights.without_teacher(), schedules)
+    if args.adaptive_weight and epoch is not None:
+        raise ValueError(
+            "Expected a loss term that compares with labels beside --adaptive_weight, which "
+            f"may switch the others off, got none at epoch {epoch:g}. Give one a weight."
+        )
     if args.adaptive_weight and args.eval_strategy == "no":
         raise ValueError(
             "Expected --eval_strategy epoch or steps with --adaptive_weight, got no: it follows "
             "the evaluations. Set one, or leave it out."
+        )
+
+
+def epoch_without_terms(
+    weights: LossWeights, schedules: Mapping[str, WeightSchedule]
+) -> float | None:
+    """The first epoch at which no term has a weight; None if one has at any time."""
+    # Linear between points, so that a stretch without terms begins at one of them.
+    for epoch in sorted({0.0, *(e for s in schedules.values() for e, _ in s.points)}):
+        now = weights.following({name: schedule(epoch) for name, schedule in schedules.items()})
+        if not any(now.effective().values()):
+            return epoch
+    return None
+
+
+def check_alone(args: Any) -> None:
+    """Refuse a schedule that leaves a stretch without any term where there is no teacher."""
+    schedules = args.weight_schedules
+    epoch = epoch_without_terms(args.loss_weights.without_teacher(), schedules)
+    if schedules and epoch is not None:
+        raise ValueError(
+            "Expected a loss term that compares with labels at any time without a teacher, got a "
+            f"--weight_schedule that leaves none at epoch {epoch:g}. Leave it out, or name a "
+            "--teacher."
         )
 
 

@@ -172,8 +172,8 @@ class DistillationArguments(TrainingArguments):
     )
     plan_epochs: float | None = help_field(
         None,
-        "Epochs that warm-up, unfreezing and weights are written for (the recipes: 50): scale them "
-        "to those of the run, or to --max_steps.",
+        "Epochs that warm-up, unfreezing, weights and --labelled_share are written for (the "
+        "recipes: 50): scale them to those of the run, or to --max_steps.",
     )
     # Optimisation.
     learning_rate: float = help_field(1e-4, "Base learning rate of decoder and head.")

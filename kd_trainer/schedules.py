@@ -202,11 +202,11 @@ class LabelledShare:
                 "images of each batch."
             )
 
-    def __call__(self, epoch: int) -> float:
+    def __call__(self, epoch: float) -> float:
         """The share in an epoch, counted from 0."""
         return self.points[bisect.bisect_right([x for x, _ in self.points], epoch) - 1][1]
 
-    def images(self, epoch: int, batch: int) -> int:
+    def images(self, epoch: float, batch: int) -> int:
         """Images with masks in a batch of an epoch: of both kinds one at least, between 0 and 1.
 
         Raises:
@@ -332,8 +332,8 @@ class TrainingSchedule:
         min_rate: learning rate at the end of the run, as a share of the base rate.
         rate_shape: of the learning rate after its warm-up, one of `RATE_SHAPES`.
         rate_options: of that shape.
-        plan_epochs: length that warm-up, unfreezing and weights are written for; None means this
-            run's.
+        plan_epochs: length that warm-up, unfreezing, weights and the share of masks are written
+            for; None means this run's.
         weight_schedules: of the loss terms that have one, by name.
     """
 
@@ -356,9 +356,13 @@ class TrainingSchedule:
         """Epochs of this run for one of the plan, by which all but the temperature is scaled."""
         return self.epochs / self.plan_epochs if self.plan_epochs else 1.0
 
+    def planned_epoch(self, epoch: int) -> float:
+        """The epoch of the plan at the start of an epoch of the run."""
+        return epoch / self.scale + _ROUNDING
+
     def free_units(self, epoch: int) -> int:
         """Number of free units at an epoch of the run."""
-        return self.unfreezing(math.floor(epoch / self.scale + _ROUNDING))
+        return self.unfreezing(math.floor(self.planned_epoch(epoch)))
 
     def weights(self, step: int) -> dict[str, float]:
         """Weight of each loss term that has a schedule at a step, counted from 0."""

@@ -424,7 +424,8 @@ class DistillationTrainer(Trainer):
         if self.args.labelled_share is None:
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return quota_sampler(dataset, self.args)
+        # Asked in each epoch: how long the run is follows from how long the sampler is.
+        return quota_sampler(dataset, self.args, lambda e: self.schedule.planned_epoch(e))
 
     def _get_dataloader(  # type: ignore[override] # the options are handed on as they come
         self, dataset: Any, description: str, batch_size: int, **options: Any

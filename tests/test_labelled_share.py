@@ -101,6 +101,27 @@ def test_a_schedule_ends_with_masks_alone_and_keeps_the_length_of_an_epoch():
     assert sorted(row for batch in batches(only) for row, _ in batch) == list(range(16))
 
 
+def test_shares_keep_to_the_plan_of_a_shorter_run(tmp_path: Path):
+    """The weights of the last stretch would come without its images: no epoch 45 in a run of 4."""
+    shares = []
+
+    class Watched(DistillationTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            labels = inputs["labels"].flatten(1)
+            shares.append((self.epochs.index, int((labels != 255).any(dim=1).sum())))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    options = {"labelled_share": ["0:0.5", "30:1"], "plan_epochs": 40.0, "num_train_epochs": 4}
+    args = arguments(tmp_path, per_device_train_batch_size=4, **options)
+    dataset = some_without(4, 4)
+    Watched(tiny_student(), args, teacher=tiny_teacher(), train_dataset=dataset).train()
+    assert shares == [(epoch, 2 if epoch < 3 else 4) for epoch in range(4) for _ in range(2)]
+    args = arguments(tmp_path, per_device_train_batch_size=4, max_steps=8, **options)
+    shares.clear()
+    Watched(tiny_student(), args, teacher=tiny_teacher(), train_dataset=dataset).train()
+    assert [count for _, count in shares] == [2] * 6 + [4] * 2
+
+
 def test_the_order_is_a_function_of_seed_and_epoch_alone():
     """Another generator's state in it would end a resumed run elsewhere."""
     first, again, other = sampler(3, 12, 0.5), sampler(3, 12, 0.5), sampler(3, 12, 0.5, seed=4)

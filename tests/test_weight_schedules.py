@@ -96,10 +96,10 @@ def test_what_looks_at_a_run_as_a_whole_sees_the_highest_weight(tmp_path: Path):
 class Watched(DistillationTrainer):
     """Notes at which steps the teacher is asked."""
 
-    def teacher_logits(self, inputs: Any) -> Any:
+    def teacher_logits(self, inputs: Any, maps: Any = None) -> Any:
         if self.model.training:
             self.__dict__.setdefault("asked", []).append(self.state.global_step)
-        return super().teacher_logits(inputs)
+        return super().teacher_logits(inputs, maps)
 
 
 SCHEDULE = ["kl=0:0,1:0,1:1,2:0.5,2:0", "mse=0:0", "bce=0:1,3:0.25"]
@@ -163,6 +163,25 @@ def test_the_baseline_of_a_comparison_has_the_schedules_of_its_own_terms(tmp_pat
         )
 
 
+def test_a_stage_of_the_teacher_alone_is_none_of_the_baseline(tmp_path: Path):
+    """Without any term it would end in an error at its first step, once the preflight is over."""
+    settings = {"output_dir": str(tmp_path), "teacher": "t", "use_cpu": True}
+    settings |= {"eval_strategy": "no", "report_to": "none"}
+    budget = Budget(80, {"baseline": 10, "distilled": 10}, {"baseline": 20, "distilled": 20})
+    for words, expected in (
+        (["kl=0:1,4:1,4:0", "task=0:0,4:0,4:1"], None),
+        (["task=0:0,4:0,4:0.5"], ["task=0:0.5"]),
+        (["task=0:0.5,4:0.5,4:1"], ["task=0:0.5,4:0.5,4:1"]),
+    ):
+        given = settings | {"weight_schedule": words}
+        alone = baseline_settings(given, build(given).training, budget)
+        assert alone["weight_schedule"] == expected
+        DistillationTrainer(tiny_student(), build(alone).training)
+    unheld = arguments(tmp_path, weight_schedule=["task=0:0,4:0,4:1"])
+    with pytest.raises(ValueError, match=r"without a teacher, got .* none at epoch 0\."):
+        DistillationTrainer(tiny_student(), unheld)
+
+
 def test_a_card_tells_the_weights_in_turn():
     """The weight of a flag that the schedule replaced is none of the run's."""
 
@@ -170,4 +189,4 @@ def test_a_card_tells_the_weights_in_turn():
     facts = SimpleNamespace(teacher="t", settings=settings)
     assert _loss(facts) == "0.3 KL(T) + 1 BCE"  # type: ignore[arg-type]
     settings["weight_schedule"] = ["kl=0:1,5:1,9:0.5", "task=0:0,5:0,5:1"]
-    assert _loss(facts) == "1 → 0.5 KL(T) + (0 → 1)·(0.5) BCE"  # type: ignore[arg-type]
+    assert _loss(facts) == "1 → 0.5 KL(T) + 0 → 0.5 BCE"  # type: ignore[arg-type]

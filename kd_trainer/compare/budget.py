@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kd_trainer.argument_checks import epoch_without_terms
 from kd_trainer.arguments import DistillationArguments
 from kd_trainer.costs import without_teacher
 from kd_trainer.losses import SCHEDULED
-from kd_trainer.schedules import read_weight_schedules, weight_schedule_words
+from kd_trainer.schedules import WeightSchedule, read_weight_schedules, weight_schedule_words
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,16 @@ def baseline_settings(
 
     Schedules count in epochs. Without the unlabelled images an epoch is shorter, so they are
     stretched until everything happens at the step at which it does in the distilled run: also the
-    evaluations, as the best of more of them would be an advantage.
+    evaluations, as the best of more of them would be an advantage. Where the teacher has a stage of
+    its own, the baseline learns from its labels in all steps.
     """
     result = without_teacher(settings)
+    own = read_weight_schedules(result.get("weight_schedule"), SCHEDULED)
+    if epoch_without_terms(args.loss_weights.without_teacher(), own) is not None:
+        peaks = {name: schedule.peak for name, schedule in own.items()}
+        changed = {n: peak for n, peak in peaks.items() if peak != getattr(args, f"{n}_weight")}
+        held = {name: WeightSchedule(((0.0, peak),)) for name, peak in changed.items()}
+        result["weight_schedule"] = weight_schedule_words(held) or None
     if not budget.left_out:
         return result
     every = budget.per_epoch["distilled"]

@@ -9,7 +9,7 @@ draws another augmentation in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -42,6 +42,7 @@ class QuotaSampler(torch.utils.data.Sampler[tuple[int, int]]):
     Args:
         dataset: of the samples.
         share: of the images of a batch that have masks, by epoch.
+        planned_epoch: the epoch of `share` for one of the data set.
         batch_size: of a process.
         seed: of the order.
         processes: their number divides that of the batches.
@@ -59,6 +60,7 @@ class QuotaSampler(torch.utils.data.Sampler[tuple[int, int]]):
         batch_size: int,
         seed: int,
         processes: int = 1,
+        planned_epoch: Callable[[int], float] = float,
     ) -> None:
         if not isinstance(dataset, TransformedDataset):
             raise TypeError(
@@ -75,7 +77,7 @@ class QuotaSampler(torch.utils.data.Sampler[tuple[int, int]]):
                 "images without masks (--unlabelled), or leave it out."
             )
         self.dataset, self.share, self.seed = dataset, share, seed
-        self.batch_size = batch_size
+        self.batch_size, self.planned_epoch = batch_size, planned_epoch
         counts = self._counts(epoch=0)
         needed = (
             -(-len(rows) // count) for rows, count in zip(self.rows, counts, strict=True) if count
@@ -84,7 +86,7 @@ class QuotaSampler(torch.utils.data.Sampler[tuple[int, int]]):
 
     def _counts(self, epoch: int) -> tuple[int, int]:
         """Images with and without masks in each batch of an epoch."""
-        labelled = self.share.images(epoch, self.batch_size)
+        labelled = self.share.images(self.planned_epoch(epoch), self.batch_size)
         return labelled, self.batch_size - labelled
 
     def __len__(self) -> int:
@@ -114,7 +116,9 @@ def rounds(rows: Numbers, count: int, draw: np.random.Generator) -> Numbers:
     return np.concatenate([np.empty((0, 2), np.int64), *order])[:count]
 
 
-def quota_sampler(dataset: Any, args: DistillationArguments) -> QuotaSampler:
+def quota_sampler(
+    dataset: Any, args: DistillationArguments, planned_epoch: Callable[[int], float] = float
+) -> QuotaSampler:
     """The sampler of a run with `--labelled_share`."""
     share = args.labelled_schedule
     assert share is not None
@@ -124,4 +128,5 @@ def quota_sampler(dataset: Any, args: DistillationArguments) -> QuotaSampler:
         batch_size=args.train_batch_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
         processes=args.world_size,
+        planned_epoch=planned_epoch,
     )

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_trainer.losses.pixels import Scalar, channel_divergence
+
 Maps = Tensor  # (B, C, h, w)
 Cells = Tensor  # (B, h, w), bool, True where a cell of the maps counts
-Scalar = Tensor  # ()
 
-CWD_TEMPERATURE = 4.0
 MGD_MASKED = 0.75  # share of the cells that are hidden, as Yang et al. 2022 do for segmentation
-_OUTSIDE = -1e9  # as a logit: a probability of 0
 
 
 class ComparedMaps(NamedTuple):
@@ -76,19 +75,11 @@ def attention_transfer(features: Iterable[ComparedMaps]) -> Scalar:
 
 
 def channel_wise(features: Iterable[ComparedMaps]) -> Scalar:
-    """T²·KL between the distributions over cells that each channel makes; mean over channels.
+    """Sum over the maps of `channel_divergence`, mean over images.
 
     Source: Shu et al. 2021, arXiv 2011.13256.
     """
-    values = []
-    for student, teacher, mask in features:
-        log_p, log_q = (
-            _keep_cells(maps / CWD_TEMPERATURE, mask, _OUTSIDE).flatten(2).log_softmax(dim=2)
-            for maps in (student, teacher)
-        )
-        divergence = (log_q.exp() * (log_q - log_p)).sum(dim=2)
-        values.append(CWD_TEMPERATURE**2 * divergence.mean(dim=1))
-    return _sum_of_means(values)
+    return _sum_of_means([channel_divergence(*maps) for maps in features])
 
 
 def generated(features: Iterable[ComparedMaps]) -> Scalar:
@@ -114,8 +105,8 @@ def _sum_of_means(values: list[Tensor]) -> Scalar:
     return torch.stack([value.mean() for value in values]).sum()
 
 
-def _keep_cells(maps: Maps, mask: Cells, fill: float = 0.0) -> Maps:
-    return torch.where(mask.unsqueeze(1), maps, fill)
+def _keep_cells(maps: Maps, mask: Cells) -> Maps:
+    return torch.where(mask.unsqueeze(1), maps, 0.0)
 
 
 def _unit(maps: Maps, mask: Cells) -> Tensor:

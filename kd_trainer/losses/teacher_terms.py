@@ -12,9 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_trainer.losses.pixels import Labels, Logits, Mask, Scalar, masked_mean
+from kd_trainer.losses.pixels import (
+    NOWHERE,
+    Labels,
+    Logits,
+    Mask,
+    Scalar,
+    channel_divergence,
+    masked_mean,
+)
 
-CHANNEL_TEMPERATURE = 4.0  # of Shu et al. 2021
 NON_TARGET = 8.0  # β of Zhao et al. 2022
 # Of the boundary: β, and how far from it a pixel still counts more.
 BOUNDARY_WEIGHT, BOUNDARY_PIXELS = 4.0, 3
@@ -87,15 +94,7 @@ def channel_kl(student: Logits, teacher: Logits, mask: Mask) -> Scalar:
 
     Source: Shu et al. 2021, arXiv 2011.13256.
     """
-    inside = mask.unsqueeze(1)
-
-    def log_shares(logits: Logits) -> Tensor:
-        kept = torch.where(inside, logits / CHANNEL_TEMPERATURE, _NOWHERE)
-        return kept.flatten(2).log_softmax(dim=2)
-
-    log_p, log_q = log_shares(student), log_shares(teacher)
-    divergence = CHANNEL_TEMPERATURE**2 * (log_q.exp() * (log_q - log_p)).sum(dim=2)
-    return _mean_of_images(divergence.mean(dim=1), mask)
+    return _mean_of_images(channel_divergence(student, teacher, mask), mask)
 
 
 def binary_intra(student: Logits, teacher: Logits, mask: Mask) -> Scalar:
@@ -152,7 +151,7 @@ def decoupled_kl(
     parts = []
     for logits in (student, teacher):
         log_all = F.log_softmax(torch.where(mask.unsqueeze(1), logits, 0.0) / temperature, dim=1)
-        others = torch.where(is_target, _NOWHERE, log_all)
+        others = torch.where(is_target, NOWHERE, log_all)
         log_rest = others.logsumexp(dim=1, keepdim=True)
         parts.append((torch.cat([log_all.gather(1, target), log_rest], 1), others - log_rest))
     (pair_p, rest_p), (pair_q, rest_q) = parts
@@ -204,7 +203,6 @@ def softmax_boundary_kl(
     return temperature**2 * _boundary_mean(divergence, classes, student.shape[1], mask)
 
 
-_NOWHERE = -1e9  # a logit of no probability, finite so that nothing beside it becomes NaN
 _CONSTANT = 1e-8  # least length of a map: one without any contrast correlates with nothing
 
 
