@@ -121,7 +121,7 @@ def check_self_taught(args: DistillationArguments) -> None:
     if terms := args.loss_weights.feature_terms:
         raise ValueError(
             f"Expected no --{terms[0]}_weight with --teacher self, got it: the average of the "
-            "student has the student's own features. Leave one of them out."
+            "student has the student's own features. Set it to 0, or name a teacher."
         )
 
 

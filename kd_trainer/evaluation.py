@@ -36,7 +36,7 @@ from kd_trainer.metrics import (
     multi_label_metrics,
     plane_counts,
 )
-from kd_trainer.reports.contents import STUDENT, TEACHER
+from kd_trainer.reports.contents import EMA, STUDENT, TEACHER
 from kd_trainer.students import (
     channels_of,
     has_several_labels,
@@ -48,7 +48,7 @@ from kd_trainer.students import (
 from kd_trainer.teacher import Teacher, state_of
 
 NAMES = tuple(term.name for term in TERMS)
-AGREEMENT, EMA = "agreement", "ema"
+AGREEMENT = "agreement"
 
 
 Measured = nn.Module

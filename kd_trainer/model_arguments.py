@@ -10,7 +10,7 @@ from kd_trainer.fields import check_at_least, expanded, help_field
 from kd_trainer.sources import SELF, model_source, public_name
 
 # What describes a teacher that is a network of its own, or its answers.
-_OF_A_NETWORK = (
+OF_A_NETWORK = (
     *("teacher_maps", "teacher_shares", "teacher_flip", "teacher_image_size"),
     *("teacher_mean", "teacher_std", "teacher_options", "class_map"),
 )
@@ -127,7 +127,7 @@ class ModelArguments:
                 "and `self` stand alone."
             )
         if self.teaches_itself:
-            for name in _OF_A_NETWORK:
+            for name in OF_A_NETWORK:
                 if getattr(self, name) not in (None, False):
                     raise ValueError(
                         f"Expected no --{name} with --teacher self, got {getattr(self, name)}: the "

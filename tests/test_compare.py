@@ -535,25 +535,6 @@ def test_table_says_what_was_counted_by_hand():
     assert text.count("90 s") == 6
 
 
-def test_the_moving_average_is_told_beside_the_student_that_is_compared():
-    """An average that nobody shows would pass for a lever that does nothing."""
-    runs = [made("baseline", 0, 20), made("distilled", 0, 10)]
-    runs[1] = replace(runs[1], results=runs[1].results | {"ema_miou": 0.8765})
-    text = markdown(
-        summarise(runs, 50) | {"costs": {"student": None, "teacher": None, "load": None}}
-    )
-    of_runs = text.split("## Runs")[1].split("## Versions")[0].splitlines()
-    assert "| mIoU of the average |" in of_runs[2]
-    assert [("not measured" in line, "0.8765" in line) for line in of_runs[4:6]] == [
-        (True, False),
-        (False, True),
-    ]
-    without = markdown(
-        summarise(runs[:1], 50) | {"costs": dict.fromkeys(("student", "teacher", "load"))}
-    )
-    assert "of the average" not in without
-
-
 def test_unknown_figures_are_not_invented():
     """A 0, or the figure of another run, would be read as measured."""
     runs = [made("baseline", 0, 20, starts=2), made("distilled", 0, 10, memory_is_its_own=False)]

@@ -2,19 +2,29 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from small_runs import save_network, write_pairs
 from test_compare import compared, flags, made, miou_of, table_of
 
 from kd_trainer.commands import compare
 from kd_trainer.compare.arguments import parse_comparison
 from kd_trainer.compare.budget import Budget
+from kd_trainer.compare.image_counts import load_counts
 from kd_trainer.compare.report import summarise
 from kd_trainer.compare.results import check_comparable
-from kd_trainer.compare.runs import OF_THE_DISTILLATION, baseline_names, plan_runs
+from kd_trainer.compare.runs import (
+    COUNTS,
+    EMA_COUNTS,
+    OF_THE_DISTILLATION,
+    baseline_names,
+    plan_runs,
+)
 from kd_trainer.compare.tables import markdown
 from kd_trainer.compare.variants import read_variants
 
@@ -72,6 +82,21 @@ def test_variants_that_cannot_be_are_refused_before_anything_is_loaded(words, me
     """Found after the first variant's seeds, a misspelt flag of the last one costs a night."""
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         variants_of(*words)
+
+
+def test_a_variant_that_teaches_itself_is_measured_with_the_teacher_of_the_comparison():
+    """What describes that teacher would else be refused, or taken for the student's average."""
+    of_teacher = ("--teacher_flip", "--teacher_targets", "cached", "--learning_rate", "2e-3")
+    words = ("recipe=", "own=--teacher self --ema_decay 0.9")
+    recipe, own = variants_of(*words, more=of_teacher)
+    assert (own.settings["teacher"], own.reference["teacher"]) == (["self"], ["t"])
+    assert (own.settings["pseudo_weight"], own.settings["ema_decay"]) == (1, 0.9)
+    assert own.settings["learning_rate"] == 2e-3
+    assert "teacher_targets" not in own.settings
+    assert ("teacher_flip" in own.settings, own.reference["teacher_flip"]) == (False, True)
+    assert recipe.reference == recipe.settings
+    with pytest.raises(ValueError, match=r"no --teacher_flip with --teacher self.*variant own"):
+        variants_of("own=--teacher self --teacher_flip")
 
 
 def test_only_names_what_is_there():
@@ -134,6 +159,32 @@ def test_one_table_has_a_row_for_each_variant_against_its_own_baseline():
     assert "beside baseline_of_c" in text
 
 
+def test_averages_are_told_where_all_runs_of_a_name_have_one():
+    """The mean of two averages and a student is the figure of nothing."""
+    runs = []
+    for seed in (0, 1):
+        for kind, wrong in (("baseline", 20), ("a", 12), ("b", 10)):
+            run = made(kind, seed, wrong)
+            average, final = (made(kind, seed, wrong - less).counts for less in (2, 4))
+            run.results["ema_miou"] = miou_of(wrong - 2)
+            kept = average if (kind, seed) != ("b", 1) else None
+            more = {"final_counts": run.counts, "final_ema_counts": final, "ema_counts": kept}
+            runs.append(replace(run, note=run.note | {"final": "test"}, **more))
+    check_comparable(runs)
+    summary = summarise(runs, 20) | NO_COSTS
+    assert list(summary["ema"]) == ["baseline", "a"]
+    header, rows = table_of(markdown(summary))
+    assert header[2:10:2] == ["mIoU", "EMA mIoU", "test mIoU", "test EMA mIoU"]
+    assert [cell[:6] for cell in rows["b"][1:8:2]] == [
+        *(f"{miou_of(10):.4f}", "—", f"{miou_of(10):.4f}", f"{miou_of(6):.4f}")
+    ]
+    closed = (miou_of(10) - miou_of(18)) / (1 - miou_of(18))
+    assert rows["a"][4].startswith(f"{closed:.3f}")
+    runs[0].results["ema_miou"] = 0.5
+    with pytest.raises(ValueError, match=f"results.json and {EMA_COUNTS} of one student"):
+        check_comparable(runs)
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory) -> Path:
     """Data with a third split, and a teacher of random weights."""
@@ -180,6 +231,80 @@ def test_variants_train_what_is_missing_and_are_measured_on_other_images(
     trained.clear()
     assert compared(*start, *more)[0] == summary
     assert trained == []
+
+
+@pytest.fixture(scope="module")
+def with_self(ground: Path, tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
+    """A recipe and a student that teaches itself: folder, summary, what was printed."""
+    output = tmp_path_factory.mktemp("self") / "out"
+    more = ["--seeds", "1", "--unlabelled", str(ground / "more" / "validation" / "images")]
+    own = "own=--teacher self --ema_decay 0.5"
+    return output, *compared(*flags(ground, output, *more), "--variants", "recipe=", own)
+
+
+def test_a_student_that_teaches_itself_is_one_row_against_the_same_teacher(
+    with_self: tuple[Path, dict[str, Any], str],
+):
+    """Measured with its own average, it would agree with its teacher and have no gap to close."""
+    output, summary, _ = with_self
+    students = summary["students"]
+    assert list(students) == ["baseline", "baseline_of_own", "recipe", "own"]
+    config = {k: yaml.safe_load((output / f"{k}_seed0/config.yaml").read_text()) for k in students}
+    assert [config[k]["teacher"] for k in students] == [
+        "none",
+        "none",
+        config["recipe"]["teacher"],
+        "self",
+    ]
+    alone = config["baseline_of_own"]
+    assert (alone["strong_views"], alone["ema_decay"], alone["unlabelled"]) == (2, 0.5, None)
+    assert students["own"]["baseline"] == "baseline_of_own"
+    counts = {k: load_counts(output / f"{k}_seed0" / COUNTS) for k in students}
+    for one in counts.values():
+        assert np.array_equal(one.teacher, counts["recipe"].teacher)
+    written = json.loads((output / "own_seed0" / "results.json").read_text())
+    assert students["own"]["metrics"]["miou"]["mean"] == written["student_miou"]
+    assert "agreement" not in written
+    assert 0 < students["own"]["metrics"]["agreement"]["mean"] < 1
+    assert summary["teacher"]["source"] == "teacher"
+    assert summary["costs"]["teacher"] is not None
+
+
+def test_averages_are_columns_of_their_own_against_averages_of_the_baseline(
+    with_self: tuple[Path, dict[str, Any], str],
+):
+    """An average beside a baseline without one wins by what averaging alone brings."""
+    output, summary, printed = with_self
+    assert list(summary["ema"]) == ["baseline_of_own", "own"]  # those with --ema_decay
+    miou = {}
+    for kind, one in summary["ema"].items():
+        written = json.loads((output / f"{kind}_seed0" / "results.json").read_text())
+        miou[kind] = one["metrics"]["miou"]["mean"]
+        assert miou[kind] == pytest.approx(written["ema_miou"]) != written["student_miou"]
+    own = summary["ema"]["own"]
+    assert own["baseline"] == "baseline_of_own"
+    assert own["difference"]["mean"] == pytest.approx(miou["own"] - miou["baseline_of_own"])
+    header, rows = table_of(printed)
+    column = header.index("EMA mIoU") - 1
+    assert rows["own"][column] == f"{miou['own']:.4f} (one seed)"
+    assert rows["teacher"][column] == rows["teacher"][1]
+    assert rows["recipe"][column : column + 2] == ["—", "—"]
+    assert "own (EMA):" in printed
+
+
+def test_nothing_of_it_is_trained_twice(
+    with_self: tuple[Path, dict[str, Any], str], ground: Path, monkeypatch
+):
+    """A run whose note names another teacher would be refused as one of other settings."""
+    output, summary, _ = with_self
+    monkeypatch.setattr(compare, "train", None)
+    (output / "own_seed0" / EMA_COUNTS).unlink()  # as before averages were counted
+    more = ["--seeds", "1", "--unlabelled", str(ground / "more" / "validation" / "images")]
+    own = "own=--teacher self --ema_decay 0.5"
+    again, printed = compared(*flags(ground, output, *more), "--variants", "recipe=", own)
+    assert printed.count("complete, not repeated") == 3
+    assert printed.count("own seed 0: trained, its images are to be counted") == 2
+    assert again == summary
 
 
 def test_images_that_choose_are_no_final_ones(ground: Path, tmp_path: Path):

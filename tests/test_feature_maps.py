@@ -10,10 +10,12 @@ import pytest
 import torch
 from same_run import assert_resumes_exactly, assert_same_tensors
 from stock_models import stock_model
+from test_views import Mixed
 from tiny import SIDE, Squares, arguments, tiny_student, tiny_teacher
 from torch import nn
 from transformers import TrainerCallback
 
+from kd_trainer.data.views import STRONG, Views
 from kd_trainer.feature_maps import feature_pairs, recorded, survey_student
 from kd_trainer.models.modeling import SmpForSemanticSegmentation
 from kd_trainer.students import as_student
@@ -325,6 +327,48 @@ def test_cached_logits_leave_the_teacher_to_be_asked_for_its_maps(
     without.train()
     assert without._inference is None  # who needs no maps never asks
     assert log["mse"] == without.state.log_history[0]["mse"]
+
+
+@pytest.mark.parametrize("targets", ["online", "cached"])
+def test_of_mixed_images_the_maps_are_those_of_what_the_student_sees(tmp_path: Path, targets: str):
+    """Logits are of the images before mixing; maps of these would teach one place about another."""
+    data = Mixed(4, Views(strong=1, mix=1.0))
+    options = {"per_device_train_batch_size": 4, "max_steps": 1, **EVERY}
+    one = trainer(tmp_path, images=data, **options)
+    batch = one.data_collator([data[i] for i in range(4)])
+    if targets == "cached":
+        batch["teacher_logits"] = one.teacher_logits(one._normalised(batch))
+        one.args.teacher_targets = targets
+    (seen,), _ = one.get_batch_samples(iter([batch]), 1, one.args.device)
+    compared: list[dict[str, torch.Tensor]] = []
+    take = one.matching.compared
+
+    def watched(student: Any, teacher: Any, *rest: Any) -> Any:
+        compared.append(dict(teacher))
+        return take(student, teacher, *rest)
+
+    one.matching.compared = watched
+    loss = one.compute_loss(one.model.train(), seen)
+    assert loss.isfinite()
+    loss.backward()
+    assert all(p.grad is not None for _, p in one.matching.parameters())
+
+    def maps_of(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps: dict[str, torch.Tensor] = {}
+        inputs = one._normalised({"pixel_values": pixels})["pixel_values"]
+        with torch.no_grad(), recorded(one.teacher.network, one.matching.of_teacher, maps):
+            one.teacher(inputs)
+        return maps
+
+    mixed = maps_of(seen["pixel_values"])
+    others = [maps_of(pixels) for pixels in (batch["pixel_values"], batch[STRONG][:, 0])]
+    for name, found in compared[0].items():
+        torch.testing.assert_close(found, mixed[name], rtol=1e-3, atol=1e-4)
+        assert not any(torch.allclose(found, maps[name], rtol=1e-2, atol=1e-3) for maps in others)
+    assert compared[0].keys() == {place.name for place in one.matching.of_teacher}
+    log = trainer(tmp_path / "run", images=data, **options)
+    log.train()
+    assert all(log.state.log_history[0][name] > 0 for name in NAMES)
 
 
 def test_folding_the_teacher_changes_rounding_only(tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ from small_runs import train_flags, write_pairs
 from test_views import IGNORE, Mixed
 from tiny import arguments, tiny_student
 
-from kd_trainer.build import build_run
+from kd_trainer.build import build_run, evaluation_dataset
 from kd_trainer.commands.compare import run_compare
 from kd_trainer.commands.evaluate import evaluate_main
+from kd_trainer.commands.report import ReportArguments, build_report
 from kd_trainer.commands.train import run_train
 from kd_trainer.compare.arguments import parse_comparison
 from kd_trainer.config import parse
 from kd_trainer.data import collate
 from kd_trainer.data.views import Views, student_batch
+from kd_trainer.data_arguments import DataArguments
+from kd_trainer.loading import load_student
 from kd_trainer.losses import distillation_terms, weighted_sum
+from kd_trainer.measurement import evaluate_model
 from kd_trainer.model_card import CardFacts, render
+from kd_trainer.parsing import settings_of
 from kd_trainer.run_folder import written_settings
 from kd_trainer.students import student_logits
 from kd_trainer.trainer import DistillationTrainer
@@ -89,6 +95,15 @@ def test_a_student_without_an_average_cannot_teach_itself(tmp_path: Path):
         trainer_in(tmp_path, ema_decay=None)
 
 
+def test_terms_on_features_are_refused_by_name(folders: Path, tmp_path: Path):
+    """Its average has the student's own features: nothing could be learned from them."""
+    message = "Expected no --mgd_weight with --teacher self, got it.*Set it to 0, or name a teacher"
+    with pytest.raises(ValueError, match=message):
+        trainer_in(tmp_path, mgd_weight=1.0)
+    with pytest.raises(ValueError, match=message):
+        build_run(parse(flags(folders, tmp_path, "--mgd_weight", "1")))
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
@@ -146,6 +161,30 @@ def test_what_a_run_leaves_claims_no_teacher(finished: Path):
     assert "eval_ema_miou" in logged
     assert not any("teacher" in name or "agreement" in name for name in logged)
     assert "taught by" not in (finished / "report.html").read_text()
+
+
+def cells_of(page: str, name: str) -> list[str]:
+    """The figures of a row of the first table that has it."""
+    (cells,) = re.findall(rf"<tr><td>{name}</td>((?:<td>[^<]*</td>)+)</tr>", page)[:1]
+    return re.findall(r"<td>([^<]*)</td>", cells)
+
+
+def test_its_report_shows_the_average_beside_the_student(
+    finished: Path, folders: Path, tmp_path: Path
+):
+    """Written again for other images, it must not show the figures of those of the training."""
+    results = json.loads((finished / "results.json").read_text())
+    page = (finished / "report.html").read_text()
+    assert "its moving average" in page
+    row = [f"{results[f'{who}_miou']:.4f}" for who in ("student", "ema")]
+    assert cells_of(page, "mIoU") == row
+    args = ReportArguments(max_images=0, output=str(tmp_path / "train.html"))
+    again = build_report(finished, args, changed={"eval_split": "train"}).read_text()
+    settings = settings_of(DataArguments, written_settings(finished) | {"eval_split": "train"})
+    data = evaluation_dataset(DataArguments(**settings), batch_size=4)
+    for who, cell in zip(("student", "ema"), cells_of(again, "mIoU"), strict=True):
+        found = evaluate_model(load_student(finished / who), data).student["miou"]
+        assert cell == f"{found:.4f}" != f"{results[f'{who}_miou']:.4f}"
 
 
 def test_its_card_names_what_taught_it(finished: Path):
@@ -207,7 +246,7 @@ def test_figures_of_a_teacher_cannot_be_asked_of_it(folders: Path, finished: Pat
     with pytest.raises(ValueError, match="got self: the average"):
         evaluate_main([str(finished / "student"), *data, "--teacher", "self"])
     words = flags(folders, finished / "compared")
-    with pytest.raises(ValueError, match="got self: there is no gap"):
+    with pytest.raises(ValueError, match=r"there is no gap.*--variants own='--teacher self'"):
         run_compare(parse_comparison(words))
 
 

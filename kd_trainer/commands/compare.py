@@ -88,7 +88,7 @@ def _prepare(
     for variant in comparison.variants:
         settings = variant.settings | {"output_dir": str(comparison.output)}
         run = build(settings)
-        _check(run)
+        _check(build(settings | variant.beside))
         parts[variant.name] = distilled = build_run(run)
         learned = run.resolved()
         found = {name: learned[name] for name in FOUND if settings.get(name) is None}
@@ -147,14 +147,16 @@ def _look(planned: list[PlannedRun], parts: dict[str, RunComponents]) -> None:
         name = one.variant.name
         if not one.trained and name not in seen and not one.run.training.no_preflight:
             seen.add(name)
-            check_before_training(one.reference, parts[name])
+            of_seed = {"seed": one.seed, "output_dir": str(one.folder)}
+            check_before_training(build(one.variant.settings | of_seed), parts[name])
 
 
 def _check(run: RunArguments) -> None:
     if run.model.teaches_itself:
         raise ValueError(
             "Expected a --teacher that can be measured, got self: there is no gap between a "
-            "student and its own average. Train with --teacher self and with none, and use eval.py."
+            "student and its own average. Name a teacher, and let a variant teach itself: "
+            "--variants own='--teacher self'."
         )
     if not run.model.has_teacher:
         raise ValueError(
@@ -224,7 +226,8 @@ def _speeds(planned: list[PlannedRun], parts: dict[str, RunComponents]) -> dict[
         finished = next(filter(None, map(finished_speed, runs)), None)
         one = runs[0]
         assert one.variant is not None
-        own, taught = parts.get(kind) or build_run(one.run), parts[one.variant.name]
+        own = parts.get(kind) or build_run(one.run)
+        taught = build_run(one.reference) if one.variant.beside else parts[one.variant.name]
         speeds[kind] = finished or measure_speed(one.run, own, taught)
     return speeds
 

@@ -27,7 +27,7 @@ from kd_trainer.metrics import confusion_of
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.parsing import settings_of
-from kd_trainer.reports.contents import STUDENT, TEACHER, Contents, Network
+from kd_trainer.reports.contents import EMA, STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.page import report_html
 from kd_trainer.run_folder import (
     COMPARISON_SHAPE,
@@ -111,11 +111,7 @@ def build_report(
     else:
         check_student_size(data.image_size, student)
         model = ModelArguments(**settings_of(ModelArguments, settings | changed))
-        if loaded is not None:
-            teacher, missing = loaded.teacher, ""
-        else:
-            strict = "teacher" in changed
-            teacher, missing = _teacher(model, student, data.image_size, strict=strict)
+        teacher, missing = _teacher(model, student, data.image_size, changed, loaded)
         evaluator = evaluator_for(dataset, student, teacher, data.ignore_index, device)
         evaluation = (loaded and loaded.evaluation) or evaluate_model(
             student,
@@ -127,6 +123,8 @@ def build_report(
             workers=args.workers,
         )
         contents = _with_images(contents, evaluator, dataset, evaluation, count=args.max_images)
+        if loaded is None:  # else what results.json says of the average is of these images
+            contents = _with_average(contents, folder, evaluator, dataset, args)
         contents = replace(contents, measured=_measured_on(data, evaluation.eval_images))
     if missing:
         contents = replace(contents, notes=[missing, *contents.notes])
@@ -160,13 +158,19 @@ def _dataset(
 
 
 def _teacher(
-    model: ModelArguments, student: nn.Module, image_size: AnySize, *, strict: bool
+    model: ModelArguments,
+    student: nn.Module,
+    image_size: AnySize,
+    changed: dict[str, Any],
+    loaded: Loaded | None,
 ) -> tuple[Teacher | None, str]:
     """The teacher, and a note where the run's own is gone; that of one asked for is an error."""
+    if loaded is not None:
+        return loaded.teacher, ""
     try:
         return make_teacher(model, student, image_size=image_size), ""
     except (OSError, ValueError) as error:
-        if strict:
+        if "teacher" in changed:
             raise
         reason = " ".join(str(error).split())
         return None, (
@@ -187,6 +191,8 @@ def _contents(folder: Path, settings: dict[str, Any], student: nn.Module) -> Con
     if figures := written_figures(results, TEACHER):
         size = int(results.get("teacher_parameters") or 0)
         networks[TEACHER] = Network(str(results.get("teacher")), size, figures)
+    if figures := written_figures(results, EMA):
+        networks[EMA] = _network(student, figures)
     return Contents(
         title=folder.resolve().name,
         class_names=list(labels_of(student).values()),
@@ -244,6 +250,29 @@ def _with_images(
         images=shown_images(evaluator, dataset, chosen, ious),
         agreement=evaluation.agreement,
     )
+
+
+def _with_average(
+    contents: Contents,
+    folder: Path,
+    evaluator: Evaluator,
+    dataset: EvaluationData,
+    args: ReportArguments,
+) -> Contents:
+    """The contents with the figures of the moving average on these images; none without it."""
+    networks = {who: one for who, one in contents.networks.items() if who != EMA}
+    if (folder / EMA / "config.json").is_file():
+        average = load_student(folder / EMA, num_labels=len(evaluator.id2label))
+        evaluation = evaluate_model(
+            average,
+            dataset,
+            batch_size=args.batch_size,
+            ignore_index=evaluator.ignore_index,
+            device=evaluator.device,
+            workers=args.workers,
+        )
+        networks[EMA] = _network(average, evaluation.student)
+    return replace(contents, networks=networks)
 
 
 def _measured_on(data: DataArguments, images: int) -> str:

@@ -28,7 +28,6 @@ from kd_trainer.data.images import content_digest
 from kd_trainer.doctor.checks import check_before_training
 from kd_trainer.doctor.plan import describe
 from kd_trainer.errors import printable
-from kd_trainer.evaluation import EMA
 from kd_trainer.files import (
     FolderLock,
     check_writable,
@@ -44,6 +43,7 @@ from kd_trainer.measurement import evaluate_model
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import plain_size
 from kd_trainer.push_callback import HUB_FOLDER, publication_of
+from kd_trainer.reports.contents import EMA
 from kd_trainer.run_folder import check_no_links, write_bad_samples, write_held_out
 from kd_trainer.sources import SELF
 from kd_trainer.teacher_targets import use_cached_targets

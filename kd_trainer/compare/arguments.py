@@ -49,7 +49,8 @@ class CompareArguments:
         None,
         "Compare several ways to distil with one set of baselines: NAME='FLAGS' each, where FLAGS "
         "(--config among them) are those by which it differs from this command line; NAME= is the "
-        "command line itself, a recipe or YAML file needs no name (default: distilled=).",
+        "command line itself, a recipe or YAML file needs no name, '--teacher self' is a student "
+        "that teaches itself (default: distilled=).",
         metavar="NAME=FLAGS",
     )
     only: str = help_field(

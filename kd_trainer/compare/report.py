@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from kd_trainer.compare.image_counts import ImageCounts
 from kd_trainer.compare.results import FinishedRun
 from kd_trainer.compare.tables import markdown
 from kd_trainer.compare.variants import is_baseline
@@ -23,6 +24,7 @@ from kd_trainer.metrics import Mean, bootstrap_difference, gap_closed, mean_of
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.models.image_sizes import AnySize
 from kd_trainer.parsing import settings_of
+from kd_trainer.sources import SELF
 from kd_trainer.students import image_size_of
 
 METRICS = ("miou", "iou_foreground", "dice", "boundary_iou", "agreement")
@@ -66,16 +68,18 @@ def summarise(runs: Sequence[FinishedRun], resamples: int) -> dict[str, Any]:
         students[kind] |= _training(group)
     first, final = (runs[0] if runs else None), None
     if first and all(run.final_counts is not None for run in runs):
-        chosen = [replace(run, counts=run.final_counts) for run in runs if run.final_counts]
+        chosen = _counted_by(runs, "final_counts")
         final = {
             "data": first.note.get("final"),
             "teacher": _teacher(chosen),
             "students": _quality(_by_kind(chosen), resamples),
+            "ema": _quality(_by_kind(_counted_by(runs, "final_ema_counts")), resamples),
             "eval_images": len(chosen[0].counts.student),
         }
     return {
         "teacher": {"source": first.note.get("teacher") if first else None, **_teacher(runs)},
         "students": students,
+        "ema": _quality(_by_kind(_counted_by(runs, "ema_counts")), resamples),
         "eval_images": len(first.counts.student) if first else None,
         "final": final,
         "runs": [_row(run) for run in runs],
@@ -87,6 +91,12 @@ def _by_kind(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
     """The runs by name, baselines first."""
     names = sorted(dict.fromkeys(run.kind for run in runs), key=lambda k: not is_baseline(k))
     return {name: [run for run in runs if run.kind == name] for name in names}
+
+
+def _counted_by(runs: Sequence[FinishedRun], counts: str) -> list[FinishedRun]:
+    """The runs with other counts, of each name that has them in all of its runs."""
+    missing = {run.kind for run in runs if getattr(run, counts) is None}
+    return [replace(run, counts=getattr(run, counts)) for run in runs if run.kind not in missing]
 
 
 def _teacher(runs: Sequence[FinishedRun]) -> dict[str, Any]:
@@ -181,20 +191,17 @@ def _row(run: FinishedRun) -> dict[str, Any]:
         "kind": run.kind,
         "seed": run.seed,
         **{name: _finite(run.figures["student"][name]) for name in METRICS},
-        "ema_miou": run.results.get("ema_miou"),
-        "final_miou": _final_miou(run),
+        "ema_miou": _miou(run, run.ema_counts),
+        "final_miou": _miou(run, run.final_counts),
+        "final_ema_miou": _miou(run, run.final_ema_counts),
         "train_seconds": run.train_seconds,
         "peak_memory_mib": run.peak_memory_mib,
         "device": run.results.get("device"),
     }
 
 
-def _final_miou(run: FinishedRun) -> float | None:
-    if run.final_counts is None:
-        return None
-    return _finite(
-        run.final_counts.figures(run.id2label, multi_label=run.multi_label)["student"]["miou"]
-    )
+def _miou(run: FinishedRun, counts: ImageCounts | None) -> float | None:
+    return None if counts is None else _finite(run.figures_of(counts)["student"]["miou"])
 
 
 def _versions(runs: Sequence[FinishedRun]) -> dict[str, str]:
@@ -219,7 +226,10 @@ def measured_costs(
     networks: dict[str, nn.Module] = {"student": student}
     sizes: dict[str, AnySize] = {"student": image_size_of(student)}
     files = {"student": [str(folder)]}
-    distilled = next((run for run in runs if not is_baseline(run.kind)), None)
+    taught = (
+        run for run in runs if not is_baseline(run.kind) and run.config.get("teacher") != SELF
+    )
+    distilled = next(taught, None)
     if distilled is not None:
         model = settings_of(ModelArguments, distilled.config)
         model["trust_remote_code"] = trust_remote_code

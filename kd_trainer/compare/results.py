@@ -17,7 +17,9 @@ from kd_trainer.checkpointing.fingerprint import DEFAULTS, WITHOUT_EFFECT, Diffe
 from kd_trainer.compare.image_counts import ImageCounts, load_counts
 from kd_trainer.compare.runs import (
     COUNTS,
+    EMA_COUNTS,
     FINAL_COUNTS,
+    FINAL_EMA_COUNTS,
     NOTE,
     OF_THE_DISTILLATION,
     training_seconds_of,
@@ -25,6 +27,7 @@ from kd_trainer.compare.runs import (
     written_results,
 )
 from kd_trainer.compare.variants import BASELINE, is_baseline
+from kd_trainer.console import number
 from kd_trainer.data_arguments import DataArguments
 from kd_trainer.run_folder import written_settings
 
@@ -55,7 +58,9 @@ class FinishedRun:
     results: dict[str, Any]
     note: dict[str, Any]
     counts: ImageCounts
+    ema_counts: ImageCounts | None = None  # of the student's moving average
     final_counts: ImageCounts | None = None  # on the images that chose nothing
+    final_ema_counts: ImageCounts | None = None
 
     @property
     def baseline(self) -> str:
@@ -91,7 +96,11 @@ class FinishedRun:
     @cached_property
     def figures(self) -> dict[str, dict[str, float]]:
         """Metrics of `student` and `teacher` from the counts."""
-        return self.counts.figures(self.id2label, multi_label=self.multi_label)
+        return self.figures_of(self.counts)
+
+    def figures_of(self, counts: ImageCounts) -> dict[str, dict[str, float]]:
+        """Likewise, from other counts of this run."""
+        return counts.figures(self.id2label, multi_label=self.multi_label)
 
     @property
     def train_seconds(self) -> float | None:
@@ -168,10 +177,10 @@ def _runs_in(
                 "Finish it with compare.py, bring the files, or take the folder away."
             )
         config, note = DEFAULTS | written_settings(path), written_note(path)
-        counts, final = load_counts(path / COUNTS), None
-        if note.get("final") and (path / FINAL_COUNTS).is_file():
-            final = load_counts(path / FINAL_COUNTS)
-        runs.append(FinishedRun(match[1], seed, path, config, results, note, counts, final))
+        more = [EMA_COUNTS, *([FINAL_COUNTS, FINAL_EMA_COUNTS] if note.get("final") else [])]
+        others = [load_counts(path / f) if (path / f).is_file() else None for f in more]
+        counts = load_counts(path / COUNTS)
+        runs.append(FinishedRun(match[1], seed, path, config, results, note, counts, *others))
     return runs
 
 
@@ -182,12 +191,9 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         ValueError: says which two runs, and in what.
     """
     for run in runs:
-        counted, written = run.figures["student"]["miou"], run.results["student_miou"]
-        if abs(counted - written) > _ROUNDING:
-            raise ValueError(
-                f"Expected results.json and {COUNTS} of one student in {run.folder}, got mIoU "
-                f"{written:.4f} and {counted:.4f}. Delete {COUNTS} and run compare.py again."
-            )
+        _check_counts(run, COUNTS, run.counts, run.results["student_miou"])
+        if run.ema_counts is not None:
+            _check_counts(run, EMA_COUNTS, run.ema_counts, run.results.get("ema_miou"))
         first = next(r for r in runs if r.kind == run.kind)
         unread = OF_THE_DISTILLATION if is_baseline(run.kind) else frozenset()
         _check_settings(first, run, _BY_SEED | unread)
@@ -199,6 +205,16 @@ def check_comparable(runs: Sequence[FinishedRun]) -> None:
         if baseline is not None and not is_baseline(distilled.kind):
             stretched = _STRETCHED if baseline.note.get("left_out") else frozenset()
             _check_settings(baseline, distilled, _BY_SEED | _BY_TEACHER | stretched)
+
+
+def _check_counts(run: FinishedRun, file: str, counts: ImageCounts, written: float | None) -> None:
+    counted = run.figures_of(counts)["student"]["miou"]
+    if written is None or abs(counted - written) > _ROUNDING:
+        raise ValueError(
+            f"Expected results.json and {file} of one student in {run.folder}, got mIoU "
+            f"{number(written, '.4f', 'none')} and {counted:.4f}. Delete {file} and run compare.py "
+            "again."
+        )
 
 
 def _check_settings(one: FinishedRun, other: FinishedRun, ignored: frozenset[str]) -> None:

@@ -28,9 +28,11 @@ from kd_trainer.loading import load_student
 from kd_trainer.losses import TERMS
 from kd_trainer.model_arguments import ModelArguments
 from kd_trainer.parsing import settings_of
+from kd_trainer.reports.contents import EMA
 from kd_trainer.run_folder import NOTE_SHAPE, RESULTS_SHAPE, read_object, written_settings
 
 COUNTS, FINAL_COUNTS, NOTE = "image_counts.npz", "final_counts.npz", "comparison_run.json"
+EMA_COUNTS, FINAL_EMA_COUNTS = "ema_counts.npz", "final_ema_counts.npz"  # with --ema_decay
 # Read by the distillation alone: a baseline is the same with any of them.
 OF_THE_DISTILLATION = frozenset(
     {"temperature_schedule", "temperature_start", "temperature_end", "temperature_points"}
@@ -83,7 +85,8 @@ class PlannedRun:
         kind: what its row and its folder are called: a baseline's name, or a variant's.
         seed: of weights, data order and augmentation.
         run: its settings.
-        reference: the run with a teacher of this seed, which knows teacher and evaluation data.
+        reference: the run with the comparison's teacher of this seed, which knows that teacher and
+            the evaluation data.
         budget: shared by a variant and its baseline.
         teacher_weights: digest of the teacher's weights, where it can be known.
         variant: what it is, or what it is the first baseline of.
@@ -124,15 +127,17 @@ class PlannedRun:
     @property
     def complete(self) -> bool:
         """Whether nothing is left to do."""
-        counted = all((self.folder / name).is_file() for name in (COUNTS, NOTE))
-        return self.trained and counted and self._measured_finally
+        final = self.final is None or written_note(self.folder).get("final") == self.final.name
+        files = [NOTE, *(file for counted in self._counted.values() for file in counted)]
+        return self.trained and final and all((self.folder / name).is_file() for name in files)
 
     @property
-    def _measured_finally(self) -> bool:
-        if self.final is None:
-            return True
-        measured = written_note(self.folder).get("final") == self.final.name
-        return measured and (self.folder / FINAL_COUNTS).is_file()
+    def _counted(self) -> dict[str, list[str]]:
+        """Files of counts, by the folder of the network that is counted: evaluation, then final."""
+        files = {"student": [COUNTS, FINAL_COUNTS]}
+        if self.run.training.ema_decay is not None:
+            files[EMA] = [EMA_COUNTS, FINAL_EMA_COUNTS]
+        return files if self.final else {who: names[:1] for who, names in files.items()}
 
     def checkpoint(self) -> int:
         """Step of the newest complete checkpoint; 0 without one."""
@@ -179,13 +184,11 @@ class PlannedRun:
         parts = build_run(self.reference)
         assert parts.eval_dataset is not None
         parts.eval_dataset.transform.eval_size = self.run.data.eval_size
-        student, args, ignore = (
-            load_student(self.folder / "student"),
-            self.run.training,
-            self.run.data.ignore_index,
-        )
-        for dataset, file in ((parts.eval_dataset, COUNTS), (self.final_dataset(), FINAL_COUNTS)):
-            if dataset is not None:
+        args, ignore = self.run.training, self.run.data.ignore_index
+        datasets = parts.eval_dataset, self.final_dataset()
+        for who, files in self._counted.items():
+            student = load_student(self.folder / who)
+            for dataset, file in zip(datasets, files, strict=False):
                 counts = count_images(student, parts.teacher, dataset, args, ignore_index=ignore)
                 counts.save(self.folder / file)
         if self.final is not None:
@@ -242,7 +245,7 @@ def plan_runs(
         wants: whether runs of a name are planned.
         final: data to measure the students on as well.
     """
-    settings = variants[0][0].settings
+    settings = variants[0][0].reference
     weights = weights_digest(*ModelArguments(**settings_of(ModelArguments, settings)).teachers)
     names = baseline_names(variants, folder)
     kinds: dict[str, tuple[Variant, Budget, str]] = {}
@@ -255,10 +258,12 @@ def plan_runs(
         for kind in filter(wants, kinds):
             variant, budget, baseline = kinds[kind]
             output = str(folder / f"{kind}_seed{seed}")
-            of_seed = variant.settings | {"seed": seed, "output_dir": output}
-            run = reference = build(of_seed)
+            of_seed = {"seed": seed, "output_dir": output}
+            reference = build(variant.reference | of_seed)
+            settings = variant.settings | of_seed
             if is_baseline(kind):
-                run = build(baseline_settings(of_seed, reference.training, budget))
+                settings = baseline_settings(settings, reference.training, budget)
+            run = build(settings)
             about = (run, reference, budget, weights, variant, baseline, final)
             planned.append(PlannedRun(kind, seed, *about))
             planned[-1].check()

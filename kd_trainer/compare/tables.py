@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kd_trainer.console import markdown_table, number
@@ -60,15 +60,15 @@ def _budget(summary: dict[str, Any]) -> str:
 def _quality(summary: dict[str, Any]) -> str:
     """The one table: a row a student, with both sets of figures where there are two."""
     final = summary["final"]
-    places = [("", summary)] + ([(f"{final['data']} ", final)] if final else [])
     header = ["", "seeds"]
     rows = [["teacher", ""], *([k, str(len(v["seeds"]))] for k, v in summary["students"].items())]
-    for prefix, figures in places:
+    for prefix, figures, students in _measured(summary):
         header += [f"{prefix}mIoU", f"{prefix}gap closed"]
         of_teacher = figures["teacher"]["metrics"]["miou"]
         rows[0] += [number(of_teacher, ",.4f", UNKNOWN), "—"]
-        for row, one in zip(rows[1:], figures["students"].values(), strict=True):
-            row += [_with_error(one["metrics"]["miou"]), _gap(one)]
+        for row in rows[1:]:
+            one = students.get(row[0])
+            row += [_with_error(one["metrics"]["miou"]), _gap(one)] if one else ["—", "—"]
     others = [key for key in _METRICS if key != "miou"]
     header += [_METRICS[key] for key in others]
     for key in others:
@@ -86,7 +86,23 @@ def _quality(summary: dict[str, Any]) -> str:
             f" They chose each run's best evaluation; the {final['eval_images']:,} images of "
             f"{final['data']} chose nothing."
         )
+    if summary["ema"]:
+        text += (
+            " EMA is the student's moving average (`--ema_decay`) at its best evaluation, and is "
+            "compared with that of the baseline."
+        )
     return text
+
+
+def _measured(
+    summary: dict[str, Any],
+) -> Iterator[tuple[str, dict[str, Any], dict[str, dict[str, Any]]]]:
+    """What was measured: a prefix, figures with the teacher's, and those of each student."""
+    final = summary["final"]
+    for prefix, figures in [("", summary)] + ([(f"{final['data']} ", final)] if final else []):
+        yield prefix, figures, figures["students"]
+        if figures["ema"]:
+            yield f"{prefix}EMA ", figures, figures["ema"]
 
 
 def _gap(one: dict[str, Any]) -> str:
@@ -109,12 +125,12 @@ def _with_error(mean: dict[str, Any] | None, digits: int = 4) -> str:
 
 
 def _findings(summary: dict[str, Any]) -> str:
-    """Of each variant, of both sets of figures, what can be said of it."""
-    final = summary["final"]
-    parts = [_finding(name, one) for name, one in summary["students"].items()]
-    if final:
-        on = f" on {final['data']}"
-        parts += [_finding(f"{name}{on}", one) for name, one in final["students"].items()]
+    """Of each variant, of all sets of figures, what can be said of it."""
+    parts = [
+        _finding(f"{name} ({prefix.strip()})" if prefix else name, one)
+        for prefix, _, students in _measured(summary)
+        for name, one in students.items()
+    ]
     return "\n\n".join(filter(None, parts)) or (
         "There are no runs of both kinds yet, so nothing is compared."
     )
@@ -197,12 +213,12 @@ def _training(students: dict[str, dict[str, Any]]) -> str:
 
 
 def _runs(runs: Sequence[dict[str, Any]]) -> str:
-    more = {"ema_miou": "mIoU of the average", "final_miou": "final mIoU"}
-    more = {key: name for key, name in more.items() if any(run[key] is not None for run in runs)}
+    names = {"ema_miou": "EMA mIoU", "final_miou": "final mIoU", "final_ema_miou": "final EMA mIoU"}
+    more = {k: name for k, name in names.items() if any(run[k] is not None for run in runs)}
     rows = [
         [run["kind"], str(run["seed"])]
         + [number(run[key], ",.4f", UNKNOWN) for key in _METRICS]
-        + [number(run[key], ",.4f", UNKNOWN) for key in more]
+        + [number(run[key], ",.4f", "—") for key in more]
         + [UNKNOWN if run["train_seconds"] is None else duration(run["train_seconds"])]
         for run in runs
     ]

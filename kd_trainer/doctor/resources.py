@@ -28,6 +28,7 @@ from kd_trainer.costs import (
 from kd_trainer.doctor.finding import Finding, fault, note, ok
 from kd_trainer.optim import unit_parameters
 from kd_trainer.schedules import TrainingSchedule
+from kd_trainer.sources import SELF
 from kd_trainer.trainer import DistillationTrainer
 
 _MIB = 2**20
@@ -235,6 +236,7 @@ def measure_update(
     cached = run.training.teacher_targets == "cached"
     settings = without_teacher(run.given) if cached else run.given
     maps = run.training.loss_weights.feature_terms  # for which the teacher runs in any case
+    teacher = None if cached and not maps else parts.teacher
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         args = build(settings | quiet | changed | {"output_dir": folder}).training
@@ -242,7 +244,7 @@ def measure_update(
         trainer = DistillationTrainer(
             parts.student,
             args,
-            teacher=None if cached and not maps else parts.teacher,
+            teacher=SELF if run.model.teaches_itself else teacher,
             train_dataset=parts.train_dataset,
             ignore_index=run.data.ignore_index,
             processing_class=parts.processor,

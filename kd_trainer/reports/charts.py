@@ -254,6 +254,7 @@ def history_charts(logs: Logs, class_names: Sequence[str], *, background: bool =
     """
     mious = {
         "eval_miou": "student",
+        "eval_ema_miou": "its moving average",
         "eval_teacher_miou": "teacher",
         "eval_agreement_miou": "student against teacher",
     }

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from kd_trainer.reports.calibration import Reliability
 from kd_trainer.reports.panels import Pixels
 
-STUDENT, TEACHER = "student", "teacher"
+STUDENT, TEACHER, EMA = "student", "teacher", "ema"
 DIFFERENCE = "difference to the teacher"
 """Caption of the image that is there only with a teacher."""
 
@@ -60,7 +60,7 @@ class Contents:
     Attributes:
         title: name of the run.
         class_names: names of the classes, background first where there is one.
-        networks: `student`, and `teacher` if there is one.
+        networks: `student`, and `teacher` and `ema`, its moving average, if there are such.
         measured: on what the figures were measured, as a sentence.
         notes: what is missing, and why.
         agreement: `agreement` and `agreement_miou`, or empty.

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from kd_trainer.reports.charts import METRICS, history_charts, line_chart
-from kd_trainer.reports.contents import DIFFERENCE, STUDENT, TEACHER, Contents, Network
+from kd_trainer.reports.contents import DIFFERENCE, EMA, STUDENT, TEACHER, Contents, Network
 from kd_trainer.reports.panels import (
     FALSE_NEGATIVE,
     FALSE_POSITIVE,
@@ -120,7 +120,7 @@ def report_html(contents: Contents) -> str:
         student=student,
         teacher=teacher,
         tiles=list(_tiles(contents)),
-        metrics=_metrics(student, teacher),
+        metrics=_metrics(student, teacher, contents.networks.get(EMA)),
         compared=list(_compared(contents.comparison)),
         curve_charts=[Markup(chart) for chart in charts],  # line_chart escapes its text
         evaluations=_evaluations(contents.logs),
@@ -181,17 +181,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _metrics(student: Network, teacher: Network | None) -> Table | None:
-    """Student and teacher side by side."""
+def _metrics(student: Network, teacher: Network | None, ema: Network | None) -> Table | None:
+    """Student, its moving average and teacher side by side."""
     rows: list[list[object]] = []
     for key, name in METRICS.items():
         if key in student.figures:
             row = [name, student.figures[key]]
+            if ema is not None:
+                row.append(ema.figures.get(key, math.nan))
             if teacher is not None:
                 other = teacher.figures.get(key, math.nan)
                 row += [other, _share(student.figures[key], other)]
             rows.append(row)
-    header = ["metric", STUDENT, *([TEACHER, "student / teacher"] if teacher else [])]
+    header = ["metric", STUDENT, *(["its moving average"] if ema else [])]
+    header += [TEACHER, "student / teacher"] if teacher else []
     return (header, rows) if rows else None
 
 
