@@ -501,3 +501,15 @@ def test_terms_of_parts_average_to_the_whole(seed, channels, scale, temperature)
         by = [1, 1] if name == "dice" else counts
         mean = np.average([part[name] for part in parts], weights=by)
         assert whole[name] == pytest.approx(mean, rel=1e-9, abs=1e-12), name
+
+
+def test_a_step_asks_for_the_factors_once_and_not_once_a_term(monkeypatch):
+    """Each new row of the table would make every step slower, with the square of their number."""
+    asked = []
+    own = LossWeights.effective
+    monkeypatch.setattr(LossWeights, "effective", lambda self: asked.append(1) or own(self))
+    logits = torch.zeros(1, 1, 2, 2)
+    labels = torch.zeros(1, 2, 2, dtype=torch.long)
+    weights = LossWeights(kl=1.0, bce=1.0)
+    distillation_terms(logits, logits, labels, temperature=1.0, weights=weights)
+    assert len(asked) <= 2

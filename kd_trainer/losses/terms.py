@@ -151,12 +151,13 @@ class LossWeights(SimpleNamespace):
         Raises:
             ValueError: with the reason.
         """
+        factors = self.effective()
         for term in TERMS:
-            if self.effective()[term.name] > 0 and term.function(channels) is None:
+            if factors[term.name] > 0 and term.function(channels) is None:
                 raise ValueError(
                     f"Expected a weight of 0 for the term {term.name}, which teaches nothing to a "
                     f"student of {channels} logit{'s' * (channels > 1)} a pixel, got "
-                    f"{self.effective()[term.name]:g}: {term.degenerate}. Set --{term.flag} 0."
+                    f"{factors[term.name]:g}: {term.degenerate}. Set --{term.flag} 0."
                 )
 
 
