@@ -111,6 +111,7 @@ def trained(folder: Path, blank: bool = False, **more: Any) -> DistillationTrain
     return DistillationTrainer(tiny_student(seed=9 * blank), args, teacher=tiny_teacher(), **data)
 
 
+@pytest.mark.slow
 def test_a_run_switches_its_teacher_off_and_resumes_bit_for_bit(tmp_path: Path):
     """From before the switch, between the two evaluations that it takes, and after it."""
     trainer = trained(tmp_path / "look")

@@ -254,6 +254,7 @@ def test_report_and_panels_show_the_first_three_channels(finished):
         assert np.ptp(pair[0]) > 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [False, True])
 def test_an_exported_file_takes_all_channels(inside, finished, tmp_path):
     """Cut to three, or divided by 255, they would be other images."""
@@ -281,6 +282,7 @@ def test_an_exported_file_takes_all_channels(inside, finished, tmp_path):
     assert np.abs(soft[0] - soft[1]).max() <= 4  # of 65535
 
 
+@pytest.mark.slow
 def test_code_of_the_card_reads_all_channels(finished, tmp_path):
     """Without the scale of 16 bits a stranger's copy would see white."""
     root, data, _ = finished

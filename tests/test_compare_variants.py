@@ -196,6 +196,7 @@ def ground(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_variants_train_what_is_missing_and_are_measured_on_other_images(
     ground: Path, tmp_path: Path, monkeypatch
 ):

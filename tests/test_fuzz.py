@@ -63,6 +63,7 @@ def test_ten_thousand_mutated_coco_files_give_samples_or_errors_of_ours(tmp_path
     assert told in page, told
 
 
+@pytest.mark.slow
 def test_a_hundred_mutated_files_of_a_run_give_report_and_card_or_errors_of_ours(tmp_path):
     """A run folder is handed around: its files were edited, or written by something else."""
     found = fed("run_folders", -RUN_FILES, 120, tmp_path / "place")

@@ -227,6 +227,7 @@ def test_predictions_and_pipeline_show_the_student_the_same_rectangle(run: Path,
     assert pixels.shape == (1, 3, HEIGHT, WIDTH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixed", [False, True])
 def test_an_export_is_checked_at_its_rectangle_and_names_it(run: Path, tmp_path: Path, fixed: bool):
     """A graph of fixed size with the sides exchanged runs on no image of the training."""

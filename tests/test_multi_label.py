@@ -382,6 +382,7 @@ def test_predictions_are_planes_that_a_training_could_read(finished, tmp_path):
     assert PlaneRule(CLASSES).planes(npy(tmp_path, planes), 0, (SIDE, SIDE)).shape[-1] == CLASSES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["onnx", "--with_preprocessing"], ["onnx-int8"]])
 def test_an_exported_file_gives_a_plane_a_label(more, finished, tmp_path):
     """A softmax over them, or their argmax, would silently drop labels."""
@@ -473,6 +474,7 @@ def test_the_doctor_looks_at_planes_as_at_masks(finished, tmp_path):
     assert findings["loss"].text == "no term is degenerate for 3 logits a pixel"
 
 
+@pytest.mark.slow
 def test_a_comparison_counts_labels_and_channels(tmp_path):
     """With the counts of classes its interval would be that of another task."""
     data = as_deep_bands(write_planes(tmp_path / "data"))

@@ -244,6 +244,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_not_with_another_resize(run:
         run_train(parse([*flags, "--resize", "stretch", "--resume", str(first)]))
 
 
+@pytest.mark.slow
 def test_every_consumer_of_a_fitted_student_sees_and_answers_the_same(run: Path, tmp_path: Path):
     """Pipeline, eval.py, predict.py and the ONNX file each have a way of their own to the input."""
     student, image = str(run / "out/student"), run / "data/validation/images/1.png"

@@ -122,7 +122,7 @@ def test_several_teachers_are_named_like_one():
     several = ModelArguments(teacher=["x/a", "b"], teacher_shares=[2, 1])
     assert several.teachers == ["x/a", "b"]
     assert not ModelArguments(teacher="none").has_teacher
-    with pytest.raises(ValueError, match="stands alone"):
+    with pytest.raises(ValueError, match="stand alone"):
         ModelArguments(teacher=["a", "none"])
     for weights in ([1], [1, 0], [1, 2, 3]):
         with pytest.raises(ValueError, match="for each of 2 teachers"):
