@@ -243,6 +243,7 @@ def with_self(ground: Path, tmp_path_factory) -> tuple[Path, dict[str, Any], str
     return output, *compared(*flags(ground, output, *more), "--variants", "recipe=", own)
 
 
+@pytest.mark.slow
 def test_a_student_that_teaches_itself_is_one_row_against_the_same_teacher(
     with_self: tuple[Path, dict[str, Any], str],
 ):
@@ -271,6 +272,7 @@ def test_a_student_that_teaches_itself_is_one_row_against_the_same_teacher(
     assert summary["costs"]["teacher"] is not None
 
 
+@pytest.mark.slow
 def test_averages_are_columns_of_their_own_against_averages_of_the_baseline(
     with_self: tuple[Path, dict[str, Any], str],
 ):
@@ -293,6 +295,7 @@ def test_averages_are_columns_of_their_own_against_averages_of_the_baseline(
     assert "own (EMA):" in printed
 
 
+@pytest.mark.slow
 def test_nothing_of_it_is_trained_twice(
     with_self: tuple[Path, dict[str, Any], str], ground: Path, monkeypatch
 ):

@@ -174,7 +174,7 @@ def test_a_softmax_that_underflows_is_no_hole_in_the_mask():
 
     class Exported:
         image_mean, image_std, with_preprocessing = [0.5] * 3, [0.5] * 3, True
-        own_depth = False
+        own_depth = multi_label = False
 
         def __call__(self, pixels: np.ndarray) -> np.ndarray:
             return probability
