@@ -316,6 +316,8 @@ def test_images_that_choose_are_no_final_ones(ground: Path, tmp_path: Path):
     start = flags(ground, tmp_path / "out", "--seeds", "1", "--dry_run")
     with pytest.raises(ValueError, match="Expected other images as --final_dataset"):
         compared(*start, "--final_dataset", str(ground / "data"))
+    with pytest.raises(ValueError, match="nobody has trained on as --final_split, got train"):
+        compared(*start, "--final_split", "train")
 
 
 def test_without_variants_the_command_line_is_the_one_that_is_compared():

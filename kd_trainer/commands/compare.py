@@ -121,7 +121,7 @@ def _final(comparison: Comparison, parts: dict[str, RunComponents]) -> Final | N
     """The data to report on, read once, before anything is trained.
 
     Raises:
-        ValueError: if they are the images that choose.
+        ValueError: if they are the images that train the students, or choose.
     """
     args = comparison.args
     if args.final_dataset is None and args.final_split is None:
@@ -129,8 +129,13 @@ def _final(comparison: Comparison, parts: dict[str, RunComponents]) -> Final | N
     final = Final(args.final_dataset, args.final_split)
     first = comparison.variants[0]
     run = build(first.settings | {"output_dir": str(comparison.output)})
-    choosing = parts[first.name].eval_dataset
-    there = evaluation_dataset(final.settings(run.data), batch_size=1)
+    data, choosing = final.settings(run.data), parts[first.name].eval_dataset
+    if (data.dataset, data.eval_split) == (run.data.dataset, run.data.train_split):
+        raise ValueError(
+            "Expected images that nobody has trained on as --final_split, got "
+            f"{data.eval_split}, the split to train on. Name another one."
+        )
+    there = evaluation_dataset(data, batch_size=1)
     if choosing is not None and content_digest(there.dataset) == content_digest(choosing.dataset):
         raise ValueError(
             f"Expected other images as --final_dataset or --final_split than those that choose "
