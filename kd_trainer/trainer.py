@@ -279,14 +279,14 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum of the loss terms; the single terms are kept for the next log."""
         inputs, weights = self._normalised(inputs), self.current_weights
-        seen: dict[str, Tensor] = {}  # feature maps, of the student
-        shown: dict[str, Tensor] = {}  # and of the teacher
+        student_features: dict[str, Tensor] = {}
+        teacher_features: dict[str, Tensor] = {}
         if ASKED in inputs:
             teacher = inputs["teacher_logits"]
             if weights.feature_terms:
-                self._show(inputs, shown)
+                self._ask_for_features(inputs, teacher_features)
         else:
-            teacher = self._asked(inputs, shown if weights.feature_terms else None)
+            teacher = self._targets(inputs, teacher_features if weights.feature_terms else None)
         hold_frozen(self.model)
         labels, followed = inputs["labels"], inputs.get("distil_mask")
         if followed is None and self.loss_weights.pseudo > 0:
@@ -295,7 +295,7 @@ class DistillationTrainer(Trainer):
                 f"{', '.join(inputs)}: it says which pixels without a label are followed. Give it "
                 "with the data, bool (H, W)."
             )
-        with recorded(self.model, self.matching.of_student, seen):
+        with recorded(self.model, self.matching.of_student, student_features):
             outputs = model(inputs["pixel_values"])
         logits = raw_logits_of(outputs, (labels.shape[-2], labels.shape[-1]))
         terms = distillation_terms(
@@ -312,22 +312,24 @@ class DistillationTrainer(Trainer):
             pseudo_images=inputs.get(PSEUDO_IMAGES),
         )
         features = weights.feature_terms
-        compared = self.matching.compared(seen, shown, self._distilled(inputs), features)
+        compared = self.matching.compared(
+            student_features, teacher_features, self._distilled(inputs), features
+        )
         vars(terms).update(feature_terms(compared))
         loss = weighted_sum(terms, weights)
         if features and not any(weights.without_features().effective().values()):
             # DDP waits for a gradient of each parameter that the output depends on.
             loss = loss + 0.0 * logits.sum()
-        self.tracked.add(terms, first_trained(seen, logits), weights)
+        self.tracked.add(terms, first_trained(student_features, logits), weights)
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _asked(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
+    def _targets(self, inputs: Batch, maps: dict[str, Tensor] | None = None) -> Tensor | None:
         """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
         if not self.current_weights.ask_teacher:
             return None
         return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs, maps)
 
-    def _show(self, inputs: Batch, maps: dict[str, Tensor]) -> None:
+    def _ask_for_features(self, inputs: Batch, maps: dict[str, Tensor]) -> None:
         """Ask the teacher for its feature maps alone, of the images as the student sees them."""
         if self.teacher is not None and self.matching.of_teacher:
             self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
@@ -360,7 +362,7 @@ class DistillationTrainer(Trainer):
                     f"{', '.join(inputs)}. Give them with the data, or use online."
                 )
             if maps is not None:
-                self._show(inputs, maps)
+                self._ask_for_features(inputs, maps)
             return inputs["teacher_logits"].float()
         return self._ask_teacher(self.teacher, inputs["pixel_values"], maps)
 
@@ -414,7 +416,7 @@ class DistillationTrainer(Trainer):
         Before the step and not in its loss, because mixing decides which images have labels.
         """
         batch = self._prepare_inputs(batch)
-        teacher = self._asked(self._normalised(batch))
+        teacher = self._targets(self._normalised(batch))
         classes = None if teacher is None or self.settings.multi_label else classes_of(teacher)
         batch = {**batch, "teacher_logits": teacher, ASKED: True}
         return student_batch(batch, classes, ignore_index=self.settings.ignore_index)

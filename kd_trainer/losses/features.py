@@ -82,7 +82,7 @@ def channel_wise(features: Iterable[ComparedMaps]) -> Scalar:
     return _sum_of_means([channel_divergence(*maps) for maps in features])
 
 
-def generated(features: Iterable[ComparedMaps]) -> Scalar:
+def masked_generation(features: Iterable[ComparedMaps]) -> Scalar:
     """Squared error of the maps that `MaskedGenerator` makes, as a share of the teacher's squares.
 
     1 is what maps of zeros would have. The authors sum the errors without dividing.

@@ -25,7 +25,7 @@ from kd_trainer.losses.features import (
     attention_transfer,
     channel_wise,
     fitnet,
-    generated,
+    masked_generation,
 )
 from kd_trainer.losses.pixels import Labels, Logits, Mask, Scalar, masked_mean
 from kd_trainer.losses.teacher_terms import (
@@ -518,7 +518,7 @@ _TERMS = (
             ("fitnet", fitnet, "FitNet", Projection),
             ("at", attention_transfer, "attention transfer", None),
             ("feature_cwd", channel_wise, "CWD of features", Alignment),
-            ("mgd", generated, "MGD", MaskedGenerator),
+            ("mgd", masked_generation, "MGD", MaskedGenerator),
         )
     ),
 )
