@@ -327,7 +327,10 @@ class DistillationTrainer(Trainer):
         """What the student follows on a batch, as `teacher_logits` gives it; None if nothing."""
         if not self.current_weights.ask_teacher:
             return None
-        return self._averaged(inputs) if self.teaches_itself else self.teacher_logits(inputs, maps)
+        if self.teaches_itself:
+            return self._averaged(inputs)
+        # A subclass may have a teacher_logits of its own that knows no maps.
+        return self.teacher_logits(inputs) if maps is None else self.teacher_logits(inputs, maps)
 
     def _ask_for_features(self, inputs: Batch, maps: dict[str, Tensor]) -> None:
         """Ask the teacher for its feature maps alone, of the images as the student sees them."""

@@ -596,3 +596,20 @@ def test_of_transformers_private_methods_only_nine_are_overridden():
     listed = set(re.findall(r"^\| `(_\w+)` \|", DESIGN.read_text(), flags=re.MULTILINE))
     assert overridden == listed
     assert len(listed) == 9
+
+
+def test_a_subclass_may_answer_for_the_teacher_without_knowing_of_feature_maps(tmp_path: Path):
+    """The method is public: one of the signature that it had must go on working."""
+
+    class Answering(DistillationTrainer):
+        asked = 0
+
+        def teacher_logits(self, inputs):
+            self.asked += 1
+            return super().teacher_logits(inputs)
+
+    trainer = Answering(
+        tiny_student(), arguments(tmp_path), teacher=tiny_teacher(), train_dataset=Squares(4)
+    )
+    trainer.train()
+    assert trainer.asked == trainer.state.global_step > 0
